@@ -1,0 +1,123 @@
+"""What to train on: a list of sources with their columns and task prefixes, read from a YAML file or named directly.
+
+The YAML is the original's:
+
+    datasets:
+      - name: gooaq
+        bucket: shards/gooaq/shard-{00000..00007}.jsonl.gz     # file, folder, glob, brace range or URL
+        objective: {type: paired, columns: [query, document]}  # self: [text] · triplet: [query, document, negatives]
+        query_prefix: search_query
+        document_prefix: search_document                       # defaults to query_prefix
+        query_only: false                                      # true: no prefix on documents
+
+Paths are relative to the YAML file.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+PREFIXES = ("search_query", "search_document", "classification", "clustering")
+Kind = Literal["text", "pair", "triplet"]
+COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "text": ("text",),
+    "pair": ("query", "document"),
+    "triplet": ("query", "document", "negatives"),
+}
+_OBJECTIVE_KIND: dict[str, Kind] = {"self": "text", "paired": "pair", "triplet": "triplet"}
+
+
+class MixtureError(ValueError):
+    """A mixture file that cannot be used; the message names the file, the source and the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows of one origin; a batch never mixes two of them.
+
+    Attributes:
+      files: see ``nomic_jax.data.sources.expand_files``.
+      columns: the file's column for each of ``COLUMNS[kind]``, in that order.
+      query_prefix, document_prefix: one of PREFIXES, or "" for none. Texts get "prefix: " in front.
+    """
+
+    name: str
+    files: str
+    kind: Kind
+    columns: tuple[str, ...]
+    query_prefix: str = ""
+    document_prefix: str = ""
+
+    def __post_init__(self):
+        if len(self.columns) != len(COLUMNS[self.kind]):
+            raise MixtureError(f"{self.name}: {self.kind} rows take the columns {COLUMNS[self.kind]}")
+        for prefix in (self.query_prefix, self.document_prefix):
+            if prefix and prefix not in PREFIXES:
+                raise MixtureError(f"{self.name}: unknown prefix {prefix!r}; write one of {', '.join(PREFIXES)}")
+
+
+def with_prefix(prefix: str, text: str) -> str:
+    """Paper section 3.3.1: the task in front of the text, with a colon and a space."""
+    return f"{prefix}: {text}" if prefix else text
+
+
+def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
+    """The sources of a mixture YAML, or one source of the given kind for jsonl files that are named directly.
+
+    Files named directly have the columns of ``COLUMNS[kind]`` and the prefixes search_query and search_document.
+
+    Raises:
+      MixtureError: unknown or missing fields, an unknown prefix, rows of another kind than the stage needs.
+      FileNotFoundError: there is no such YAML.
+    """
+    if not path:
+        raise MixtureError("no training data is named; set config.data.mixture to a mixture .yaml or to jsonl files")
+    if not path.endswith((".yaml", ".yml")):
+        prefixes = ("", "") if kind == "text" else ("search_query", "search_document")
+        return (Source("data", path, kind, COLUMNS[kind], *prefixes),)
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    entries = content.get("datasets") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not entries:
+        raise MixtureError(f"{path}: expected a list of sources under `datasets`")
+    sources = tuple(_source(entry, f"{path}: source {i}", Path(path).parent) for i, entry in enumerate(entries, 1))
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise MixtureError(f"{path}: source names must differ, found {sorted(names)}")
+    for source in sources:
+        # Triplets without their negatives are pairs, and a stage may ask for those.
+        if source.kind != kind and (source.kind, kind) != ("triplet", "pair"):
+            raise MixtureError(f"{path}: source {source.name!r} holds {source.kind} rows; this stage needs {kind} rows")
+    if kind == "pair":
+        return tuple(dataclasses.replace(s, kind="pair", columns=s.columns[:2]) for s in sources)
+    return sources
+
+
+def _source(entry: dict, where: str, folder: Path) -> Source:
+    fields = {"name", "bucket", "objective", "query_prefix", "document_prefix", "query_only"}
+    if not isinstance(entry, dict) or not {"name", "bucket", "objective"} <= entry.keys():
+        raise MixtureError(f"{where}: needs the fields name, bucket and objective")
+    if unknown := entry.keys() - fields:
+        raise MixtureError(f"{where}: unknown field {sorted(unknown)[0]!r}; the fields are {', '.join(sorted(fields))}")
+    objective = entry["objective"]
+    kind = _OBJECTIVE_KIND.get(objective.get("type")) if isinstance(objective, dict) else None
+    if kind is None or not isinstance(objective.get("columns", []), list):
+        raise MixtureError(f"{where}: objective is {{type: self | paired | triplet, columns: [...]}}")
+    query_prefix, document_prefix = (
+        str(entry.get(field) or "").strip().removesuffix(":") for field in ("query_prefix", "document_prefix")
+    )
+    files = str(entry["bucket"])
+    if "://" not in files:
+        files = str(folder / files)
+    try:
+        return Source(
+            name=str(entry["name"]),
+            files=files,
+            kind=kind,
+            columns=tuple(objective.get("columns") or COLUMNS[kind]),
+            query_prefix=query_prefix,
+            document_prefix="" if entry.get("query_only") else document_prefix or query_prefix,
+        )
+    except MixtureError as error:
+        raise MixtureError(f"{where}: {error}") from error

@@ -1,0 +1,67 @@
+"""Text to token ids, with the tokenizer of a checkpoint directory."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+
+class Tokenizer:
+    """The fast tokenizer of a Hugging Face directory, without the truncation and padding baked into its file.
+
+    Attributes:
+      vocab_size: one more than the largest id it can produce.
+      sha256: of its complete definition; token files record it, and training refuses tokens of another tokenizer.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> "Tokenizer":
+        """Reads tokenizer.json, or vocab.txt where there is no such file."""
+        path = Path(path)
+        if path.is_file():
+            path = path.parent
+        if (path / "tokenizer.json").exists():
+            return cls(tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")))
+        if (path / "vocab.txt").exists():
+            from transformers import BertTokenizer
+
+            return cls(BertTokenizer.from_pretrained(str(path))._tokenizer)
+        raise FileNotFoundError(f"{path} holds neither tokenizer.json nor vocab.txt")
+
+    def special_id(self, token: str) -> int:
+        """The id of "[CLS]", "[SEP]", "[PAD]" or "[MASK]"."""
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the tokenizer has no {token} token")
+        return found
+
+    @functools.cached_property
+    def special_ids(self) -> np.ndarray:
+        """Ids that masked-LM never masks: special tokens such as [CLS], [SEP] and [PAD]."""
+        added = self.backend.get_added_tokens_decoder()
+        return np.array(sorted(i for i, token in added.items() if token.special), np.int32)
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
+        """Token ids of each text, int32, with special tokens; cut to ``max_length`` ids, the closing [SEP] kept."""
+        encodings = self.backend.encode_batch_fast(list(texts))
+        return [truncate(np.array(encoding.ids, np.int32), max_length) for encoding in encodings]
+
+    def save(self, directory: str | Path) -> None:
+        self.backend.save(str(Path(directory) / "tokenizer.json"))
+
+
+def truncate(ids: np.ndarray, max_length: int | None) -> np.ndarray:
+    """The first ``max_length`` ids with the last one of the whole text (the closing [SEP]) in the last place."""
+    if max_length is None or len(ids) <= max_length:
+        return ids
+    return np.concatenate([ids[: max_length - 1], ids[-1:]])

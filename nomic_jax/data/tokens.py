@@ -1,0 +1,182 @@
+"""Texts tokenised once, kept as memory-mapped arrays: training never tokenises in its step loop.
+
+A source becomes a directory:
+
+    manifest.json            what was tokenised, with which tokenizer, how many rows; `fingerprint` identifies it all
+    <column>.ids.npy         token ids of every text, one after the other (uint16 where the vocabulary fits)
+    <column>.offsets.npy     int64 [texts + 1]: text i is ids[offsets[i]:offsets[i + 1]]
+    negatives.rows.npy       int64 [rows + 1]: row r owns the negatives rows[r] ... rows[r + 1] - 1
+
+Texts carry their prefix and special tokens and are not cut, so one store serves every sequence length.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+from tqdm import tqdm
+
+from nomic_jax.data.mixture import COLUMNS, Source, with_prefix
+from nomic_jax.data.sources import OnBadRow, RejectedRows, expand_files, read_rows, write_json
+from nomic_jax.data.tokenizer import Tokenizer
+
+FORMAT = 1
+TEXTS_PER_CALL = 4096  # enough for the tokenizer to use every core, little enough for memory
+
+
+class RaggedTokens:
+    """Token id sequences of different lengths, memory-mapped."""
+
+    def __init__(self, directory: Path, column: str):
+        self.ids = np.load(directory / f"{column}.ids.npy", mmap_mode="r")
+        self.offsets = np.load(directory / f"{column}.offsets.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return np.asarray(self.ids[self.offsets[i] : self.offsets[i + 1]])
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self.offsets[rows + 1] - self.offsets[rows])
+
+
+class TokenStore:
+    """One pre-tokenised source."""
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        self.manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        if self.manifest["format"] != FORMAT:
+            raise ValueError(f"{directory} has token format {self.manifest['format']}, this version reads {FORMAT}")
+        self.name: str = self.manifest["source"]["name"]
+        self.rows: int = self.manifest["rows"]
+        self.fingerprint: str = self.manifest["fingerprint"]
+        columns = COLUMNS[self.manifest["source"]["kind"]]
+        self.columns = {column: RaggedTokens(directory, column) for column in columns}
+        if "negatives" in columns:
+            self.negative_rows = np.load(directory / "negatives.rows.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+def pretokenize(
+    source: Source,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    *,
+    on_bad_row: OnBadRow = "raise",
+    progress: bool = True,
+) -> TokenStore:
+    """The token store of a source, made now unless ``cache_dir`` has it already.
+
+    The directory's name holds the fingerprint: other files, columns, prefixes or another tokenizer give another store.
+    A kill leaves no half store.
+
+    Raises:
+      BadRow: a row that cannot be used, under on_bad_row="raise".
+    """
+    identity = {
+        "format": FORMAT,
+        "source": {
+            "name": source.name,
+            "kind": source.kind,
+            "columns": list(source.columns),
+            "query_prefix": source.query_prefix,
+            "document_prefix": source.document_prefix,
+        },
+        "files": [_sha256(file) for file in expand_files(source.files)],
+        "tokenizer": tokenizer.sha256,
+        "on_bad_row": on_bad_row,
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    directory = Path(cache_dir) / f"{source.name}-{fingerprint[:16]}"
+    if not (directory / "manifest.json").exists():
+        part = directory.with_name(f".{directory.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        counts = _write_columns(source, tokenizer, part, on_bad_row, progress)
+        write_json(part / "manifest.json", identity | counts | {"fingerprint": fingerprint})
+        part.rename(directory)
+    return TokenStore(directory)
+
+
+def _sha256(file: str) -> str:
+    digest = hashlib.sha256()
+    with fsspec.open(file, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_columns(source: Source, tokenizer: Tokenizer, directory: Path, on_bad_row: OnBadRow, progress: bool) -> dict:
+    names = COLUMNS[source.kind]
+    prefixes = {"query": source.query_prefix, "document": source.document_prefix, "negatives": source.document_prefix}
+    writers = {name: _RaggedWriter(directory / name, tokenizer) for name in names}
+    kinds = {column: list if name == "negatives" else str for name, column in zip(names, source.columns)}
+    rejected = RejectedRows(directory / "rejected.jsonl")
+    negative_rows = [0]
+    rows = 0
+    bar = tqdm(desc=f"tokenising {source.name}", unit=" rows", disable=not progress)
+    for batch in _batched(read_rows(source.files, kinds, on_bad_row=on_bad_row, rejected=rejected), TEXTS_PER_CALL):
+        for name, column in zip(names, source.columns):
+            values = [row[column] for row in batch]
+            if name == "negatives":
+                negative_rows += list(np.cumsum([len(texts) for texts in values]) + negative_rows[-1])
+                values = [text for texts in values for text in texts]
+            writers[name].append([with_prefix(prefixes.get(name, ""), text) for text in values])
+        rows += len(batch)
+        bar.update(len(batch))
+    bar.close()
+    tokens = {name: writer.close() for name, writer in writers.items()}
+    if "negatives" in names:
+        np.save(directory / "negatives.rows.npy", np.array(negative_rows, np.int64))
+    if rows == 0:
+        raise ValueError(f"source {source.name!r} has no usable row ({rejected.count} rejected)")
+    return {"rows": rows, "tokens": tokens, "rejected": rejected.count}
+
+
+class _RaggedWriter:
+    """Appends token ids to a raw file, then gives it the header of a .npy file of the final length."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer):
+        self.path, self.tokenizer = path, tokenizer
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        self.raw = path.with_suffix(".raw")
+        self.file = self.raw.open("wb")
+        self.lengths: list[np.ndarray] = []
+
+    def append(self, texts: list[str]) -> None:
+        encoded = self.tokenizer.encode(texts)
+        if encoded:
+            self.file.write(np.concatenate(encoded).astype(self.dtype).tobytes())
+            self.lengths.append(np.array([len(ids) for ids in encoded], np.int64))
+
+    def close(self) -> int:
+        self.file.close()
+        lengths = np.concatenate(self.lengths) if self.lengths else np.zeros(0, np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        total = int(offsets[-1])
+        ids = np.lib.format.open_memmap(self.path.with_suffix(".ids.npy"), "w+", self.dtype, (total,))
+        if total:
+            ids[:] = np.memmap(self.raw, self.dtype, "r")
+        ids.flush()
+        np.save(self.path.with_suffix(".offsets.npy"), offsets)
+        self.raw.unlink()
+        return total
+
+
+def _batched(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    batch: list[dict] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,104 @@
+"""What an encoder is: its sizes and choices, as one frozen, hashable value.
+
+Shape letters used in every array name of this project (``x_BLD`` is [B, L, D]):
+  B batch (texts or rows) · L length in tokens · D width · H heads · K head dim · F mlp width · V vocabulary
+  P masked positions of a row · M negatives · E embedding dim · N texts or rows overall · C chunk
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """A bidirectional, post-norm transformer encoder.
+
+    The defaults are nomic-bert-2048, the 137M encoder of the paper (section 3.1): RoPE, SwiGLU, no biases.
+    ``bert()`` gives the BERT family (absolute positions, GELU, biases), which the same code runs.
+
+    Attributes:
+      vocab_size: rows of the word embedding table (30522 word pieces, padded to a multiple of 64).
+      type_vocab_size: rows of the token type table; 0 for none. Token types are always 0 here.
+      max_positions: the longest text accepted, in tokens.
+      max_trained_positions: up to here RoPE is used as trained; beyond, dynamic NTK (paper eq. 5).
+      rope_base: theta of RoPE.
+      rope_scaling_factor: alpha of dynamic NTK; None refuses texts beyond ``max_trained_positions``.
+      pad_token_id: row of the word embeddings that starts at zero.
+      dtype: computation dtype; parameters are float32, softmax, norms and angles are computed in float32.
+      attention: implementation, see ``nomic_jax.model.attention``.
+    """
+
+    vocab_size: int = 30528
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    type_vocab_size: int = 2
+    max_positions: int = 8192
+    max_trained_positions: int = 2048
+    position: Literal["rope", "absolute"] = "rope"
+    rope_base: float = 1000.0
+    rope_scaling_factor: float | None = 2.0
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    use_bias: bool = False
+    layer_norm_eps: float = 1e-12
+    init_std: float = 0.02
+    pad_token_id: int = 0
+    dtype: str = "float32"
+    attention: Literal["auto", "cudnn", "xla", "cpu"] = "auto"
+
+    def __post_init__(self):
+        choices = {
+            "position": ("rope", "absolute"),
+            "activation": ("swiglu", "gelu"),
+            "dtype": ("float32", "bfloat16", "float16"),
+            "attention": ("auto", "cudnn", "xla", "cpu"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"model.{field} is {getattr(self, field)!r}; write one of {', '.join(allowed)}")
+        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}; "
+                f"choose num_heads among the divisors of hidden_size"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"RoPE rotates pairs: the head dim, {self.head_dim}, must be even")
+        if self.max_positions > self.longest_text:
+            raise ValueError(
+                f"model.max_positions {self.max_positions} exceeds model.max_trained_positions "
+                f"{self.max_trained_positions}, which takes RoPE and a model.rope_scaling_factor (e.g. 2.0)"
+            )
+
+    @classmethod
+    def bert(cls, **sizes) -> "EncoderConfig":
+        """The BERT family (gte, bge, e5, MiniLM): bert-base-uncased unless sizes say otherwise."""
+        bert_base = dict(
+            vocab_size=30522,
+            position="absolute",
+            activation="gelu",
+            use_bias=True,
+            max_positions=512,
+            max_trained_positions=512,
+            rope_scaling_factor=None,
+        )
+        return cls(**(bert_base | sizes))
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens beyond which the positions have no meaning."""
+        extrapolates = self.position == "rope" and self.rope_scaling_factor is not None
+        return max(self.max_positions, self.max_trained_positions) if extrapolates else self.max_trained_positions
+
+    def forward_flops_per_token(self, length: int) -> float:
+        """Multiply-adds counted twice, embeddings and norms left out, for texts of ``length`` tokens."""
+        mlp_matrices = 3 if self.activation == "swiglu" else 2
+        weights = 4 * self.hidden_size**2 + mlp_matrices * self.hidden_size * self.intermediate_size
+        return 2.0 * self.num_layers * (weights + 2 * length * self.hidden_size)

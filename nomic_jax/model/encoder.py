@@ -1,0 +1,206 @@
+"""The encoder as Flax NNX modules, and the functions that use it as a pure function of (params, tokens).
+
+The modules describe the computation; the parameters live outside, in a plain nested dict, which is what the optimizer,
+the checkpoints and the converters see:
+
+    params = init_encoder(jax.random.key(0), config)
+    hidden_BLD = encode(params, ids_BL, config, length_B=length_B)
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nomic_jax.model.attention import attention
+from nomic_jax.model.config import EncoderConfig
+from nomic_jax.model.rope import apply_rope, rope_cos_sin
+
+
+def linear(in_features: int, out_features: int, config: EncoderConfig, rngs: nnx.Rngs, use_bias: bool) -> nnx.Linear:
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        kernel_init=nnx.initializers.normal(config.init_std),
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
+
+
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm in float32 with the two-pass variance; the output has the computation dtype."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        # The one-pass variance E[x^2] - E[x]^2 loses digits that eps 1e-12 does not give back.
+        super().__init__(
+            config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
+        )
+        self.output_dtype = jnp.dtype(config.dtype)
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        return super().__call__(x, mask=mask).astype(self.output_dtype)
+
+
+class Embeddings(nnx.Module):
+    """Word + token type (+ absolute position) embeddings, then LayerNorm."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        def table(rows: int) -> nnx.Embed:
+            return nnx.Embed(
+                rows,
+                config.hidden_size,
+                embedding_init=nnx.initializers.normal(config.init_std),
+                dtype=jnp.dtype(config.dtype),
+                rngs=rngs,
+            )
+
+        self.word = table(config.vocab_size)
+        self.type = table(config.type_vocab_size) if config.type_vocab_size else None
+        self.position = table(config.max_trained_positions) if config.position == "absolute" else None
+        self.norm = LayerNorm(config, rngs)
+
+    def __call__(self, ids_BL: jax.Array, position_BL: jax.Array) -> jax.Array:
+        x_BLD = self.word(ids_BL)
+        if self.type is not None:
+            x_BLD = x_BLD + self.type(jnp.zeros((), jnp.int32))
+        if self.position is not None:
+            x_BLD = x_BLD + self.position(position_BL)
+        return self.norm(x_BLD)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.qkv = linear(config.hidden_size, 3 * config.hidden_size, config, rngs, config.use_bias)
+        self.out = linear(config.hidden_size, config.hidden_size, config, rngs, config.use_bias)
+
+    def __call__(self, x_BLD: jax.Array, rope, length_B, segment_BL) -> jax.Array:
+        B, L, D = x_BLD.shape
+        H, K = self.config.num_heads, self.config.head_dim
+        q_BLHK, k_BLHK, v_BLHK = (part.reshape(B, L, H, K) for part in jnp.split(self.qkv(x_BLD), 3, axis=-1))
+        if rope is not None:
+            q_BLHK, k_BLHK = apply_rope(q_BLHK, *rope), apply_rope(k_BLHK, *rope)
+        out_BLHK = attention(
+            q_BLHK,
+            k_BLHK,
+            v_BLHK,
+            length_B=length_B,
+            segment_BL=segment_BL,
+            implementation=self.config.attention,
+        )
+        return self.out(out_BLHK.reshape(B, L, D))
+
+
+class GatedMlp(nnx.Module):
+    """SwiGLU: down(up(x) * silu(gate(x))), with up and gate in one matrix product."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.up_gate = linear(config.hidden_size, 2 * config.intermediate_size, config, rngs, config.use_bias)
+        self.down = linear(config.intermediate_size, config.hidden_size, config, rngs, config.use_bias)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        up_BLF, gate_BLF = jnp.split(self.up_gate(x_BLD), 2, axis=-1)
+        return self.down(up_BLF * jax.nn.silu(gate_BLF))
+
+
+class GeluMlp(nnx.Module):
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.up = linear(config.hidden_size, config.intermediate_size, config, rngs, config.use_bias)
+        self.down = linear(config.intermediate_size, config.hidden_size, config, rngs, config.use_bias)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x_BLD), approximate=False))
+
+
+class Block(nnx.Module):
+    """Post-norm: the LayerNorm follows the residual sum."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs)
+        self.norm1 = LayerNorm(config, rngs)
+        self.mlp = GatedMlp(config, rngs) if config.activation == "swiglu" else GeluMlp(config, rngs)
+        self.norm2 = LayerNorm(config, rngs)
+
+    def __call__(self, x_BLD: jax.Array, rope, length_B, segment_BL) -> jax.Array:
+        x_BLD = self.norm1(x_BLD + self.attention(x_BLD, rope, length_B, segment_BL))
+        return self.norm2(x_BLD + self.mlp(x_BLD))
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embeddings = Embeddings(config, rngs)
+        self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+
+    def __call__(self, ids_BL: jax.Array, length_B=None, segment_BL=None) -> jax.Array:
+        position_BL, own_length_BL = _positions(ids_BL.shape, length_B, segment_BL, self.config)
+        rope = rope_cos_sin(position_BL, own_length_BL, self.config) if self.config.position == "rope" else None
+        x_BLD = self.embeddings(ids_BL, position_BL)
+        for block in self.layers:
+            x_BLD = block(x_BLD, rope, length_B, segment_BL)
+        return x_BLD
+
+
+def _positions(shape: tuple[int, int], length_B, segment_BL, config: EncoderConfig):
+    """Position of every token in its text, [B or 1, L], and its text's length or None where that cannot matter."""
+    B, L = shape
+    if L > config.longest_text:
+        raise ValueError(f"rows of {L} tokens for an encoder that takes at most {config.longest_text}")
+    index_L = jnp.arange(L)
+    needs_length = config.position == "rope" and L > config.max_trained_positions
+    if segment_BL is None:
+        if not needs_length:
+            return index_L[None], None
+        return index_L[None], jnp.broadcast_to(jnp.array(L) if length_B is None else length_B[:, None], (B, L))
+    starts_BL = jnp.concatenate([jnp.ones((B, 1), bool), segment_BL[:, 1:] != segment_BL[:, :-1]], axis=1)
+    start_BL = jax.lax.cummax(jnp.where(starts_BL, index_L, 0), axis=1)
+    if not needs_length:
+        return index_L - start_BL, None
+    # Segments are runs: a token's text ends where the next run starts.
+    next_start_BL = jnp.concatenate([jnp.where(starts_BL, index_L, L)[:, 1:], jnp.full((B, 1), L)], axis=1)
+    end_BL = jax.lax.cummin(next_start_BL, axis=1, reverse=True)
+    return index_L - start_BL, end_BL - start_BL
+
+
+@functools.lru_cache
+def _graphdef(config: EncoderConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0))))[0]
+
+
+def init_encoder(key: jax.Array, config: EncoderConfig) -> dict:
+    """Random parameters, float32: normal(0, init_std), biases 0, LayerNorm 1 and 0, the [PAD] row 0."""
+    params = nnx.to_pure_dict(nnx.state(Encoder(config, rngs=nnx.Rngs(key))))
+    word = params["embeddings"]["word"]
+    word["embedding"] = word["embedding"].at[config.pad_token_id].set(0.0)
+    return params
+
+
+def abstract_encoder(config: EncoderConfig) -> dict:
+    """The parameter tree of ``init_encoder`` as ``jax.ShapeDtypeStruct``: what a checkpoint must hold."""
+    return jax.eval_shape(lambda key: init_encoder(key, config), jax.random.key(0))
+
+
+def encode(
+    params: dict,
+    ids_BL: jax.Array,
+    config: EncoderConfig,
+    *,
+    length_B: jax.Array | None = None,
+    segment_BL: jax.Array | None = None,
+) -> jax.Array:
+    """Last hidden states [B, L, D] in ``config.dtype``.
+
+    Args:
+      params: the tree made by ``init_encoder`` or read from a checkpoint.
+      ids_BL: token ids, texts padded on the right.
+      config: the encoder that the parameters belong to.
+      length_B: number of real tokens of each row, where a row is one padded text.
+      segment_BL: 1, 2, ... for the texts of a packed row and 0 for its padding. Positions restart with every text and
+        attention stays inside it. Give at most one of the two; with neither, every token of the row is one text.
+
+    Raises:
+      ValueError: rows longer than the positions of the encoder.
+    """
+    return nnx.merge(_graphdef(config), params)(ids_BL, length_B, segment_BL)

@@ -1,0 +1,105 @@
+"""What sits on the encoder: pooling to an embedding, and the masked-LM head."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nomic_jax.model.config import EncoderConfig
+from nomic_jax.model.encoder import LayerNorm, encode, linear
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingConfig:
+    """An encoder and how its hidden states become one vector a text.
+
+    Attributes:
+      pooling: "mean" over the real tokens (nomic, gte, e5, MiniLM), or "cls", the first token (bge).
+      layer_norm: LayerNorm without affine over the full width after pooling (nomic-embed-text-v1.5).
+      dim: keep the first ``dim`` components (Matryoshka); None keeps all.
+      normalize: scale to length 1.
+    """
+
+    encoder: EncoderConfig
+    pooling: Literal["mean", "cls"] = "mean"
+    layer_norm: bool = False
+    dim: int | None = None
+    normalize: bool = True
+
+    def __post_init__(self):
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f'pooling is {self.pooling!r}; write "mean" or "cls"')
+        if self.dim is not None and not 1 <= self.dim <= self.encoder.hidden_size:
+            raise ValueError(f"dim {self.dim} is not within 1..{self.encoder.hidden_size}, the encoder's width")
+
+    @property
+    def output_dim(self) -> int:
+        return self.dim or self.encoder.hidden_size
+
+
+def pool(hidden_BLD: jax.Array, length_B: jax.Array, config: EmbeddingConfig) -> jax.Array:
+    """Embeddings [B, E], float32. A text without tokens gets the zero vector."""
+    hidden_BLD = hidden_BLD.astype(jnp.float32)
+    if config.pooling == "cls":
+        x_BE = hidden_BLD[:, 0]
+    else:
+        real_BL = (jnp.arange(hidden_BLD.shape[1]) < length_B[:, None]).astype(jnp.float32)
+        x_BE = jnp.einsum("bld,bl->bd", hidden_BLD, real_BL) / jnp.maximum(length_B, 1)[:, None]
+    if config.layer_norm:
+        x_BE = jax.nn.standardize(x_BE, axis=-1, epsilon=1e-5)  # torch.nn.functional.layer_norm's default eps
+    x_BE = x_BE[:, : config.output_dim]
+    if config.normalize:
+        # rsqrt of a clamped square, not a division by the norm: the gradient at the zero vector is 0, not NaN.
+        x_BE = x_BE * jax.lax.rsqrt(jnp.maximum(jnp.sum(x_BE**2, axis=-1, keepdims=True), 1e-24))
+    return jnp.where((length_B > 0)[:, None], x_BE, 0.0)
+
+
+def embed(params: dict, batch: dict[str, jax.Array], config: EmbeddingConfig) -> jax.Array:
+    """Embeddings of a batch of texts: a pure function, to be jitted, differentiated, sharded by the caller.
+
+    Args:
+      params: encoder parameters (``Embedder.params``).
+      batch: ``ids`` [B, L] int32, texts padded on the right, and ``length`` [B] int32, their real tokens.
+      config: the encoder and its pooling (``Embedder.config``).
+
+    Returns:
+      float32 [B, config.output_dim].
+    """
+    hidden_BLD = encode(params, batch["ids"], config.encoder, length_B=batch["length"])
+    return pool(hidden_BLD, batch["length"], config)
+
+
+class MlmTransform(nnx.Module):
+    """dense -> activation -> LayerNorm, before the decoder that is tied to the word embeddings."""
+
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.activation = config.activation
+        self.dense = linear(config.hidden_size, config.hidden_size, config, rngs, config.use_bias)
+        self.norm = LayerNorm(config, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.dense(x)
+        return self.norm(jax.nn.silu(x) if self.activation == "swiglu" else jax.nn.gelu(x, approximate=False))
+
+
+@functools.lru_cache
+def _mlm_graphdef(config: EncoderConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: MlmTransform(config, rngs=nnx.Rngs(0))))[0]
+
+
+def init_mlm_head(key: jax.Array, config: EncoderConfig) -> dict:
+    return nnx.to_pure_dict(nnx.state(MlmTransform(config, rngs=nnx.Rngs(key))))
+
+
+def mlm_logits(head_params: dict, word_embedding_VD: jax.Array, hidden: jax.Array, config: EncoderConfig) -> jax.Array:
+    """Vocabulary logits [..., V], float32, of hidden states [..., D]; the decoder is the word embedding table."""
+    transformed = nnx.merge(_mlm_graphdef(config), head_params)(hidden)
+    return jnp.einsum(
+        "...d,vd->...v",
+        transformed,
+        word_embedding_VD.astype(transformed.dtype),
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,48 @@
+"""Rotary position embedding with dynamic NTK, stateless and per text.
+
+The PyTorch implementations take the sequence length of dynamic NTK from the padded batch and keep what they computed
+for the longest batch so far, so a text's vector depends on its neighbours. Here the angles are a function of a token's
+position and of the length of the token's own text, and of nothing else.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nomic_jax.model.config import EncoderConfig
+
+
+def rope_cos_sin(
+    position_BL: jax.Array, own_length_BL: jax.Array | None, config: EncoderConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotation angles, float32, each [B, L, 1, K/2] (the 1 stands for the heads).
+
+    Args:
+      position_BL: position of each token in its text, from 0.
+      own_length_BL: number of tokens of the text that each token belongs to; None where no text is longer than
+        ``config.max_trained_positions``, which skips the scaling.
+      config: base, trained length L and alpha of the scaling.
+
+    Dynamic NTK (paper eq. 5): ``base' = base * (alpha * S / L - (alpha - 1)) ** (K / (K - 2))`` for S > L, so that the
+    i-th inverse frequency ``base ** (-2i / K)`` is multiplied by ``(alpha * S / L - (alpha - 1)) ** (-2i / (K - 2))``.
+    """
+    K = config.head_dim
+    exponent = np.arange(0, K, 2, dtype=np.float32) / np.float32(K)
+    inverse_frequency = (1.0 / np.float32(config.rope_base) ** exponent).astype(np.float32)
+    # float32 whatever the computation dtype: at position 8191, bfloat16 angles would be off by whole turns.
+    position = position_BL.astype(jnp.float32)[..., None]
+    if own_length_BL is None:
+        angle = position * inverse_frequency
+    else:
+        alpha, trained = config.rope_scaling_factor, config.max_trained_positions
+        if alpha is None:
+            raise ValueError("texts beyond max_trained_positions need a rope_scaling_factor")
+        stretch = jnp.maximum(alpha * own_length_BL.astype(jnp.float32) / trained - (alpha - 1.0), 1.0)[..., None]
+        angle = position * (inverse_frequency * stretch ** (-np.arange(0, K, 2, dtype=np.float32) / (K - 2)))
+    return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+
+
+def apply_rope(x_BLHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the first half of each head with its second half (NeoX order), in float32."""
+    x1, x2 = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BLHK.dtype)
