@@ -38,6 +38,22 @@ class Tokenizer:
             return cls(BertTokenizer.from_pretrained(str(path))._tokenizer)
         raise FileNotFoundError(f"{path} holds neither tokenizer.json nor vocab.txt")
 
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str) -> "Tokenizer":
+        """From a directory, or from a model of the hub."""
+        if Path(path_or_hub_id).exists():
+            return cls.from_directory(path_or_hub_id)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return cls.from_directory(hf_hub_download(path_or_hub_id, "tokenizer.json"))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"tokenizer {path_or_hub_id!r} is neither a directory nor could it be fetched from the hub "
+                f"({type(error).__name__})"
+            ) from error
+
     def special_id(self, token: str) -> int:
         """The id of "[CLS]", "[SEP]", "[PAD]" or "[MASK]"."""
         found = self.backend.token_to_id(token)

@@ -103,3 +103,8 @@ def mlm_logits(head_params: dict, word_embedding_VD: jax.Array, hidden: jax.Arra
         word_embedding_VD.astype(transformed.dtype),
         preferred_element_type=jnp.float32,
     )
+
+
+def abstract_mlm_head(config: EncoderConfig) -> dict:
+    """The parameter tree of ``init_mlm_head`` as ``jax.ShapeDtypeStruct``."""
+    return jax.eval_shape(lambda key: init_mlm_head(key, config), jax.random.key(0))

@@ -1,0 +1,70 @@
+"""From streams to the devices' batches.
+
+A stream is a pure function of the step: the place in the data is the step number, resuming costs nothing, and the rows
+of a step are the same for any number of devices, processes and threads.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch.
+
+    Attributes:
+      arrays: what the stage's loss takes; the first axis of each is rows.
+      source: the name of the source that all rows come from.
+      real_tokens, padded_tokens: of the global batch: texts' own tokens, and those plus padding.
+    """
+
+    arrays: dict[str, np.ndarray]
+    source: str
+    real_tokens: int
+    padded_tokens: int
+
+
+class Stream(Protocol):
+    """An endless sequence of global batches, with random access.
+
+    Attributes:
+      fingerprint: of rows, tokenizer, prefixes and every setting that decides what a step sees. A run refuses to resume
+        on a stream with another one.
+      steps_per_epoch: after so many steps the rows come again, in another order.
+      rows: rows of all sources.
+    """
+
+    fingerprint: str
+    steps_per_epoch: int
+    rows: int
+
+    def batch(self, step: int, shard: int, shard_count: int) -> Batch:
+        """The ``shard``-th of ``shard_count`` equal parts of the batch of a step."""
+        ...
+
+
+def shuffled(index: int, size: int, seed: int, epoch: int) -> int:
+    """Where ``index`` goes in a pseudo-random permutation of range(size), without holding the permutation."""
+    # 32 bits of seed; the odd multiplier keeps neighbouring seeds and epochs apart.
+    key = (seed * 1_000_003 + epoch * 7919) % (1 << 32)
+    return index_shuffle(index, max_index=size - 1, seed=key, rounds=4)
+
+
+def share(size: int, shard: int, shard_count: int) -> slice:
+    """The rows of a global batch of ``size`` that belong to a shard."""
+    if size % shard_count:
+        raise ValueError(f"a batch of {size} rows cannot be dealt to {shard_count} processes evenly")
+    part = size // shard_count
+    return slice(shard * part, (shard + 1) * part)
+
+
+def read_ahead(
+    stream: Stream, start: int, stop: int, shard: int = 0, shard_count: int = 1, threads: int = 2
+) -> Iterator[Batch]:
+    """Batches of the steps start ... stop - 1, prepared in background threads while the devices compute."""
+    steps = grain.MapDataset.range(start, stop).map(lambda step: stream.batch(int(step), shard, shard_count))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(steps.to_iter_dataset(options))

@@ -1,0 +1,128 @@
+"""config.json <-> EncoderConfig.
+
+A nomic-bert config has two sets of field names: those of transformers, and the GPT2-style ones of the published
+checkpoints, which text-embeddings-inference and llama.cpp read. transformers ignores the second set, so a file with only
+those would silently become the 137M default there. We write both, read either, and refuse a file where they disagree.
+"""
+
+from typing import Any
+
+from nomic_jax.model.config import EncoderConfig
+
+# EncoderConfig field -> (transformers name, GPT2-style name)
+_SIZES = {
+    "vocab_size": ("vocab_size", "vocab_size"),
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "num_heads": ("num_attention_heads", "n_head"),
+    "intermediate_size": ("intermediate_size", "n_inner"),
+    "type_vocab_size": ("type_vocab_size", "type_vocab_size"),
+    "layer_norm_eps": ("layer_norm_eps", "layer_norm_epsilon"),
+    "max_trained_positions": ("max_position_embeddings", "max_trained_positions"),
+    "init_std": ("initializer_range", "initializer_range"),
+    "pad_token_id": ("pad_token_id", "pad_token_id"),
+}
+_REQUIRED = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
+# What this encoder is, in the GPT2-style names; any other value is a model we do not implement.
+_FIXED = {
+    "activation_function": "swiglu",
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None,
+    "qkv_proj_bias": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "prenorm": False,
+    "parallel_block": False,
+    "causal": False,
+    "use_rms_norm": False,
+}
+
+
+class ConfigError(ValueError):
+    """A config.json that names a model we do not implement, or contradicts itself; the message names the field."""
+
+
+def encoder_config(content: dict[str, Any], where: str = "config.json") -> EncoderConfig:
+    """Reads the content of a config.json of type nomic_bert or bert."""
+    model_type = content.get("model_type")
+    if model_type == "nomic_bert":
+        return _nomic_config(content, where)
+    if model_type == "bert":
+        return _bert_config(content, where)
+    raise ConfigError(f"{where}: model_type is {model_type!r}; this encoder runs nomic_bert and bert")
+
+
+def _nomic_config(content: dict[str, Any], where: str) -> EncoderConfig:
+    fields: dict[str, Any] = {}
+    for field, names in _SIZES.items():
+        fields |= {field: value for value in [_agreed(content, names, where)] if value is not None}
+    for field in _REQUIRED:
+        if field not in fields:
+            raise ConfigError(f"{where}: neither {' nor '.join(_SIZES[field])} is given")
+    for name, expected in _FIXED.items():
+        if name in content and content[name] != expected:
+            raise ConfigError(f"{where}: {name} is {content[name]!r}; this encoder implements only {expected!r}")
+    if content.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ConfigError(f"{where}: hidden_act is {content['hidden_act']!r}; this encoder implements only 'silu'")
+    rope = content.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") not in ("default", "dynamic"):
+        raise ConfigError(f"{where}: rope_type is {rope['rope_type']!r}; this encoder implements default and dynamic")
+    base = _agreed({"a": rope.get("rope_theta"), "b": content.get("rotary_emb_base")}, ("a", "b"), where, "RoPE base")
+    if "rope_type" in rope:
+        factor = rope.get("factor") if rope["rope_type"] == "dynamic" else None
+    else:
+        # The published configs leave this null and their model cards tell the user to pass 2, the paper's alpha.
+        factor = content.get("rotary_scaling_factor") or 2.0
+    trained = fields.setdefault("max_trained_positions", 2048)
+    if factor is None:
+        longest = trained
+    else:
+        longest = max(trained, content.get("n_positions") or EncoderConfig.max_positions)
+    return EncoderConfig(
+        **fields, max_positions=longest, rope_base=float(base or 1000.0), rope_scaling_factor=factor
+    )
+
+
+def _agreed(content: dict[str, Any], names: tuple[str, str], where: str, what: str | None = None) -> Any:
+    """The value under either name; an error where both are given and differ."""
+    values = [content[name] for name in names if content.get(name) is not None]
+    if len(values) == 2 and values[0] != values[1]:
+        what = what or " and ".join(names)
+        raise ConfigError(f"{where}: {what} disagree ({values[0]!r} and {values[1]!r}); they must be the same value")
+    return values[0] if values else None
+
+
+def _bert_config(content: dict[str, Any], where: str) -> EncoderConfig:
+    if content.get("hidden_act", "gelu") != "gelu":
+        raise ConfigError(f"{where}: hidden_act is {content['hidden_act']!r}; for BERT only 'gelu' is implemented")
+    if content.get("position_embedding_type", "absolute") != "absolute":
+        raise ConfigError(f"{where}: position_embedding_type is not 'absolute'; only that is implemented for BERT")
+    missing = [_SIZES[field][0] for field in _REQUIRED if content.get(_SIZES[field][0]) is None]
+    if missing:
+        raise ConfigError(f"{where}: {missing[0]} is not given")
+    fields = {field: content[name] for field, (name, _) in _SIZES.items() if content.get(name) is not None}
+    return EncoderConfig.bert(**fields, max_positions=fields.get("max_trained_positions", 512))
+
+
+def config_json(config: EncoderConfig, architecture: str) -> dict[str, Any]:
+    """The content of config.json, with both sets of names."""
+    sizes = {field: getattr(config, field) for field in _SIZES}
+    content = {"model_type": "nomic_bert" if config.position == "rope" else "bert", "architectures": [architecture]}
+    content |= {_SIZES[field][0]: value for field, value in sizes.items()}
+    if config.position == "absolute":
+        return content | {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+    rope = {"rope_type": "default", "rope_theta": config.rope_base}
+    if config.rope_scaling_factor is not None:
+        rope |= {"rope_type": "dynamic", "factor": config.rope_scaling_factor}
+    content |= {_SIZES[field][1]: value for field, value in sizes.items()}
+    return content | {
+        **_FIXED,
+        "hidden_act": "silu",
+        "rope_parameters": rope,
+        "n_positions": config.max_positions,
+        "rotary_emb_base": config.rope_base,
+        "rotary_scaling_factor": config.rope_scaling_factor,
+        "pad_vocab_size_multiple": 64,
+        "tie_word_embeddings": True,
+    }

@@ -1,0 +1,165 @@
+"""Names of tensors in Hugging Face checkpoints, and where each lives in our parameter tree.
+
+One table per naming; the way back is the same table inverted. ``{n}`` is the layer. A Linear's weight is transposed
+([out, in] there, kernel [in, out] here), and some of our kernels hold several of theirs side by side.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from nomic_jax.model.config import EncoderConfig
+
+
+class Slot(NamedTuple):
+    """Where a tensor goes: part ``part`` of ``parts`` along the last axis of the leaf at ``path``."""
+
+    path: tuple[str, ...]
+    part: int = 0
+    parts: int = 1
+
+
+def _table(lines: str) -> dict[str, str]:
+    return dict(line.split() for line in lines.strip().splitlines())
+
+
+_NORM_PARTS = {"weight": "scale", "bias": "bias"}
+_LINEAR_PARTS = {"weight": "kernel", "bias": "bias"}
+
+# Module there -> module here (part/parts where ours is fused).
+_TABLES = {
+    # What nomic-ai publishes, and what text-embeddings-inference and llama.cpp read.
+    "hub": _table("""
+        embeddings.word_embeddings        embeddings.word
+        embeddings.token_type_embeddings  embeddings.type
+        emb_ln                            embeddings.norm
+        encoder.layers.{n}.attn.Wqkv      layers.{n}.attention.qkv
+        encoder.layers.{n}.attn.out_proj  layers.{n}.attention.out
+        encoder.layers.{n}.mlp.fc11       layers.{n}.mlp.up_gate:0/2
+        encoder.layers.{n}.mlp.fc12       layers.{n}.mlp.up_gate:1/2
+        encoder.layers.{n}.mlp.fc2        layers.{n}.mlp.down
+        encoder.layers.{n}.norm1          layers.{n}.norm1
+        encoder.layers.{n}.norm2          layers.{n}.norm2
+    """),
+    # The same model inside transformers.
+    "native": _table("""
+        embeddings.word_embeddings            embeddings.word
+        embeddings.token_type_embeddings      embeddings.type
+        embeddings.LayerNorm                  embeddings.norm
+        layers.{n}.self_attn.q_proj           layers.{n}.attention.qkv:0/3
+        layers.{n}.self_attn.k_proj           layers.{n}.attention.qkv:1/3
+        layers.{n}.self_attn.v_proj           layers.{n}.attention.qkv:2/3
+        layers.{n}.self_attn.o_proj           layers.{n}.attention.out
+        layers.{n}.mlp.up_proj                layers.{n}.mlp.up_gate:0/2
+        layers.{n}.mlp.gate_proj              layers.{n}.mlp.up_gate:1/2
+        layers.{n}.mlp.down_proj              layers.{n}.mlp.down
+        layers.{n}.post_attention_layernorm   layers.{n}.norm1
+        layers.{n}.post_mlp_layernorm         layers.{n}.norm2
+    """),
+    "bert": _table("""
+        embeddings.word_embeddings                      embeddings.word
+        embeddings.token_type_embeddings                embeddings.type
+        embeddings.position_embeddings                  embeddings.position
+        embeddings.LayerNorm                            embeddings.norm
+        encoder.layer.{n}.attention.self.query          layers.{n}.attention.qkv:0/3
+        encoder.layer.{n}.attention.self.key            layers.{n}.attention.qkv:1/3
+        encoder.layer.{n}.attention.self.value          layers.{n}.attention.qkv:2/3
+        encoder.layer.{n}.attention.output.dense        layers.{n}.attention.out
+        encoder.layer.{n}.attention.output.LayerNorm    layers.{n}.norm1
+        encoder.layer.{n}.intermediate.dense            layers.{n}.mlp.up
+        encoder.layer.{n}.output.dense                  layers.{n}.mlp.down
+        encoder.layer.{n}.output.LayerNorm              layers.{n}.norm2
+    """),
+}
+# The masked-LM head has one naming everywhere.
+_MLM_HEAD = _table("""
+    cls.predictions.transform.dense       dense
+    cls.predictions.transform.layer_norm  norm
+""")
+
+
+def encoder_keymap(config: EncoderConfig, naming: str) -> dict[str, Slot]:
+    """Tensor name -> slot, for every tensor that an encoder of this configuration has."""
+    return _expand(_TABLES[naming], config)
+
+
+def mlm_head_keymap(config: EncoderConfig) -> dict[str, Slot]:
+    return _expand(_MLM_HEAD, config)
+
+
+def _expand(table: dict[str, str], config: EncoderConfig) -> dict[str, Slot]:
+    slots = {}
+    for theirs, ours in table.items():
+        ours, _, fused = ours.partition(":")
+        part, parts = map(int, fused.split("/")) if fused else (0, 1)
+        module = ours.rsplit(".", 1)[-1]
+        if module == "type" and not config.type_vocab_size:
+            continue
+        if module in ("word", "type", "position"):
+            leaves = {"weight": "embedding"}
+        elif module.startswith("norm"):
+            leaves = _NORM_PARTS
+        else:
+            leaves = _LINEAR_PARTS if config.use_bias else {"weight": "kernel"}
+        for n in range(config.num_layers) if "{n}" in theirs else [0]:
+            for their_leaf, our_leaf in leaves.items():
+                path = (*ours.format(n=n).split("."), our_leaf)
+                slots[f"{theirs.format(n=n)}.{their_leaf}"] = Slot(path, part, parts)
+    return slots
+
+
+def detect_naming(names: set[str]) -> str:
+    """Which table names the tensors; the names come without any prefix."""
+    if any(re.match(r"encoder\.layers\.\d+\.attn\.Wqkv", name) for name in names):
+        return "hub"
+    if any(re.match(r"layers\.\d+\.self_attn", name) for name in names):
+        return "native"
+    if any(re.match(r"encoder\.layer\.\d+\.attention\.self", name) for name in names):
+        return "bert"
+    raise ValueError(
+        f"the tensors have none of the known namings (nomic-bert of the hub or of transformers, BERT); "
+        f"the first ones are {sorted(names)[:3]}"
+    )
+
+
+def to_params(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract: dict) -> dict:
+    """Our tree from their tensors.
+
+    Args:
+      tensors: exactly the tensors of the keymap.
+      keymap: see ``encoder_keymap``.
+      abstract: the tree with the shapes that the configuration calls for.
+
+    Raises:
+      ValueError: a tensor of another shape, named.
+    """
+    parts: dict[tuple, dict[int, np.ndarray]] = {}
+    for name, slot in keymap.items():
+        tensor = tensors[name]
+        parts.setdefault(slot.path, {})[slot.part] = tensor.T if slot.path[-1] == "kernel" else tensor
+    names = {slot.path: name for name, slot in reversed(keymap.items())}
+
+    def leaf(key_path, expected):
+        path = tuple(str(key.key) for key in key_path)
+        value = np.concatenate([parts[path][i] for i in sorted(parts[path])], axis=-1)
+        if value.shape != expected.shape:
+            name = names[path]
+            raise ValueError(
+                f"tensor {name} has the shape {list(tensors[name].shape)}; as {'.'.join(path)} the configuration "
+                f"calls for {list(expected.shape)}, found {list(value.shape)}"
+            )
+        return value.astype(expected.dtype)
+
+    return jax.tree.map_with_path(leaf, abstract)
+
+
+def from_params(params: dict, keymap: dict[str, Slot]) -> dict[str, np.ndarray]:
+    """Their tensors from our tree, float32 and contiguous."""
+    leaves = {tuple(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    tensors = {}
+    for name, slot in keymap.items():
+        tensor = np.split(np.asarray(leaves[slot.path]), slot.parts, axis=-1)[slot.part]
+        tensors[name] = np.ascontiguousarray(tensor.T if slot.path[-1] == "kernel" else tensor)
+    return tensors

@@ -1,0 +1,220 @@
+"""The settings of a training run as frozen dataclasses, checked before anything is compiled.
+
+The config files build an ``ml_collections.ConfigDict``; it stops here. What a field means is written once, below.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from nomic_jax.model import EncoderConfig
+
+
+class ConfigurationError(ValueError):
+    """A field that does not exist or a value that cannot work; the message says what to write instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MlmData:
+    """Text for masked-LM.
+
+    Attributes:
+      mixture: a mixture .yaml, or jsonl files with a column "text" (path, folder, glob, brace range, URL).
+      tokenizer: directory or hub name; empty for that of ``init_from``.
+      cache_dir: where tokenised text is kept for later runs.
+      on_bad_row: "raise" or "skip" (skipped rows are kept in a side file and counted).
+      seq_len: tokens of a row.
+      mask_rate: share of a row's tokens to predict.
+      document_mask: keep attention and positions inside each document of a row.
+    """
+
+    mixture: str
+    tokenizer: str
+    cache_dir: str
+    seq_len: int
+    mask_rate: float
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    document_mask: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PairData:
+    """Pairs or triplets; fields that are not explained here are those of MlmData.
+
+    Attributes:
+      mixture: a mixture .yaml, or jsonl files with the columns "query" and "document" (and "negatives").
+      query_length, document_length: tokens kept of each.
+      num_negatives: negatives drawn of each row at every visit; 0 for pairs.
+      too_few_negatives: "error", or "random" to fill up with other rows' documents.
+    """
+
+    mixture: str
+    tokenizer: str
+    cache_dir: str
+    query_length: int
+    document_length: int
+    num_negatives: int
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    too_few_negatives: Literal["error", "random"] = "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      lr: the peak, reached after the warm-up.
+      clip_norm: largest global gradient norm; 0 for no clipping.
+      warmup: optimizer steps, or their share of all steps if below 1.
+      decay: "linear" to 0, "inverse_sqrt", or "cosine" to 0.
+    """
+
+    lr: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    warmup: float
+    decay: Literal["linear", "inverse_sqrt", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Attributes: every: steps between checkpoints (the last step is always saved); keep: so many latest ones."""
+
+    every: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run of one stage.
+
+    Attributes:
+      stage: "mlm", "contrastive" or "finetune".
+      init_from: a run's working directory, one of its checkpoints, or a Hugging Face directory; empty for random
+        weights. Its architecture then replaces ``model``, of which only dtype and attention still count.
+      batch_size: rows, pairs or queries of an optimizer step, over all devices.
+      accumulate: micro-batches of a step (masked-LM only: a contrastive batch cannot be cut).
+      steps: optimizer steps; -1 for ``epochs`` passes over the data; 0 writes the initial weights and stops.
+      temperature: of the contrastive softmax; not used by masked-LM.
+      chunk_size: texts that a device encodes at a time with recomputation in the backward pass, which bounds memory at
+        the price of one more forward pass; 0 for all at once.
+      log_every: steps between lines of metrics.jsonl.
+    """
+
+    stage: Literal["mlm", "contrastive", "finetune"]
+    seed: int
+    init_from: str
+    batch_size: int
+    accumulate: int
+    steps: int
+    epochs: float
+    temperature: float
+    chunk_size: int
+    log_every: int
+    model: EncoderConfig
+    data: MlmData | PairData
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """From a config file's ConfigDict, or from the config.json of a run.
+
+        Raises:
+          ConfigurationError: an unknown, missing or impossible field.
+        """
+        data_class = MlmData if values.get("stage") == "mlm" else PairData
+        return _build(cls, values, "config", {"data": data_class})
+
+    def check(self, device_count: int) -> None:
+        """Raises ConfigurationError for values that cannot work together on so many devices."""
+        divisor = device_count * self.accumulate
+        if self.batch_size < 1 or self.batch_size % divisor:
+            below = self.batch_size // divisor * divisor
+            suggestion = f"{below} or {below + divisor}" if below else f"{divisor}"
+            raise ConfigurationError(
+                f"config.batch_size {self.batch_size} cannot be dealt to {device_count} devices"
+                f"{f' x {self.accumulate} micro-batches' if self.accumulate > 1 else ''}; write {suggestion}"
+            )
+        if self.accumulate > 1 and self.stage != "mlm":
+            raise ConfigurationError(
+                "config.accumulate must be 1 here: the batch is what a query is compared with; "
+                "to save memory, write config.chunk_size instead"
+            )
+        if self.data.cache_dir == "":
+            raise ConfigurationError("config.data.cache_dir is empty; name a directory for the tokenised text")
+        for field in ("log_every",):
+            if getattr(self, field) < 1:
+                raise ConfigurationError(f"config.{field} must be at least 1")
+        if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
+            raise ConfigurationError("config.checkpoint.every and config.checkpoint.keep must be at least 1")
+        if self.stage != "mlm" and not self.temperature > 0:
+            raise ConfigurationError(f"config.temperature is {self.temperature}; it must be positive (paper: 0.02)")
+        if isinstance(self.data, MlmData) and not 0 < self.data.mask_rate < 1:
+            raise ConfigurationError(f"config.data.mask_rate is {self.data.mask_rate}; it must lie between 0 and 1")
+        if isinstance(self.data, PairData) and (self.stage == "finetune") != (self.data.num_negatives > 0):
+            raise ConfigurationError(
+                "config.data.num_negatives must be 0 in the contrastive stage and positive in the finetune stage"
+            )
+
+    def check_lengths(self, model: EncoderConfig) -> None:
+        """Raises ConfigurationError if rows are longer than the model was built for."""
+        lengths = ("seq_len",) if isinstance(self.data, MlmData) else ("query_length", "document_length")
+        for field in lengths:
+            length = getattr(self.data, field)
+            if not 3 <= length <= model.max_trained_positions:
+                raise ConfigurationError(
+                    f"config.data.{field} is {length}; the model trains on 3 to {model.max_trained_positions} tokens "
+                    f"(config.model.max_trained_positions)"
+                )
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str, known: Mapping[str, type] | None = None) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls) | dict(known or {})
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {where}.{close[0]}?" if close else f"; its fields are {', '.join(fields)}"
+            raise ConfigurationError(f"{where} has no field {name!r}{hint}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _convert(values[name], hints[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING:
+            raise ConfigurationError(f"{where}.{name} is missing")
+    try:
+        return cls(**arguments)
+    except ConfigurationError:
+        raise
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ConfigurationError(f"{where} should be a group of fields")
+        return _build(hint, dict(value.items()), where)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise ConfigurationError(f"{where} is {value!r}; write one of {', '.join(map(str, allowed))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(value, next(option for option in options if option is not type(None)), where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigurationError(f"{where} is {value!r}; it should be of type {hint.__name__}")
+    return value

@@ -1,0 +1,44 @@
+"""AdamW with the decay mask and the schedules of the recipe."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nomic_jax.train.config import OptimConfig
+
+# No decay on norms, biases and scalars; embeddings are decayed.
+DECAYED = ("kernel", "embedding")
+
+
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then the decay; counts optimizer steps, not micro-batches."""
+    warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+    warmup = min(warmup, steps)
+    rest = max(steps - warmup, 1)
+    if config.decay == "linear":
+        decay = optax.linear_schedule(config.lr, 0.0, rest)
+    elif config.decay == "cosine":
+        decay = optax.cosine_decay_schedule(config.lr, rest)
+    else:
+        start = max(warmup, 1)
+
+        def decay(step):
+            # join_schedules evaluates every part at every step, this one at negative steps too.
+            return config.lr * (start / (start + jnp.maximum(step, 0))) ** 0.5
+
+    # The first step already moves: with a warm-up from exactly 0 its gradient would be thrown away.
+    return optax.join_schedules([lambda step: config.lr * (step + 1) / max(warmup, 1), decay], [warmup])
+
+
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def decay_mask(params: dict) -> dict:
+    """True for every leaf that weight decay acts on."""
+    return jax.tree.map_with_path(lambda path, _: str(path[-1].key) in DECAYED, params)
