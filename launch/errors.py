@@ -9,7 +9,7 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in t
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """``app.run`` in which ValueError and OSError become one line. Other exceptions are defects and keep their traceback."""
+    """``app.run`` in which ValueError and OSError become one line; others are defects and keep their traceback."""
 
     def guarded(argv: list[str]) -> None:
         # Orbax tells of every file it renames at the level INFO.

@@ -73,7 +73,7 @@ def make_train_step(stage: Stage, optimizer: optax.GradientTransformation, mesh:
         gradient = jax.tree.map(lambda x: x / sums.weight, gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": sums.loss / sums.weight, "grad_norm": optax.global_norm(gradient)}
+        metrics = {"loss": sums.loss / sums.weight, "grad_norm": optax.tree.norm(gradient)}
         metrics |= {name: value / sums.weight for name, value in sums.metrics.items()}
         return TrainState(state.step + 1, params, opt_state), metrics
 

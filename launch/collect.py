@@ -1,0 +1,367 @@
+"""Collects real text and pairs from what pip has installed, to try every stage without downloading a data set.
+
+    python -m launch.collect --output=DIR
+
+    DIR/pairs/code.jsonl     docstring -> function, of the packages in site-packages
+    DIR/pairs/icd10.jsonl    inclusion term -> title of a diagnosis (ICD-10-CM), with its chapter as label
+    DIR/mlm/text.jsonl       docstrings, documentation and diagnoses, as running text
+    DIR/pairs.yaml mlm.yaml  mixtures of the above, for training
+    DIR/held_out/<source>/   retrieval tasks whose queries and documents are in none of the above
+    DIR/summary.json         counts and settings; written last, so that its presence means that all is there
+
+The result depends on the settings and on what is installed, not on where.
+"""
+
+import ast
+import hashlib
+import itertools
+import json
+import re
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import yaml
+from absl import flags
+from tqdm import tqdm
+
+from launch.errors import run
+from nomic_jax.data.sources import atomic_file, write_json, write_rows
+
+FLAGS = flags.FLAGS
+
+# This project, the installer, and what comes with either.
+EXCLUDED_PACKAGES = {"nomic_jax", "launch", "configs", "convert", "pip", "setuptools", "pkg_resources", "wheel"}
+# Tests, and copies of other packages.
+EXCLUDED_FOLDERS = {"test", "tests", "testing", "vendor", "_vendor", "vendored", "_vendored", "externals"}
+SUFFIXES = (".py", ".md", ".rst")
+PACKAGE_SHARE = 0.25  # of the code pairs, at most, from one top-level package
+QUERY_WORDS = range(4, 61)
+DOCUMENT_CHARACTERS = range(60, 3001)
+DOCSTRING_CHARACTERS = 100  # shorter ones are no running text
+TEXT_CHARACTERS = 2000
+MLM_BYTES = 6_000_000
+POOL = 1000  # documents that a held-out query is searched among, at least
+
+# Source -> the prefixes of queries and of documents.
+PREFIXES = {"code": ("search_query", "search_document"), "icd10": ("classification", "classification")}
+# Rows that share this column stay on one side of the split, near-identical neighbours with them.
+GROUP = {"code": "path", "icd10": "document"}
+
+
+class Diagnosis(NamedTuple):
+    title: str
+    terms: list[str]  # its inclusion terms: paraphrases of the title, or diagnoses it covers
+    chapter: str
+
+
+def collect(
+    output: str | Path,
+    *,
+    code_pairs: int = 8000,
+    held_out: int = 1000,
+    seed: int = 0,
+    pool: int = POOL,
+    site_packages: str | Path | None = None,
+) -> dict:
+    """Writes the files above and returns the summary; does nothing if they are there with the same settings.
+
+    Args:
+      code_pairs: training pairs wanted of code; the pairs of icd10 are all taken.
+      held_out: queries of each held-out task.
+      pool: documents of each held-out task, at least.
+      site_packages: where packages are; by default those of this interpreter.
+
+    Raises:
+      ValueError: ``output`` holds the result of other settings, or there is too little to hold out.
+      ModuleNotFoundError: simple_icd_10_cm is not installed.
+    """
+    output = Path(output)
+    settings = {"code_pairs": code_pairs, "held_out": held_out, "seed": seed, "pool": pool}
+    if (output / "summary.json").exists():
+        summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+        if summary["settings"] != settings:
+            raise ValueError(
+                f"{output} was collected with {summary['settings']}, this is {settings}; use another folder"
+            )
+        return summary
+
+    site_packages = Path(site_packages or sysconfig.get_paths()["purelib"])
+    diagnoses = read_icd10(seed)
+    files = installed_files(site_packages, seed)
+    code, docstrings, code_found = read_code(site_packages, files, code_pairs + max(held_out, pool))
+    term_rows = [
+        {"query": term, "document": title, "label": chapter}
+        for title, terms, chapter in diagnoses
+        for term in terms
+        if term != title
+    ]
+    icd10 = list({(row["query"], row["document"]): row for row in term_rows}.values())
+
+    counts = {}
+    held_texts: set[str] = set()
+    held_groups: set[str] = set()
+    for name, rows, rows_found in (("code", code, code_found), ("icd10", icd10, len(term_rows))):
+        training, held = split(rows, held_out, pool, name)
+        held_texts |= texts_of(held)
+        held_groups |= {row[GROUP[name]] for row in held}
+        queries, documents = write_task(output / "held_out" / name, held, held_out, *PREFIXES[name])
+        write_rows(output / "pairs" / f"{name}.jsonl", training)
+        counts[name] = {
+            "rows_found": rows_found,
+            "duplicates_dropped": rows_found - len(rows),
+            "training_rows": len(training),
+            "held_out_queries": queries,
+            "held_out_documents": documents,
+            "dropped_as_equal_to_held_out": len(rows) - len(held) - len(training),
+        }
+
+    texts = [
+        *(text for path, text in docstrings if path not in held_groups),
+        *("\n".join([title, *terms]) for title, terms, _ in diagnoses if title not in held_groups),
+        *read_documentation(site_packages, files),
+    ]
+    text_rows = [{"text": text} for text in running_text(texts, held_texts, seed)]
+    write_rows(output / "mlm" / "text.jsonl", text_rows)
+    text_bytes = sum(len(row["text"].encode()) for row in text_rows)
+    write_mixtures(output)
+    summary = {"settings": settings, "pairs": counts, "mlm": {"rows": len(text_rows), "bytes": text_bytes}}
+    write_json(output / "summary.json", summary)
+    return summary
+
+
+def read_icd10(seed: int) -> list[Diagnosis]:
+    """The diagnoses of ICD-10-CM that have inclusion terms, those of one title together, titles in a drawn order."""
+    try:
+        import simple_icd_10_cm as icd
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "collecting diagnoses needs the package simple-icd-10-cm: pip install nomic_jax[quickstart]"
+        ) from error
+    diagnoses = [
+        Diagnosis(clean(icd.get_description(code)), [clean(term) for term in terms], icd.get_ancestors(code)[-1])
+        for code in icd.get_all_codes(False)
+        if (terms := icd.get_inclusion_term(code))
+    ]
+    return sorted(diagnoses, key=lambda diagnosis: drawn(seed, diagnosis.title))
+
+
+def installed_files(site_packages: Path, seed: int) -> list[str]:
+    """Sources and documentation below ``site_packages``, as relative paths, in a drawn order."""
+    paths = (
+        path.relative_to(site_packages)
+        for path in site_packages.rglob("*")
+        if path.suffix in SUFFIXES or path.name == "METADATA"
+    )
+    return sorted(
+        (
+            path.as_posix()
+            for path in paths
+            # "pip" and "pip-25.0.dist-info" are of one package; "__editable__..." points out of site-packages.
+            if path.parts[0].split("-")[0] not in EXCLUDED_PACKAGES
+            and not path.parts[0].startswith("__editable__")
+            and EXCLUDED_FOLDERS.isdisjoint(path.parts)
+        ),
+        key=lambda path: drawn(seed, path),
+    )
+
+
+def read_code(
+    site_packages: Path, files: list[str], wanted: int
+) -> tuple[list[dict[str, str]], list[tuple[str, str]], int]:
+    """Reads source files in order until there are ``wanted`` pairs.
+
+    Returns:
+      pairs {query, document, path}, each query and each document once; (path, docstring) of every function read;
+      and the number of pairs found, with duplicates.
+    """
+    pairs, docstrings, found = [], [], 0
+    seen: set[str] = set()
+    per_package: Counter[str] = Counter()
+    bar = tqdm(desc="reading functions", unit=" pairs", total=wanted)
+    for path in files:
+        package, name = path.split("/")[0], PurePosixPath(path).stem
+        if not path.endswith(".py") or name.startswith("test_") or name.endswith("_test") or name == "conftest":
+            continue
+        if per_package[package] >= PACKAGE_SHARE * wanted:
+            continue
+        for docstring, document in read_functions(site_packages / path):
+            if len(docstring) >= DOCSTRING_CHARACTERS:
+                docstrings.append((path, docstring))
+            query = one_line(paragraphs(docstring)[0])
+            if len(query.split()) not in QUERY_WORDS or not query.isascii() or len(document) not in DOCUMENT_CHARACTERS:
+                continue
+            found += 1
+            if query not in seen and document not in seen:
+                seen |= {query, document}
+                pairs.append({"query": query, "document": document, "path": path})
+                per_package[package] += 1
+                bar.update()
+        if len(pairs) >= wanted:
+            break
+    bar.close()
+    return pairs, docstrings, found
+
+
+def read_functions(file: Path) -> Iterator[tuple[str, str]]:
+    """(docstring, source without it) of the functions and methods that have a docstring; of broken files, nothing."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # other people's invalid escapes
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    for function in _functions(tree.body):
+        docstring = clean(ast.get_docstring(function) or "")
+        if docstring:
+            function.body = function.body[1:]
+            try:
+                # A body of nothing but the docstring leaves no document.
+                yield docstring, clean(ast.unparse(function)) if function.body else ""
+            except RecursionError:  # generated expressions, nested a thousand deep
+                continue
+
+
+def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef | ast.If | ast.Try):
+            yield from _functions(node.body)
+
+
+def read_documentation(site_packages: Path, files: list[str]) -> Iterator[str]:
+    """Packages' descriptions and their .md and .rst files, but no licences."""
+    for path in files:
+        if path.endswith(".py") or "licen" in path.lower():
+            continue
+        text = clean((site_packages / path).read_text(encoding="utf-8", errors="ignore"))
+        # METADATA is a header of fields, an empty line, and the description.
+        yield text.partition("\n\n")[2] if path.endswith("METADATA") else text
+
+
+def split(
+    rows: list[dict[str, str]], held_out: int, pool: int, name: str
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(training rows, held-out rows): whole groups from the front are held out until there is enough.
+
+    Raises:
+      ValueError: nothing is left to train on.
+    """
+    held: list[dict[str, str]] = []
+    for _, group in itertools.groupby(rows, key=lambda row: row[GROUP[name]]):
+        if len({row["query"] for row in held}) >= held_out and len({row["document"] for row in held}) >= pool:
+            break
+        held += group
+    groups, texts = {row[GROUP[name]] for row in held}, texts_of(held)
+    training = [row for row in rows if row[GROUP[name]] not in groups and texts.isdisjoint(texts_of([row]))]
+    if not training:
+        raise ValueError(
+            f"{name}: the {len(rows)} pairs found do not exceed what is held out "
+            f"({held_out} queries, {pool} documents); install more packages into this environment, or lower --held_out"
+        )
+    return training, held
+
+
+def write_task(
+    folder: Path, rows: list[dict[str, str]], queries: int, query_prompt: str, document_prompt: str
+) -> tuple[int, int]:
+    """Writes a retrieval task of ``queries`` of the rows' queries and all their documents; returns both numbers."""
+    document_ids = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(row["document"] for row in rows))}
+    relevant: dict[str, set[str]] = {}
+    for row in rows:
+        relevant.setdefault(row["query"], set()).add(document_ids[row["document"]])
+    # Drawn once more, so that they come from many groups where the documents' number decided how many were held out.
+    query_ids = {text: f"q{i}" for i, text in enumerate(sorted(relevant, key=lambda text: drawn(0, text))[:queries])}
+    qrels = [
+        {"query_id": query_id, "document_id": document_id, "score": 1}
+        for text, query_id in query_ids.items()
+        for document_id in sorted(relevant[text])
+    ]
+    write_rows(folder / "queries.jsonl", ({"_id": i, "text": text} for text, i in query_ids.items()))
+    write_rows(folder / "corpus.jsonl", ({"_id": i, "text": text} for text, i in document_ids.items()))
+    write_rows(folder / "qrels.jsonl", qrels)
+    write_json(folder / "task.json", {"query_prompt": query_prompt, "document_prompt": document_prompt})
+    return len(query_ids), len(document_ids)
+
+
+def running_text(texts: Iterable[str], held_texts: set[str], seed: int) -> list[str]:
+    """Pieces of the texts, each once, in a drawn order, up to MLM_BYTES; no line or paragraph is a held-out text."""
+    held = {one_line(text) for text in held_texts}
+    kept, size = [], 0
+    for piece in sorted({piece for text in texts for piece in pieces(text)}, key=lambda piece: drawn(seed, piece)):
+        if held.isdisjoint(map(one_line, [*paragraphs(piece), *piece.split("\n")])):
+            kept.append(piece)
+            size += len(piece.encode())
+        if size >= MLM_BYTES:
+            break
+    return kept
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cuts a text at empty lines, so that a piece has at most TEXT_CHARACTERS unless one paragraph has more."""
+    piece = ""
+    for paragraph in paragraphs(text):
+        if piece and len(piece) + len(paragraph) + 2 > TEXT_CHARACTERS:
+            yield piece
+            piece = ""
+        piece = f"{piece}\n\n{paragraph}" if piece else paragraph
+    if piece:
+        yield piece
+
+
+def write_mixtures(output: Path) -> None:
+    pairs = [
+        {
+            "name": name,
+            "bucket": f"pairs/{name}.jsonl",
+            "objective": {"type": "paired", "columns": ["query", "document"]},
+            "query_prefix": query_prefix,
+            "document_prefix": document_prefix,
+        }
+        for name, (query_prefix, document_prefix) in PREFIXES.items()
+    ]
+    text = [{"name": "text", "bucket": "mlm/text.jsonl", "objective": {"type": "self", "columns": ["text"]}}]
+    for name, datasets in (("pairs", pairs), ("mlm", text)):
+        with atomic_file(output / f"{name}.yaml") as part:
+            part.write_text(yaml.safe_dump({"datasets": datasets}, sort_keys=False), encoding="utf-8")
+
+
+def clean(text: str) -> str:
+    """Without control characters, and without halves of surrogate pairs, which UTF-8 cannot hold."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text).strip()
+
+
+def paragraphs(text: str) -> list[str]:
+    return [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def texts_of(rows: list[dict[str, str]]) -> set[str]:
+    return {row[side] for row in rows for side in ("query", "document")}
+
+
+def drawn(seed: int, text: str) -> bytes:
+    """A sort key that looks random but depends on seed and text alone."""
+    return hashlib.sha256(f"{seed} {text}".encode()).digest()
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    summary = collect(FLAGS.output, code_pairs=FLAGS.code_pairs, held_out=FLAGS.held_out, seed=FLAGS.seed)
+    for name, counts in (summary["pairs"] | {"mlm": summary["mlm"]}).items():
+        print(f"{name:6} " + " · ".join(f"{value} {key.replace('_', ' ')}" for key, value in counts.items()))
+
+
+if __name__ == "__main__":
+    # Flags belong to the command, not to the module: imported together, two commands may use one name.
+    flags.DEFINE_string("output", None, "Folder for the result.", required=True)
+    flags.DEFINE_integer("code_pairs", 8000, "Training pairs of code, about.", lower_bound=1)
+    flags.DEFINE_integer("held_out", 1000, "Queries of each held-out task.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Draws another sample, and another split.")
+    run(main)

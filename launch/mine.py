@@ -1,0 +1,66 @@
+"""Hard negatives: gives each pair the documents that a teacher finds near its query though they do not belong to it.
+
+    python -m launch.mine --input=pairs.jsonl --output=mined --model=thenlper/gte-base
+    python -m launch.mine --input=labelled.jsonl --output=random --random
+
+writes triplets.jsonl (the rows with `negatives` added), summary.json and report.md. Embeddings stay in --output,
+so other options on the same pairs take no new ones.
+"""
+
+from absl import flags
+
+from launch import teacher
+from launch.errors import run
+from nomic_jax.curate.negatives import MiningOptions, mine_negatives
+from nomic_jax.data.sources import expand_files
+
+flags.adopt_module_key_flags(teacher)  # --help shows them too
+_K = flags.DEFINE_integer("k", 20, "Candidates a query: its k nearest documents, before its positives are taken out.")
+_CORPUS = flags.DEFINE_string("corpus", None, "Files of more documents to find negatives in, as for --input.")
+_CORPUS_COLUMN = flags.DEFINE_string("corpus_column", None, "Column of --corpus with the text. [--document_column]")
+_MARGIN = flags.DEFINE_float(
+    "margin", 0.95, "Keep candidates that score less than this share of the positive's score; 0 keeps all."
+)
+_RANGE_MIN = flags.DEFINE_integer("range_min", 0, "First rank to keep, counted from 0 without positives.")
+_RANGE_MAX = flags.DEFINE_integer("range_max", None, "Rank to stop before. [--k]")
+_NUM_NEGATIVES = flags.DEFINE_integer("num_negatives", 7, "Negatives that training needs of each row.")
+_TOO_FEW = flags.DEFINE_enum(
+    "too_few", "drop", ["drop", "random", "error"], "What becomes of a row with fewer: left out, filled up, or refused."
+)
+_RANDOM = flags.DEFINE_bool(
+    "random", False, "--k random documents as negatives instead of mined ones; takes no --model."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of random negatives.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    options = MiningOptions(
+        k=_K.value,
+        margin=_MARGIN.value,
+        range_min=_RANGE_MIN.value,
+        range_max=_RANGE_MAX.value,
+        num_negatives=_NUM_NEGATIVES.value,
+        too_few=_TOO_FEW.value,
+        seed=_SEED.value,
+    )
+    expand_files(teacher.INPUT.value)  # a mistyped path is reported before the model is loaded
+    summary = mine_negatives(
+        teacher.INPUT.value,
+        teacher.OUTPUT.value,
+        None if _RANDOM.value else teacher.load_teacher(),
+        options,
+        query_column=teacher.QUERY_COLUMN.value,
+        document_column=teacher.DOCUMENT_COLUMN.value,
+        corpus=_CORPUS.value,
+        corpus_column=_CORPUS_COLUMN.value or teacher.DOCUMENT_COLUMN.value,
+        on_bad_row=teacher.ON_BAD_ROW.value,
+    )
+    print(
+        f"wrote {summary['written']:,} of {summary['rows']:,} rows, dropped {summary['dropped_too_few']:,} with "
+        f"too few negatives, rejected {summary['rejected']:,}; see {teacher.OUTPUT.value}/report.md"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,228 @@
+"""The consistency filter and the search below it, against brute force in float64."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nomic_jax.curate import blocks
+from nomic_jax.curate.blocks import Encoder
+from nomic_jax.curate.consistency import filter_pairs
+from nomic_jax.curate.index import own_ranks, top_k
+from nomic_jax.data.sources import write_rows
+
+
+class Killed(Exception):
+    pass
+
+
+class FakeTeacher:
+    """Texts "name|x,y,z" become the vector (x, y, z), scaled; counts what it embeds, and may die on the way."""
+
+    def __init__(self, die_after_calls: int | None = None):
+        self.texts: list[str] = []
+        self.calls = 0
+        self.die_after_calls = die_after_calls
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        if self.calls == self.die_after_calls:
+            raise Killed
+        self.calls += 1
+        self.texts += texts
+        x = np.array([[float(v) for v in text.split("|")[1].split(",")] for text in texts], np.float32)
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def encoder(self, **identity) -> Encoder:
+        return Encoder(query=self, document=self, identity={"model": "fake", **identity})
+
+
+def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    x = rng.normal(size=shape).astype(np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def text(name: str, vector: np.ndarray) -> str:
+    return f"{name}|{','.join(str(v) for v in vector)}"
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """90 rows whose documents lie near their queries, every fifth one equal to the document four rows before."""
+    rng = np.random.default_rng(0)
+    queries = unit(rng, 90, 4)
+    documents = queries + 0.7 * unit(rng, 90, 4)
+    documents[5::5] = documents[1:86:5]
+    texts = [text("d", vector) for vector in documents]
+    # Equal up to whitespace.
+    texts[10] += " \n"
+    rows = [{"id": i, "q": text("q", queries[i]), "d": texts[i]} for i in range(90)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    return str(tmp_path / "pairs.jsonl"), rows
+
+
+COLUMNS = {"query_column": "q", "document_column": "d", "progress": False}
+OUTPUTS = ("kept.jsonl", "scores.jsonl", "summary.json", "report.md")
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def brute_force(rows: list[dict], block_size: int) -> list[int]:
+    ranks = []
+    for start in range(0, len(rows), block_size):
+        block = rows[start : start + block_size]
+        teacher = FakeTeacher()
+        distinct = {row["d"].strip(): vector for row, vector in zip(block, teacher([row["d"] for row in block]))}
+        for row, query in zip(block, teacher([row["q"] for row in block])):
+            score = {name: float(query.astype(np.float64) @ vector) for name, vector in distinct.items()}
+            own = score[row["d"].strip()]
+            ranks.append(1 + sum(s > own + 1e-6 for s in score.values()))
+    return ranks
+
+
+@pytest.mark.parametrize(("documents", "k"), [(700, 10), (7, 10), (40, 1)])
+def test_top_k_is_brute_force_by_score_then_number(documents, k):
+    rng = np.random.default_rng(1)
+    # A few distinct vectors, each many times over: every cut goes through a tie.
+    document_DE = unit(rng, 12, 24)[rng.integers(0, 12, documents)]
+    query_QE = unit(rng, 50, 24)
+    ids, scores = top_k(query_QE, document_DE, k)
+    exact = (query_QE[:, None].astype(np.float64) * document_DE).sum(-1).astype(np.float32)
+    expected = np.lexsort((np.broadcast_to(np.arange(documents), exact.shape), -exact), axis=1)[:, :k]
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(exact, expected, 1))
+
+
+def test_top_k_does_not_depend_on_the_batch():
+    rng = np.random.default_rng(2)
+    query_QE, document_DE = unit(rng, 1500, 16), unit(rng, 300, 16)
+    ids, scores = top_k(query_QE, document_DE, 5)
+    alone_ids, alone_scores = top_k(query_QE[1300:1301], document_DE, 5)
+    np.testing.assert_array_equal(ids[1300:1301], alone_ids)
+    np.testing.assert_array_equal(scores[1300:1301], alone_scores)
+
+
+def test_a_document_of_equal_score_does_not_push_out():
+    rng = np.random.default_rng(3)
+    query_QE = unit(rng, 1, 768).repeat(3000, 0)
+    document_DE = query_QE.copy()
+    ranks, scores = own_ranks(query_QE, document_DE, np.arange(3000))
+    assert set(ranks.tolist()) == {1}
+    np.testing.assert_allclose(scores, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [1000, 40])
+def test_ranks_and_kept_rows_are_brute_force(pairs, tmp_path, block_size):
+    files, rows = pairs
+    summary = filter_pairs(files, tmp_path / "out", FakeTeacher().encoder(), k=2, block_size=block_size, **COLUMNS)
+    expected = brute_force(rows, block_size)
+    scores = read(tmp_path / "out" / "scores.jsonl")
+    assert [line["rank"] for line in scores] == expected
+    assert [line["row"] for line in scores] == list(range(90))
+    kept = [row for row, rank in zip(rows, expected) if rank <= 2]
+    assert read(tmp_path / "out" / "kept.jsonl") == kept
+    assert 10 < len(kept) < 80
+    assert (summary["rows"], summary["kept"]) == (90, len(kept))
+    assert sum(band["rows"] for band in summary["ranks"]) == 90
+    assert summary["ranks"][1] == {"ranks": "2", "rows": expected.count(2), "share": round(expected.count(2) / 90, 4)}
+
+
+def test_equal_documents_share_a_rank(tmp_path):
+    rows = [{"q": "q|1,0.1", "d": name} for name in ("d|1,0", "d|1,0 ", " d|1,0", "d|1,1")]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    filter_pairs(str(tmp_path / "pairs.jsonl"), tmp_path / "out", FakeTeacher().encoder(), k=2, **COLUMNS)
+    assert [line["rank"] for line in read(tmp_path / "out" / "scores.jsonl")] == [1, 1, 1, 2]
+    assert read(tmp_path / "out" / "kept.jsonl") == rows
+
+
+def test_a_killed_run_continues_and_ends_in_the_same_bytes(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "TEXTS_PER_FILE", 15)
+    files, _ = pairs
+    whole = FakeTeacher()
+    filter_pairs(files, tmp_path / "whole", whole.encoder(), block_size=40, **COLUMNS)
+    for calls in range(whole.calls):
+        output = tmp_path / f"killed{calls}"
+        killed = FakeTeacher(die_after_calls=calls)
+        with pytest.raises(Killed):
+            filter_pairs(files, output, killed.encoder(), block_size=40, **COLUMNS)
+        assert not any((output / name).exists() for name in OUTPUTS)
+        restarted = FakeTeacher()
+        filter_pairs(files, output, restarted.encoder(), block_size=40, **COLUMNS)
+        assert killed.texts + restarted.texts == whole.texts
+        for name in OUTPUTS:
+            assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # Embeddings go as soon as the ranks are there.
+    files_left = {file.name for file in (tmp_path / "whole" / "work").iterdir()}
+    assert files_left == {"settings.json", "00000.scores.npy", "00001.scores.npy", "00002.scores.npy"}
+
+
+def test_another_k_embeds_nothing(pairs, tmp_path):
+    files, _ = pairs
+    filter_pairs(files, tmp_path / "two", FakeTeacher().encoder(), k=2, **COLUMNS)
+    filter_pairs(files, tmp_path / "one", FakeTeacher().encoder(), k=1, **COLUMNS)
+    again = FakeTeacher()
+    filter_pairs(files, tmp_path / "two", again.encoder(), k=1, **COLUMNS)
+    assert again.calls == 0
+    for name in OUTPUTS:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_restart_under_other_settings_is_refused(pairs, tmp_path):
+    files, rows = pairs
+    output = tmp_path / "out"
+    filter_pairs(files, output, FakeTeacher().encoder(), **COLUMNS)
+    before = (output / "kept.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"prompt was absent, is 'x'.*Give another --output"):
+        filter_pairs(files, output, FakeTeacher().encoder(prompt="x"), **COLUMNS)
+    with pytest.raises(ValueError, match="block_size was 1000000, is 10"):
+        filter_pairs(files, output, FakeTeacher().encoder(), block_size=10, **COLUMNS)
+    with pytest.raises(ValueError, match="document_column was 'd', is 'q'; query_column was 'q', is 'd'"):
+        filter_pairs(files, output, FakeTeacher().encoder(), query_column="d", document_column="q", progress=False)
+    write_rows(files, rows[1:])
+    with pytest.raises(ValueError, match=r"input .*pairs\.jsonl was '\w{64}', is '\w{64}'"):
+        filter_pairs(files, output, FakeTeacher().encoder(), **COLUMNS)
+    assert (output / "kept.jsonl").read_bytes() == before
+
+
+def test_a_run_that_finished_nothing_binds_nobody(pairs, tmp_path):
+    files, _ = pairs
+    with pytest.raises(ValueError, match="no column 'query'"):
+        filter_pairs(files, tmp_path / "out", FakeTeacher().encoder(), document_column="d", progress=False)
+    filter_pairs(files, tmp_path / "out", FakeTeacher().encoder(), **COLUMNS)
+
+
+def test_bad_rows_are_skipped_and_counted_after_a_stop(pairs, tmp_path):
+    files, _ = pairs
+    with open(files, "a") as f:
+        f.write('{"q": "q|1,1,1,1"}\n')
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:91: no column 'd'"):
+        filter_pairs(files, output, FakeTeacher().encoder(), block_size=40, **COLUMNS)
+    rest = FakeTeacher()
+    summary = filter_pairs(files, output, rest.encoder(), block_size=40, on_bad_row="skip", **COLUMNS)
+    assert len(rest.texts) < 2 * 10 + 1
+    assert (summary["rows"], summary["rejected"]) == (90, 1)
+    assert len(read(output / "rejected.jsonl")) == 1
+
+
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "length nan"), (0.0, r"length 0\.0"), (2.0, r"length 2\.0")])
+def test_vectors_that_are_not_of_length_one_are_refused(pairs, tmp_path, value, message):
+    files, _ = pairs
+
+    def encode(texts):
+        return np.concatenate([np.full((len(texts), 1), value), np.zeros((len(texts), 3))], axis=1)
+
+    encoder = Encoder(query=encode, document=encode, identity={})
+    with pytest.raises(ValueError, match=message):
+        filter_pairs(files, tmp_path / "out", encoder, **COLUMNS)
+
+
+def test_the_report_shows_counts_and_rows(pairs, tmp_path):
+    files, _ = pairs
+    filter_pairs(files, tmp_path / "out", FakeTeacher().encoder(), **COLUMNS)
+    report = (tmp_path / "out" / "report.md").read_text()
+    kept, dropped = report.split("## Kept")[1].split("## Dropped")
+    for part in (kept, dropped):
+        assert part.count("\n| ") == 12
+    assert "of 90 pairs" in report

@@ -1,0 +1,176 @@
+"""Retrieval: metrics against pytrec_eval, exact search against a full sort, task folders, and the command on top."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.evaluate import evaluate, table
+from nomic_jax.data.sources import BadRow, write_rows
+from nomic_jax.evals import bm25, retrieval
+from nomic_jax.evals.retrieval import RetrievalTask, TaskError, search, task_sha256, top_k
+
+
+def write_task(folder: Path, queries: dict, corpus: dict, qrels: dict[tuple[str, str], int]) -> Path:
+    write_rows(folder / "queries.jsonl", ({"_id": i, "text": text} for i, text in queries.items()))
+    write_rows(folder / "corpus.jsonl", ({"_id": i, "text": text} for i, text in corpus.items()))
+    rows = ({"query_id": q, "document_id": d, "score": score} for (q, d), score in qrels.items())
+    write_rows(folder / "qrels.jsonl", rows)
+    return folder
+
+
+ANIMALS = {"d1": "the cat sleeps on a warm stove", "d2": "a dog barks at night", "d3": "horses graze in the meadow"}
+
+
+def animals(folder: Path) -> Path:
+    return write_task(
+        folder, {"q1": "sleeping cat", "q2": "barks", "q3": "of the"}, ANIMALS, {("q1", "d1"): 1, ("q2", "d2"): 2}
+    )
+
+
+def test_metrics_are_those_of_trec_eval(tmp_path):
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    rng = np.random.default_rng(0)
+    queries = [f"q{i}" for i in range(40)]
+    documents = [f"d{i}" for i in rng.permutation(150)]
+    qrels = {(q, str(d)): int(rng.integers(-1, 4)) for q in queries for d in rng.choice(documents, 25, replace=False)}
+    # Not relevant to anything: left out of the means.
+    qrels |= {("q7", d): 0 for d in documents}
+    # Small whole numbers: many documents of equal score.
+    vectors = {text: rng.integers(-1, 2, 4) for text in queries + documents}
+    folder = write_task(tmp_path / "random", {q: q for q in queries}, {d: d for d in documents}, qrels)
+
+    got = dict(RetrievalTask.read(folder).run(lambda texts, prompt: np.array([vectors[text] for text in texts])))
+
+    judged: dict[str, dict[str, int]] = {}
+    for (q, d), score in qrels.items():
+        judged.setdefault(q, {})[d] = score
+    judged = {q: scores for q, scores in judged.items() if max(scores.values()) > 0}
+    run = {q: {d: float(vectors[q] @ vectors[d]) for d in documents} for q in judged}
+    measures = {"ndcg_cut.10", "recall.1,10,100", "recip_rank"}
+    want = list(pytrec_eval.RelevanceEvaluator(judged, measures).evaluate(run).values())
+    assert len(want) == 39
+    for name, key in (("ndcg@10", "ndcg_cut_10"), ("recall@1", "recall_1"), ("recall@100", "recall_100")):
+        assert got[name] == pytest.approx(np.mean([w[key] for w in want]), abs=1e-9)
+    assert got["recall@10"] == pytest.approx(np.mean([w["recall_10"] for w in want]), abs=1e-9)
+    reciprocal = [w["recip_rank"] if w["recip_rank"] >= 0.1 else 0 for w in want]
+    assert got["mrr@10"] == pytest.approx(np.mean(reciprocal), abs=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 7, 60, 100])
+def test_top_k_of_blocks_is_a_stable_sort(k):
+    score_QN = np.random.default_rng(1).integers(-3, 4, (5, 60)).astype(np.float32) / 3
+    score_QN[:, ::7] = -0.0
+    want = np.argsort(-(score_QN + 0.0), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(top_k(np.split(score_QN, [13, 14, 40], axis=1), k), want)
+
+
+def test_search_in_blocks_is_search(monkeypatch):
+    rng = np.random.default_rng(2)
+    query_QE, document_NE = rng.normal(size=(11, 8)), rng.normal(size=(50, 8))
+    monkeypatch.setattr(retrieval, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(retrieval, "DOCUMENT_BLOCK", 9)
+    want = np.argsort(-(query_QE @ document_NE.T), axis=1)[:, :12]
+    np.testing.assert_array_equal(search(query_QE, document_NE, 12), want)
+
+
+def test_prompts_and_titles_reach_the_encoder(tmp_path):
+    folder = animals(tmp_path / "animals")
+    write_rows(folder / "corpus.jsonl", [{"_id": "d1", "title": "Cats", "text": "sleep"}, {"_id": "d2", "text": ""}])
+    (folder / "task.json").write_text('{"query_prompt": "classification"}')
+    seen = {}
+
+    def embed(texts, prompt):
+        seen[prompt] = sorted(texts)
+        return np.ones((len(texts), 2))
+
+    dict(RetrievalTask.read(folder).run(embed))
+    # q3 has no relevant document and costs nothing.
+    assert seen == {"classification": ["barks", "sleeping cat"], "search_document": ["", "Cats sleep"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error", "message"),
+    [
+        ("qrels.jsonl", None, TaskError, "has no qrels.jsonl"),
+        ("qrels.jsonl", '{"query_id": "q9", "document_id": "d1", "score": 1}', TaskError, "queries.jsonl has no such"),
+        ("qrels.jsonl", '{"query_id": "q1", "document_id": "d9", "score": 1}', TaskError, "corpus.jsonl has no such"),
+        ("qrels.jsonl", '{"query_id": "q1", "document_id": "d1", "score": 0}', TaskError, "no query has a relevant"),
+        ("qrels.jsonl", '{"query_id": "q1", "document_id": "d1"}', TaskError, "score is None"),
+        ("corpus.jsonl", '{"_id": "d1"}', TaskError, "'d1' needs a text"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}', TaskError, "given twice"),
+        ("corpus.jsonl", '{"_id": "d1", "text"', BadRow, "corpus.jsonl:1: broken JSON"),
+        ("task.json", '{"prompt": "x"}', TaskError, "unknown field 'prompt'"),
+    ],
+)
+def test_a_broken_task_says_what_is_wrong(tmp_path, file, content, error, message):
+    folder = animals(tmp_path / "animals")
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(error, match=message):
+        RetrievalTask.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"), [(np.ones((1, 2)), "gave shape"), (np.full((2, 2), np.nan), "NaN or infinity")]
+)
+def test_bad_embeddings_are_refused(tmp_path, vectors, message):
+    with pytest.raises(ValueError, match=message):
+        RetrievalTask.read(animals(tmp_path / "animals")).run(lambda texts, prompt: vectors)
+
+
+def test_bm25_finds_words(tmp_path):
+    pytest.importorskip("bm25s")
+    folder = write_task(
+        tmp_path / "animals",
+        {"found": "CAT stove", "stop words only": "of the", "unknown words": "zebra"},
+        ANIMALS,
+        {("found", "d1"): 1, ("stop words only", "d1"): 1, ("unknown words", "d1"): 1},
+    )
+    # A query without a match ranks by descending id, which puts d1 third.
+    assert dict(bm25.run(RetrievalTask.read(folder)))["mrr@10"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
+
+
+def test_evaluate_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    pytest.importorskip("bm25s")
+    first, second = animals(tmp_path / "tasks" / "first"), animals(tmp_path / "tasks" / "second")
+    (second / "qrels.jsonl").rename(tmp_path / "away")
+    report = evaluate("bm25", [str(tmp_path / "tasks")], tmp_path / "out")
+    assert report["tasks"]["first"]["ndcg@10"] == report["average"]["ndcg@10"] == 1.0
+    assert report["tasks"]["first"]["queries"] == 2 and report["tasks"]["first"]["documents"] == 3
+    assert "has no qrels.jsonl" in report["failed"]["second"] and "FAILED" in table(report)
+
+    (tmp_path / "away").rename(second / "qrels.jsonl")
+    computed = []
+    half = dict.fromkeys(report["average"], 0.5)
+    monkeypatch.setattr(bm25, "run", lambda task: computed.append(task.name) or half.items())
+    report = evaluate("bm25", [str(first), str(second)], tmp_path / "out")
+    assert computed == ["second"] and not report["failed"]
+    assert report == json.loads((tmp_path / "out" / "bm25.json").read_text())
+    assert report["average"]["ndcg@10"] == 0.75
+
+
+def test_evaluate_refuses_to_mix_figures(tmp_path):
+    pytest.importorskip("bm25s")
+    folder = animals(tmp_path / "animals")
+    evaluate("bm25", [str(folder)], tmp_path)
+    with pytest.raises(ValueError, match="max_length None, this is 128; give another --name"):
+        evaluate("bm25", [str(folder)], tmp_path, max_length=128)
+    before = task_sha256(folder)
+    (folder / "task.json").write_text('{"query_prompt": "clustering"}')
+    assert task_sha256(folder) != before
+    with pytest.raises(ValueError, match="another content of task 'animals'"):
+        evaluate("bm25", [str(folder)], tmp_path)
+
+
+def test_evaluate_says_what_it_cannot_do(tmp_path):
+    folder = animals(tmp_path / "a" / "animals")
+    with pytest.raises(ValueError, match="--suite=mteb does not exist; write one of: local"):
+        evaluate("bm25", [str(folder)], tmp_path, suite="mteb")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        evaluate("bm25", [str(tmp_path / "nowhere")], tmp_path)
+    with pytest.raises(ValueError, match="both named 'animals'"):
+        evaluate("bm25", [str(folder), str(animals(tmp_path / "b" / "animals"))], tmp_path)

@@ -1,0 +1,132 @@
+"""The encoder at full size against transformers' implementations: random weights, float32, real tokens only."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, NomicBertConfig, NomicBertForMaskedLM
+
+from nomic_jax.hf import read_checkpoint
+from nomic_jax.model import encode, mlm_logits
+
+TOLERANCE = 2e-5
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Norms and biases away from 1 and 0, so that a swapped or forgotten one shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and "cls.predictions.bias" not in name and "decoder.bias" not in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def batch(lengths: list[int], vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ids = np.random.default_rng(0).integers(1, vocab_size, (len(lengths), max(lengths)))
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    return np.where(mask, ids, 0).astype(np.int32), np.array(lengths, np.int32), mask
+
+
+@pytest.fixture(scope="module")
+def nomic(tmp_path_factory):
+    """A 137M masked-LM of transformers, and what we read of its checkpoint directory."""
+    directory = tmp_path_factory.mktemp("nomic")
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}
+    config = NomicBertConfig(vocab_size=30528, rope_parameters=rope)
+    model = NomicBertForMaskedLM(config)
+    model.cls.predictions.transform.dense.bias.data.zero_()
+    model = randomised(model)
+    # The published head has no such bias; transformers' zero-filled one is what we accept.
+    model.cls.predictions.transform.dense.bias.data.zero_()
+    model.save_pretrained(directory)
+    return model, read_checkpoint(directory)
+
+
+def test_published_size(nomic):
+    _, checkpoint = nomic
+
+    def count(params):
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    assert count(checkpoint.params) == 136_731_648
+    assert count(checkpoint.mlm_head) == 589_824 + 1_536
+
+
+@pytest.mark.parametrize("lengths", [[1], [7, 3], [128, 1, 77], [512, 300], [2048], [3000]], ids=str)
+def test_nomic_bert(nomic, lengths):
+    model, checkpoint = nomic
+    ids, length, mask = batch(lengths, 30522)
+    # A fresh copy for each length: its cos and sin tables keep the longest batch so far.
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        base = getattr(reference, reference.base_model_prefix)
+        expected = base(input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())
+    ours = jax.jit(lambda params: encode(params, ids, checkpoint.config.encoder, length_B=length))(checkpoint.params)
+    difference = np.abs(np.asarray(ours) - expected.last_hidden_state.numpy())[mask]
+    assert difference.max() <= TOLERANCE
+
+
+def test_masked_lm(nomic):
+    model, checkpoint = nomic
+    ids, length, mask = batch([64, 40], 30522)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).logits
+
+    @jax.jit
+    def logits(params, head):
+        hidden = encode(params, ids, checkpoint.config.encoder, length_B=length)
+        return mlm_logits(head, params["embeddings"]["word"]["embedding"], hidden, checkpoint.config.encoder)
+
+    ours = np.asarray(logits(checkpoint.params, checkpoint.mlm_head))
+    assert np.abs(ours - expected.numpy())[mask].max() <= TOLERANCE
+
+
+def test_nomic_bert_gradients(nomic):
+    model, checkpoint = nomic
+    ids, length, mask = batch([40, 25], 30522)
+    direction = np.random.default_rng(2).normal(size=(*ids.shape, 768)).astype(np.float32) * mask[..., None]
+    reference = copy.deepcopy(model)
+    base = getattr(reference, reference.base_model_prefix)
+    hidden = base(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
+    (hidden * torch.tensor(direction)).sum().backward()
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.sum(encode(params, ids, checkpoint.config.encoder, length_B=length) * direction)
+
+    ours = gradient(checkpoint.params)
+    last, first = base.layers[11], base.layers[0]
+    qkv = torch.cat([getattr(first.self_attn, f"{x}_proj").weight.grad for x in "qkv"])
+    gate = torch.cat([last.mlp.up_proj.weight.grad, last.mlp.gate_proj.weight.grad])
+    expected = {
+        "words": (base.embeddings.word_embeddings.weight.grad, ours["embeddings"]["word"]["embedding"]),
+        "types": (base.embeddings.token_type_embeddings.weight.grad, ours["embeddings"]["type"]["embedding"]),
+        "first qkv": (qkv.T, ours["layers"][0]["attention"]["qkv"]["kernel"]),
+        "last mlp": (gate.T, ours["layers"][11]["mlp"]["up_gate"]["kernel"]),
+        "last norm": (last.post_mlp_layernorm.bias.grad, ours["layers"][11]["norm2"]["bias"]),
+    }
+    for name, (theirs, mine) in expected.items():
+        theirs, mine = theirs.numpy(), np.asarray(mine)
+        if name == "words":
+            theirs, mine = theirs[1:], mine[1:]  # torch drops the gradient of [PAD], its padding_idx
+        assert np.linalg.norm(mine - theirs) <= 1e-4 * np.linalg.norm(theirs), name
+
+
+@pytest.mark.parametrize("lengths", [[1], [7, 3], [128, 77], [512, 300]], ids=str)
+def test_bert(tmp_path_factory, lengths):
+    torch.manual_seed(0)
+    model = randomised(BertModel(BertConfig(), add_pooling_layer=False))
+    directory = tmp_path_factory.mktemp("bert")
+    model.save_pretrained(directory)
+    checkpoint = read_checkpoint(directory)
+    ids, length, mask = batch(lengths, 30522)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
+    ours = jax.jit(lambda params: encode(params, ids, checkpoint.config.encoder, length_B=length))(checkpoint.params)
+    assert np.abs(np.asarray(ours) - expected.numpy())[mask].max() <= TOLERANCE

@@ -1,0 +1,116 @@
+"""Three optimizer steps of each stage: the same on 1 and on 8 devices, with and without memory-saving."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from nomic_jax.data.mixture import read_mixture
+from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.loop import make_stream
+from nomic_jax.train.optim import learning_rate, make_optimizer
+from nomic_jax.train.sharding import make_mesh, put_rows
+from nomic_jax.train.stages import make_stage
+from nomic_jax.train.state import init_state, make_train_step
+from nomic_jax.model import EmbeddingConfig
+
+TINY = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=2048, dtype="float32")
+STAGES = ("mlm", "contrastive", "finetune")
+
+
+def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
+    """The :debug variant of a stage, smaller still, on the test corpus."""
+    import importlib
+
+    config = importlib.import_module(f"configs.{stage}").get_config("debug")
+    config.model.update(TINY)
+    config.data.tokenizer = str(minilm)
+    config.data.cache_dir = str(corpus / "token_cache")
+    config.data.mixture = str(corpus / {"mlm": "text.jsonl", "contrastive": "pairs.yaml", "finetune": "triplets.jsonl"}[stage])
+    config.batch_size = 16
+    config.steps = 3
+    config.update(changes)
+    return TrainConfig.from_mapping(config.to_dict())
+
+
+def three_steps(config, tokenizer, device_count):
+    mesh = make_mesh(jax.devices()[:device_count])
+    stage = make_stage(config, EmbeddingConfig(config.model))
+    optimizer = make_optimizer(config.optim, learning_rate(config.optim, config.steps))
+    state = init_state(jax.random.key(0), stage, optimizer, mesh, {})
+    step = make_train_step(stage, optimizer, mesh, config.accumulate)
+    stream = make_stream(config, tokenizer)
+    history = []
+    for i in range(3):
+        state, metrics = step(state, put_rows(stream.batch(i).arrays, mesh))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return history, jax.device_get(state.params)
+
+
+def assert_same(a, b, tolerance=1e-5):
+    for left, right in zip(a[0], b[0]):
+        assert left["loss"] == pytest.approx(right["loss"], rel=tolerance)
+        assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=tolerance)
+        assert left["accuracy"] == pytest.approx(right["accuracy"], abs=1e-6)
+    difference = jax.tree.map(np.subtract, a[1], b[1])
+    assert optax.tree.norm(difference) <= tolerance * optax.tree.norm(b[1])
+    # Leaf by leaf a little more: a bias is nothing but the sum of three Adam steps, which divide by tiny gradients.
+    for path, leaf in jax.tree.leaves_with_path(jax.tree.map(relative, a[1], b[1])):
+        assert leaf <= 10 * tolerance, jax.tree_util.keystr(path)
+
+
+def relative(left, right):
+    return np.linalg.norm(left - right) / max(np.linalg.norm(right), 1e-12)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_device_and_eight_agree(stage, corpus, minilm, tokenizer):
+    config = load_config(stage, corpus, minilm)
+    one = three_steps(config, tokenizer, 1)
+    assert one[0][2]["loss"] != one[0][0]["loss"]
+    assert_same(three_steps(config, tokenizer, 8), one)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(corpus, minilm, tokenizer):
+    whole = three_steps(load_config("mlm", corpus, minilm), tokenizer, 2)
+    assert_same(three_steps(load_config("mlm", corpus, minilm, accumulate=4), tokenizer, 2), whole)
+
+
+@pytest.mark.parametrize("stage", ["contrastive", "finetune"])
+def test_chunks_give_the_same_step(stage, corpus, minilm, tokenizer):
+    whole = three_steps(load_config(stage, corpus, minilm), tokenizer, 2)
+    # 8 queries a device, and 8 or 24 documents: 5 divides none of them.
+    assert_same(three_steps(load_config(stage, corpus, minilm, chunk_size=5), tokenizer, 2), whole)
+
+
+def test_mlm_head_in_parts_gives_the_same_step(corpus, minilm, tokenizer, monkeypatch):
+    config = load_config("mlm", corpus, minilm)
+    whole = three_steps(config, tokenizer, 2)
+    monkeypatch.setattr("nomic_jax.train.stages.PREDICTIONS_AT_A_TIME", 60)
+    assert_same(three_steps(config, tokenizer, 2), whole)
+
+
+def test_document_mask_keeps_documents_apart(corpus, minilm, tokenizer):
+    """With the mask, what stands in one document of a row does not change the loss of another."""
+    data = dict(load_config("mlm", corpus, minilm).data.__dict__, document_mask=True)
+    config = load_config("mlm", corpus, minilm, data=data)
+    stage = make_stage(config, EmbeddingConfig(config.model))
+    params = jax.jit(stage.init)(jax.random.key(0))
+    rows = make_stream(config, tokenizer).batch(0).arrays
+    last = rows["segment"].max(axis=1, keepdims=True)
+    assert (last > 1).any(), "every row holds a single document; the test needs shorter ones"
+    row = int(np.argmax(last[:, 0] > 1))
+    rows = {name: array[row : row + 1] for name, array in rows.items()}
+    in_last = np.take_along_axis(rows["segment"], rows["position"], 1) == rows["segment"].max()
+    only_first = rows | {"target": np.where(in_last, -1, rows["target"])}
+    changed = only_first | {"ids": np.where(rows["segment"] == rows["segment"].max(), 1996, rows["ids"])}
+    loss = jax.jit(lambda rows: stage.loss(params, rows).loss)
+    assert float(loss(only_first)) == pytest.approx(float(loss(changed)), rel=1e-6)
+    del changed["segment"], only_first["segment"]
+    assert float(loss(only_first)) != pytest.approx(float(loss(changed)), rel=3e-6)
+
+
+def test_mixture_of_the_test_corpus(corpus):
+    a, b = read_mixture(str(corpus / "pairs.yaml"), "pair")
+    assert (a.query_prefix, a.document_prefix) == ("search_query", "search_document")
+    assert (b.columns, b.query_prefix, b.document_prefix) == (("title", "body"), "clustering", "clustering")
