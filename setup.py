@@ -44,12 +44,12 @@ setup(
         "eval": ["bm25s>=0.2", "mteb>=2.0", "scikit-learn>=1.4", "scipy>=1.12"],
         "ray": ["ray[data]>=2.40"],
         "quickstart": ["bm25s>=0.2", "simple-icd-10-cm>=1.0"],
-        # torch is a reference to compare with, never a dependency; one exact version, so that pip does not look further.
+        # torch is a reference to compare with, never a dependency; one exact version, so that pip looks no further.
         "dev": [
             "torch==2.13.0",
             "sentence-transformers>=5.0",
             "bm25s>=0.2",
-            "pyrefly>=1.0",
+            "mypy>=1.13",
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "pytrec_eval-terrier>=0.5",

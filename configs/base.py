@@ -34,9 +34,7 @@ def base_config(stage: str) -> ConfigDict:
             attention="auto",
         )
     )
-    config.data = ConfigDict(
-        dict(mixture="", tokenizer="", cache_dir="token_cache", on_bad_row="raise")
-    )
+    config.data = ConfigDict(dict(mixture="", tokenizer="", cache_dir="token_cache", on_bad_row="raise"))
     config.checkpoint = ConfigDict(dict(every=500, keep=3))
     return config
 

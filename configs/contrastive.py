@@ -40,10 +40,9 @@ def _quickstart(config: ConfigDict) -> None:
     config.model.update(dict(dtype="float32"))
     config.batch_size = 128
     config.chunk_size = 0
-    config.epochs = 4.0
+    config.epochs = 2.0
     config.temperature = 0.05
-    config.data.query_length = 48
-    config.data.document_length = 96
+    config.data.query_length = 32
+    config.data.document_length = 64
     config.optim.update(dict(lr=5e-4, warmup=0.06))
-    config.log_every = 10
-    config.checkpoint.update(dict(every=100, keep=2))
+    config.checkpoint.update(dict(every=40, keep=2))

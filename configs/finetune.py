@@ -43,8 +43,7 @@ def _quickstart(config: ConfigDict) -> None:
     config.chunk_size = 0
     config.epochs = 1.0
     config.temperature = 0.05
-    config.data.query_length = 48
-    config.data.document_length = 96
+    config.data.query_length = 32
+    config.data.document_length = 48
     config.optim.update(dict(lr=1e-4, warmup=0.06))
-    config.log_every = 10
-    config.checkpoint.update(dict(every=50, keep=2))
+    config.checkpoint.update(dict(every=20, keep=2))

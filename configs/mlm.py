@@ -35,13 +35,11 @@ def _debug(config: ConfigDict) -> None:
 
 def _quickstart(config: ConfigDict) -> None:
     """A few minutes on 2 CPU cores, float32."""
-    config.model.update(
-        dict(hidden_size=256, num_layers=4, num_heads=4, intermediate_size=768, dtype="float32")
-    )
-    config.batch_size = 32
+    config.model.update(dict(hidden_size=256, num_layers=4, num_heads=4, intermediate_size=768, dtype="float32"))
+    config.batch_size = 16
     config.accumulate = 1
-    config.steps = 600
+    config.steps = 250
     config.data.seq_len = 128
     config.optim.update(dict(lr=1e-3))
     config.log_every = 10
-    config.checkpoint.update(dict(every=100, keep=2))
+    config.checkpoint.update(dict(every=50, keep=2))

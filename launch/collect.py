@@ -4,6 +4,7 @@
 
     DIR/pairs/code.jsonl     docstring -> function, of the packages in site-packages
     DIR/pairs/icd10.jsonl    inclusion term -> title of a diagnosis (ICD-10-CM), with its chapter as label
+    DIR/labelled/...         more of both, set aside for finetuning
     DIR/mlm/text.jsonl       docstrings, documentation and diagnoses, as running text
     DIR/pairs.yaml mlm.yaml  mixtures of the above, for training
     DIR/held_out/<source>/   retrieval tasks whose queries and documents are in none of the above
@@ -44,6 +45,7 @@ DOCUMENT_CHARACTERS = range(60, 3001)
 DOCSTRING_CHARACTERS = 100  # shorter ones are no running text
 TEXT_CHARACTERS = 2000
 MLM_BYTES = 6_000_000
+LABELLED_SHARE = 0.15  # of the training groups, set aside for finetuning
 POOL = 1000  # documents that a held-out query is searched among, at least
 
 # Source -> the prefixes of queries and of documents.
@@ -108,12 +110,16 @@ def collect(
         training, held = split(rows, held_out, pool, name)
         held_texts |= texts_of(held)
         held_groups |= {row[GROUP[name]] for row in held}
+        labelled = [row for row in training if is_labelled(row[GROUP[name]], seed)]
+        pairs = [row for row in training if not is_labelled(row[GROUP[name]], seed)]
         queries, documents = write_task(output / "held_out" / name, held, held_out, *PREFIXES[name])
-        write_rows(output / "pairs" / f"{name}.jsonl", training)
+        write_rows(output / "pairs" / f"{name}.jsonl", pairs)
+        write_rows(output / "labelled" / f"{name}.jsonl", labelled)
         counts[name] = {
             "rows_found": rows_found,
             "duplicates_dropped": rows_found - len(rows),
-            "training_rows": len(training),
+            "pairs": len(pairs),
+            "labelled": len(labelled),
             "held_out_queries": queries,
             "held_out_documents": documents,
             "dropped_as_equal_to_held_out": len(rows) - len(held) - len(training),
@@ -263,6 +269,10 @@ def split(
             f"({held_out} queries, {pool} documents); install more packages into this environment, or lower --held_out"
         )
     return training, held
+
+
+def is_labelled(group: str, seed: int) -> bool:
+    return int.from_bytes(drawn(seed, f"labelled {group}")[:4]) < LABELLED_SHARE * 2**32
 
 
 def write_task(

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -18,10 +19,29 @@ def run(main: Callable[[list[str]], None]) -> None:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; quote patterns (--input='*.jsonl'), and see --help")
             main(argv)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             if _TRACEBACK.value:
                 raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+            _exit(error)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # Besides absl's own errors, what ml_collections raises for a field of --config that does not exist.
+        _exit(error)
+
+
+def _exit(error: Exception) -> NoReturn:
+    message = str(error)
+    if isinstance(error, (AttributeError, KeyError)):
+        # A KeyError's text in quotes, with escapes.
+        message = "--config: " + message.strip("'").replace("\\n", ". ").replace("\\'", "'")
+    if "Traceback" in message:
+        # An error inside a configuration file: its own last line says it.
+        message = "--config: " + message.strip().splitlines()[-1]
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,7 +1,9 @@
-"""Trains one stage: python -m launch.train --config=configs/mlm.py[:variant] --workdir=DIR [--config.field=value ...]
+"""Trains one stage.
 
-The same command goes on from the latest checkpoint of the working directory. The fields of a configuration are explained
-in nomic_jax/train/config.py.
+    python -m launch.train --config=configs/mlm.py[:variant] --workdir=DIR [--config.field=value ...]
+
+The same command goes on from the latest checkpoint of the working directory. What the fields of a configuration mean
+stands in nomic_jax/train/config.py.
 """
 
 import jax
@@ -13,8 +15,10 @@ from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/mlm.py, contrastive.py or finetune.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and the resolved configuration go.")
-flags.mark_flags_as_required(["config", "workdir"])
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, metrics and the resolved configuration go.", required=True
+)
+flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> None:
@@ -22,9 +26,9 @@ def main(_: list[str]) -> None:
     print(f"{config.stage}: {jax.device_count()} device(s), {jax.devices()[0].device_kind}")
     last = train(config, _WORKDIR.value)
     if last:
-        print(f"{config.stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))
+        print(f"{config.stage}: finished with " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))
     else:
-        print(f"{config.stage}: nothing left to do in {_WORKDIR.value}")
+        print(f"{config.stage}: {_WORKDIR.value} is at its last step")
 
 
 if __name__ == "__main__":

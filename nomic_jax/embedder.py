@@ -124,9 +124,7 @@ class Embedder:
         for i, text in enumerate(inputs):
             if not isinstance(text, str):
                 raise TypeError(f"input {i} is {type(text).__name__}, expected a string")
-        config = dataclasses.replace(
-            self.config, dim=truncate_dim or self.config.dim, normalize=normalize_embeddings
-        )
+        config = dataclasses.replace(self.config, dim=truncate_dim or self.config.dim, normalize=normalize_embeddings)
         ids = []
         for start in range(0, len(inputs), TEXTS_PER_TOKENIZER_CALL):
             texts = [prefix + text for text in inputs[start : start + TEXTS_PER_TOKENIZER_CALL]]

@@ -18,7 +18,6 @@ from nomic_jax.curate.blocks import Encoder, cached_array, distinct_texts, embed
 from nomic_jax.curate.index import own_ranks
 from nomic_jax.curate.report import Sample, table
 from nomic_jax.data.sources import (
-    OnBadRow,
     RejectedRows,
     atomic_file,
     expand_files,
@@ -60,7 +59,7 @@ def filter_pairs(
     block_size: int = 1_000_000,
     query_column: str = "query",
     document_column: str = "document",
-    on_bad_row: OnBadRow = "raise",
+    on_bad_row: str = "raise",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Keeps the pairs whose document ranks in the top ``k`` of its block, and says of every pair where it ranks.

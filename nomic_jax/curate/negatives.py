@@ -5,14 +5,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from nomic_jax.curate.blocks import Encoder, distinct_texts, embed_texts, fingerprints, hold_settings
 from nomic_jax.curate.index import pair_scores, top_k
 from nomic_jax.curate.report import Sample, table
-from nomic_jax.data.sources import OnBadRow, RejectedRows, expand_files, read_rows, write_json, write_rows
+from nomic_jax.data.sources import RejectedRows, expand_files, read_rows, write_json, write_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MiningOptions:
     range_min: int = 0
     range_max: int | None = None
     num_negatives: int = 7
-    too_few: Literal["drop", "random", "error"] = "drop"
+    too_few: str = "drop"
     seed: int = 0
 
     def __post_init__(self):
@@ -117,7 +117,7 @@ def mine_negatives(
     document_column: str = "document",
     corpus: str | None = None,
     corpus_column: str = "document",
-    on_bad_row: OnBadRow = "raise",
+    on_bad_row: str = "raise",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the rows with their negatives: triplets, in input order.

@@ -101,7 +101,7 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
     if unknown := entry.keys() - fields:
         raise MixtureError(f"{where}: unknown field {sorted(unknown)[0]!r}; the fields are {', '.join(sorted(fields))}")
     objective = entry["objective"]
-    kind = _OBJECTIVE_KIND.get(objective.get("type")) if isinstance(objective, dict) else None
+    kind = _OBJECTIVE_KIND.get(str(objective.get("type"))) if isinstance(objective, dict) else None
     if kind is None or not isinstance(objective.get("columns", []), list):
         raise MixtureError(f"{where}: objective is {{type: self | paired | triplet, columns: [...]}}")
     query_prefix, document_prefix = (

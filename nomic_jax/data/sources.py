@@ -7,11 +7,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fsspec
-
-OnBadRow = Literal["raise", "skip"]
 
 
 class BadRow(ValueError):
@@ -66,7 +64,7 @@ def read_rows(
     pattern: str | os.PathLike,
     columns: Mapping[str, type],
     *,
-    on_bad_row: OnBadRow = "raise",
+    on_bad_row: str = "raise",
     rejected: RejectedRows | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the jsonl files that match, in order, each checked to hold the columns.
@@ -131,6 +129,9 @@ def _parse(raw: bytes, columns: Mapping[str, type], where: str) -> dict[str, Any
                 raise BadRow(f"{where}: column {column!r} should hold text, found {type(text).__name__}")
             if not text.strip():
                 raise BadRow(f"{where}: column {column!r} holds an empty text")
+            if re.search(r"[\ud800-\udfff]", text):
+                # JSON can spell it, but neither UTF-8 files nor the tokenizer can hold it.
+                raise BadRow(f"{where}: column {column!r} holds half of a surrogate pair, which is no text")
     return row
 
 
@@ -138,8 +139,9 @@ def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> in
     """Writes rows as jsonl and returns their number; the file appears complete or not at all."""
     count = 0
     with atomic_file(path) as part, open(part, "w", encoding="utf-8") as f:
-        for count, row in enumerate(rows, 1):
+        for row in rows:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nomic_jax.data.mixture import COLUMNS, Source, with_prefix
-from nomic_jax.data.sources import OnBadRow, RejectedRows, expand_files, read_rows, write_json
+from nomic_jax.data.sources import RejectedRows, expand_files, read_rows, write_json
 from nomic_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -70,7 +70,7 @@ def pretokenize(
     tokenizer: Tokenizer,
     cache_dir: str | Path,
     *,
-    on_bad_row: OnBadRow = "raise",
+    on_bad_row: str = "raise",
     progress: bool = True,
 ) -> TokenStore:
     """The token store of a source, made now unless ``cache_dir`` has it already.
@@ -114,7 +114,7 @@ def _sha256(file: str) -> str:
     return digest.hexdigest()
 
 
-def _write_columns(source: Source, tokenizer: Tokenizer, directory: Path, on_bad_row: OnBadRow, progress: bool) -> dict:
+def _write_columns(source: Source, tokenizer: Tokenizer, directory: Path, on_bad_row: str, progress: bool) -> dict:
     names = COLUMNS[source.kind]
     prefixes = {"query": source.query_prefix, "document": source.document_prefix, "negatives": source.document_prefix}
     writers = {name: _RaggedWriter(directory / name, tokenizer) for name in names}

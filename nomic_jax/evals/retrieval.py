@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -137,7 +138,8 @@ def top_k(score_blocks: Iterable[np.ndarray], k: int) -> np.ndarray:
     Args:
       score_blocks: [Q, n] scores of consecutive documents, N in all. They are compared as float32, as in trec_eval.
     """
-    best_QK, seen = None, 0
+    best_QK: np.ndarray | None = None
+    seen = 0
     for score_QN in score_blocks:
         bits = (np.asarray(score_QN, np.float32) + 0.0).view(np.int32)  # + 0.0: makes -0.0 equal to 0.0
         # Score and index in one integer, so that equal scores have an order and a partition is exact: the bits of a
@@ -148,6 +150,8 @@ def top_k(score_blocks: Iterable[np.ndarray], k: int) -> np.ndarray:
         if best_QK is not None:
             key_QN = np.concatenate([best_QK, key_QN], axis=1)
         best_QK = np.partition(key_QN, -k, axis=1)[:, -k:] if key_QN.shape[1] > k else key_QN
+    if best_QK is None:
+        raise ValueError("top_k needs at least one block of scores")
     return 0xFFFFFFFF - (np.sort(best_QK, axis=1)[:, ::-1] & 0xFFFFFFFF)
 
 
@@ -168,7 +172,7 @@ def _texts(file: Path) -> dict[str, str]:
     """id -> text, with BEIR's title in front. A document may be empty: published corpora have some."""
     texts = {}
     for row in read_rows(file, {"_id": str}):
-        parts = [row.get("title") or "", row.get("text")]
+        parts: list[Any] = [row.get("title") or "", row.get("text")]
         if not all(isinstance(part, str) for part in parts):
             raise TaskError(f"{file}: {row['_id']!r} needs a text (and, if at all, a title), both strings")
         if row["_id"] in texts:

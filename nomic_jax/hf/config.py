@@ -1,8 +1,8 @@
 """config.json <-> EncoderConfig.
 
 A nomic-bert config has two sets of field names: those of transformers, and the GPT2-style ones of the published
-checkpoints, which text-embeddings-inference and llama.cpp read. transformers ignores the second set, so a file with only
-those would silently become the 137M default there. We write both, read either, and refuse a file where they disagree.
+checkpoints, which text-embeddings-inference and llama.cpp read. transformers ignores the second set, so a file with
+only those silently becomes the 137M default there. We write both, read either, and refuse a file where they disagree.
 """
 
 from typing import Any
@@ -56,7 +56,9 @@ def encoder_config(content: dict[str, Any], where: str = "config.json") -> Encod
 def _nomic_config(content: dict[str, Any], where: str) -> EncoderConfig:
     fields: dict[str, Any] = {}
     for field, names in _SIZES.items():
-        fields |= {field: value for value in [_agreed(content, names, where)] if value is not None}
+        value = _agreed(content, names, where)
+        if value is not None:
+            fields[field] = value
     for field in _REQUIRED:
         if field not in fields:
             raise ConfigError(f"{where}: neither {' nor '.join(_SIZES[field])} is given")
@@ -75,13 +77,8 @@ def _nomic_config(content: dict[str, Any], where: str) -> EncoderConfig:
         # The published configs leave this null and their model cards tell the user to pass 2, the paper's alpha.
         factor = content.get("rotary_scaling_factor") or 2.0
     trained = fields.setdefault("max_trained_positions", 2048)
-    if factor is None:
-        longest = trained
-    else:
-        longest = max(trained, content.get("n_positions") or EncoderConfig.max_positions)
-    return EncoderConfig(
-        **fields, max_positions=longest, rope_base=float(base or 1000.0), rope_scaling_factor=factor
-    )
+    longest = trained if factor is None else max(trained, content.get("n_positions") or EncoderConfig.max_positions)
+    return EncoderConfig(**fields, max_positions=longest, rope_base=float(base or 1000.0), rope_scaling_factor=factor)
 
 
 def _agreed(content: dict[str, Any], names: tuple[str, str], where: str, what: str | None = None) -> Any:

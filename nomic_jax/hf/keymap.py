@@ -37,8 +37,8 @@ _TABLES = {
         emb_ln                            embeddings.norm
         encoder.layers.{n}.attn.Wqkv      layers.{n}.attention.qkv
         encoder.layers.{n}.attn.out_proj  layers.{n}.attention.out
-        encoder.layers.{n}.mlp.fc11       layers.{n}.mlp.up_gate:0/2
-        encoder.layers.{n}.mlp.fc12       layers.{n}.mlp.up_gate:1/2
+        encoder.layers.{n}.mlp.fc11       layers.{n}.mlp.up
+        encoder.layers.{n}.mlp.fc12       layers.{n}.mlp.gate
         encoder.layers.{n}.mlp.fc2        layers.{n}.mlp.down
         encoder.layers.{n}.norm1          layers.{n}.norm1
         encoder.layers.{n}.norm2          layers.{n}.norm2
@@ -52,8 +52,8 @@ _TABLES = {
         layers.{n}.self_attn.k_proj           layers.{n}.attention.qkv:1/3
         layers.{n}.self_attn.v_proj           layers.{n}.attention.qkv:2/3
         layers.{n}.self_attn.o_proj           layers.{n}.attention.out
-        layers.{n}.mlp.up_proj                layers.{n}.mlp.up_gate:0/2
-        layers.{n}.mlp.gate_proj              layers.{n}.mlp.up_gate:1/2
+        layers.{n}.mlp.up_proj                layers.{n}.mlp.up
+        layers.{n}.mlp.gate_proj              layers.{n}.mlp.gate
         layers.{n}.mlp.down_proj              layers.{n}.mlp.down
         layers.{n}.post_attention_layernorm   layers.{n}.norm1
         layers.{n}.post_mlp_layernorm         layers.{n}.norm2

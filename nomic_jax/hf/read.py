@@ -64,10 +64,13 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
         tensors.pop(name, None)
     # The decoder is tied to the word embeddings and its bias, which only transformers has, starts and stays at zero.
     decoder = tensors.pop("cls.predictions.decoder.weight", None)
-    if decoder is not None and not np.array_equal(decoder, tensors.get("embeddings.word_embeddings.weight")):
+    words = tensors.get("embeddings.word_embeddings.weight")
+    if decoder is not None and words is not None and not np.array_equal(decoder, words):
         raise CheckpointError(f"{directory}: cls.predictions.decoder.weight differs from the word embeddings")
     head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("cls.")}
-    params = _convert(tensors, encoder_keymap(encoder, detect_naming(set(tensors))), abstract_encoder(encoder), directory)
+    params = _convert(
+        tensors, encoder_keymap(encoder, detect_naming(set(tensors))), abstract_encoder(encoder), directory
+    )
     tokenizer = None
     if (directory / "tokenizer.json").exists() or (directory / "vocab.txt").exists():
         tokenizer = Tokenizer.from_directory(directory)
@@ -154,9 +157,7 @@ def _strip_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _convert(tensors: dict[str, np.ndarray], keymap, abstract: dict, directory: Path) -> dict:
     if missing := keymap.keys() - tensors.keys():
-        raise CheckpointError(
-            f"{directory}: tensor {min(missing)} is missing ({len(missing)} of {len(keymap)} in all)"
-        )
+        raise CheckpointError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} of {len(keymap)} in all)")
     if unexpected := tensors.keys() - keymap.keys():
         raise CheckpointError(
             f"{directory}: tensor {min(unexpected)} is not part of this model ({len(unexpected)} such in all)"
@@ -202,8 +203,10 @@ def _embedding_config(encoder: EncoderConfig, modules: dict[str, dict], director
     pooling = modules.get("Pooling", {})
     # Old files have one boolean a mode; new ones may name the mode.
     chosen = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
-    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    mode = modes.get(chosen[0]) if len(chosen) == 1 else pooling.get("pooling_mode")
-    if mode not in ("cls", "mean"):
-        raise CheckpointError(f"{directory}/1_Pooling: {chosen or pooling} is not implemented; cls and mean are")
-    return EmbeddingConfig(encoder, pooling=mode, normalize="Normalize" in modules)
+    mode = chosen[0] if len(chosen) == 1 else pooling.get("pooling_mode")
+    normalize = "Normalize" in modules
+    if mode in ("pooling_mode_cls_token", "cls"):
+        return EmbeddingConfig(encoder, pooling="cls", normalize=normalize)
+    if mode in ("pooling_mode_mean_tokens", "mean"):
+        return EmbeddingConfig(encoder, pooling="mean", normalize=normalize)
+    raise CheckpointError(f"{directory}/1_Pooling: {chosen or pooling} is not implemented; cls and mean are")

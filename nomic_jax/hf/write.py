@@ -156,5 +156,3 @@ def _write_sentence_transformers(
         directory / "config_sentence_transformers.json",
         {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
     )
-
-

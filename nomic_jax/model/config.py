@@ -6,7 +6,7 @@ Shape letters used in every array name of this project (``x_BLD`` is [B, L, D]):
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class EncoderConfig:
     init_std: float = 0.02
     pad_token_id: int = 0
     dtype: str = "float32"
-    attention: Literal["auto", "cudnn", "xla", "cpu"] = "auto"
+    attention: str = "auto"
 
     def __post_init__(self):
         choices = {
@@ -76,7 +76,7 @@ class EncoderConfig:
     @classmethod
     def bert(cls, **sizes) -> "EncoderConfig":
         """The BERT family (gte, bge, e5, MiniLM): bert-base-uncased unless sizes say otherwise."""
-        bert_base = dict(
+        bert_base: dict[str, Any] = dict(
             vocab_size=30522,
             position="absolute",
             activation="gelu",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nomic_jax.model.config import EncoderConfig
-from nomic_jax.model.encoder import LayerNorm, encode, linear
+from nomic_jax.model.encoder import LayerNorm, Linear, encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class MlmTransform(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
-        self.dense = linear(config.hidden_size, config.hidden_size, config, rngs, config.use_bias)
+        self.dense = Linear(config.hidden_size, config.hidden_size, config, rngs)
         self.norm = LayerNorm(config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -118,7 +118,7 @@ def _check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Weights to start from, to export or to embed with. ``params`` has "encoder", and "mlm_head" where there is one."""
+    """Weights to start from or to export; ``params`` has "encoder", and "mlm_head" where there is one."""
 
     model: EmbeddingConfig
     params: dict

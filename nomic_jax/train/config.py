@@ -198,7 +198,7 @@ def _build(cls: type, values: Mapping[str, Any], where: str, known: Mapping[str,
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and not hasattr(value, "items"):
             raise ConfigurationError(f"{where} should be a group of fields")
         return _build(hint, dict(value.items()), where)

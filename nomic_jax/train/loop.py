@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nomic_jax.data.loader import Stream, read_ahead
-from nomic_jax.data.mixture import read_mixture
+from nomic_jax.data.mixture import Kind, read_mixture
 from nomic_jax.data.mlm import MlmStream
 from nomic_jax.data.pairs import PairStream
 from nomic_jax.data.sources import write_json
@@ -23,6 +23,8 @@ from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import make_mesh, put_rows
 from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
+
+ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}
 
 
 def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | None = None) -> dict[str, float]:
@@ -109,8 +111,7 @@ def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | 
 def make_stream(config: TrainConfig, tokenizer: Tokenizer) -> Stream:
     """The stage's batches, tokenising first whatever is not in the cache yet."""
     data = config.data
-    kind = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}[config.stage]
-    sources = read_mixture(data.mixture, kind)
+    sources = read_mixture(data.mixture, ROW_KINDS[config.stage])
     stores = [pretokenize(source, tokenizer, data.cache_dir, on_bad_row=data.on_bad_row) for source in sources]
     if isinstance(data, MlmData):
         return MlmStream(
@@ -137,9 +138,7 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer) -> Stream:
 def _model(config: TrainConfig, pretrained: Pretrained | None) -> EmbeddingConfig:
     if pretrained is None:
         return EmbeddingConfig(config.model)
-    encoder = dataclasses.replace(
-        pretrained.model.encoder, dtype=config.model.dtype, attention=config.model.attention
-    )
+    encoder = dataclasses.replace(pretrained.model.encoder, dtype=config.model.dtype, attention=config.model.attention)
     # The contrastive loss takes cosine similarities, whether or not the checkpoint normalises what it returns.
     return dataclasses.replace(pretrained.model, encoder=encoder, normalize=True)
 

@@ -50,7 +50,6 @@ def _mlm(model: EmbeddingConfig) -> Stage:
         # The head, and its 30528 logits, only where something is to be predicted.
         chosen_BPD = jnp.take_along_axis(hidden_BLD, rows["position"][:, :, None], axis=1)
 
-        @jax.checkpoint
         def of_rows(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             chosen_PD, target_P = row
             word_VD = params["encoder"]["embeddings"]["word"]["embedding"]
@@ -61,7 +60,7 @@ def _mlm(model: EmbeddingConfig) -> Stage:
             loss, correct = of_rows((chosen_BPD.reshape(B * P, D), rows["target"].reshape(B * P)))
         else:
             loss_B, correct_B = jax.lax.map(
-                of_rows, (chosen_BPD, rows["target"]), batch_size=max(1, PREDICTIONS_AT_A_TIME // P)
+                jax.checkpoint(of_rows), (chosen_BPD, rows["target"]), batch_size=max(1, PREDICTIONS_AT_A_TIME // P)
             )
             loss, correct = jnp.sum(loss_B), jnp.sum(correct_B)
         weight = jnp.sum(rows["target"] >= 0).astype(jnp.float32)

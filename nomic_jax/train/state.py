@@ -37,7 +37,9 @@ def init_state(
 TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_train_step(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1) -> TrainStep:
+def make_train_step(
+    stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1
+) -> TrainStep:
     """The jitted step (state, rows) -> (state, metrics); the state is donated.
 
     Each device computes the gradient of its own rows' sums, micro-batch by micro-batch in float32; one reduction adds

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.collect import POOL, clean, collect, pieces, read_code, read_functions
+from launch.collect import GROUP, POOL, clean, collect, pieces, read_code, read_functions
 from nomic_jax.data.mixture import read_mixture
 from nomic_jax.data.sources import read_rows
 from nomic_jax.evals.retrieval import RetrievalTask
@@ -62,7 +62,10 @@ def rows(file: Path) -> list[dict]:
 
 @pytest.mark.parametrize("source", ["code", "icd10"])
 def test_held_out_text_is_nowhere_else(collected, source):
-    training = rows(collected / "pairs" / f"{source}.jsonl")
+    pairs, labelled = (rows(collected / kind / f"{source}.jsonl") for kind in ("pairs", "labelled"))
+    group = GROUP[source]
+    assert {row[group] for row in pairs}.isdisjoint(row[group] for row in labelled)
+    training = pairs + labelled
     task = RetrievalTask.read(collected / "held_out" / source)
     held = {*task.queries, *task.documents}
     assert len(task.queries) == 20 and len(set(task.documents)) == len(task.documents) >= 30
@@ -82,9 +85,11 @@ def test_counts(collected):
     summary = json.loads((collected / "summary.json").read_text())
     code, icd10 = summary["pairs"]["code"], summary["pairs"]["icd10"]
     assert code["held_out_queries"] == 20
-    assert 60 <= code["training_rows"] + code["held_out_documents"] - 30 <= 62  # the last file may bring more
-    assert code["rows_found"] == code["training_rows"] + code["held_out_documents"] + code["duplicates_dropped"]
-    assert icd10["rows_found"] > 10_000 and icd10["training_rows"] == len(rows(collected / "pairs" / "icd10.jsonl"))
+    training = code["pairs"] + code["labelled"]
+    assert 60 <= training + code["held_out_documents"] - 30 <= 62  # the last file may bring more
+    assert code["rows_found"] == training + code["held_out_documents"] + code["duplicates_dropped"]
+    assert icd10["rows_found"] > 10_000 and icd10["pairs"] == len(rows(collected / "pairs" / "icd10.jsonl"))
+    assert 0.1 < icd10["labelled"] / (icd10["pairs"] + icd10["labelled"]) < 0.2
     texts = [row["text"] for row in rows(collected / "mlm" / "text.jsonl")]
     assert summary["mlm"] == {"rows": len(texts), "bytes": sum(len(text.encode()) for text in texts)}
     assert "Alpha is a package." in texts
@@ -102,7 +107,7 @@ def test_mixtures_can_be_read(collected):
 def test_two_runs_give_the_same_bytes(collected, site_packages, tmp_path):
     collect(tmp_path, site_packages=site_packages, **SETTINGS)
     files = sorted(path.relative_to(collected) for path in collected.rglob("*") if path.is_file())
-    assert len(files) == 14
+    assert len(files) == 16
     assert all((collected / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
 
 

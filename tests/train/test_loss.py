@@ -96,9 +96,7 @@ def test_accuracy_counts_the_positive_scored_highest():
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(DATA), out_specs=P())
     def accuracy(*arguments):
-        return jax.lax.psum(
-            contrastive_loss(*arguments, temperature=1.0, axis_name=DATA)[1]["accuracy"], DATA
-        )
+        return jax.lax.psum(contrastive_loss(*arguments, temperature=1.0, axis_name=DATA)[1]["accuracy"], DATA)
 
     assert accuracy(query, document, *hashes) == 2
 

@@ -6,13 +6,13 @@ import optax
 import pytest
 
 from nomic_jax.data.mixture import read_mixture
+from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.loop import make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import make_mesh, put_rows
 from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
-from nomic_jax.model import EmbeddingConfig
 
 TINY = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=2048, dtype="float32")
 STAGES = ("mlm", "contrastive", "finetune")
@@ -26,7 +26,9 @@ def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
     config.model.update(TINY)
     config.data.tokenizer = str(minilm)
     config.data.cache_dir = str(corpus / "token_cache")
-    config.data.mixture = str(corpus / {"mlm": "text.jsonl", "contrastive": "pairs.yaml", "finetune": "triplets.jsonl"}[stage])
+    config.data.mixture = str(
+        corpus / {"mlm": "text.jsonl", "contrastive": "pairs.yaml", "finetune": "triplets.jsonl"}[stage]
+    )
     config.batch_size = 16
     config.steps = 3
     config.update(changes)
@@ -95,7 +97,8 @@ def test_document_mask_keeps_documents_apart(corpus, minilm, tokenizer):
     data = dict(load_config("mlm", corpus, minilm).data.__dict__, document_mask=True)
     config = load_config("mlm", corpus, minilm, data=data)
     stage = make_stage(config, EmbeddingConfig(config.model))
-    params = jax.jit(stage.init)(jax.random.key(0))
+    # Larger weights than the initial ones, so that attention prefers some tokens to others.
+    params = jax.tree.map(lambda x: 8 * x, jax.jit(stage.init)(jax.random.key(0)))
     rows = make_stream(config, tokenizer).batch(0).arrays
     last = rows["segment"].max(axis=1, keepdims=True)
     assert (last > 1).any(), "every row holds a single document; the test needs shorter ones"
@@ -107,7 +110,7 @@ def test_document_mask_keeps_documents_apart(corpus, minilm, tokenizer):
     loss = jax.jit(lambda rows: stage.loss(params, rows).loss)
     assert float(loss(only_first)) == pytest.approx(float(loss(changed)), rel=1e-6)
     del changed["segment"], only_first["segment"]
-    assert float(loss(only_first)) != pytest.approx(float(loss(changed)), rel=3e-6)
+    assert float(loss(only_first)) != pytest.approx(float(loss(changed)), rel=1e-3)
 
 
 def test_mixture_of_the_test_corpus(corpus):

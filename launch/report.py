@@ -1,0 +1,223 @@
+"""One page for everything below a folder: training runs, curation, evaluations: python -m launch.report --dir=DIR
+
+Writes DIR/report.md, the pictures it shows, and the scores as DIR/report.json. What was measured on the clock
+stands in a section of its own; all else is the same when the same work is done again.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, no window
+
+import matplotlib.pyplot as plt
+from absl import flags
+
+from launch.errors import run
+from nomic_jax.curate.report import table
+from nomic_jax.data.sources import atomic_file, write_json
+from nomic_jax.train.metrics import read_metrics
+
+FLAGS = flags.FLAGS
+# In the order in which they come about; other names follow by alphabet.
+ORDER = ("bm25", "teacher", "random", "mlm", "contrastive", "finetune")
+METRIC = "ndcg@10"
+COLLECTED = ("rows_found", "duplicates_dropped", "pairs", "labelled", "held_out_queries", "held_out_documents")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    folder = Path(FLAGS.dir)
+    runs = {path.parent.name: path.parent for path in folder.rglob("metrics.jsonl")}
+    runs = {name: runs[name] for name in sorted(runs, key=rank)}
+    scores = read_scores(folder)
+    if not runs and not scores:
+        raise ValueError(f"{folder} holds neither a training run (metrics.jsonl) nor evaluations (eval/*.json)")
+    sections = [
+        f"# Report of {folder.resolve().name}\n",
+        quality(folder, scores),
+        data(folder),
+        training(folder, runs),
+        timing(runs),
+    ]
+    with atomic_file(folder / "report.md") as part:
+        part.write_text("\n".join(section for section in sections if section), encoding="utf-8")
+    write_json(folder / "report.json", {name: score["average"] for name, score in scores.items()})
+    print(f"wrote {folder / 'report.md'}")
+    if FLAGS.min_gain is not None:
+        check_gain(scores, FLAGS.min_gain)
+
+
+def rank(name: str) -> tuple[int, str]:
+    return (ORDER.index(name) if name in ORDER else len(ORDER), name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
+    files = {path.stem: path for path in (folder / "eval").glob("*.json")}
+    return {name: read_json(files[name]) for name in sorted(files, key=rank)}
+
+
+def check_gain(scores: dict[str, dict[str, Any]], least: float) -> None:
+    """Raises ValueError unless contrastive training gained so much nDCG@10, and finetuning did not lose it again."""
+    average = {name: scores[name]["average"][METRIC] for name in ("random", "mlm", "contrastive", "finetune")}
+    gain = average["contrastive"] - max(average["random"], average["mlm"])
+    kept = average["finetune"] - max(average["random"], average["mlm"])
+    print(f"{METRIC}: contrastive training gained {gain:+.3f}, after finetuning {kept:+.3f} (asked: {least:+.3f})")
+    if min(gain, kept) < least:
+        raise ValueError(f"the stages did not do what they should: {average}")
+
+
+def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
+    if not scores:
+        return ""
+    tasks = sorted({task for score in scores.values() for task in score["tasks"]})
+    rows = [
+        [name, *(score["tasks"][task][METRIC] for task in tasks), score["average"][METRIC]]
+        for name, score in scores.items()
+    ]
+    figure, axes = plt.subplots(figsize=(8, 3.5))
+    for task in tasks:
+        axes.plot(
+            list(scores), [score["tasks"][task][METRIC] for score in scores.values()], "o--", label=task, alpha=0.6
+        )
+    axes.plot(list(scores), [score["average"][METRIC] for score in scores.values()], "ko-", label="average")
+    axes.set(ylabel=METRIC, ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, folder / "ndcg.png")
+    first = next(iter(scores.values()))["tasks"]
+    pools = ", ".join(
+        f"{task}: {first[task]['queries']} queries, {first[task]['documents']} documents" for task in tasks
+    )
+    return (
+        f"## Quality\n\n{METRIC} on held-out queries ({pools}).\n\n{table(['', *tasks, 'average'], rows)}"
+        f"\n![nDCG@10 by stage](ndcg.png)\n"
+    )
+
+
+def data(folder: Path) -> str:
+    """What was collected, kept and mined, from the summary.json of each step."""
+    text = ""
+    collected = folder / "data" / "summary.json"
+    if collected.exists():
+        summary = read_json(collected)
+        rows = [[name, *(values[count] for count in COLLECTED)] for name, values in summary["pairs"].items()]
+        text += f"Collected:\n\n{table(['source', *(count.replace('_', ' ') for count in COLLECTED)], rows)}"
+        text += f"\nText for masked-LM: {summary['mlm']['rows']:,} texts, {summary['mlm']['bytes']:,} bytes.\n\n"
+    filtered = {path.parent.name: read_json(path) for path in sorted((folder / "filtered").glob("*/summary.json"))}
+    if filtered:
+        rows = [
+            [name, summary["k"], summary["rows"], summary["kept"], f"{summary['share_kept']:.1%}", summary["rejected"]]
+            for name, summary in filtered.items()
+        ]
+        text += f"Consistency filtering:\n\n{table(['source', 'k', 'rows in', 'kept', 'share', 'bad rows'], rows)}\n"
+    mined = {path.parent.name: read_json(path) for path in sorted((folder / "mined").glob("*/summary.json"))}
+    if mined:
+        rows = [
+            [
+                name,
+                ", ".join(f"{key} {value}" for key, value in summary["options"].items() if value is not None),
+                summary["rows"],
+                summary["written"],
+                summary["dropped_too_few"],
+                sum(group["negatives"] * group["rows"] for group in summary["negatives"]),
+            ]
+            for name, summary in mined.items()
+        ]
+        header = ["source", "options", "rows in", "rows out", "dropped", "negatives"]
+        text += f"Hard negatives:\n\n{table(header, rows)}\n"
+    return f"## Data\n\n{text}" if text else ""
+
+
+def training(folder: Path, runs: dict[str, Path]) -> str:
+    rows, details = [], ""
+    curves = {}
+    for name, workdir in runs.items():
+        lines = read_metrics(workdir)
+        config = read_json(workdir / "config.json")
+        details += f"<details><summary>configuration of {name}</summary>\n\n"
+        details += f"```json\n{shown(config, folder)}\n```\n</details>\n"
+        if not lines:
+            continue
+        curves[name] = lines
+        share = sum(line["real_tokens"] for line in lines) / sum(line["padded_tokens"] for line in lines)
+        tail = lines[-max(1, len(lines) // 10) :]
+        rows.append(
+            [
+                name,
+                config["model"]["hidden_size"],
+                config["model"]["num_layers"],
+                config["batch_size"],
+                lines[-1]["step"],
+                f"{config['optim']['lr']:g}",
+                statistics.mean(line["loss"] for line in lines[: len(tail)]),
+                statistics.mean(line["loss"] for line in tail),
+                statistics.mean(line["accuracy"] for line in tail),
+                f"{share:.1%}",
+            ]
+        )
+    if curves:
+        figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)
+        for axis, (name, lines) in zip(axes[0], curves.items()):
+            for source in dict.fromkeys(line["source"] for line in lines):
+                own = [line for line in lines if line["source"] == source]
+                axis.plot([line["step"] for line in own], [line["loss"] for line in own], label=source)
+            axis.set(title=name, xlabel="step", ylabel="loss")
+            axis.grid(alpha=0.3)
+            axis.legend()
+        save(figure, folder / "loss.png")
+    header = [
+        "stage",
+        "width",
+        "layers",
+        "batch",
+        "steps",
+        "peak lr",
+        "first loss",
+        "last loss",
+        "accuracy",
+        "real/padded",
+    ]
+    picture = "\n![loss curves](loss.png)\n" if curves else ""
+    note = "Losses and accuracy are means over the first or last tenth of the logged steps.\n\n" if rows else ""
+    return f"## Training\n\n{note}{table(header, rows) if rows else ''}{picture}\n{details}" if runs else ""
+
+
+def timing(runs: dict[str, Path]) -> str:
+    rows = []
+    for name, workdir in runs.items():
+        lines = read_metrics(workdir)
+        if lines:
+            seconds = statistics.median(line["seconds_per_step"] for line in lines)
+            tokens = statistics.median(line["tokens_per_second"] for line in lines)
+            rows.append([name, seconds, f"{tokens:,.0f}"])
+    if not rows:
+        return ""
+    return f"## Timings\n\nMedians over the logged steps.\n\n{table(['run', 'seconds a step', 'real tokens/s'], rows)}"
+
+
+def shown(config: dict[str, Any], folder: Path) -> str:
+    """With paths below the reported folder given relative to it."""
+    return json.dumps(config, indent=2).replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    with atomic_file(path) as part:
+        figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "dir", None, "A working directory, or a folder with several and their evaluations.", required=True
+    )
+    flags.DEFINE_float("min_gain", None, "Fail unless contrastive training gained so much average nDCG@10.")
+    run(main)

@@ -1,0 +1,141 @@
+"""Rows in files: every fault names its file and line, and nothing is lost unseen."""
+
+import gzip
+import json
+
+import pytest
+
+from nomic_jax.data.mixture import MixtureError, read_mixture, with_prefix
+from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, read_rows, write_rows
+
+GOOD = {"query": "q", "document": "d"}
+FAULTS = {
+    "broken JSON": (b'{"query": "q", "document": "d"', "broken JSON"),
+    "not an object": (b'["q", "d"]', "expected an object"),
+    "missing column": (b'{"query": "q", "text": "d"}', "no column 'document'"),
+    "null": (b'{"query": "q", "document": null}', "should hold text, found NoneType"),
+    "wrong type": (b'{"query": "q", "document": 7}', "should hold text, found int"),
+    "empty": (b'{"query": "q", "document": "  "}', "empty text"),
+    "broken UTF-8": (b'{"query": "q", "document": "\xff"}', "not valid UTF-8"),
+    "half a surrogate pair": (b'{"query": "q", "document": "\\ud83d"}', "surrogate"),
+}
+
+
+def lines(path, *raw):
+    path.write_bytes(b"\n".join(raw) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_names_file_and_line(tmp_path, fault):
+    raw, message = FAULTS[fault]
+    good = json.dumps(GOOD).encode()
+    path = lines(tmp_path / "rows.jsonl", good, b"", raw, good)
+    with pytest.raises(BadRow, match=message) as error:
+        list(read_rows(path, {"query": str, "document": str}))
+    assert f"{path}:3: " in str(error.value)
+
+
+def test_skipped_rows_are_counted_and_kept(tmp_path):
+    path = lines(tmp_path / "rows.jsonl", *(raw for raw, _ in FAULTS.values()), json.dumps(GOOD).encode())
+    rejected = RejectedRows(tmp_path / "rejected.jsonl")
+    rows = list(read_rows(path, {"query": str, "document": str}, on_bad_row="skip", rejected=rejected))
+    assert rows == [GOOD] and rejected.count == len(FAULTS)
+    kept = [json.loads(line) for line in rejected.side_file.read_text(encoding="utf-8").splitlines()]
+    assert len(kept) == len(FAULTS) and all(str(path) in row["reason"] for row in kept)
+
+
+def test_a_cut_gzip_is_an_error_under_either_policy(tmp_path):
+    whole = gzip.compress((json.dumps(GOOD) + "\n").encode() * 50_000)
+    (tmp_path / "rows.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    rejected = RejectedRows(tmp_path / "rejected.jsonl")
+    with pytest.raises(BadRow, match="breaks off after line"):
+        list(read_rows(tmp_path / "rows.jsonl.gz", {"query": str}, on_bad_row="skip", rejected=rejected))
+
+
+def test_an_empty_file_is_an_error(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(BadRow, match="empty"):
+        list(read_rows(tmp_path / "rows.jsonl", {"query": str}))
+
+
+def test_negatives_are_lists_of_texts(tmp_path):
+    path = lines(tmp_path / "rows.jsonl", b'{"negatives": ["a", "b"]}', b'{"negatives": "a"}')
+    rows = read_rows(path, {"negatives": list})
+    assert next(rows) == {"negatives": ["a", "b"]}
+    with pytest.raises(BadRow, match="should be a list of texts, found str"):
+        next(rows)
+
+
+def test_brace_ranges_globs_and_folders(tmp_path):
+    for i in range(3):
+        write_rows(tmp_path / f"shard-{i:05d}.jsonl", [GOOD])
+    names = [str(tmp_path / f"shard-{i:05d}.jsonl") for i in range(3)]
+    assert expand_files(tmp_path) == expand_files(tmp_path / "*.jsonl") == names
+    assert expand_files(tmp_path / "shard-{00000..00002}.jsonl") == names
+    with pytest.raises(FileNotFoundError, match="1 of 4 files are missing"):
+        expand_files(tmp_path / "shard-{00000..00003}.jsonl")
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        expand_files(tmp_path / "*.parquet")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [GOOD])
+
+    def broken():
+        yield {"query": "new"}
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_rows(tmp_path / "rows.jsonl", broken())
+    assert list(read_rows(tmp_path / "rows.jsonl", {})) == [GOOD]
+
+
+MIXTURES = {
+    "unknown prefix": ("{name: a, bucket: a, objective: {type: paired}, query_prefix: serach}", "unknown prefix"),
+    "unknown field": ("{name: a, bucket: a, objective: {type: paired}, prefix: x}", "unknown field 'prefix'"),
+    "no bucket": ("{name: a, objective: {type: paired}}", "needs the fields"),
+    "unknown objective": ("{name: a, bucket: a, objective: {type: pairs}}", "objective is"),
+    "columns": ("{name: a, bucket: a, objective: {type: paired, columns: [a]}}", "take the columns"),
+    "kind": ("{name: a, bucket: a, objective: {type: self}}", "holds text rows; this stage needs pair rows"),
+}
+
+
+@pytest.mark.parametrize("fault", MIXTURES)
+def test_a_faulty_mixture_is_explained(tmp_path, fault):
+    entry, message = MIXTURES[fault]
+    path = tmp_path / "mixture.yaml"
+    path.write_text(f"datasets:\n  - {entry}\n")
+    with pytest.raises(MixtureError, match=message) as error:
+        read_mixture(str(path), "pair")
+    assert str(path) in str(error.value)
+
+
+def test_prefixes_of_a_mixture(tmp_path):
+    path = tmp_path / "mixture.yaml"
+    common = "objective: {type: triplet}"
+    path.write_text(
+        f"- {{name: a, bucket: a.jsonl, {common}, query_prefix: search_query, document_prefix: search_document}}\n"
+        f"- {{name: b, bucket: /b.jsonl, {common}, query_prefix: 'clustering: '}}\n"
+        f"- {{name: c, bucket: 's3://c/x.jsonl', {common}, query_prefix: classification, query_only: true}}\n"
+    )
+    a, b, c = read_mixture(str(path), "triplet")
+    assert (a.query_prefix, a.document_prefix, a.files) == (
+        "search_query",
+        "search_document",
+        str(tmp_path / "a.jsonl"),
+    )
+    assert (b.query_prefix, b.document_prefix, b.files) == ("clustering", "clustering", "/b.jsonl")
+    assert (c.query_prefix, c.document_prefix, c.files) == ("classification", "", "s3://c/x.jsonl")
+    assert with_prefix(b.query_prefix, "text") == "clustering: text"
+    assert [source.columns for source in read_mixture(str(path), "pair")] == [("query", "document")] * 3
+
+
+def test_published_mixtures_are_readable():
+    pairs = read_mixture("configs/data/contrastive.yaml", "pair")
+    triplets = read_mixture("configs/data/finetune.yaml", "triplet")
+    assert (len(pairs), len(triplets)) == (29, 10)
+    by_name = {source.name: source for source in pairs + triplets}
+    assert by_name["reddit_title_body"].columns == ("title", "body")
+    assert by_name["paq"].document_prefix == "search_document" and by_name["quora"].document_prefix == "classification"
+    assert by_name["medi_wiki"].columns == ("query", "pos", "neg")

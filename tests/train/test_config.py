@@ -1,0 +1,80 @@
+"""A misspelt field or an impossible value fails before anything is compiled, and says what to write instead."""
+
+import importlib
+
+import pytest
+
+from nomic_jax.train.config import ConfigurationError, TrainConfig
+
+STAGES = ("mlm", "contrastive", "finetune")
+
+
+def values(stage="mlm", variant="debug"):
+    return importlib.import_module(f"configs.{stage}").get_config(variant).to_dict()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("variant", ["paper", "debug", "quickstart"])
+def test_every_variant_is_a_configuration(stage, variant):
+    config = TrainConfig.from_mapping(values(stage, variant))
+    config.check(8 if variant == "paper" else 1)
+    config.check_lengths(config.model)
+
+
+def test_paper_variants_are_the_recipe():
+    mlm, contrastive, finetune = (TrainConfig.from_mapping(values(stage, "paper")) for stage in STAGES)
+    assert (mlm.batch_size, mlm.steps, mlm.optim.lr, mlm.data.mask_rate) == (4096, 100_000, 5e-4, 0.3)
+    assert (mlm.optim.b2, mlm.optim.eps, mlm.optim.warmup, mlm.optim.clip_norm) == (0.98, 1e-6, 0.06, 0)
+    assert (contrastive.batch_size, contrastive.epochs, contrastive.optim.lr) == (16_384, 1.0, 2e-4)
+    assert (contrastive.temperature, contrastive.optim.warmup, contrastive.optim.decay) == (0.02, 700, "inverse_sqrt")
+    assert (finetune.batch_size, finetune.data.num_negatives, finetune.optim.lr) == (256, 7, 2e-5)
+    assert {config.model.dtype for config in (mlm, contrastive, finetune)} == {"bfloat16"}
+    assert {config.model.hidden_size for config in (mlm, contrastive, finetune)} == {768}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["optim"].update(learning_rat=1.0), "config.optim has no field 'learning_rat'"),
+        (lambda v: v["model"].update(hiden_size=1), "did you mean config.model.hidden_size"),
+        (lambda v: v["data"].pop("seq_len"), "config.data.seq_len is missing"),
+        (lambda v: v["optim"].update(decay="cosin"), "config.optim.decay is 'cosin'; write one of linear"),
+        (lambda v: v.update(batch_size="16"), "config.batch_size is '16'; it should be of type int"),
+        (lambda v: v["model"].update(num_heads=3), "num_heads 3; choose num_heads among the divisors"),
+        (lambda v: v["model"].update(dtype="float8"), "model.dtype is 'float8'; write one of float32"),
+        (lambda v: v.update(stage="pretrain"), "config.stage is 'pretrain'"),
+    ],
+)
+def test_a_field_that_cannot_be_read(change, message):
+    fields = values()
+    change(fields)
+    with pytest.raises(ConfigurationError, match=message):
+        TrainConfig.from_mapping(fields)
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "message"),
+    [
+        ("mlm", {"batch_size": 20}, "cannot be dealt to 8 devices; write 16 or 24"),
+        ("mlm", {"batch_size": 20, "accumulate": 4}, "8 devices x 4 micro-batches; write 32"),
+        ("mlm", {"log_every": 0}, "log_every must be at least 1"),
+        ("contrastive", {"accumulate": 2}, "write config.chunk_size instead"),
+        ("contrastive", {"temperature": 0.0}, "must be positive"),
+    ],
+)
+def test_values_that_cannot_work_together(stage, change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        TrainConfig.from_mapping(values(stage) | change).check(8)
+
+
+def test_rows_longer_than_the_model():
+    fields = values()
+    fields["data"]["seq_len"] = 4096
+    config = TrainConfig.from_mapping(fields)
+    with pytest.raises(ConfigurationError, match=r"config\.data\.seq_len is 4096; the model trains on 3 to 2048"):
+        config.check_lengths(config.model)
+
+
+def test_an_unknown_variant_names_the_others():
+    with pytest.raises(ValueError, match=":paper, :debug, :quickstart"):
+        values("mlm", "papr")
