@@ -23,7 +23,8 @@ from nomic_jax.train.metrics import read_metrics
 
 FLAGS = flags.FLAGS
 # In the order in which they come about; other names follow by alphabet.
-ORDER = ("bm25", "teacher", "random", "mlm", "contrastive", "finetune")
+BASELINES = ("bm25", "teacher")
+ORDER = (*BASELINES, "random", "mlm", "contrastive", "finetune")
 METRIC = "ndcg@10"
 COLLECTED = ("rows_found", "duplicates_dropped", "pairs", "labelled", "held_out_queries", "held_out_documents")
 
@@ -83,11 +84,13 @@ def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
         for name, score in scores.items()
     ]
     figure, axes = plt.subplots(figsize=(8, 3.5))
+    stages = [name for name in scores if name not in BASELINES]
     for task in tasks:
-        axes.plot(
-            list(scores), [score["tasks"][task][METRIC] for score in scores.values()], "o--", label=task, alpha=0.6
-        )
-    axes.plot(list(scores), [score["average"][METRIC] for score in scores.values()], "ko-", label="average")
+        axes.plot(stages, [scores[name]["tasks"][task][METRIC] for name in stages], "o--", label=task, alpha=0.6)
+    axes.plot(stages, [scores[name]["average"][METRIC] for name in stages], "ko-", label="average")
+    for baseline, style in zip(BASELINES, ("dotted", "dashdot")):
+        if baseline in scores:
+            axes.axhline(scores[baseline]["average"][METRIC], color="gray", ls=style, label=f"{baseline}, average")
     axes.set(ylabel=METRIC, ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -147,22 +150,24 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
         if not lines:
             continue
         curves[name] = lines
-        share = sum(line["real_tokens"] for line in lines) / sum(line["padded_tokens"] for line in lines)
-        tail = lines[-max(1, len(lines) // 10) :]
-        rows.append(
-            [
-                name,
-                config["model"]["hidden_size"],
-                config["model"]["num_layers"],
-                config["batch_size"],
-                lines[-1]["step"],
-                f"{config['optim']['lr']:g}",
-                statistics.mean(line["loss"] for line in lines[: len(tail)]),
-                statistics.mean(line["loss"] for line in tail),
-                statistics.mean(line["accuracy"] for line in tail),
-                f"{share:.1%}",
-            ]
-        )
+        for source in dict.fromkeys(line["source"] for line in lines):
+            own = [line for line in lines if line["source"] == source]
+            tenth = max(1, len(own) // 10)
+            rows.append(
+                [
+                    name,
+                    source,
+                    config["model"]["hidden_size"],
+                    config["model"]["num_layers"],
+                    config["batch_size"],
+                    lines[-1]["step"],
+                    f"{config['optim']['lr']:g}",
+                    statistics.mean(line["loss"] for line in own[:tenth]),
+                    statistics.mean(line["loss"] for line in own[-tenth:]),
+                    statistics.mean(line["accuracy"] for line in own[-tenth:]),
+                    f"{sum(line['real_tokens'] for line in own) / sum(line['padded_tokens'] for line in own):.1%}",
+                ]
+            )
     if curves:
         figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)
         for axis, (name, lines) in zip(axes[0], curves.items()):
@@ -186,7 +191,7 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
         "real/padded",
     ]
     picture = "\n![loss curves](loss.png)\n" if curves else ""
-    note = "Losses and accuracy are means over the first or last tenth of the logged steps.\n\n" if rows else ""
+    note = "Losses and accuracy are means over the first or last tenth of a source's logged steps.\n\n" if rows else ""
     return f"## Training\n\n{note}{table(header, rows) if rows else ''}{picture}\n{details}" if runs else ""
 
 

@@ -8,8 +8,8 @@ use_venv() {
     python=
   done
   [ -n "$python" ] || { echo "error: no python >= 3.11 on the PATH" >&2; exit 1; }
-  # What was installed, to install again when it changes.
-  stamp="$(cksum setup.py launch/venv.sh) $extras"
+  # One line that says what was installed, to install again when it changes.
+  stamp="$(cat setup.py launch/venv.sh | cksum) $extras"
   if ! grep -qsxF "$stamp" "$venv/installed"; then
     echo "== installing into $venv"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || {

@@ -58,7 +58,7 @@ class MlmStream:
         masked = [self._masked_row(row, epoch) for row in rows]
         arrays = {name: np.stack([row[name] for row in masked]) for name in masked[0]}
         tokens = self.batch_size * self.seq_len
-        return Batch(arrays, "mlm", real_tokens=tokens, padded_tokens=tokens)
+        return Batch(arrays, "text", real_tokens=tokens, padded_tokens=tokens)
 
     def _masked_row(self, row: int, epoch: int) -> dict[str, np.ndarray]:
         source = int(np.searchsorted(self.row_ends, row, side="right"))

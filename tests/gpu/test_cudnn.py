@@ -1,0 +1,47 @@
+"""What only a GPU can show: cuDNN's flash attention against the dense formula, and that it is what a step runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nomic_jax.model import EncoderConfig, encode, init_encoder
+from nomic_jax.model.attention import attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        jax.default_backend() != "gpu",
+        reason="no GPU: would show that cuDNN attention equals the dense formula in values and gradients, and is used",
+    ),
+]
+
+
+def test_cudnn_equals_the_dense_formula():
+    B, L, H, K = 4, 512, 12, 64
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, cotangent = (jax.random.normal(key, (B, L, H, K), jnp.bfloat16) for key in keys)
+    length = jnp.array([512, 300, 64, 1])
+    real = (jnp.arange(L) < length[:, None])[:, :, None, None]
+    results = {}
+    for implementation, dtype in (("cudnn", jnp.bfloat16), ("xla", jnp.float32)):
+        arguments = [x.astype(dtype) for x in (q, k, v)]
+        out, pullback = jax.vjp(
+            lambda q, k, v, name=implementation: attention(q, k, v, length_B=length, implementation=name), *arguments
+        )
+        results[implementation] = [jnp.where(real, x, 0) for x in (out, *pullback((cotangent * real).astype(dtype)))]
+    for ours, exact in zip(results["cudnn"], results["xla"]):
+        ours, exact = np.asarray(ours, np.float32), np.asarray(exact)
+        assert np.linalg.norm(ours - exact) <= 1e-2 * np.linalg.norm(exact)
+
+
+def test_auto_in_bfloat16_compiles_to_cudnn():
+    config = EncoderConfig(num_layers=1, dtype="bfloat16")
+    params = init_encoder(jax.random.key(0), config)
+    ids, length = jnp.ones((2, 256), jnp.int32), jnp.array([256, 100])
+
+    def loss(params):
+        return encode(params, ids, config, length_B=length).astype(jnp.float32).sum()
+
+    hlo = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+    assert "__cudnn$fmha" in hlo

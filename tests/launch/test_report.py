@@ -1,0 +1,56 @@
+"""The report shows the figures that lie below its folder, and its check can fail."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+RUN = {"model": {"hidden_size": 8, "num_layers": 1}, "batch_size": 4, "optim": {"lr": 2e-4}, "data": {}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, score in (("random", 0.3), ("mlm", 0.2), ("contrastive", 0.45), ("finetune", 0.46)):
+        workdir = tmp_path / "runs" / name
+        workdir.mkdir(parents=True)
+        (workdir / "config.json").write_text(json.dumps(RUN | {"data": {"mixture": f"{tmp_path}/pairs.yaml"}}))
+        lines = [
+            {"step": step, "loss": 4.0 / step, "accuracy": 0.1 * step, "source": "a", "real_tokens": 60}
+            | {"padded_tokens": 80, "seconds_per_step": 0.5, "tokens_per_second": 120.0}
+            for step in range(1, 5)
+        ]
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        scores = {"ndcg@10": score, "queries": 10, "documents": 20}
+        (tmp_path / "eval").mkdir(exist_ok=True)
+        content = {"tasks": {"t": scores}, "average": {"ndcg@10": score}}
+        (tmp_path / "eval" / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def report(folder, gain):
+    command = [sys.executable, "-m", "launch.report", f"--dir={folder}", f"--min_gain={gain}"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_figures_pictures_and_order(folder):
+    assert report(folder, 0.1).returncode == 0
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "0." in line]
+    assert [row.split("|")[1].strip() for row in rows[:4]] == ["random", "mlm", "contrastive", "finetune"]
+    assert "| contrastive | 0.450 | 0.450 |" in text
+    assert "| mlm | a | 8 | 1 | 4 | 4 | 0.0002 | 4.000 | 1.000 | 0.400 | 75.0% |" in text
+    assert "| mlm | 0.500 | 120 |" in text.split("## Timings")[1]
+    assert str(folder) not in text and '"mixture": "pairs.yaml"' in text
+    assert (folder / "ndcg.png").stat().st_size > 1000 and (folder / "loss.png").stat().st_size > 1000
+    assert json.loads((folder / "report.json").read_text())["finetune"] == {"ndcg@10": 0.46}
+
+
+def test_too_little_gain_fails(folder):
+    done = report(folder, 0.2)
+    assert done.returncode == 2 and "the stages did not do what they should" in done.stderr
+
+
+def test_an_empty_folder_is_explained(tmp_path):
+    done = report(tmp_path, 0.1)
+    assert done.returncode == 2 and "holds neither a training run" in done.stderr
