@@ -1,5 +1,6 @@
 """The commands as a user types them: stage after stage on tiny files, and mistakes answered in one line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def test_check_exits_with_1_above_the_tolerance(runs, tmp_path):
         command("convert.to_hf", runs / stage, tmp_path / stage)
     done = command("convert.check", tmp_path / "mlm", tmp_path / "finetune", check=False)
     assert done.returncode == 1 and "above the tolerance" in done.stderr
+
+
+def test_search_shows_the_nearest_text_first(minilm, tmp_path):
+    texts = ["The cat sleeps on the sofa.", "Stock prices fell sharply.", "A rocket was launched into orbit."]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    done = command(
+        "launch.search", f"--model={minilm}", f"--corpus={tmp_path}/corpus.jsonl", "--query=space travel", "--k=2"
+    )
+    found = [line.split("  ")[-1] for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert len(found) == 2 and found[0] == texts[2]
 
 
 @pytest.mark.parametrize(
