@@ -10,7 +10,9 @@ import torch
 from transformers import BertConfig, BertModel, NomicBertConfig, NomicBertForMaskedLM
 
 from nomic_jax.hf import read_checkpoint
-from nomic_jax.model import encode, mlm_logits
+from nomic_jax.hf.keymap import encoder_keymap, to_params
+from nomic_jax.model import EncoderConfig, abstract_encoder, encode, mlm_logits
+from nomic_jax.train.loss import masked_cross_entropy
 
 TOLERANCE = 2e-5
 
@@ -86,10 +88,27 @@ def test_masked_lm(nomic):
     assert np.abs(ours - expected.numpy())[mask].max() <= TOLERANCE
 
 
+def assert_same_gradients(ours: dict, model: torch.nn.Module, config: EncoderConfig, naming: str) -> None:
+    """Every leaf, to a relative 1e-4."""
+    theirs = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    expected = to_params(theirs, encoder_keymap(config, naming), abstract_encoder(config))
+    words = np.array(ours["embeddings"]["word"]["embedding"])
+    words[0] = expected["embeddings"]["word"]["embedding"][0]  # torch drops the gradient of [PAD], its padding_idx
+    ours = ours | {"embeddings": ours["embeddings"] | {"word": {"embedding": words}}}
+    for (path, mine), other in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(mine - other) <= 1e-4 * np.linalg.norm(other), jax.tree_util.keystr(path)
+
+
+def random_direction(mask: np.ndarray) -> np.ndarray:
+    """The loss is the inner product of the hidden states of real tokens with this."""
+    return np.random.default_rng(2).normal(size=(*mask.shape, 768)).astype(np.float32) * mask[..., None]
+
+
 def test_nomic_bert_gradients(nomic):
     model, checkpoint = nomic
+    config = checkpoint.config.encoder
     ids, length, mask = batch([40, 25], 30522)
-    direction = np.random.default_rng(2).normal(size=(*ids.shape, 768)).astype(np.float32) * mask[..., None]
+    direction = random_direction(mask)
     reference = copy.deepcopy(model)
     base = getattr(reference, reference.base_model_prefix)
     hidden = base(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
@@ -98,34 +117,72 @@ def test_nomic_bert_gradients(nomic):
     @jax.jit
     @jax.grad
     def gradient(params):
-        return jnp.sum(encode(params, ids, checkpoint.config.encoder, length_B=length) * direction)
+        return jnp.sum(encode(params, ids, config, length_B=length) * direction)
 
-    ours = gradient(checkpoint.params)
-    last, first = base.layers[11], base.layers[0]
-    qkv = torch.cat([getattr(first.self_attn, f"{x}_proj").weight.grad for x in "qkv"])
-    expected = {
-        "words": (base.embeddings.word_embeddings.weight.grad, ours["embeddings"]["word"]["embedding"]),
-        "types": (base.embeddings.token_type_embeddings.weight.grad, ours["embeddings"]["type"]["embedding"]),
-        "first qkv": (qkv.T, ours["layers"][0]["attention"]["qkv"]["kernel"]),
-        "last gate": (last.mlp.gate_proj.weight.grad.T, ours["layers"][11]["mlp"]["gate"]["kernel"]),
-        "last norm": (last.post_mlp_layernorm.bias.grad, ours["layers"][11]["norm2"]["bias"]),
-    }
-    for name, (theirs, mine) in expected.items():
-        theirs, mine = theirs.numpy(), np.asarray(mine)
-        if name == "words":
-            theirs, mine = theirs[1:], mine[1:]  # torch drops the gradient of [PAD], its padding_idx
-        assert np.linalg.norm(mine - theirs) <= 1e-4 * np.linalg.norm(theirs), name
+    assert_same_gradients(gradient(checkpoint.params), base, config, "native")
+
+
+def test_masked_lm_gradients(nomic):
+    """Of the cross-entropy: through the head, and into the word embeddings from both ends."""
+    model, checkpoint = nomic
+    config = checkpoint.config.encoder
+    ids, length, mask = batch([40, 25], 30522)
+    target = np.where(mask & (ids % 3 == 0), ids, -1)
+    reference = copy.deepcopy(model)
+    for parameter in reference.parameters():
+        parameter.grad = None
+    logits = reference(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).logits
+    labels = torch.tensor(target).long().flatten()
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-1, reduction="sum").backward()
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        hidden = encode(params["encoder"], ids, config, length_B=length)
+        words = params["encoder"]["embeddings"]["word"]["embedding"]
+        logits = mlm_logits(params["mlm_head"], words, hidden, config)
+        return masked_cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1))[0]
+
+    ours = gradient({"encoder": checkpoint.params, "mlm_head": checkpoint.mlm_head})
+    base = getattr(reference, reference.base_model_prefix)
+    assert_same_gradients(ours["encoder"], base, config, "native")
+    transform = reference.cls.predictions.transform
+    for mine, theirs in (
+        (ours["mlm_head"]["dense"]["kernel"], transform.dense.weight.grad.T),
+        (ours["mlm_head"]["norm"]["scale"], transform.layer_norm.weight.grad),
+        (ours["mlm_head"]["norm"]["bias"], transform.layer_norm.bias.grad),
+    ):
+        assert np.linalg.norm(mine - theirs.numpy()) <= 1e-4 * np.linalg.norm(theirs.numpy())
+
+
+def random_bert(directory):
+    torch.manual_seed(0)
+    model = randomised(BertModel(BertConfig(), add_pooling_layer=False))
+    model.save_pretrained(directory)
+    return model, read_checkpoint(directory)
 
 
 @pytest.mark.parametrize("lengths", [[1], [7, 3], [128, 77], [512, 300]], ids=str)
-def test_bert(tmp_path_factory, lengths):
-    torch.manual_seed(0)
-    model = randomised(BertModel(BertConfig(), add_pooling_layer=False))
-    directory = tmp_path_factory.mktemp("bert")
-    model.save_pretrained(directory)
-    checkpoint = read_checkpoint(directory)
+def test_bert(tmp_path, lengths):
+    model, checkpoint = random_bert(tmp_path)
     ids, length, mask = batch(lengths, 30522)
     with torch.no_grad():
         expected = model(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
     ours = jax.jit(lambda params: encode(params, ids, checkpoint.config.encoder, length_B=length))(checkpoint.params)
     assert np.abs(np.asarray(ours) - expected.numpy())[mask].max() <= TOLERANCE
+
+
+def test_bert_gradients(tmp_path):
+    model, checkpoint = random_bert(tmp_path)
+    config = checkpoint.config.encoder
+    ids, length, mask = batch([40, 25], 30522)
+    direction = random_direction(mask)
+    hidden = model(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
+    (hidden * torch.tensor(direction)).sum().backward()
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.sum(encode(params, ids, config, length_B=length) * direction)
+
+    assert_same_gradients(gradient(checkpoint.params), model, config, "bert")
