@@ -68,9 +68,11 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
     if decoder is not None and words is not None and not np.array_equal(decoder, words):
         raise CheckpointError(f"{directory}: cls.predictions.decoder.weight differs from the word embeddings")
     head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("cls.")}
-    params = _convert(
-        tensors, encoder_keymap(encoder, detect_naming(set(tensors))), abstract_encoder(encoder), directory
-    )
+    try:
+        naming = detect_naming(set(tensors))
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    params = _convert(tensors, encoder_keymap(encoder, naming), abstract_encoder(encoder), directory)
     tokenizer = None
     if (directory / "tokenizer.json").exists() or (directory / "vocab.txt").exists():
         tokenizer = Tokenizer.from_directory(directory)
