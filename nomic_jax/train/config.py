@@ -149,9 +149,8 @@ class TrainConfig:
             )
         if self.data.cache_dir == "":
             raise ConfigurationError("config.data.cache_dir is empty; name a directory for the tokenised text")
-        for field in ("log_every",):
-            if getattr(self, field) < 1:
-                raise ConfigurationError(f"config.{field} must be at least 1")
+        if self.log_every < 1:
+            raise ConfigurationError("config.log_every must be at least 1")
         if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
             raise ConfigurationError("config.checkpoint.every and config.checkpoint.keep must be at least 1")
         if self.stage != "mlm" and not self.temperature > 0:
