@@ -27,6 +27,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12,<0.13",
+        "pyarrow>=18.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tensorboardX>=2.6",
@@ -41,14 +42,18 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
         # The GPU build replaces faiss-cpu: uninstall that one first.
         "faiss-gpu": ["faiss-gpu-cu12>=1.9"],
-        "eval": ["bm25s>=0.2", "mteb>=2.0", "scikit-learn>=1.4", "scipy>=1.12"],
+        "eval": ["bm25s>=0.2", "mteb>=2.14.5", "scikit-learn>=1.4", "scipy>=1.12"],
+        "integrations": ["langchain-core>=0.3", "llama-index-core>=0.12", "mteb>=2.14.5"],
         "ray": ["ray[data]>=2.40"],
         "quickstart": ["bm25s>=0.2", "simple-icd-10-cm>=1.0"],
         # torch is a reference to compare with, never a dependency; one exact version, so that pip looks no further.
         "dev": [
             "torch==2.13.0",
-            "sentence-transformers>=5.0",
+            "sentence-transformers>=6.0",
             "bm25s>=0.2",
+            "langchain-core>=0.3",
+            "llama-index-core>=0.12",
+            "mteb>=2.26",
             "mypy>=1.13",
             "pytest>=8.0",
             "pytest-xdist>=3.5",

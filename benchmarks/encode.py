@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from nomic_jax import Embedder, EmbeddingConfig, EncoderConfig
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.hf import write_checkpoint
+from nomic_jax.hf import Checkpoint, write_checkpoint
 from nomic_jax.model import init_encoder
 
 # Name -> (texts, shortest, longest) in tokens, special tokens included.
@@ -69,7 +69,7 @@ def random_nomic(directory: Path) -> Path:
     tokenizer = Tokenizer.from_directory(Path(spec.submodule_search_locations[0]) / "model")
     config = EmbeddingConfig(EncoderConfig())
     params = jax.jit(lambda key: init_encoder(key, config.encoder))(jax.random.key(0))
-    write_checkpoint(directory, config, jax.device_get(params), tokenizer)
+    write_checkpoint(directory, Checkpoint(config, {"encoder": jax.device_get(params)}, tokenizer))
     return directory
 
 

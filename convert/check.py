@@ -1,16 +1,25 @@
-"""Do two checkpoints give the same vectors? python -m convert.check A B [--texts=FILE] [--tolerance=1e-5]
+"""Do two checkpoints hold the same model? python -m convert.check A B [--texts=FILE] [--tolerance=1e-5]
 
-Each is embedded by this package; with --torch, B is embedded by sentence-transformers instead. Prints the largest
-difference and exits 1 above the tolerance.
+A and B are checkpoints of any form: training runs, published or transformers-saved directories, shards, 16 bits.
+Compared are the tensors, and what they make of texts: the vectors, and the logits of a masked-LM head or a classifier
+that both have. With --torch the vectors of B come from sentence-transformers instead. Prints the largest differences,
+and exits 1 where vectors or logits differ by more than the tolerance.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from nomic_jax import Embedder
+from nomic_jax.data.batching import pad_right
+from nomic_jax.hf import Checkpoint
+from nomic_jax.model import classifier_logits, encode, mlm_logits
+from nomic_jax.train.checkpoint import read_pretrained
 
 TEXTS = (
     "search_query: what does an embedder do?",
@@ -18,34 +27,98 @@ TEXTS = (
     "clustering: Größe, 東京, עברית and 🚀",
     "classification: " + "a somewhat longer text about nothing in particular " * 30,
 )
+LOGITS_LENGTH = 128  # tokens of a text whose logits are compared
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m convert.check", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("a")
     parser.add_argument("b")
     parser.add_argument("--texts", help="a file with one text a line; a few built-in ones by default")
     parser.add_argument("--tolerance", type=float, default=1e-5)
+    parser.add_argument("--max_length", type=int, help="tokens of a text; what both take by default")
     parser.add_argument("--torch", action="store_true", help="embed B with sentence-transformers")
     args = parser.parse_args()
     try:
-        texts = Path(args.texts).read_text(encoding="utf-8").splitlines() if args.texts else list(TEXTS)
-        a = Embedder.from_pretrained(args.a).encode(texts)
-        b = _torch_vectors(args.b, texts) if args.torch else Embedder.from_pretrained(args.b).encode(texts)
+        texts = read_texts(args.texts)
+        a, b = read_pretrained(args.a), read_pretrained(args.b)
+        vectors_a = embed(args.a, texts, args.max_length)
+        vectors_b = torch_vectors(args.b, texts) if args.torch else embed(args.b, texts, args.max_length)
+        if vectors_a.shape != vectors_b.shape:
+            raise ValueError(f"the vectors have {vectors_a.shape[1]} and {vectors_b.shape[1]} dimensions")
+        print_tensors(a.params, b.params)
+        differences = {"vectors": np.abs(vectors_a - vectors_b).max(axis=1)}
+        for head in ("mlm_head", "classifier"):
+            if head in a.params and head in b.params:
+                differences[f"logits of the {head}"] = logit_differences(a, b, head, texts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if a.shape != b.shape:
-        sys.exit(f"the vectors have {a.shape[1]} and {b.shape[1]} dimensions")
-    worst = np.abs(a - b).max(axis=1)
-    print(f"largest difference {worst.max():.2e} over {len(texts)} texts (text {worst.argmax()})")
-    if not worst.max() <= args.tolerance:
+    is_same = True
+    for name, worst in differences.items():
+        print(f"{name}: largest difference {worst.max():.2e} over {len(texts)} texts (text {worst.argmax() + 1})")
+        # Written so that NaN, too, is above the tolerance.
+        is_same &= bool(worst.max() <= args.tolerance)
+    if not is_same:
         sys.exit(f"above the tolerance {args.tolerance:.0e}")
 
 
-def _torch_vectors(directory: str, texts: list[str]) -> np.ndarray:
+def read_texts(file: str | None) -> list[str]:
+    texts = list(TEXTS) if file is None else Path(file).read_text(encoding="utf-8").splitlines()
+    if not texts:
+        raise ValueError(f"{file} holds no text")
+    return texts
+
+
+def embed(path: str, texts: list[str], max_length: int | None) -> np.ndarray:
+    # As they stand, without a default prompt: a text of the file may carry its own prefix.
+    return Embedder.from_pretrained(path, max_length=max_length).encode(texts, prompt="")
+
+
+def torch_vectors(directory: str, texts: list[str]) -> np.ndarray:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(directory, device="cpu").encode(texts)
+    return SentenceTransformer(directory, device="cpu").encode(texts, prompt="", normalize_embeddings=True)
+
+
+def print_tensors(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """The largest difference of a tensor: 0 for two forms of the same weights, the rounding where one has 16 bits."""
+    leaves_a, leaves_b = (dict(jax.tree.leaves_with_path(params)) for params in (a, b))
+    if only := leaves_a.keys() ^ leaves_b.keys():
+        print(f"tensors: {len(only)} are in one of the two alone, such as {jax.tree_util.keystr(min(only, key=str))}")
+    both = [path for path in leaves_a.keys() & leaves_b.keys() if leaves_a[path].shape == leaves_b[path].shape]
+    worst = max(both, key=lambda path: float(np.abs(leaves_a[path] - leaves_b[path]).max()))
+    difference = np.abs(leaves_a[worst] - leaves_b[worst]).max()
+    where = f" ({jax.tree_util.keystr(worst)})" if difference else ""
+    print(f"tensors: largest difference {difference:.2e} over {len(both)} tensors{where}")
+
+
+def logit_differences(a: Checkpoint, b: Checkpoint, head: str, texts: list[str]) -> np.ndarray:
+    """Largest difference of a logit of each text's first tokens."""
+    ours, theirs = _logits_function(a, head), _logits_function(b, head)
+    return np.array([np.abs(ours(text) - theirs(text)).max() for text in texts])
+
+
+def _logits_function(checkpoint: Checkpoint, head: str) -> Callable[[str], np.ndarray]:
+    config, tokenizer = checkpoint.config.encoder, checkpoint.tokenizer
+    if tokenizer is None:
+        raise ValueError("a checkpoint without a tokenizer cannot be compared on texts")
+    length = min(LOGITS_LENGTH, config.max_positions)
+
+    @jax.jit
+    def compute(params, ids_BL, length_B):
+        hidden_BLD = encode(params["encoder"], ids_BL, config, length_B=length_B)
+        if head == "classifier":
+            return classifier_logits(params["classifier"], hidden_BLD, config)
+        return mlm_logits(params["mlm_head"], params["encoder"]["embeddings"]["word"]["embedding"], hidden_BLD, config)
+
+    def logits(text: str) -> np.ndarray:
+        ids = tokenizer.encode([text], length)
+        out = compute(checkpoint.params, pad_right(ids, length, config.pad_token_id), np.array([len(ids[0])], np.int32))
+        return np.asarray(out)[0, : len(ids[0])] if head == "mlm_head" else np.asarray(out)
+
+    return logits
 
 
 if __name__ == "__main__":

@@ -1,56 +1,81 @@
-"""A training run or checkpoint to a Hugging Face directory: python -m convert.to_hf CHECKPOINT_DIR OUT_DIR"""
+"""To a Hugging Face directory: python -m convert.to_hf CHECKPOINT OUT_DIR
+
+CHECKPOINT is a run's working directory (its latest checkpoint), one of its checkpoints, or another Hugging Face
+directory, to change its format or type.
+"""
 
 import argparse
+import dataclasses
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 from nomic_jax.hf import write_checkpoint
-from nomic_jax.train.checkpoint import Pretrained, read_pretrained
+from nomic_jax.train.checkpoint import read_pretrained
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m convert.to_hf", description=__doc__)
-    parser.add_argument("checkpoint_dir", help="a run's working directory (its latest checkpoint), or one checkpoint")
-    parser.add_argument("out_dir", help="opens in sentence-transformers and transformers")
-    parser.add_argument("--mlm_head", action="store_true", help="write the masked-LM head too, if there is one")
-    parser.add_argument("--max_length", type=int, help="tokens kept of a text; the model's maximum by default")
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="what to convert")
+    parser.add_argument("out_dir", help="opens in sentence-transformers, transformers and others")
+    parser.add_argument(
+        "--format",
+        choices=("hub", "native"),
+        default="hub",
+        help="names of the tensors: as published, which every client reads, or those inside transformers",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--mlm_head", action="store_true", help="write the masked-LM head too")
+    parser.add_argument("--classifier", action="store_true", help="write the sequence classifier too")
+    parser.add_argument("--max_length", type=int, help="tokens kept of a text; the checkpoint's own maximum by default")
+    parser.add_argument("--truncate_dim", type=int, help="dimensions kept by default (Matryoshka)")
+    parser.add_argument(
+        "--layer_norm", action="store_true", help="LayerNorm after pooling, as nomic-embed-text-v1.5 was trained"
+    )
+    parser.add_argument(
+        "--evaluation", action="append", default=[], help="a report of launch.evaluate for the model card; repeatable"
+    )
     args = parser.parse_args()
     try:
-        source = read_pretrained(args.checkpoint_dir)
-        if source.tokenizer is None:
-            raise ValueError(f"{args.checkpoint_dir} has no tokenizer")
-        if args.mlm_head and "mlm_head" not in source.params:
-            raise ValueError(f"{args.checkpoint_dir} has no masked-LM head")
-        write_checkpoint(
-            args.out_dir,
-            source.model,
-            source.params["encoder"],
-            source.tokenizer,
-            mlm_head=source.params["mlm_head"] if args.mlm_head else None,
-            max_length=args.max_length,
-            model_card=lineage(source),
-        )
+        write(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {args.out_dir}")
 
 
-def lineage(source: Pretrained) -> str:
-    """Where the weights come from, for the model card."""
-    if "config" not in source.record:
-        return ""
-    config = source.record["config"]
-    rows = {
-        "stage": config["stage"],
-        "steps": source.record["step"],
-        "started from": config["init_from"] or "random weights",
-        "data": config["data"]["mixture"],
-        "data fingerprint": source.record["data_fingerprint"],
-        "batch size": config["batch_size"],
-        "peak learning rate": config["optim"]["lr"],
-        "seed": config["seed"],
-        "versions": ", ".join(f"{name} {version}" for name, version in source.record["versions"].items()),
-    }
-    return "\n## Training\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+def write(args: argparse.Namespace) -> None:
+    source = read_pretrained(args.checkpoint)
+    for part in ("mlm_head", "classifier"):
+        if getattr(args, part) and part not in source.params:
+            raise ValueError(f"{args.checkpoint} has no {part}; it has {', '.join(source.params)}")
+    config = dataclasses.replace(
+        source.config,
+        layer_norm=source.config.layer_norm or args.layer_norm,
+        dim=args.truncate_dim or source.config.dim,
+    )
+    wanted = ("encoder", *(part for part in ("mlm_head", "classifier") if getattr(args, part)))
+    write_checkpoint(
+        args.out_dir,
+        dataclasses.replace(
+            source,
+            config=config,
+            params={name: params for name, params in source.params.items() if name in wanted},
+            max_length=args.max_length or source.max_length,
+        ),
+        naming=args.format,
+        dtype=args.dtype,
+        evaluations={Path(file).stem: read_report(Path(file)) for file in args.evaluation},
+    )
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    report = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(report, dict) or not {"tasks", "average"} <= report.keys():
+        raise ValueError(f"{file}: not a report of launch.evaluate (tasks, average)")
+    return report
 
 
 if __name__ == "__main__":

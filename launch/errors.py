@@ -1,10 +1,13 @@
 """Runs a command so that a user's mistake ends in one line on stderr and exit code 2."""
 
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags, logging
+from tqdm import tqdm
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it was raised.")
 
@@ -15,6 +18,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     def guarded(argv: list[str]) -> None:
         # Orbax tells of every file it renames at the level INFO.
         logging.set_verbosity(logging.WARNING)
+        _show_warnings_once()
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; quote patterns (--input='*.jsonl'), and see --help")
@@ -25,6 +29,19 @@ def run(main: Callable[[list[str]], None]) -> None:
             _exit(error)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _show_warnings_once() -> None:
+    """In one line, and of warnings that differ in numbers only the first: each batch of texts says how many it cut."""
+    shown = set()
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        kind = re.sub(r"\d+", "", str(message))
+        if kind not in shown:
+            shown.add(kind)
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

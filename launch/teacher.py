@@ -1,7 +1,6 @@
 """What launch.filter and launch.mine have in common: pairs, a teacher that embeds them, and the flags of both."""
 
 import functools
-import hashlib
 
 from absl import flags
 
@@ -32,26 +31,17 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Texts the teacher embeds at
 
 def load_teacher() -> Encoder:
     """The teacher that the flags name; its identity is what the embeddings depend on."""
-    import jax
-    import numpy as np
-
     from nomic_jax.embedder import Embedder
 
     if not MODEL.value:
         raise ValueError("no teacher is named; set --model to a checkpoint directory")
     embedder = Embedder.from_pretrained(MODEL.value, dtype=DTYPE.value, max_length=MAX_LENGTH.value)
-    weights = hashlib.sha256()
-    for leaf in jax.tree.leaves(embedder.params):
-        weights.update(np.asarray(leaf).tobytes())
     encode = functools.partial(embedder.encode, batch_size=BATCH_SIZE.value, show_progress_bar=False)
     return Encoder(
         query=functools.partial(encode, prompt=QUERY_PROMPT.value),
         document=functools.partial(encode, prompt=DOCUMENT_PROMPT.value),
         identity={
-            "weights of --model": weights.hexdigest(),
-            "configuration of --model": repr(embedder.config),
-            "tokenizer of --model": embedder.tokenizer.sha256,
-            "max_length": embedder.max_length,
+            **{f"{part} of --model": value for part, value in embedder.identity.items()},
             "query_prompt": QUERY_PROMPT.value,
             "document_prompt": DOCUMENT_PROMPT.value,
         },

@@ -6,7 +6,11 @@ and devices around it, with the names and meanings of sentence-transformers.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -16,12 +20,18 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from nomic_jax.data.batching import pad_right, padded_length
-from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.hf import read_checkpoint
+from nomic_jax.data.batching import Shape, length_sorted_batches, pad_right
+from nomic_jax.data.tokenizer import Tokenizer, truncate
+from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, read_checkpoint
 from nomic_jax.model import EmbeddingConfig, embed
 
-TEXTS_PER_TOKENIZER_CALL = 8192
+# Tokens computed at once on a device, whatever the batch size. A CPU is fastest where activations stay near its caches
+# (137M, 512 tokens a text: 4 texts at once give four times the tokens/s of 64); on a GPU this bounds the memory.
+TOKENS_PER_CALL = {"cpu": 4096}
+TOKENS_PER_CALL_ELSEWHERE = 131_072
+# Names of the prompt for a role: sentence-transformers', then nomic's.
+QUERY_PROMPTS = ("query", "search_query")
+DOCUMENT_PROMPTS = ("document", "search_document")
 
 
 class Embedder:
@@ -30,7 +40,10 @@ class Embedder:
     Attributes:
       params: encoder parameters, on the devices; the first argument of ``nomic_jax.embed``.
       config: the encoder and its pooling; the last argument of ``nomic_jax.embed``.
+      tokenizer: text -> token ids.
       prompts: name -> text put in front of an input.
+      default_prompt_name: the prompt of ``encode`` where none is named.
+      similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan".
       max_length: tokens kept of a text.
     """
 
@@ -41,19 +54,28 @@ class Embedder:
         tokenizer: Tokenizer,
         *,
         prompts: dict[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        similarity_fn_name: str = "cosine",
         max_length: int | None = None,
     ):
         self.config = config
         self.tokenizer = tokenizer
         self.prompts = dict(prompts or {})
+        self.default_prompt_name = default_prompt_name
+        self.similarity_fn_name = similarity_fn_name
         self.max_length = max_length or config.encoder.max_positions
         if not 2 <= self.max_length <= config.encoder.max_positions:
             raise ValueError(f"max_length {max_length} is not within 2..{config.encoder.max_positions}")
+        if default_prompt_name is not None:
+            self._prefix(default_prompt_name, None)
+        if similarity_fn_name not in _SIMILARITIES:
+            raise ValueError(f"similarity {similarity_fn_name!r}; write one of {', '.join(_SIMILARITIES)}")
         mesh = jax.make_mesh(
             (jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices()
         )
         self._rows = NamedSharding(mesh, P("data"))
         self.params = jax.device_put(params, NamedSharding(mesh, P()))
+        self._warned: set[str] = set()
 
     @classmethod
     def from_pretrained(
@@ -63,35 +85,69 @@ class Embedder:
         revision: str | None = None,
         dtype: str | None = None,
         max_length: int | None = None,
+        truncate_dim: int | None = None,
+        layer_norm: bool | None = None,
         attention: str = "auto",
     ) -> "Embedder":
-        """Opens a checkpoint directory (nomic-bert or BERT family), or downloads one of the hub.
+        """Opens a checkpoint directory (nomic-bert or BERT family), a training run, or a model of the hub.
 
         Args:
-          path_or_hub_id: a directory, or a name such as "nomic-ai/nomic-embed-text-v1".
+          path_or_hub_id: a Hugging Face directory, a run's working directory or one of its checkpoints, or a name on
+            the hub such as "nomic-ai/nomic-embed-text-v1".
           revision: branch, tag or commit on the hub.
-          dtype: computation dtype, "float32" (default) or "bfloat16".
+          dtype: computation dtype, "float32" (default), "bfloat16" or "float16".
           max_length: tokens kept of a text; None for what the checkpoint says.
+          truncate_dim: components kept (Matryoshka); None for what the checkpoint says.
+          layer_norm: LayerNorm between pooling and truncation; None for what the checkpoint says. The published
+            directory of nomic-embed-text-v1.5 does not say that it needs one: its name on the hub does, a copy of it
+            takes ``layer_norm=True``.
           attention: see ``nomic_jax.model.attention``.
 
         Raises:
           CheckpointError, ConfigError: the checkpoint is not what this encoder implements.
           FileNotFoundError: no such directory, and the hub has none of that name or cannot be reached.
         """
-        directory = Path(path_or_hub_id)
-        if not directory.is_dir():
-            directory = _download(str(path_or_hub_id), revision)
-        checkpoint = read_checkpoint(directory)
+        _use_compilation_cache()
+        checkpoint = _read(path_or_hub_id, revision)
         if checkpoint.tokenizer is None:
-            raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor vocab.txt")
-        encoder = dataclasses.replace(checkpoint.config.encoder, dtype=dtype or "float32", attention=attention)
+            raise FileNotFoundError(f"{path_or_hub_id} holds neither tokenizer.json nor vocab.txt")
+        if layer_norm is None and str(path_or_hub_id) == "nomic-ai/nomic-embed-text-v1.5":
+            layer_norm = True
+        config = dataclasses.replace(
+            checkpoint.config,
+            encoder=dataclasses.replace(
+                checkpoint.config.encoder, dtype=jnp.dtype(dtype or "float32").name, attention=attention
+            ),
+            layer_norm=checkpoint.config.layer_norm if layer_norm is None else layer_norm,
+            dim=checkpoint.config.dim if truncate_dim is None else truncate_dim,
+        )
         return cls(
-            checkpoint.params,
-            dataclasses.replace(checkpoint.config, encoder=encoder),
+            checkpoint.params["encoder"],
+            config,
             checkpoint.tokenizer,
-            prompts=checkpoint.prompts,
+            prompts=NOMIC_PROMPTS if checkpoint.prompts is None else checkpoint.prompts,
+            default_prompt_name=checkpoint.default_prompt_name,
+            similarity_fn_name=checkpoint.similarity,
             max_length=max_length or checkpoint.max_length,
         )
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector."""
+        return self.config.output_dim
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str | int]:
+        """All that a vector depends on besides the text and its prompt, for whoever keeps vectors or scores."""
+        weights = hashlib.sha256()
+        for leaf in jax.tree.leaves(self.params):
+            weights.update(np.ascontiguousarray(leaf).data)
+        return {
+            "weights": weights.hexdigest(),
+            "configuration": repr(self.config),
+            "tokenizer": self.tokenizer.sha256,
+            "max_length": self.max_length,
+        }
 
     def encode(
         self,
@@ -105,64 +161,114 @@ class Embedder:
     ) -> np.ndarray:
         """Embeddings of texts, float32 [N, dim], in their order; of a single string, [dim].
 
+        A vector depends on its text (and prompt) alone, not on the other inputs.
+
         Args:
-          inputs: a text or a list of texts. Those beyond ``max_length`` tokens are cut.
+          inputs: a text or a sequence of texts. What is beyond ``max_length`` tokens is cut, with a warning.
           prompt_name: key of ``prompts``; its text goes in front of every input.
           prompt: a prefix given directly, instead of a name.
-          batch_size: texts computed together, over all devices.
+          batch_size: most texts computed together, over all devices; fewer where they are long.
           show_progress_bar: None shows one for more than a few seconds' work.
-          normalize_embeddings: scale to length 1 (after truncation).
-          truncate_dim: keep the first components only.
+          normalize_embeddings: scale to length 1, after truncation. False leaves what the model's modules give, which
+            for a model with a Normalize module is of length 1 before truncation.
+          truncate_dim: keep the first components only; None for ``config.dim``.
 
         Raises:
           TypeError: an input that is not a string; the message names its index.
-          ValueError: an unknown prompt name.
+          ValueError: an input that is no Unicode text; an unknown prompt name; a dimension out of range.
         """
-        if isinstance(inputs, str):
-            return self.encode([inputs], prompt_name, prompt, 1, False, normalize_embeddings, truncate_dim)[0]
+        is_single = isinstance(inputs, str)
+        texts = [inputs] if isinstance(inputs, str) else _as_list(inputs)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        dim = self.config.output_dim if truncate_dim is None else truncate_dim
+        if not 1 <= dim <= self.config.encoder.hidden_size:
+            raise ValueError(f"truncate_dim {dim} is not within 1..{self.config.encoder.hidden_size}")
+        _check_texts(texts)
         prefix = self._prefix(prompt_name, prompt)
-        for i, text in enumerate(inputs):
-            if not isinstance(text, str):
-                raise TypeError(f"input {i} is {type(text).__name__}, expected a string")
-        config = dataclasses.replace(self.config, dim=truncate_dim or self.config.dim, normalize=normalize_embeddings)
-        ids = []
-        for start in range(0, len(inputs), TEXTS_PER_TOKENIZER_CALL):
-            texts = [prefix + text for text in inputs[start : start + TEXTS_PER_TOKENIZER_CALL]]
-            ids += self.tokenizer.encode(texts, self.max_length)
-        return self._encode_ids(ids, config, batch_size, show_progress_bar)
+        self._warn_of_prefixes(texts, prefix, is_chosen=prompt is not None or prompt_name is not None)
+        ids, cut = self._tokenize(texts, prefix)
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(texts)} texts were longer than {self.max_length} tokens and were truncated",
+                stacklevel=2,
+            )
+        vectors = self._encode_ids(ids, batch_size, False if is_single else show_progress_bar)[:, :dim]
+        if normalize_embeddings:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        vectors = np.ascontiguousarray(vectors)
+        return vectors[0] if is_single else vectors
 
-    def encode_query(self, inputs: str | Sequence[str], **kwargs) -> np.ndarray:
-        """``encode`` with the prompt named "query", if there is one."""
-        return self.encode(inputs, **self._role_prompt("query", kwargs))
+    def encode_query(
+        self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options
+    ) -> np.ndarray:
+        """``encode`` with the prompt for queries, unless another one is given. Options are those of ``encode``."""
+        return self.encode(inputs, *self._role_prompt(QUERY_PROMPTS, prompt_name, prompt), **options)
 
-    def encode_document(self, inputs: str | Sequence[str], **kwargs) -> np.ndarray:
-        """``encode`` with the prompt named "document", if there is one."""
-        return self.encode(inputs, **self._role_prompt("document", kwargs))
+    def encode_document(
+        self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options
+    ) -> np.ndarray:
+        """``encode`` with the prompt for documents, unless another one is given. Options are those of ``encode``."""
+        return self.encode(inputs, *self._role_prompt(DOCUMENT_PROMPTS, prompt_name, prompt), **options)
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine similarities [len(a), len(b)]."""
-        a, b = (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (a, b))
-        return a @ b.T
+        """Similarities [len(a), len(b)] by ``similarity_fn_name``; higher is more alike (distances are negated)."""
+        return _SIMILARITIES[self.similarity_fn_name](*(np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b)))
 
-    def _role_prompt(self, role: str, kwargs: dict) -> dict:
-        given = kwargs.get("prompt") is not None or kwargs.get("prompt_name") is not None
-        return kwargs if given or role not in self.prompts else kwargs | {"prompt_name": role}
+    def _role_prompt(
+        self, names: Sequence[str], prompt_name: str | None, prompt: str | None
+    ) -> tuple[str | None, str | None]:
+        """(prompt_name, prompt) for ``encode``: what is given, else the role's, else none (and not the default one)."""
+        if prompt_name is not None or prompt is not None:
+            return prompt_name, prompt
+        found = next((name for name in names if name in self.prompts), None)
+        return (None, "") if found is None else (found, None)
 
     def _prefix(self, prompt_name: str | None, prompt: str | None) -> str:
-        if prompt is not None or prompt_name is None:
-            return prompt or ""
-        if prompt_name not in self.prompts:
+        if prompt is not None:
+            return prompt
+        name = self.default_prompt_name if prompt_name is None else prompt_name
+        if name is None:
+            return ""
+        if name not in self.prompts:
             known = ", ".join(self.prompts) or "none"
-            raise ValueError(f"unknown prompt_name {prompt_name!r}; this model's prompts are: {known}")
-        return self.prompts[prompt_name]
+            raise ValueError(f"unknown prompt_name {name!r}; this model's prompts are: {known}")
+        return self.prompts[name]
 
-    def _encode_ids(
-        self, ids: list[np.ndarray], config: EmbeddingConfig, batch_size: int, show_progress_bar: bool | None
-    ) -> np.ndarray:
+    def _warn_of_prefixes(self, texts: list[str], prefix: str, is_chosen: bool) -> None:
+        """Once each: texts without the prefix that the model was trained with, and texts with two of them."""
+        known = tuple(dict.fromkeys(text for text in self.prompts.values() if text.strip()))
+        if not known:
+            return
+        carrying = next((i for i, text in enumerate(texts) if text.startswith(known)), None)
+        if prefix and carrying is not None:
+            self._warn_once(
+                "two prefixes",
+                f"input {carrying} already starts with a prefix, and {prefix!r} goes in front of it; give texts "
+                f"without prefixes, or prompt=''",
+            )
+        elif not prefix and not is_chosen and not all(text.startswith(known) for text in texts):
+            self._warn_once(
+                "no prefix",
+                f"this model was trained with a prefix on every text, such as {known[0]!r}; use encode_query and "
+                f"encode_document, or a prompt_name: {', '.join(self.prompts)}",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=4)
+
+    def _tokenize(self, texts: list[str], prefix: str) -> tuple[list[np.ndarray], int]:
+        """Token ids of each text, and how many texts had to be cut."""
+        whole = self.tokenizer.encode([prefix + text for text in texts])
+        cut = sum(len(ids) > self.max_length for ids in whole)
+        return [truncate(ids, self.max_length) for ids in whole], cut
+
+    def _encode_ids(self, ids: list[np.ndarray], batch_size: int, show_progress_bar: bool | None) -> np.ndarray:
+        """What the model's modules make of token ids, at full width."""
+        config = dataclasses.replace(self.config, dim=None)
         out = np.zeros((len(ids), config.output_dim), np.float32)
-        # Longest first: neighbours have similar lengths, and memory runs out at once if it does.
-        order = np.argsort([-len(x) for x in ids], kind="stable")
-        devices = self._rows.mesh.size
         bar = tqdm(
             total=len(ids),
             desc="encoding",
@@ -171,24 +277,40 @@ class Embedder:
             delay=3 if show_progress_bar is None else 0,
             disable=show_progress_bar is False,
         )
-        pending: list[tuple[np.ndarray, jax.Array]] = []
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            length = padded_length(len(ids[rows[0]]), self.max_length)
-            batch_ids = pad_right([ids[row] for row in rows], length, config.encoder.pad_token_id)
-            lengths = np.array([len(ids[row]) for row in rows], np.int32)
-            # A last batch is filled up to a power of two, so that few shapes are ever compiled.
-            size = min(batch_size, 1 << (len(rows) - 1).bit_length())
-            missing = -(-size // devices) * devices - len(rows)
-            batch = {"ids": np.pad(batch_ids, ((0, missing), (0, 0))), "length": np.pad(lengths, (0, missing))}
-            pending.append((rows, _embed(self.params, jax.device_put(batch, self._rows), config)))
+
+        def collect(rows: np.ndarray, embeddings: jax.Array) -> None:
+            out[rows] = np.asarray(embeddings)[: len(rows)]
+            bar.update(len(rows))
+
+        in_flight: list[tuple[np.ndarray, jax.Array]] = []
+        lengths = np.array([len(x) for x in ids], np.int32)
+        for rows, shape in length_sorted_batches(
+            lengths,
+            max_length=self.max_length,
+            batch_size=batch_size,
+            tokens_per_device=TOKENS_PER_CALL.get(jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE),
+            devices=self._rows.mesh.size,
+        ):
+            # Rows beyond the texts stay empty: they have no tokens, and nobody sees what becomes of them.
+            batch = {"ids": np.zeros(shape, np.int32), "length": np.zeros(shape.rows, np.int32)}
+            batch["ids"][: len(rows)] = pad_right([ids[row] for row in rows], shape.length, config.encoder.pad_token_id)
+            batch["length"][: len(rows)] = lengths[rows]
+            if (shape, config) not in _compiled:
+                _describe(bar, f"compiling for {shape.rows} x {shape.length} tokens")
+            in_flight.append((rows, _embed(self.params, jax.device_put(batch, self._rows), config)))
+            _compiled.add((shape, config))
+            bar.set_description_str("encoding", refresh=False)
             # One batch in flight: the host prepares the next one while the device computes.
-            if len(pending) > 1:
-                _collect(pending.pop(0), out, bar)
-        while pending:
-            _collect(pending.pop(0), out, bar)
+            if len(in_flight) > 1:
+                collect(*in_flight.pop(0))
+        while in_flight:
+            collect(*in_flight.pop(0))
         bar.close()
         return out
+
+
+# What has been compiled in this process; only to say so when something is.
+_compiled: set[tuple[Shape, EmbeddingConfig]] = set()
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -196,19 +318,83 @@ def _embed(params: dict, batch: dict, config: EmbeddingConfig) -> jax.Array:
     return embed(params, batch, config).astype(jnp.float32)
 
 
-def _collect(done: tuple[np.ndarray, jax.Array], out: np.ndarray, bar: tqdm) -> None:
-    rows, embeddings = done
-    out[rows] = np.asarray(embeddings)[: len(rows)]
-    bar.update(len(rows))
+def _describe(bar: tqdm, text: str) -> None:
+    """Shown at once on a bar that is visible; tqdm would show a bar that still waits for its delay."""
+    if not bar.disable:
+        bar.set_description_str(text, refresh=time.time() - bar.start_t >= bar.delay)
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs from one process to the next, unless jax's own settings say where or that it should not.
+
+    (JAX_COMPILATION_CACHE_DIR names another place, JAX_ENABLE_COMPILATION_CACHE=false turns it off.)
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "nomic_jax" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _as_list(inputs: Iterable[str]) -> list[str]:
+    # A mapping or set would be taken for its keys, bytes for numbers.
+    if isinstance(inputs, (bytes, bytearray, dict, set)) or not isinstance(inputs, Iterable):
+        raise TypeError(f"inputs is {type(inputs).__name__}, expected a string or a sequence of strings")
+    return list(inputs)
+
+
+def _check_texts(texts: list[str]) -> None:
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"input {i} is {type(text).__name__}, expected a string")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"input {i} holds half of a surrogate pair at character {error.start}, which is no text; "
+                f'text.encode("utf-8", "replace").decode() makes one of it'
+            ) from None
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
+    return a @ b.T
+
+
+def _negative_distance(a: np.ndarray, b: np.ndarray, order: int) -> np.ndarray:
+    return -np.stack([np.linalg.norm(b - x, ord=order, axis=1) for x in a])
+
+
+_SIMILARITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "cosine": _cosine,
+    "dot": lambda a, b: a @ b.T,
+    "euclidean": functools.partial(_negative_distance, order=2),
+    "manhattan": functools.partial(_negative_distance, order=1),
+}
+
+
+def _read(path_or_hub_id: str | Path, revision: str | None) -> Checkpoint:
+    directory = Path(path_or_hub_id)
+    if not directory.is_dir():
+        return read_checkpoint(_download(str(path_or_hub_id), revision))
+    if (directory / "config.json").exists() and not (directory / "checkpoints").exists():
+        return read_checkpoint(directory)
+    from nomic_jax.train.checkpoint import read_pretrained  # orbax takes seconds to import, and few need it here
+
+    return read_pretrained(directory)
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "vocab.txt"]
+    def fetch(*wanted: str) -> Path:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(wanted)))
+
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        directory = fetch("*.json", "*.safetensors", "vocab.txt")
+        if not any(directory.glob("*.safetensors")):
+            directory = fetch("*.json", "pytorch_model.bin", "vocab.txt")
+        return directory
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{hub_id} is neither a directory nor could it be fetched from the hub ({type(error).__name__}: {error})"

@@ -1,11 +1,20 @@
 """The Embedder against sentence-transformers with real weights, and its promises about inputs."""
 
+import dataclasses
+import json
+import shutil
+import warnings
+
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sentence_transformers import SentenceTransformer
 
 import nomic_jax
 from nomic_jax import Embedder
+from nomic_jax.hf import Checkpoint, write_checkpoint
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
 
 TEXTS = [
     "A man is eating food.",
@@ -17,11 +26,36 @@ TEXTS = [
     "many words " * 400,
     "one",
 ]
+# Every script of the basic plane, controls, private use, and the last code point.
+SCRIPTS = ["".join(map(chr, range(start, start + 512))) for start in range(0, 0xD800, 512)] + ["\ue000\ufffe\U0010ffff"]
+NOMIC = EmbeddingConfig(EncoderConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=256))
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*were truncated", "ignore:this model was trained with a prefix")
 
 
 @pytest.fixture(scope="module")
 def embedder(minilm):
     return Embedder.from_pretrained(minilm)
+
+
+@pytest.fixture(scope="module")
+def nomic_dir(tmp_path_factory, tokenizer):
+    directory = tmp_path_factory.mktemp("nomic") / "model"
+    params = {"encoder": init_encoder(jax.random.key(0), NOMIC.encoder)}
+    write_checkpoint(directory, Checkpoint(NOMIC, params, tokenizer))
+    return directory
+
+
+@pytest.fixture
+def nomic(nomic_dir):
+    return Embedder.from_pretrained(nomic_dir)
+
+
+def edited_copy(directory, target, file, **fields):
+    shutil.copytree(directory, target)
+    content = json.loads((target / file).read_text(encoding="utf-8"))
+    (target / file).write_text(json.dumps(content | fields), encoding="utf-8")
+    return target
 
 
 def test_equals_sentence_transformers(embedder, minilm):
@@ -30,7 +64,15 @@ def test_equals_sentence_transformers(embedder, minilm):
     ours = embedder.encode(TEXTS)
     assert ours.dtype == np.float32 and ours.shape == (len(TEXTS), 384)
     np.testing.assert_allclose(ours, theirs.encode(TEXTS), atol=2e-6)
-    np.testing.assert_allclose(embedder.similarity(ours, ours), theirs.similarity(ours, ours).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("function", ["cosine", "dot", "euclidean", "manhattan"])
+def test_similarity(embedder, minilm, tmp_path, function):
+    directory = edited_copy(minilm, tmp_path / "m", "config_sentence_transformers.json", similarity_fn_name=function)
+    ours, theirs = Embedder.from_pretrained(directory), SentenceTransformer(str(directory), device="cpu")
+    a, b = embedder.encode(TEXTS[:3]), embedder.encode(TEXTS[3:])
+    np.testing.assert_allclose(ours.similarity(a, b), theirs.similarity(a, b).numpy(), atol=1e-5)
+    assert ours.similarity(a[0], b).shape == (1, 5)
 
 
 def test_a_text_alone_equals_the_text_in_a_batch(embedder):
@@ -39,16 +81,58 @@ def test_a_text_alone_equals_the_text_in_a_batch(embedder):
         np.testing.assert_allclose(embedder.encode(text), vector, atol=1e-6)
 
 
+def test_a_vector_does_not_depend_on_long_neighbours_or_on_earlier_calls(nomic):
+    texts = ["short", "word " * 2500, "long " * 9000, "other " * 2040, "six " * 300]
+    alone = [nomic.encode(text) for text in texts]
+    np.testing.assert_allclose(nomic.encode(texts), alone, atol=1e-6)
+    np.testing.assert_allclose(nomic.encode(texts[1::-1], batch_size=1)[::-1], alone[:2], atol=1e-6)
+    np.testing.assert_allclose(nomic.encode(texts[0]), alone[0], atol=0)
+
+
 def test_shapes_of_one_text_and_of_none(embedder):
     assert embedder.encode("one").shape == (384,)
     assert embedder.encode([]).shape == (0, 384)
     assert embedder.encode(["one", "two"], truncate_dim=64).shape == (2, 64)
+    assert embedder.encode(np.array(["one", "two"])).shape == (2, 384)
+    with pytest.raises(ValueError, match="truncate_dim 385"):
+        embedder.encode("one", truncate_dim=385)
 
 
-def test_truncated_vectors_are_normalised_again(embedder):
+def test_truncated_vectors_are_normalised_again(embedder, minilm):
     full = embedder.encode(TEXTS)[:, :64]
     short = embedder.encode(TEXTS, truncate_dim=64)
     np.testing.assert_allclose(short, full / np.linalg.norm(full, axis=1, keepdims=True), atol=1e-6)
+    opened = Embedder.from_pretrained(minilm, truncate_dim=64)
+    assert opened.dim == 64
+    np.testing.assert_array_equal(opened.encode(TEXTS), short)
+    theirs = SentenceTransformer(str(minilm), device="cpu", truncate_dim=64)
+    for normalize in (True, False):
+        np.testing.assert_allclose(
+            opened.encode(TEXTS, normalize_embeddings=normalize),
+            theirs.encode(TEXTS, normalize_embeddings=normalize),
+            atol=2e-6,
+        )
+
+
+def test_matryoshka_of_v1_5(nomic_dir, tmp_path, nomic):
+    """LayerNorm over the full width, then the first components, then length 1; also in sentence-transformers."""
+    raw = dataclasses.replace(nomic.config, normalize=False)
+    hidden = Embedder(nomic.params, raw, nomic.tokenizer).encode(TEXTS, normalize_embeddings=False).astype(np.float64)
+    expected = (hidden - hidden.mean(1, keepdims=True)) / np.sqrt(hidden.var(1, keepdims=True) + 1e-5)
+    expected = expected[:, :16] / np.linalg.norm(expected[:, :16], axis=1, keepdims=True)
+    opened = Embedder.from_pretrained(nomic_dir, layer_norm=True, truncate_dim=16)
+    np.testing.assert_allclose(opened.encode(TEXTS, prompt=""), expected, atol=1e-6)
+    ids = opened.tokenizer.encode([TEXTS[0]])[0]
+    pure = nomic_jax.embed(opened.params, {"ids": ids[None], "length": np.array([len(ids)])}, opened.config)
+    np.testing.assert_allclose(pure[0], expected[0], atol=1e-6)
+
+    checkpoint = Checkpoint(opened.config, {"encoder": jax.device_get(opened.params)}, opened.tokenizer)
+    write_checkpoint(tmp_path / "v1.5", checkpoint)
+    theirs = SentenceTransformer(str(tmp_path / "v1.5"), device="cpu")
+    np.testing.assert_allclose(theirs.encode(TEXTS, normalize_embeddings=True), expected, atol=1e-5)
+    again = Embedder.from_pretrained(tmp_path / "v1.5")
+    assert (again.config.layer_norm, again.dim) == (True, 16)
+    np.testing.assert_allclose(again.encode(TEXTS, prompt=""), expected, atol=1e-6)
 
 
 def test_prompts(embedder):
@@ -58,10 +142,75 @@ def test_prompts(embedder):
         embedder.encode(["food"], prompt_name="search_qeury")
 
 
-@pytest.mark.parametrize("bad", [None, 3, b"bytes", ["nested"]])
+def test_queries_and_documents_get_their_prefix(nomic, nomic_dir, tmp_path):
+    query, document = nomic.encode(["search_query: food", "search_document: food"])
+    np.testing.assert_allclose(nomic.encode_query("food"), query, atol=1e-6)
+    np.testing.assert_allclose(nomic.encode_document("food"), document, atol=1e-6)
+    np.testing.assert_allclose(nomic.encode_query("food", prompt_name="search_document"), document, atol=1e-6)
+    np.testing.assert_allclose(nomic.encode_query("search_document: food", prompt=""), document, atol=1e-6)
+    # The published directories have no prompts, and need them all the same.
+    bare = edited_copy(nomic_dir, tmp_path / "bare", "config_sentence_transformers.json", prompts={})
+    np.testing.assert_allclose(Embedder.from_pretrained(bare).encode_query("food"), query, atol=1e-6)
+    other = edited_copy(
+        nomic_dir,
+        tmp_path / "other",
+        "config_sentence_transformers.json",
+        prompts={"query": "", "passage": "search_document: ", "q": "search_query: "},
+        default_prompt_name="q",
+    )
+    ours, theirs = Embedder.from_pretrained(other), SentenceTransformer(str(other), device="cpu")
+    for name in ("encode", "encode_query", "encode_document"):
+        np.testing.assert_allclose(getattr(ours, name)(["food"]), getattr(theirs, name)(["food"]), atol=1e-5)
+
+
+def test_warns_once_without_a_prefix_and_once_with_two(nomic, embedder):
+    with pytest.warns(UserWarning, match="trained with a prefix") as caught:
+        nomic.encode(["food"])
+        nomic.encode(["more food"])
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="input 1 already starts with a prefix") as caught:
+        nomic.encode_query(["food", "search_query: food"])
+        nomic.encode_document(["clustering: food"])
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Embedder(nomic.params, nomic.config, nomic.tokenizer, prompts=nomic.prompts).encode(["search_query: food"])
+        embedder.encode(["MiniLM needs no prefix"])
+
+
+def test_warns_of_truncated_texts_with_their_number(embedder):
+    with pytest.warns(UserWarning, match="2 of 3 texts were longer than 256 tokens"):
+        embedder.encode(["one", "word " * 254 + "word", "word " * 1000])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embedder.encode(["word " * 254])
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"bytes", ["nested"], float("nan")])
 def test_a_bad_input_is_named_by_its_index(embedder, bad):
     with pytest.raises(TypeError, match="input 1 is"):
         embedder.encode(["fine", bad])
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"bytes", {"text": "a"}])
+def test_a_bad_argument_is_named_by_its_type(embedder, bad):
+    with pytest.raises(TypeError, match=f"inputs is {type(bad).__name__}, expected a string"):
+        embedder.encode(bad)
+
+
+def test_half_a_surrogate_pair_is_refused(embedder):
+    with pytest.raises(ValueError, match="input 1 holds half of a surrogate pair at character 4"):
+        embedder.encode(["fine", "text\ud800"])
+
+
+@pytest.mark.parametrize("text", ["word " * 200_000, "a" * 1_000_000, "e\u0301" * 500_000, " " * 1_000_000])
+def test_a_million_characters(embedder, text):
+    assert np.linalg.norm(embedder.encode(text)) == pytest.approx(1, abs=1e-5)
+
+
+def test_every_script(embedder, minilm):
+    theirs = SentenceTransformer(str(minilm), device="cpu").encode(SCRIPTS)
+    np.testing.assert_allclose(embedder.encode(SCRIPTS), theirs, atol=2e-6)
 
 
 def test_pure_function_is_what_encode_computes(embedder):
@@ -69,6 +218,40 @@ def test_pure_function_is_what_encode_computes(embedder):
     batch = {"ids": ids[None], "length": np.array([len(ids)], np.int32)}
     vector = nomic_jax.embed(embedder.params, batch, embedder.config)
     np.testing.assert_allclose(vector[0], embedder.encode("A man is eating food."), atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda params: nomic_jax.embed(params, batch, embedder.config)[0, 0]))(embedder.params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_pure_function_inside_a_users_own_sharded_program(embedder):
+    texts = [f"text number {i}" for i in range(16)]
+    ids = embedder.tokenizer.encode(texts)
+    batch = {"ids": np.stack(ids), "length": np.full(16, len(ids[0]), np.int32)}
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    rows = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("x", "y"))))
+    params = jax.device_put(jax.device_get(embedder.params), NamedSharding(mesh, PartitionSpec()))
+
+    @jax.jit
+    def similarities(params, rows):
+        vectors = nomic_jax.embed(params, rows, embedder.config)
+        return vectors @ vectors.T
+
+    vectors = embedder.encode(texts)
+    np.testing.assert_allclose(similarities(params, rows), vectors @ vectors.T, atol=1e-6)
+
+
+def test_lower_case_of_sentence_transformers(minilm, tmp_path):
+    directory = edited_copy(minilm, tmp_path / "m", "sentence_bert_config.json", do_lower_case=True)
+    definition = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["normalizer"]["lowercase"] = False
+    (directory / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    ours, theirs = Embedder.from_pretrained(directory), SentenceTransformer(str(directory), device="cpu")
+    np.testing.assert_allclose(ours.encode(["A MAN Eats"]), theirs.encode(["A MAN Eats"]), atol=2e-6)
+
+
+def test_sixteen_bits(embedder, minilm):
+    half = Embedder.from_pretrained(minilm, dtype="bfloat16").encode(TEXTS)
+    assert half.dtype == np.float32
+    assert (half * embedder.encode(TEXTS)).sum(axis=1).min() > 0.999
 
 
 def test_a_name_that_is_nowhere_says_so(tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ A stream is a pure function of the step: the place in the data is the step numbe
 of a step are the same for any number of devices, processes and threads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
 from grain.experimental import index_shuffle
+
+from nomic_jax.data.tokens import TokenStore
 
 
 class Batch(NamedTuple):
@@ -35,8 +37,10 @@ class Stream(Protocol):
         on a stream with another one.
       steps_per_epoch: after so many steps the rows come again, in another order.
       rows: rows of all sources.
+      stores: the tokens of each source.
     """
 
+    stores: Sequence[TokenStore]
     fingerprint: str
     steps_per_epoch: int
     rows: int

@@ -33,7 +33,8 @@ class MlmStream:
         document_mask: bool = False,
         seed: int = 0,
     ):
-        self.texts = [store.columns["text"] for store in stores]
+        self.stores: Sequence[TokenStore] = list(stores)
+        self.texts = [store.columns["text"] for store in self.stores]
         self.row_ends = np.cumsum([len(texts.ids) // seq_len for texts in self.texts])
         self.rows = int(self.row_ends[-1])
         if self.rows < batch_size:

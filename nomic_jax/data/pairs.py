@@ -36,7 +36,7 @@ class PairStream:
         too_few_negatives: Literal["error", "random"] = "error",
         seed: int = 0,
     ):
-        self.stores = list(stores)
+        self.stores: Sequence[TokenStore] = list(stores)
         self.batch_size, self.seed, self.num_negatives = batch_size, seed, num_negatives
         self.query_length, self.document_length = query_length, document_length
         self.pad_id = tokenizer.special_id("[PAD]")

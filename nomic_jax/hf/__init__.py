@@ -1,6 +1,9 @@
 """Hugging Face checkpoint directories <-> parameters, through safetensors; no torch."""
 
-from nomic_jax.hf.read import Checkpoint, CheckpointError, read_checkpoint
-from nomic_jax.hf.write import PROMPTS, write_checkpoint
+from nomic_jax.hf.checkpoint import Checkpoint
+from nomic_jax.hf.files import CheckpointError
+from nomic_jax.hf.modules import NOMIC_PROMPTS
+from nomic_jax.hf.read import read_checkpoint
+from nomic_jax.hf.write import write_checkpoint
 
-__all__ = ["PROMPTS", "Checkpoint", "CheckpointError", "read_checkpoint", "write_checkpoint"]
+__all__ = ["NOMIC_PROMPTS", "Checkpoint", "CheckpointError", "read_checkpoint", "write_checkpoint"]

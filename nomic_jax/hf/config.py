@@ -37,6 +37,10 @@ _FIXED = {
     "causal": False,
     "use_rms_norm": False,
 }
+# Fields of other models of these families, which would change what is computed: refused when set.
+_UNSUPPORTED = ("moe_every_n_layers", "num_experts", "rope_scaling", "attention_bias", "mlp_bias", "is_decoder")
+# Sizes beyond any checkpoint's: a broken file, not worth building a model of.
+_LARGEST = {"num_layers": 512, "hidden_size": 2**16, "intermediate_size": 2**18, "vocab_size": 2**24}
 
 
 class ConfigError(ValueError):
@@ -44,41 +48,90 @@ class ConfigError(ValueError):
 
 
 def encoder_config(content: dict[str, Any], where: str = "config.json") -> EncoderConfig:
-    """Reads the content of a config.json of type nomic_bert or bert."""
+    """Reads the content of a config.json of type nomic_bert or bert.
+
+    Raises:
+      ConfigError: another model, a value out of range, or two fields that contradict each other.
+    """
+    readers = {"nomic_bert": _nomic_config, "bert": _bert_config}
     model_type = content.get("model_type")
-    if model_type == "nomic_bert":
-        return _nomic_config(content, where)
-    if model_type == "bert":
-        return _bert_config(content, where)
-    raise ConfigError(f"{where}: model_type is {model_type!r}; this encoder runs nomic_bert and bert")
+    if model_type not in readers:
+        raise ConfigError(f"{where}: model_type is {model_type!r}; this encoder runs {' and '.join(readers)}")
+    for name in _UNSUPPORTED:
+        if content.get(name):
+            raise ConfigError(f"{where}: {name} is {content[name]!r}; this encoder does not implement it")
+    fields = _sizes(content, where)
+    for name, implied in (
+        ("head_dim", fields["hidden_size"] // fields["num_heads"]),
+        ("num_key_value_heads", fields["num_heads"]),
+    ):
+        if content.get(name) not in (None, implied):
+            raise ConfigError(f"{where}: {name} is {content[name]!r}; this encoder implements only {implied} here")
+    try:
+        return readers[model_type](content, fields, where)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
-def _nomic_config(content: dict[str, Any], where: str) -> EncoderConfig:
+def _sizes(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of _SIZES that are given, under either name, each a number in its range."""
     fields: dict[str, Any] = {}
     for field, names in _SIZES.items():
         value = _agreed(content, names, where)
-        if value is not None:
-            fields[field] = value
+        if value is None:
+            continue
+        is_float = field in ("layer_norm_eps", "init_std")
+        if isinstance(value, bool) or not isinstance(value, (int, float) if is_float else int):
+            raise ConfigError(f"{where}: {names[0]} is {value!r}; expected a number")
+        least = 0 if field in ("type_vocab_size", "pad_token_id") or is_float else 1
+        if not least <= value <= _LARGEST.get(field, 2**31):
+            raise ConfigError(f"{where}: {names[0]} is {value!r}, which is out of range")
+        fields[field] = value
     for field in _REQUIRED:
         if field not in fields:
-            raise ConfigError(f"{where}: neither {' nor '.join(_SIZES[field])} is given")
+            raise ConfigError(f"{where}: {' nor '.join(dict.fromkeys(_SIZES[field]))} is not given")
+    return fields
+
+
+def _nomic_config(content: dict[str, Any], fields: dict[str, Any], where: str) -> EncoderConfig:
     for name, expected in _FIXED.items():
         if name in content and content[name] != expected:
             raise ConfigError(f"{where}: {name} is {content[name]!r}; this encoder implements only {expected!r}")
     if content.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"{where}: hidden_act is {content['hidden_act']!r}; this encoder implements only 'silu'")
-    rope = content.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") not in ("default", "dynamic"):
-        raise ConfigError(f"{where}: rope_type is {rope['rope_type']!r}; this encoder implements default and dynamic")
-    base = _agreed({"a": rope.get("rope_theta"), "b": content.get("rotary_emb_base")}, ("a", "b"), where, "RoPE base")
-    if "rope_type" in rope:
-        factor = rope.get("factor") if rope["rope_type"] == "dynamic" else None
-    else:
-        # The published configs leave this null and their model cards tell the user to pass 2, the paper's alpha.
-        factor = content.get("rotary_scaling_factor") or 2.0
     trained = fields.setdefault("max_trained_positions", 2048)
+    base, factor = _rope(content, trained, where)
     longest = trained if factor is None else max(trained, content.get("n_positions") or EncoderConfig.max_positions)
-    return EncoderConfig(**fields, max_positions=longest, rope_base=float(base or 1000.0), rope_scaling_factor=factor)
+    return EncoderConfig(**fields, max_positions=longest, rope_base=base, rope_scaling_factor=factor)
+
+
+def _rope(content: dict[str, Any], trained: int, where: str) -> tuple[float, float | None]:
+    """Base of RoPE, and alpha of dynamic NTK or None for no scaling."""
+    rope = content.get("rope_parameters") or {}
+    kind = rope.get("rope_type")
+    if kind not in (None, "default", "dynamic"):
+        raise ConfigError(f"{where}: rope_type is {kind!r}; this encoder implements default and dynamic")
+    theta = rope.get("rope_theta", content.get("rope_theta"))
+    base = _agreed({"a": theta, "b": content.get("rotary_emb_base")}, ("a", "b"), where, "RoPE base")
+    given = content.get("rotary_scaling_factor")
+    if kind == "dynamic":
+        factor = _agreed({"a": rope.get("factor"), "b": given}, ("a", "b"), where, "RoPE scaling factor")
+        if factor is None:
+            raise ConfigError(f'{where}: rope_type "dynamic" needs a factor')
+    elif kind == "default" and given is not None:
+        raise ConfigError(f'{where}: rope_type "default" and rotary_scaling_factor {given!r} contradict each other')
+    elif kind == "default" and (content.get("n_positions") or 0) <= trained:
+        factor = None
+    else:
+        # The published configs promise 8192 positions, leave the factor null, and their model cards tell the user to
+        # pass 2, the paper's alpha. transformers adds rope_type "default" to such a file when it saves it.
+        factor = given or 2.0
+    for name, value in (("RoPE base", base), ("RoPE scaling factor", factor)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            raise ConfigError(f"{where}: the {name} is {value!r}; expected a positive number")
+    return float(base or 1000.0), None if factor is None else float(factor)
 
 
 def _agreed(content: dict[str, Any], names: tuple[str, str], where: str, what: str | None = None) -> Any:
@@ -90,15 +143,11 @@ def _agreed(content: dict[str, Any], names: tuple[str, str], where: str, what: s
     return values[0] if values else None
 
 
-def _bert_config(content: dict[str, Any], where: str) -> EncoderConfig:
+def _bert_config(content: dict[str, Any], fields: dict[str, Any], where: str) -> EncoderConfig:
     if content.get("hidden_act", "gelu") != "gelu":
         raise ConfigError(f"{where}: hidden_act is {content['hidden_act']!r}; for BERT only 'gelu' is implemented")
     if content.get("position_embedding_type", "absolute") != "absolute":
         raise ConfigError(f"{where}: position_embedding_type is not 'absolute'; only that is implemented for BERT")
-    missing = [_SIZES[field][0] for field in _REQUIRED if content.get(_SIZES[field][0]) is None]
-    if missing:
-        raise ConfigError(f"{where}: {missing[0]} is not given")
-    fields = {field: content[name] for field, (name, _) in _SIZES.items() if content.get(name) is not None}
     return EncoderConfig.bert(**fields, max_positions=fields.get("max_trained_positions", 512))
 
 

@@ -73,23 +73,31 @@ _TABLES = {
         encoder.layer.{n}.output.LayerNorm              layers.{n}.norm2
     """),
 }
-# The masked-LM head has one naming everywhere.
+# The heads have one naming everywhere.
 _MLM_HEAD = _table("""
     cls.predictions.transform.dense       dense
     cls.predictions.transform.layer_norm  norm
+""")
+_CLASSIFIER = _table("""
+    pooler.dense  pooler
+    classifier    out
 """)
 
 
 def encoder_keymap(config: EncoderConfig, naming: str) -> dict[str, Slot]:
     """Tensor name -> slot, for every tensor that an encoder of this configuration has."""
-    return _expand(_TABLES[naming], config)
+    return _expand(_TABLES[naming], config, config.use_bias)
 
 
 def mlm_head_keymap(config: EncoderConfig) -> dict[str, Slot]:
-    return _expand(_MLM_HEAD, config)
+    return _expand(_MLM_HEAD, config, config.use_bias)
 
 
-def _expand(table: dict[str, str], config: EncoderConfig) -> dict[str, Slot]:
+def classifier_keymap(config: EncoderConfig) -> dict[str, Slot]:
+    return _expand(_CLASSIFIER, config, use_bias=True)
+
+
+def _expand(table: dict[str, str], config: EncoderConfig, use_bias: bool) -> dict[str, Slot]:
     slots = {}
     for theirs, ours in table.items():
         ours, _, fused = ours.partition(":")
@@ -102,7 +110,7 @@ def _expand(table: dict[str, str], config: EncoderConfig) -> dict[str, Slot]:
         elif module.startswith("norm"):
             leaves = _NORM_PARTS
         else:
-            leaves = _LINEAR_PARTS if config.use_bias else {"weight": "kernel"}
+            leaves = _LINEAR_PARTS if use_bias else {"weight": "kernel"}
         for n in range(config.num_layers) if "{n}" in theirs else [0]:
             for their_leaf, our_leaf in leaves.items():
                 path = (*ours.format(n=n).split("."), our_leaf)

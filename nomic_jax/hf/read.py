@@ -1,48 +1,22 @@
 """Reading a Hugging Face checkpoint directory. Nothing is unpickled, nothing in it is executed."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.config import encoder_config
-from nomic_jax.hf.keymap import detect_naming, encoder_keymap, mlm_head_keymap, to_params
-from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
-from nomic_jax.model.heads import abstract_mlm_head
+from nomic_jax.hf.files import CheckpointError, read_json, read_json_list, read_tensors
+from nomic_jax.hf.keymap import Slot, classifier_keymap, detect_naming, encoder_keymap, mlm_head_keymap, to_params
+from nomic_jax.hf.modules import NOMIC_PROMPTS, embedding_config, read_modules
+from nomic_jax.model import EncoderConfig, abstract_encoder
+from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 
 PREFIXES = ("bert.", "nomic_bert.", "trunk.")
-# Tensors of the checkpoints that the encoder does not have: buffers, and BERT's pooler, which no embedder uses.
+# Tensors of the checkpoints that the encoder does not have: buffers, and the pooler, which no embedder uses.
 _IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as it should; the message names the tensor, file or field."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What a Hugging Face directory holds.
-
-    Attributes:
-      config: the encoder, its pooling and normalisation.
-      params: encoder parameters, float32.
-      mlm_head: parameters of the masked-LM head, or None.
-      tokenizer: None where the directory has none.
-      prompts: name -> text put in front of an input.
-      max_length: tokens kept of a text.
-    """
-
-    config: EmbeddingConfig
-    params: dict
-    mlm_head: dict | None
-    tokenizer: Tokenizer | None
-    prompts: dict[str, str]
-    max_length: int
 
 
 def read_checkpoint(directory: str | Path) -> Checkpoint:
@@ -52,112 +26,57 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
     safetensors, or pytorch_model.bin (with weights_only, if torch is installed).
 
     Raises:
-      CheckpointError: a tensor is missing, unexpected or of the wrong shape; a file is broken.
-      ConfigError: config.json names a model that is not implemented.
+      CheckpointError: a tensor is missing, unexpected, of the wrong shape or not finite; a file is broken.
+      ConfigError: config.json names a model that is not implemented, or contradicts itself.
       FileNotFoundError: a file is missing.
     """
     directory = Path(directory)
-    encoder = encoder_config(_read_json(directory / "config.json"), str(directory / "config.json"))
-    modules = _sentence_transformers_modules(directory)
-    tensors = _strip_prefix(_read_tensors(directory))
+    content = read_json(directory / "config.json")
+    encoder = encoder_config(content, str(directory / "config.json"))
+    modules = read_modules(directory)
+    tensors = _strip_prefix(read_tensors(directory), directory)
+    heads = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("cls.", "classifier."))}
+    is_classifier = any(name.startswith("classifier.") for name in heads)
     for name in _IGNORED:
-        tensors.pop(name, None)
-    # The decoder is tied to the word embeddings and its bias, which only transformers has, starts and stays at zero.
-    decoder = tensors.pop("cls.predictions.decoder.weight", None)
-    words = tensors.get("embeddings.word_embeddings.weight")
-    if decoder is not None and words is not None and not np.array_equal(decoder, words):
-        raise CheckpointError(f"{directory}: cls.predictions.decoder.weight differs from the word embeddings")
-    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("cls.")}
+        tensor = tensors.pop(name, None)
+        if tensor is not None and is_classifier and name.startswith("pooler."):
+            heads[name] = tensor
     try:
         naming = detect_naming(set(tensors))
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
-    params = _convert(tensors, encoder_keymap(encoder, naming), abstract_encoder(encoder), directory)
-    tokenizer = None
-    if (directory / "tokenizer.json").exists() or (directory / "vocab.txt").exists():
-        tokenizer = Tokenizer.from_directory(directory)
-        if tokenizer.vocab_size > encoder.vocab_size:
-            raise CheckpointError(
-                f"{directory}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the embedding table has "
-                f"{encoder.vocab_size} rows; this tokenizer belongs to another model"
-            )
-    sentence_config = modules.get("Transformer", {})
+    params = {"encoder": _convert(tensors, encoder_keymap(encoder, naming), abstract_encoder(encoder), directory)}
+    labels = _labels(content) if is_classifier else ()
+    if (mlm_head := _read_mlm_head(heads, params["encoder"], encoder, directory)) is not None:
+        params["mlm_head"] = mlm_head
+    if is_classifier:
+        params["classifier"] = _read_classifier(heads, encoder, len(labels), directory)
+    sentence = read_json(directory / "config_sentence_transformers.json", optional=True)
+    prompts = _prompts(sentence, encoder, directory)
     return Checkpoint(
-        config=_embedding_config(encoder, modules, directory),
+        config=embedding_config(encoder, modules, prompts, directory),
         params=params,
-        mlm_head=_read_mlm_head(head, encoder, directory),
-        tokenizer=tokenizer,
-        prompts=_read_json(directory / "config_sentence_transformers.json", optional=True).get("prompts") or {},
-        max_length=min(sentence_config.get("max_seq_length") or encoder.max_positions, encoder.max_positions),
+        tokenizer=_read_tokenizer(directory, encoder, modules),
+        labels=labels,
+        prompts=prompts,
+        default_prompt_name=sentence.get("default_prompt_name"),
+        similarity=sentence.get("similarity_fn_name") or "cosine",
+        max_length=_max_length(modules, encoder, directory),
+        training=_training(directory),
     )
 
 
-def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face checkpoint directory") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected an object")
-    return content
-
-
-def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the checkpoint, float32."""
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").exists():
-        files = [directory / "model.safetensors"]
-    elif index.exists():
-        files = [directory / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-        for file in files:
-            if file.parent != directory:
-                raise CheckpointError(f"{index} names {file}, which lies outside the checkpoint")
-    elif (directory / "pytorch_model.bin").exists():
-        return _read_torch(directory / "pytorch_model.bin")
-    else:
-        raise FileNotFoundError(f"{directory} holds no model.safetensors, sharded or not, and no pytorch_model.bin")
-    tensors: dict[str, np.ndarray] = {}
-    for file in files:
-        try:
-            # safetensors knows bfloat16 through ml_dtypes, which importing jax registers with numpy.
-            loaded = load_file(file)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
-        if both := loaded.keys() & tensors.keys():
-            raise CheckpointError(f"{file}: tensor {min(both)} is also in another shard")
-        tensors |= {name: tensor.astype(np.float32) for name, tensor in loaded.items()}
-    return tensors
-
-
-def _read_torch(file: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{file} is a PyTorch file, which takes torch to read; install torch or convert it to safetensors"
-        ) from error
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises its own and pickle's exceptions, all of which mean: not weights
-        raise CheckpointError(f"{file}: cannot be read as weights only ({type(error).__name__})") from error
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
-
-
-def _strip_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _strip_prefix(tensors: dict[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
     stripped: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         short = next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
         if short in stripped:
-            raise CheckpointError(f"tensor {short} is there twice, once with a prefix")
+            raise CheckpointError(f"{directory}: tensor {short} is there twice, once with a prefix")
         stripped[short] = tensor
     return stripped
 
 
-def _convert(tensors: dict[str, np.ndarray], keymap, abstract: dict, directory: Path) -> dict:
+def _convert(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract: dict, directory: Path) -> dict:
     if missing := keymap.keys() - tensors.keys():
         raise CheckpointError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} of {len(keymap)} in all)")
     if unexpected := tensors.keys() - keymap.keys():
@@ -170,45 +89,67 @@ def _convert(tensors: dict[str, np.ndarray], keymap, abstract: dict, directory: 
         raise CheckpointError(f"{directory}: {error}") from error
 
 
-def _read_mlm_head(tensors: dict[str, np.ndarray], encoder: EncoderConfig, directory: Path) -> dict | None:
+def _read_mlm_head(heads: dict[str, np.ndarray], params: dict, encoder: EncoderConfig, directory: Path) -> dict | None:
     """The head of a nomic-bert checkpoint; the head of a BERT has biases in the decoder and is left out."""
-    if not tensors or encoder.use_bias:
+    head = {name: tensor for name, tensor in heads.items() if name.startswith("cls.")}
+    decoder = head.pop("cls.predictions.decoder.weight", None)
+    if not head or encoder.use_bias:
         return None
-    keymap = mlm_head_keymap(encoder)
+    # The decoder is tied to the word embeddings and its bias, which only transformers has, starts and stays at zero.
+    if decoder is not None and not np.array_equal(decoder, params["embeddings"]["word"]["embedding"]):
+        raise CheckpointError(f"{directory}: cls.predictions.decoder.weight differs from the word embeddings")
     for name in ("cls.predictions.bias", "cls.predictions.decoder.bias", "cls.predictions.transform.dense.bias"):
-        if np.any(tensors.pop(name, 0) != 0):
+        if np.any(head.pop(name, 0) != 0):
             raise CheckpointError(f"{directory}: {name} is not zero; the masked-LM head of nomic-bert has no such bias")
-    return _convert(tensors, keymap, abstract_mlm_head(encoder), directory)
+    return _convert(head, mlm_head_keymap(encoder), abstract_mlm_head(encoder), directory)
 
 
-def _sentence_transformers_modules(directory: Path) -> dict[str, dict]:
-    """Last part of the module type -> its config, in order; empty for a plain transformers checkpoint."""
-    if not (directory / "modules.json").exists():
-        return {}
-    listed = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
-    modules = {}
-    for module in listed:
-        kind = str(module["type"]).rsplit(".", 1)[-1]
-        folder = (directory / module["path"]).resolve()
-        if not folder.is_relative_to(directory.resolve()):
-            raise CheckpointError(f"{directory}/modules.json: {module['path']} lies outside the checkpoint")
-        name = "sentence_bert_config.json" if kind == "Transformer" else "config.json"
-        modules[kind] = _read_json(folder / name, optional=True)
-    if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
-        raise CheckpointError(f"{directory}/modules.json: module {min(unknown)} is not implemented")
-    return modules
+def _read_classifier(heads: dict[str, np.ndarray], encoder: EncoderConfig, num_labels: int, directory: Path) -> dict:
+    head = {name: tensor for name, tensor in heads.items() if not name.startswith("cls.")}
+    return _convert(head, classifier_keymap(encoder), abstract_classifier(encoder, num_labels), directory)
 
 
-def _embedding_config(encoder: EncoderConfig, modules: dict[str, dict], directory: Path) -> EmbeddingConfig:
-    if not modules:
-        return EmbeddingConfig(encoder)
-    pooling = modules.get("Pooling", {})
-    # Old files have one boolean a mode; new ones may name the mode.
-    chosen = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
-    mode = chosen[0] if len(chosen) == 1 else pooling.get("pooling_mode")
-    normalize = "Normalize" in modules
-    if mode in ("pooling_mode_cls_token", "cls"):
-        return EmbeddingConfig(encoder, pooling="cls", normalize=normalize)
-    if mode in ("pooling_mode_mean_tokens", "mean"):
-        return EmbeddingConfig(encoder, pooling="mean", normalize=normalize)
-    raise CheckpointError(f"{directory}/1_Pooling: {chosen or pooling} is not implemented; cls and mean are")
+def _labels(content: dict[str, Any]) -> tuple[str, ...]:
+    """transformers' default is two labels; it writes id2label for any other number."""
+    names = content.get("id2label") or {str(i): f"LABEL_{i}" for i in range(content.get("num_labels", 2))}
+    return tuple(names[key] for key in sorted(names, key=int))
+
+
+def _prompts(sentence: dict[str, Any], encoder: EncoderConfig, directory: Path) -> dict[str, str]:
+    prompts = sentence.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise CheckpointError(f"{directory}/config_sentence_transformers.json: prompts should map names to texts")
+    # The published nomic directories name no prompts; the model cards tell the user to put the prefixes.
+    return prompts or (dict(NOMIC_PROMPTS) if encoder.position == "rope" else {})
+
+
+def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: dict[str, dict]) -> Tokenizer | None:
+    if not (directory / "tokenizer.json").exists() and not (directory / "vocab.txt").exists():
+        return None
+    try:
+        tokenizer = Tokenizer.from_directory(directory)
+    except Exception as error:  # the tokenizers package raises bare Exceptions
+        raise CheckpointError(f"{directory}: the tokenizer cannot be read ({error})") from error
+    if modules.get("Transformer", {}).get("do_lower_case"):
+        tokenizer = tokenizer.lowercased()
+    if tokenizer.vocab_size > encoder.vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the embedding table has "
+            f"{encoder.vocab_size} rows; this tokenizer belongs to another model"
+        )
+    return tokenizer
+
+
+def _training(directory: Path) -> tuple[dict[str, Any], ...]:
+    file = directory / "training.json"
+    return tuple(read_json_list(file)) if file.exists() else ()
+
+
+def _max_length(modules: dict[str, dict], encoder: EncoderConfig, directory: Path) -> int:
+    given = modules.get("Transformer", {}).get("max_seq_length")
+    if given is None:
+        # A plain BERT directory: the tokenizer says it, if anything does.
+        given = read_json(directory / "tokenizer_config.json", optional=True).get("model_max_length")
+    if not isinstance(given, int | float) or isinstance(given, bool) or given < 2:
+        return encoder.max_positions
+    return int(min(given, encoder.max_positions))

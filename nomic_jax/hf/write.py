@@ -2,26 +2,23 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safetensors.numpy import save_file
+import jax.numpy as jnp
+import numpy as np
 
 from nomic_jax.data.sources import write_json
 from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.config import config_json
-from nomic_jax.hf.keymap import encoder_keymap, from_params, mlm_head_keymap
-from nomic_jax.model import EmbeddingConfig
+from nomic_jax.hf.files import write_safetensors
+from nomic_jax.hf.keymap import classifier_keymap, encoder_keymap, from_params, mlm_head_keymap
+from nomic_jax.hf.model_card import model_card
+from nomic_jax.hf.modules import NOMIC_PROMPTS, write_modules
+from nomic_jax.model import EncoderConfig
 
-# "query" and "document" are what sentence-transformers' encode_query and encode_document look for.
-PROMPTS = {
-    "search_query": "search_query: ",
-    "search_document": "search_document: ",
-    "classification": "classification: ",
-    "clustering": "clustering: ",
-    "query": "search_query: ",
-    "document": "search_document: ",
-}
 _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
     "sep_token": "[SEP]",
@@ -29,83 +26,121 @@ _SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
-_USAGE = """# {name}
-
-A text embedder trained with nomic_jax, the JAX implementation of [Nomic Embed](https://arxiv.org/abs/2402.01613).
-{dim} dimensions, texts up to {max_length} tokens.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{name}")
-queries = model.encode_query(["what is a text embedder?"])
-documents = model.encode_document(["A text embedder maps texts to vectors."])
-print(model.similarity(queries, documents))
-```
-
-Every text starts with its task: {prompts}; `encode_query` and `encode_document` put the first two there.
-"""
 
 
 def write_checkpoint(
     directory: str | Path,
-    config: EmbeddingConfig,
-    params: dict,
-    tokenizer: Tokenizer,
+    checkpoint: Checkpoint,
     *,
-    mlm_head: dict | None = None,
-    prompts: dict[str, str] | None = None,
-    max_length: int | None = None,
-    model_card: str = "",
+    naming: Literal["hub", "native"] = "hub",
+    dtype: str = "float32",
+    evaluations: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes model, tokenizer, pooling, prompts and model card; the directory appears complete or not at all.
 
-    Tensors have the names of the published checkpoints and no prefix: transformers silently makes random weights of a
-    prefixed file. With ``mlm_head`` the tensors of the head are there too (they need no sentence-transformers).
+    Tensors have no prefix: transformers silently makes random weights of a prefixed file.
 
     Args:
       directory: replaced if it is such an export already.
-      prompts: None for the prefixes of nomic-embed.
-      model_card: text added to README.md: training data, recipe, figures.
+      checkpoint: with a masked-LM head or a classifier among its params, AutoModelForMaskedLM or
+        AutoModelForSequenceClassification opens the directory too.
+      naming: of the tensors: "hub", which text-embeddings-inference and llama.cpp read, or "native", transformers' own.
+        (A BERT has one naming.)
+      dtype: of the tensors: "float32", "bfloat16" or "float16".
+      evaluations: suite -> report of ``launch.evaluate``, for the model card.
 
     Raises:
       FileExistsError: the directory holds something else.
+      ValueError: no tokenizer, a weight that ``dtype`` cannot hold, a head that no client would read.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()) and not (directory / "modules.json").exists():
         raise FileExistsError(f"{directory} is not empty and no earlier export; choose another directory")
-    if config.layer_norm:
-        raise ValueError("the LayerNorm after pooling has no place in a sentence-transformers directory yet")
+    if checkpoint.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer; no client could use it")
+    config, encoder = checkpoint.config, checkpoint.config.encoder
+    max_length = checkpoint.max_length or encoder.max_positions
+    if not 2 <= max_length <= encoder.max_positions:
+        raise ValueError(f"max_length {max_length} is not within 2..{encoder.max_positions}")
+    tensors = _cast(_tensors(encoder, checkpoint.params, naming), dtype)
     part = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
 
-    encoder = config.encoder
-    naming = "hub" if encoder.position == "rope" else "bert"
-    tensors = from_params(params, encoder_keymap(encoder, naming))
-    architecture = "NomicBertModel" if naming == "hub" else "BertModel"
-    if mlm_head is not None:
-        tensors |= from_params(mlm_head, mlm_head_keymap(encoder))
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    _write(part / "config.json", config_json(encoder, architecture))
+    write_safetensors(part / "model.safetensors", tensors)
+    family = "NomicBert" if encoder.position == "rope" else "Bert"
+    classifier = checkpoint.params.get("classifier")
+    # llama.cpp knows no ...ForMaskedLM, and everyone else chooses the head by the class that is asked for.
+    kind = "Model" if classifier is None else "ForSequenceClassification"
+    content = config_json(encoder, family + kind) | {"dtype": dtype}
+    if classifier is not None:
+        content |= _label_fields(checkpoint.labels, classifier["out"]["bias"].shape[0])
+    write_json(part / "config.json", content)
 
-    max_length = max_length or encoder.max_positions
-    prompts = PROMPTS if prompts is None else prompts
-    _write_tokenizer(part, tokenizer, max_length)
-    _write_sentence_transformers(part, config, prompts, max_length)
-    names = ", ".join(f"`{text}`" for text in dict.fromkeys(prompts.values())) or "none"
-    card = _USAGE.format(name=directory.name, dim=config.output_dim, max_length=max_length, prompts=names)
-    front_matter = "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n---\n"
-    (part / "README.md").write_text(front_matter + card + model_card, encoding="utf-8")
+    prompts = dict(NOMIC_PROMPTS) if checkpoint.prompts is None else checkpoint.prompts
+    _write_tokenizer(part, checkpoint.tokenizer, max_length)
+    write_modules(
+        part,
+        config,
+        # Said aloud: a nomic-bert directory without prompts is taken to need the published ones.
+        prompts=prompts or {"query": "", "document": ""},
+        default_prompt_name=checkpoint.default_prompt_name,
+        similarity=checkpoint.similarity,
+        max_length=max_length,
+    )
+    if checkpoint.training:
+        write_json(part / "training.json", list(checkpoint.training))
+    card = model_card(
+        directory.name,
+        config,
+        prompts=prompts,
+        max_length=max_length,
+        training=checkpoint.training,
+        evaluations=evaluations,
+    )
+    (part / "README.md").write_text(card, encoding="utf-8")
 
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
-        shutil.rmtree(directory)
+        directory.rename(old)
     part.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, content)
+def _tensors(encoder: EncoderConfig, params: dict, naming: str) -> dict[str, np.ndarray]:
+    if naming not in ("hub", "native"):
+        raise ValueError(f'the naming is {naming!r}; write "hub" or "native"')
+    tensors = from_params(params["encoder"], encoder_keymap(encoder, naming if encoder.position == "rope" else "bert"))
+    if "mlm_head" in params:
+        if encoder.use_bias:
+            raise ValueError("the masked-LM head of a BERT has biases in its decoder, which this package does not keep")
+        tensors |= from_params(params["mlm_head"], mlm_head_keymap(encoder))
+        if naming == "native":
+            # transformers' class has biases where the model has none.
+            tensors["cls.predictions.transform.dense.bias"] = np.zeros(encoder.hidden_size, np.float32)
+            tensors["cls.predictions.bias"] = np.zeros(encoder.vocab_size, np.float32)
+    if "classifier" in params:
+        tensors |= from_params(params["classifier"], classifier_keymap(encoder))
+    return tensors
+
+
+def _cast(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f'the dtype is {dtype!r}; write "float32", "bfloat16" or "float16"')
+    with np.errstate(over="ignore"):
+        cast = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
+    for name, tensor in cast.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"tensor {name} holds values that are not finite in {dtype}; write float32 or bfloat16")
+    return cast
+
+
+def _label_fields(labels: Sequence[str], count: int) -> dict[str, Any]:
+    names = list(labels) or [f"LABEL_{i}" for i in range(count)]
+    if len(names) != count:
+        raise ValueError(f"{len(names)} labels for a classifier of {count} outputs")
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> None:
@@ -114,8 +149,8 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> 
     normalizer = definition.get("normalizer") or {}
     vocabulary = sorted(tokenizer.backend.get_vocab().items(), key=lambda item: item[1])
     (directory / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in vocabulary), encoding="utf-8")
-    _write(directory / "special_tokens_map.json", _SPECIAL_TOKENS)
-    _write(
+    write_json(directory / "special_tokens_map.json", _SPECIAL_TOKENS)
+    write_json(
         directory / "tokenizer_config.json",
         _SPECIAL_TOKENS
         | {
@@ -125,34 +160,4 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> 
             "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
             "model_max_length": max_length,
         },
-    )
-
-
-def _write_sentence_transformers(
-    directory: Path, config: EmbeddingConfig, prompts: dict[str, str], max_length: int
-) -> None:
-    # The old type names: every version of sentence-transformers reads them.
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    if config.normalize:
-        modules.append(("Normalize", "2_Normalize"))
-    listed = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (kind, path) in enumerate(modules)
-    ]
-    _write(directory / "modules.json", listed)
-    _write(
-        directory / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": config.encoder.hidden_size,
-            "pooling_mode_cls_token": config.pooling == "cls",
-            "pooling_mode_mean_tokens": config.pooling == "mean",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-            "include_prompt": True,
-        },
-    )
-    _write(directory / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-    _write(
-        directory / "config_sentence_transformers.json",
-        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
     )

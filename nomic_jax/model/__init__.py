@@ -2,14 +2,24 @@
 
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.encoder import abstract_encoder, encode, init_encoder
-from nomic_jax.model.heads import EmbeddingConfig, embed, init_mlm_head, mlm_logits, pool
+from nomic_jax.model.heads import (
+    EmbeddingConfig,
+    classifier_logits,
+    embed,
+    init_classifier,
+    init_mlm_head,
+    mlm_logits,
+    pool,
+)
 
 __all__ = [
     "EmbeddingConfig",
     "EncoderConfig",
     "abstract_encoder",
+    "classifier_logits",
     "embed",
     "encode",
+    "init_classifier",
     "init_encoder",
     "init_mlm_head",
     "mlm_logits",

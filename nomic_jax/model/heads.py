@@ -1,4 +1,4 @@
-"""What sits on the encoder: pooling to an embedding, and the masked-LM head."""
+"""What sits on the encoder: pooling to an embedding, the masked-LM head, and the sequence classifier."""
 
 import dataclasses
 import functools
@@ -108,3 +108,36 @@ def mlm_logits(head_params: dict, word_embedding_VD: jax.Array, hidden: jax.Arra
 def abstract_mlm_head(config: EncoderConfig) -> dict:
     """The parameter tree of ``init_mlm_head`` as ``jax.ShapeDtypeStruct``."""
     return jax.eval_shape(lambda key: init_mlm_head(key, config), jax.random.key(0))
+
+
+class ClassifierHead(nnx.Module):
+    """dense -> tanh on the first token's hidden state, then a linear layer to the labels; both with biases."""
+
+    def __init__(self, config: EncoderConfig, num_labels: int, *, rngs: nnx.Rngs):
+        # Unlike the trunk's, these layers have biases in every published classifier.
+        config = dataclasses.replace(config, use_bias=True)
+        self.pooler = Linear(config.hidden_size, config.hidden_size, config, rngs)
+        self.out = Linear(config.hidden_size, num_labels, config, rngs)
+
+    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        return self.out(jnp.tanh(self.pooler(hidden_BLD[:, 0])))
+
+
+@functools.lru_cache
+def _classifier_graphdef(config: EncoderConfig, num_labels: int) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: ClassifierHead(config, num_labels, rngs=nnx.Rngs(0))))[0]
+
+
+def init_classifier(key: jax.Array, config: EncoderConfig, num_labels: int) -> dict:
+    return nnx.to_pure_dict(nnx.state(ClassifierHead(config, num_labels, rngs=nnx.Rngs(key))))
+
+
+def abstract_classifier(config: EncoderConfig, num_labels: int) -> dict:
+    """The parameter tree of ``init_classifier`` as ``jax.ShapeDtypeStruct``."""
+    return jax.eval_shape(lambda key: init_classifier(key, config, num_labels), jax.random.key(0))
+
+
+def classifier_logits(classifier_params: dict, hidden_BLD: jax.Array, config: EncoderConfig) -> jax.Array:
+    """Logits [B, labels], float32, of hidden states [B, L, D]; one label is a regression (GLUE's STS-B)."""
+    num_labels = classifier_params["out"]["bias"].shape[0]
+    return nnx.merge(_classifier_graphdef(config, num_labels), classifier_params)(hidden_BLD).astype(jnp.float32)

@@ -19,15 +19,16 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from nomic_jax.data.loader import Stream
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.hf import read_checkpoint
+from nomic_jax.hf import Checkpoint, read_checkpoint
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_mlm_head
 from nomic_jax.train.config import CheckpointConfig, TrainConfig
 from nomic_jax.train.sharding import make_mesh, replicated
 from nomic_jax.train.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("nomic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 
@@ -80,14 +81,27 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def make_record(config: TrainConfig, model: EmbeddingConfig, stream_fingerprint: str, tokenizer: Tokenizer) -> dict:
-    """What a checkpoint says of itself, as JSON."""
+def make_record(
+    config: TrainConfig, model: EmbeddingConfig, stream: Stream, tokenizer: Tokenizer, earlier: list[dict] | None = None
+) -> dict:
+    """What a checkpoint says of itself, as JSON; ``earlier`` are the stages before it, see ``Checkpoint.training``."""
     return {
         "format": FORMAT,
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(model),
         "has_mlm_head": config.stage == "mlm",
-        "data_fingerprint": stream_fingerprint,
+        "earlier": earlier or [],
+        "sources": [
+            {
+                "name": store.name,
+                "rows": store.rows,
+                "fingerprint": store.fingerprint,
+                "query_prefix": store.manifest["source"]["query_prefix"],
+                "document_prefix": store.manifest["source"]["document_prefix"],
+            }
+            for store in stream.stores
+        ],
+        "data_fingerprint": stream.fingerprint,
         "tokenizer_sha256": tokenizer.sha256,
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
@@ -116,17 +130,7 @@ def _check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """Weights to start from or to export; ``params`` has "encoder", and "mlm_head" where there is one."""
-
-    model: EmbeddingConfig
-    params: dict
-    tokenizer: Tokenizer | None
-    record: dict[str, Any]
-
-
-def read_pretrained(path: str | Path) -> Pretrained:
+def read_pretrained(path: str | Path) -> Checkpoint:
     """From a run's working directory (its latest checkpoint), one of its checkpoints, or a Hugging Face directory.
 
     Raises:
@@ -138,17 +142,13 @@ def read_pretrained(path: str | Path) -> Pretrained:
     if path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir():
         return _read_run(path.parent.parent, int(path.name))
     if (path / "config.json").exists():
-        checkpoint = read_checkpoint(path)
-        params = {"encoder": checkpoint.params}
-        if checkpoint.mlm_head is not None:
-            params["mlm_head"] = checkpoint.mlm_head
-        return Pretrained(checkpoint.config, params, checkpoint.tokenizer, {})
+        return read_checkpoint(path)
     raise FileNotFoundError(
         f"{path} is neither the working directory of a run, nor a checkpoint in it, nor a Hugging Face directory"
     )
 
 
-def _read_run(workdir: Path, step: int | None) -> Pretrained:
+def _read_run(workdir: Path, step: int | None) -> Checkpoint:
     checkpointer = ocp.training.Checkpointer((workdir / "checkpoints").absolute())
     if checkpointer.latest is None:
         raise FileNotFoundError(f"{workdir / 'checkpoints'} holds no finished checkpoint")
@@ -165,11 +165,24 @@ def _read_run(workdir: Path, step: int | None) -> Pretrained:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
     params = checkpointer.load_checkpointables(step, {"params": abstract})["params"]
     checkpointer.close()
-    return Pretrained(model, jax.device_get(params), Tokenizer.from_directory(workdir), record)
+    read = Checkpoint(
+        model, jax.device_get(params), Tokenizer.from_directory(workdir), training=tuple(record.pop("earlier"))
+    )
+    if "imported" in record:
+        return dataclasses.replace(read, **record["imported"])
+    return dataclasses.replace(read, prompts=_prompts_of_training(record), training=(*read.training, record))
 
 
-def write_pretrained(workdir: str | Path, source: Pretrained) -> None:
+def _prompts_of_training(record: dict[str, Any]) -> dict[str, str] | None:
+    """{} for a run whose pairs carried no prefix at all: its model must get none either."""
+    prefixes = [source[side] for source in record["sources"] for side in ("query_prefix", "document_prefix")]
+    return None if record["config"]["stage"] == "mlm" or any(prefixes) else {}
+
+
+def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
     """Weights as a working directory with one checkpoint, which ``read_pretrained`` and ``init_from`` take.
+
+    A classifier is left out: it belongs to one task.
 
     Raises:
       FileExistsError: the directory holds checkpoints already.
@@ -181,11 +194,15 @@ def write_pretrained(workdir: str | Path, source: Pretrained) -> None:
         raise ValueError("the checkpoint has no tokenizer; a run needs the one that its embeddings belong to")
     workdir.mkdir(parents=True, exist_ok=True)
     source.tokenizer.save(workdir)
+    imported = ("prompts", "default_prompt_name", "similarity", "max_length")
     record = {
         "format": FORMAT,
-        "model": dataclasses.asdict(source.model),
+        "model": dataclasses.asdict(source.config),
         "has_mlm_head": "mlm_head" in source.params,
+        "earlier": list(source.training),
+        "imported": {name: getattr(source, name) for name in imported},
         "step": 0,
     }
+    params = {name: part for name, part in source.params.items() if name != "classifier"}
     with ocp.training.Checkpointer((workdir / "checkpoints").absolute()) as checkpointer:
-        checkpointer.save_checkpointables(0, {"params": source.params}, custom_metadata=record, force=True)
+        checkpointer.save_checkpointables(0, {"params": params}, custom_metadata=record, force=True)

@@ -15,8 +15,9 @@ from nomic_jax.data.pairs import PairStream
 from nomic_jax.data.sources import write_json
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import pretokenize
+from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig
-from nomic_jax.train.checkpoint import Checkpoints, Pretrained, make_record, read_pretrained
+from nomic_jax.train.checkpoint import Checkpoints, make_record, read_pretrained
 from nomic_jax.train.config import ConfigurationError, MlmData, TrainConfig
 from nomic_jax.train.metrics import MetricsWriter
 from nomic_jax.train.optim import learning_rate, make_optimizer
@@ -63,7 +64,8 @@ def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | 
     train_step = make_train_step(stage, optimizer, mesh, config.accumulate)
     state = init_state(jax.random.key(config.seed), stage, optimizer, mesh, _start_values(config, pretrained))
 
-    record = make_record(config, model, stream.fingerprint, tokenizer)
+    earlier = list(pretrained.training) if pretrained is not None else []
+    record = make_record(config, model, stream, tokenizer, earlier)
     checkpoints = Checkpoints(workdir, config.checkpoint, record)
     start = checkpoints.latest_step or 0
     if checkpoints.latest_step is not None:
@@ -135,15 +137,15 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer) -> Stream:
     )
 
 
-def _model(config: TrainConfig, pretrained: Pretrained | None) -> EmbeddingConfig:
+def _model(config: TrainConfig, pretrained: Checkpoint | None) -> EmbeddingConfig:
     if pretrained is None:
         return EmbeddingConfig(config.model)
-    encoder = dataclasses.replace(pretrained.model.encoder, dtype=config.model.dtype, attention=config.model.attention)
+    encoder = dataclasses.replace(pretrained.config.encoder, dtype=config.model.dtype, attention=config.model.attention)
     # The contrastive loss takes cosine similarities, whether or not the checkpoint normalises what it returns.
-    return dataclasses.replace(pretrained.model, encoder=encoder, normalize=True)
+    return dataclasses.replace(pretrained.config, encoder=encoder, normalize=True)
 
 
-def _tokenizer(config: TrainConfig, pretrained: Pretrained | None) -> Tokenizer:
+def _tokenizer(config: TrainConfig, pretrained: Checkpoint | None) -> Tokenizer:
     if config.data.tokenizer:
         return Tokenizer.from_pretrained(config.data.tokenizer)
     if pretrained is not None and pretrained.tokenizer is not None:
@@ -151,7 +153,7 @@ def _tokenizer(config: TrainConfig, pretrained: Pretrained | None) -> Tokenizer:
     raise ConfigurationError("no tokenizer is named; write config.data.tokenizer (a directory or a hub name)")
 
 
-def _start_values(config: TrainConfig, pretrained: Pretrained | None) -> dict:
+def _start_values(config: TrainConfig, pretrained: Checkpoint | None) -> dict:
     """The entries of the parameter tree that do not start at random."""
     if pretrained is None:
         return {}

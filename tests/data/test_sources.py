@@ -3,10 +3,12 @@
 import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nomic_jax.data.mixture import MixtureError, read_mixture, with_prefix
-from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, read_rows, write_rows
+from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, read_parquet_footer, read_rows, write_rows
 
 GOOD = {"query": "q", "document": "d"}
 FAULTS = {
@@ -67,12 +69,118 @@ def test_negatives_are_lists_of_texts(tmp_path):
         next(rows)
 
 
+def test_only_columns_asked_for_are_passed_on(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [GOOD | {"id": 1, "x": 2}, GOOD])
+    assert list(read_rows(tmp_path / "rows.jsonl", {"query": str}, others=["id"])) == [
+        {"query": "q", "id": 1},
+        {"query": "q"},
+    ]
+    pq.write_table(pa.table({"x": [1], "id": [2], "query": ["q"]}), tmp_path / "rows.parquet")
+    assert list(read_rows(tmp_path / "rows.parquet", {"query": str}, others=["id"])) == [{"query": "q", "id": 2}]
+    assert list(read_rows(tmp_path / "rows.parquet", {"query": str})) == [{"x": 1, "id": 2, "query": "q"}]
+    with pytest.raises(BadRow, match="no column 'idd'; the file has 'x', 'id', 'query'"):
+        next(read_rows(tmp_path / "rows.parquet", {"query": str}, others=["idd"]))
+
+
+def test_empty_texts_are_taken_where_they_mean_something(tmp_path):
+    path = lines(tmp_path / "rows.jsonl", b'{"text": ""}', b'{"text": " "}', b'{"text": null}')
+    rows = read_rows(path, {"text": str}, allow_empty=True)
+    assert [next(rows), next(rows)] == [{"text": ""}, {"text": " "}]
+    with pytest.raises(BadRow, match="should hold text, found NoneType"):
+        next(rows)
+
+
+def string_array(*texts: bytes) -> pa.StringArray:
+    """Of bytes that nobody checks."""
+    offsets = pa.array([sum(map(len, texts[:i])) for i in range(len(texts) + 1)], pa.int32())
+    return pa.StringArray.from_buffers(len(texts), offsets.buffers()[1], pa.py_buffer(b"".join(texts)))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["q", None], "should hold text, found NoneType"),
+        (["q", " "], "empty text"),
+        (string_array(b"q", b"\xff"), "is not valid UTF-8"),
+        (pa.array(["q", None]).dictionary_encode(), "should hold text, found NoneType"),
+        (pa.array(["q", ""], pa.large_string()), "empty text"),
+    ],
+)
+def test_a_fault_in_parquet_names_file_and_row(tmp_path, texts, message):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": texts, "id": [7, 8]}), path)
+    rows = read_rows(path, {"text": str})
+    assert next(rows) == {"text": "q", "id": 7}
+    with pytest.raises(BadRow, match=message) as error:
+        next(rows)
+    assert f"{path}: row 1 (counted from 0): " in str(error.value)
+    rejected = RejectedRows(tmp_path / "rejected.jsonl")
+    assert len(list(read_rows(path, {"text": str}, on_bad_row="skip", rejected=rejected))) == 1
+    assert json.loads(json.loads(rejected.side_file.read_text(encoding="utf-8"))["row"])["id"] == 8
+
+
+def test_negatives_in_parquet_are_lists_of_texts(tmp_path):
+    pq.write_table(pa.table({"negatives": [["a", "b"], ["c", None]]}), tmp_path / "rows.parquet")
+    rows = read_rows(tmp_path / "rows.parquet", {"negatives": list})
+    assert next(rows) == {"negatives": ["a", "b"]}
+    with pytest.raises(BadRow, match="should hold text, found NoneType"):
+        next(rows)
+
+
+FILE_FAULTS = {
+    "no column": (pa.table({"body": ["x"]}), str, "no column 'text'; the file has 'body'"),
+    "numbers": (pa.table({"text": [1]}), str, "should hold text, found the type int64"),
+    "bytes": (pa.table({"text": [b"x"]}), str, "should hold text, found the type binary"),
+    "lists for texts": (pa.table({"text": [["x"]]}), str, "should hold text, found the type list"),
+    "texts for lists": (pa.table({"text": ["x"]}), list, "should hold lists of texts, found the type string"),
+}
+
+
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+def test_a_parquet_file_of_another_kind_is_an_error_under_either_policy(tmp_path, fault):
+    table, kind, message = FILE_FAULTS[fault]
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rejected = RejectedRows(tmp_path / "rejected.jsonl")
+    for read in (
+        lambda: next(read_rows(tmp_path / "rows.parquet", {"text": kind}, on_bad_row="skip", rejected=rejected)),
+        lambda: read_parquet_footer(str(tmp_path / "rows.parquet"), {"text": kind}),
+    ):
+        with pytest.raises(BadRow, match=message) as error:
+            read()
+        assert str(tmp_path / "rows.parquet") in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no parquet at all", b"PAR1" + bytes(40) + b"PAR1"])
+def test_a_broken_parquet_file_is_named(tmp_path, content):
+    (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(BadRow, match=r"rows\.parquet: not a readable parquet file"):
+        next(read_rows(tmp_path / "rows.parquet", {"text": str}))
+
+
+def test_parquet_is_read_as_its_rows_are_taken(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [str(i) for i in range(5000)]}), path, row_group_size=2500, use_dictionary=False)
+    assert read_parquet_footer(str(path), {"text": str})[0] == 5000
+    content = bytearray(path.read_bytes())
+    second_group = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    content[second_group : second_group + 200] = bytes(200)
+    path.write_bytes(content)
+    rows = read_rows(path, {"text": str})
+    assert [next(rows)["text"] for _ in range(2000)] == [str(i) for i in range(2000)]
+    with pytest.raises(BadRow, match="not a readable parquet file"):
+        list(rows)
+
+
 def test_brace_ranges_globs_and_folders(tmp_path):
     for i in range(3):
         write_rows(tmp_path / f"shard-{i:05d}.jsonl", [GOOD])
     names = [str(tmp_path / f"shard-{i:05d}.jsonl") for i in range(3)]
     assert expand_files(tmp_path) == expand_files(tmp_path / "*.jsonl") == names
     assert expand_files(tmp_path / "shard-{00000..00002}.jsonl") == names
+    for name in ("shard-00003.parquet", "shard-00004.jsonl.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [file.rsplit("-")[-1] for file in expand_files(tmp_path)[3:]] == ["00003.parquet", "00004.jsonl.gz"]
+    (tmp_path / "shard-00003.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="1 of 4 files are missing"):
         expand_files(tmp_path / "shard-{00000..00003}.jsonl")
     with pytest.raises(FileNotFoundError, match="no file matches"):

@@ -4,20 +4,36 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    NomicBertConfig,
+    NomicBertForSequenceClassification,
+)
 
 from nomic_jax import Embedder
-from nomic_jax.hf import PROMPTS, CheckpointError, read_checkpoint, write_checkpoint
-from nomic_jax.hf.config import ConfigError
+from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, read_checkpoint, write_checkpoint
 from nomic_jax.hf.keymap import encoder_keymap, from_params
-from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder, init_mlm_head
+from nomic_jax.model import (
+    EmbeddingConfig,
+    EncoderConfig,
+    classifier_logits,
+    encode,
+    init_classifier,
+    init_encoder,
+    init_mlm_head,
+    mlm_logits,
+)
 
 CONFIG = EmbeddingConfig(EncoderConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=256))
+pytestmark = pytest.mark.filterwarnings("ignore:this model was trained with a prefix")
 TEXTS = ["what is an embedder?", "It maps texts to vectors.", "Größe, 東京 and 🚀", "", "long " * 300]
 
 
@@ -35,7 +51,7 @@ def params():
 
 @pytest.fixture
 def exported(tmp_path, params, tokenizer):
-    write_checkpoint(tmp_path / "model", CONFIG, params, tokenizer)
+    write_checkpoint(tmp_path / "model", Checkpoint(CONFIG, {"encoder": params}, tokenizer))
     return tmp_path / "model"
 
 
@@ -63,12 +79,10 @@ def test_sentence_transformers_gives_our_vectors(exported):
     assert np.abs(theirs.encode_query(TEXTS) - ours.encode_query(TEXTS)).max() <= 1e-5
     assert np.abs(theirs.encode_document(TEXTS) - ours.encode_document(TEXTS)).max() <= 1e-5
     assert theirs.max_seq_length == ours.max_length == 8192
-    assert theirs.prompts == ours.prompts == PROMPTS
+    assert theirs.prompts == ours.prompts == NOMIC_PROMPTS
 
 
 def test_transformers_gives_our_hidden_states(exported, params):
-    from nomic_jax.model import encode
-
     model = AutoModel.from_pretrained(exported).eval()
     ids = np.random.default_rng(0).integers(1, 30000, (2, 20))
     with torch.no_grad():
@@ -77,11 +91,11 @@ def test_transformers_gives_our_hidden_states(exported, params):
     assert np.abs(theirs - np.asarray(ours)).max() <= 1e-5
 
 
-def test_masked_lm_head_reaches_transformers(tmp_path, params, tokenizer):
-    from nomic_jax.model import encode, mlm_logits
-
+@pytest.mark.parametrize("naming", ["hub", "native"])
+def test_masked_lm_head_reaches_transformers(tmp_path, params, tokenizer, naming):
     head = randomised(init_mlm_head(jax.random.key(1), CONFIG.encoder), 1)
-    write_checkpoint(tmp_path / "mlm", CONFIG, params, tokenizer, mlm_head=head)
+    checkpoint = Checkpoint(CONFIG, {"encoder": params, "mlm_head": head}, tokenizer)
+    write_checkpoint(tmp_path / "mlm", checkpoint, naming=naming)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "mlm").eval()
     ids = np.random.default_rng(0).integers(1, 30000, (2, 20))
     with torch.no_grad():
@@ -89,15 +103,112 @@ def test_masked_lm_head_reaches_transformers(tmp_path, params, tokenizer):
     hidden = encode(params, ids.astype(np.int32), CONFIG.encoder)
     ours = mlm_logits(head, params["embeddings"]["word"]["embedding"], hidden, CONFIG.encoder)
     assert np.abs(theirs - np.asarray(ours)).max() <= 1e-5
-    read = read_checkpoint(tmp_path / "mlm").mlm_head
+    read = read_checkpoint(tmp_path / "mlm").params["mlm_head"]
     assert jax.tree.all(jax.tree.map(np.array_equal, head, read))
+
+
+@pytest.mark.parametrize("naming", ["hub", "native"])
+@pytest.mark.parametrize("labels", [("entailment", "neutral", "contradiction"), ("score",)])
+def test_classifier_reaches_transformers(tmp_path, params, tokenizer, naming, labels):
+    head = randomised(init_classifier(jax.random.key(1), CONFIG.encoder, len(labels)), 1)
+    checkpoint = Checkpoint(CONFIG, {"encoder": params, "classifier": head}, tokenizer, labels=labels)
+    write_checkpoint(tmp_path / "out", checkpoint, naming=naming)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert tuple(model.config.id2label.values()) == labels
+    ids = np.random.default_rng(0).integers(1, 30000, (2, 20))
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits.numpy()
+    hidden = encode(params, ids.astype(np.int32), CONFIG.encoder)
+    assert np.abs(theirs - np.asarray(classifier_logits(head, hidden, CONFIG.encoder))).max() <= 1e-5
+    read = read_checkpoint(tmp_path / "out")
+    assert read.labels == labels
+    assert jax.tree.all(jax.tree.map(np.array_equal, checkpoint.params, read.params))
+
+
+def test_a_classifier_that_transformers_saved_is_read(tmp_path):
+    config = NomicBertConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256, num_labels=3
+    )
+    model = NomicBertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    ids = np.random.default_rng(0).integers(1, 30000, (2, 20))
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits.numpy()
+    hidden = encode(checkpoint.params["encoder"], ids.astype(np.int32), checkpoint.config.encoder)
+    ours = classifier_logits(checkpoint.params["classifier"], hidden, checkpoint.config.encoder)
+    assert np.abs(theirs - np.asarray(ours)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("naming", ["hub", "native"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_form_gives_its_vectors_everywhere(tmp_path, params, tokenizer, naming, dtype):
+    write_checkpoint(tmp_path / "model", Checkpoint(CONFIG, {"encoder": params}, tokenizer), naming=naming, dtype=dtype)
+    rounded = jax.tree.map(lambda x: np.asarray(x.astype(jnp.dtype(dtype)).astype(np.float32)), params)
+    read = read_checkpoint(tmp_path / "model")
+    assert jax.tree.all(jax.tree.map(np.array_equal, rounded, read.params["encoder"]))
+    # From 16 bits to ours and back to 16 bits nothing is lost.
+    write_checkpoint(tmp_path / "again", read, naming=naming, dtype=dtype)
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again"))
+    assert first == second
+    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu", model_kwargs={"dtype": torch.float32})
+    ours = Embedder.from_pretrained(tmp_path / "model").encode(TEXTS, prompt="")
+    assert np.abs(theirs.encode(TEXTS) - ours).max() <= 1e-5
+
+
+def test_weights_beyond_float16_are_refused(tmp_path, params, tokenizer):
+    large = params | {"embeddings": params["embeddings"] | {"norm": {"scale": np.full(64, 1e5), "bias": np.zeros(64)}}}
+    with pytest.raises(ValueError, match=r"emb_ln\.weight holds values that are not finite in float16"):
+        write_checkpoint(tmp_path / "x", Checkpoint(CONFIG, {"encoder": large}, tokenizer), dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_belongs_to_the_weights_survives(tmp_path, params, tokenizer):
+    checkpoint = Checkpoint(
+        EmbeddingConfig(CONFIG.encoder, pooling="cls", layer_norm=True, dim=16, normalize=False),
+        {"encoder": params},
+        tokenizer,
+        prompts={"query": "Q: ", "document": ""},
+        default_prompt_name="query",
+        similarity="dot",
+        max_length=100,
+    )
+    write_checkpoint(tmp_path / "model", checkpoint)
+    read = read_checkpoint(tmp_path / "model")
+    for field in ("config", "prompts", "default_prompt_name", "similarity", "max_length"):
+        assert getattr(read, field) == getattr(checkpoint, field)
+    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    ours = Embedder.from_pretrained(tmp_path / "model").encode(TEXTS, normalize_embeddings=False)
+    assert theirs.similarity_fn_name == "dot"
+    np.testing.assert_allclose(theirs.encode(TEXTS), ours, atol=1e-5)
+
+
+def test_a_directory_that_sentence_transformers_saved_is_read(exported, tmp_path):
+    theirs = SentenceTransformer(str(exported), device="cpu")
+    theirs.save_pretrained(str(tmp_path / "saved"))
+    ours = Embedder.from_pretrained(tmp_path / "saved")
+    assert (ours.max_length, ours.prompts, ours.config) == (8192, NOMIC_PROMPTS, CONFIG)
+    np.testing.assert_allclose(ours.encode_query(TEXTS), theirs.encode_query(TEXTS), atol=1e-5)
+
+
+def test_published_configs_reach_8192_tokens(edit):
+    """Without rope_parameters, as first published; with those of transformers 5, as published since 2026."""
+    old = json.loads((edit() / "config.json").read_text(encoding="utf-8"))
+    for name in ("rope_parameters", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
+        del old[name]
+    old |= {"rotary_scaling_factor": None, "n_positions": 8192}
+    new = old | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}, "max_position_embeddings": 2048}
+    for content in (old, new):
+        path = edit() / "config.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+        assert read_checkpoint(path.parent).config == CONFIG
 
 
 def test_there_and_back_is_bit_exact(exported, params, tmp_path, tokenizer):
     checkpoint = read_checkpoint(exported)
     assert checkpoint.config == CONFIG
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, checkpoint.params))
-    write_checkpoint(tmp_path / "again", checkpoint.config, checkpoint.params, checkpoint.tokenizer)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, checkpoint.params["encoder"]))
+    write_checkpoint(tmp_path / "again", checkpoint)
     first, second = (load_file(path / "model.safetensors") for path in (exported, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
@@ -108,14 +219,14 @@ def test_there_and_back_is_bit_exact(exported, params, tmp_path, tokenizer):
 def test_every_prefix_and_naming_is_read(edit, params, prefix, naming):
     tensors = from_params(params, encoder_keymap(CONFIG.encoder, naming))
     directory = edit(lambda _: {prefix + name: x for name, x in tensors.items()})
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, read_checkpoint(directory).params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, read_checkpoint(directory).params["encoder"]))
 
 
 def test_shards_and_torch_files_are_read(exported, params):
     tensors = load_file(exported / "model.safetensors")
     (exported / "model.safetensors").unlink()
     torch.save({name: torch.tensor(x) for name, x in tensors.items()}, exported / "pytorch_model.bin")
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, read_checkpoint(exported).params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, read_checkpoint(exported).params["encoder"]))
     (exported / "pytorch_model.bin").unlink()
     names = sorted(tensors)
     index = {}
@@ -123,38 +234,7 @@ def test_shards_and_torch_files_are_read(exported, params):
         save_file({name: tensors[name] for name in part}, exported / f"model-{number}.safetensors")
         index |= dict.fromkeys(part, f"model-{number}.safetensors")
     (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, read_checkpoint(exported).params))
-
-
-def test_a_wrong_tensor_is_named(edit):
-    with pytest.raises(CheckpointError, match=r"encoder\.layers\.1\.mlp\.fc2\.weight is missing"):
-        read_checkpoint(edit(lambda t: {k: v for k, v in t.items() if k != "encoder.layers.1.mlp.fc2.weight"}))
-
-
-def test_an_unexpected_tensor_is_named(edit):
-    with pytest.raises(CheckpointError, match=r"encoder\.layers\.7\.norm1\.bias is not part"):
-        read_checkpoint(edit(lambda t: t | {"encoder.layers.7.norm1.bias": np.zeros(64, np.float32)}))
-
-
-def test_a_misshapen_tensor_is_named(edit):
-    with pytest.raises(CheckpointError, match=r"emb_ln\.weight has the shape \[63\]"):
-        read_checkpoint(edit(lambda t: t | {"emb_ln.weight": t["emb_ln.weight"][:63]}))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"n_embd": 128}, "hidden_size and n_embd disagree"),
-        ({"rotary_emb_base": 10000.0}, "RoPE base disagree"),
-        ({"prenorm": True}, "prenorm"),
-        ({"rotary_emb_interleaved": True}, "rotary_emb_interleaved"),
-        ({"hidden_act": "relu"}, "hidden_act"),
-        ({"model_type": "llama"}, "model_type"),
-    ],
-)
-def test_a_config_we_do_not_implement_is_refused(edit, change, message):
-    with pytest.raises(ConfigError, match=message):
-        read_checkpoint(edit(**change))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, read_checkpoint(exported).params["encoder"]))
 
 
 def test_either_set_of_names_is_enough(edit):
@@ -167,20 +247,6 @@ def test_either_set_of_names_is_enough(edit):
         assert read_checkpoint(path.parent).config == CONFIG
 
 
-def test_a_tokenizer_of_another_model_is_refused(exported, params, tokenizer, tmp_path):
-    small = EmbeddingConfig(EncoderConfig(vocab_size=1000, hidden_size=64, num_layers=1, num_heads=2))
-    write_checkpoint(tmp_path / "small", small, init_encoder(jax.random.key(0), small.encoder), tokenizer)
-    with pytest.raises(CheckpointError, match=r"ids up to 30521.*1000 rows"):
-        read_checkpoint(tmp_path / "small")
-
-
-def test_another_directory_is_not_overwritten(tmp_path, params, tokenizer):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError):
-        write_checkpoint(tmp_path, CONFIG, params, tokenizer)
-    assert (tmp_path / "thesis.txt").exists()
-
-
 def test_cls_pooling_without_normalisation_survives(minilm, tmp_path):
     shutil.copytree(minilm, tmp_path / "cls")
     (tmp_path / "cls" / "1_Pooling" / "config.json").write_text(
@@ -190,9 +256,7 @@ def test_cls_pooling_without_normalisation_survives(minilm, tmp_path):
     (tmp_path / "cls" / "modules.json").write_text(json.dumps(modules))
     checkpoint = read_checkpoint(tmp_path / "cls")
     assert (checkpoint.config.pooling, checkpoint.config.normalize) == ("cls", False)
-    write_checkpoint(
-        tmp_path / "out", checkpoint.config, checkpoint.params, checkpoint.tokenizer, prompts={}, max_length=256
-    )
+    write_checkpoint(tmp_path / "out", checkpoint)
     theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
     expected = SentenceTransformer(str(tmp_path / "cls"), device="cpu").encode(TEXTS)
     np.testing.assert_allclose(theirs, expected, atol=1e-6)

@@ -59,12 +59,32 @@ def runs(corpus, minilm, tmp_path_factory):
 def test_export_of_the_last_stage_is_an_embedder(runs, tmp_path):
     command("convert.to_hf", runs / "finetune", tmp_path / "model")
     texts = ["first text", "a second, longer text"]
-    ours = Embedder.from_pretrained(tmp_path / "model").encode(texts, prompt_name="search_query")
-    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts, prompt_name="search_query")
+    ours = Embedder.from_pretrained(tmp_path / "model").encode_query(texts)
+    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode_query(texts)
     assert np.abs(ours - theirs).max() <= 1e-5
+    # A run, and one of its checkpoints, are opened as they are.
+    for path in (runs / "finetune", runs / "finetune" / "checkpoints" / "3"):
+        np.testing.assert_array_equal(Embedder.from_pretrained(path).encode_query(texts), ours)
+    done = command("convert.check", runs / "finetune", tmp_path / "model", "--torch")
+    assert "tensors: largest difference 0.00e+00" in done.stdout
+
+
+def test_model_card_tells_recipe_data_and_figures(runs, tmp_path):
+    report = {"tasks": {"toy": {"ndcg@10": 0.5, "queries": 3}}, "average": {"ndcg@10": 0.5}}
+    (tmp_path / "private.json").write_text(json.dumps(report))
+    command("convert.to_hf", runs / "finetune", tmp_path / "model", f"--evaluation={tmp_path}/private.json")
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    assert "| stage | finetune |" in card and "| steps | 3 |" in card
-    assert "largest difference" in command("convert.check", tmp_path / "model", tmp_path / "model", "--torch").stdout
+    assert card.startswith("---\nlibrary_name: sentence-transformers\n")
+    training = json.loads((tmp_path / "model" / "training.json").read_text(encoding="utf-8"))
+    assert [stage["config"]["stage"] for stage in training] == ["mlm", "contrastive", "finetune"]
+    sources = [(source["name"], source["rows"]) for stage in training for source in stage["sources"]]
+    assert sources == [("data", 120), ("a", 70), ("b", 45), ("data", 60)]
+    for name, rows in sources:
+        assert f"| {name} | {rows} |" in card
+    assert "| toy | 0.5000 |" in card and "search_query: " in card and "| contrastive | mlm | 3 |" in card
+    # The next export of the same weights still knows it.
+    command("convert.to_hf", tmp_path / "model", tmp_path / "again", "--format=native", "--dtype=bfloat16")
+    assert json.loads((tmp_path / "again" / "training.json").read_text(encoding="utf-8")) == training
 
 
 def test_checkpoints_and_there_and_back(runs, tmp_path):
@@ -73,15 +93,18 @@ def test_checkpoints_and_there_and_back(runs, tmp_path):
     import jax
 
     first, again = read_pretrained(runs / "mlm"), read_pretrained(tmp_path / "back")
-    assert first.model == again.model and first.tokenizer.sha256 == again.tokenizer.sha256
+    assert first.config == again.config and first.tokenizer.sha256 == again.tokenizer.sha256
     assert jax.tree.all(jax.tree.map(np.array_equal, first.params, again.params))
 
 
 def test_check_exits_with_1_above_the_tolerance(runs, tmp_path):
-    for stage in ("mlm", "finetune"):
-        command("convert.to_hf", runs / stage, tmp_path / stage)
-    done = command("convert.check", tmp_path / "mlm", tmp_path / "finetune", check=False)
-    assert done.returncode == 1 and "above the tolerance" in done.stderr
+    command("convert.to_hf", runs / "mlm", tmp_path / "half", "--mlm_head", "--format=native", "--dtype=float16")
+    done = command("convert.check", runs / "mlm", tmp_path / "half", check=False)
+    assert done.returncode == 1 and "above the tolerance 1e-05" in done.stderr
+    assert "logits of the mlm_head: largest difference" in done.stdout
+    command("convert.check", runs / "mlm", tmp_path / "half", "--tolerance=0.01")
+    done = command("convert.check", runs / "mlm", runs / "finetune", "--tolerance=0.0001", check=False)
+    assert done.returncode == 1 and "are in one of the two alone" in done.stdout
 
 
 def test_search_shows_the_nearest_text_first(minilm, tmp_path):

@@ -57,8 +57,8 @@ def test_published_size(nomic):
     def count(params):
         return sum(leaf.size for leaf in jax.tree.leaves(params))
 
-    assert count(checkpoint.params) == 136_731_648
-    assert count(checkpoint.mlm_head) == 589_824 + 1_536
+    assert count(checkpoint.params["encoder"]) == 136_731_648
+    assert count(checkpoint.params["mlm_head"]) == 589_824 + 1_536
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -70,7 +70,8 @@ def test_nomic_bert(nomic, lengths):
     with torch.no_grad():
         base = getattr(reference, reference.base_model_prefix)
         expected = base(input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())
-    ours = jax.jit(lambda params: encode(params, ids, checkpoint.config.encoder, length_B=length))(checkpoint.params)
+    encoder = jax.jit(lambda params: encode(params, ids, checkpoint.config.encoder, length_B=length))
+    ours = encoder(checkpoint.params["encoder"])
     difference = np.abs(np.asarray(ours) - expected.last_hidden_state.numpy())[mask]
     assert difference.max() <= TOLERANCE
 
@@ -83,11 +84,12 @@ def test_masked_lm(nomic, lengths):
         expected = copy.deepcopy(model)(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).logits
 
     @jax.jit
-    def logits(params, head):
-        hidden = encode(params, ids, checkpoint.config.encoder, length_B=length)
-        return mlm_logits(head, params["embeddings"]["word"]["embedding"], hidden, checkpoint.config.encoder)
+    def logits(params):
+        hidden = encode(params["encoder"], ids, checkpoint.config.encoder, length_B=length)
+        words = params["encoder"]["embeddings"]["word"]["embedding"]
+        return mlm_logits(params["mlm_head"], words, hidden, checkpoint.config.encoder)
 
-    ours = np.asarray(logits(checkpoint.params, checkpoint.mlm_head))
+    ours = np.asarray(logits(checkpoint.params))
     assert np.abs(ours - expected.numpy())[mask].max() <= TOLERANCE
 
 
@@ -122,7 +124,7 @@ def test_nomic_bert_gradients(nomic):
     def gradient(params):
         return jnp.sum(encode(params, ids, config, length_B=length) * direction)
 
-    assert_same_gradients(gradient(checkpoint.params), base, config, "native")
+    assert_same_gradients(gradient(checkpoint.params["encoder"]), base, config, "native")
 
 
 def test_masked_lm_gradients(nomic):
@@ -146,7 +148,7 @@ def test_masked_lm_gradients(nomic):
         logits = mlm_logits(params["mlm_head"], words, hidden, config)
         return masked_cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1))[0]
 
-    ours = gradient({"encoder": checkpoint.params, "mlm_head": checkpoint.mlm_head})
+    ours = gradient(checkpoint.params)
     base = getattr(reference, reference.base_model_prefix)
     assert_same_gradients(ours["encoder"], base, config, "native")
     transform = reference.cls.predictions.transform
@@ -171,7 +173,8 @@ def test_bert(tmp_path, lengths):
     ids, length, mask = batch(lengths, 30522)
     with torch.no_grad():
         expected = model(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
-    ours = jax.jit(lambda params: encode(params, ids, checkpoint.config.encoder, length_B=length))(checkpoint.params)
+    encoder = jax.jit(lambda params: encode(params, ids, checkpoint.config.encoder, length_B=length))
+    ours = encoder(checkpoint.params["encoder"])
     assert np.abs(np.asarray(ours) - expected.numpy())[mask].max() <= TOLERANCE
 
 
@@ -188,4 +191,4 @@ def test_bert_gradients(tmp_path):
     def gradient(params):
         return jnp.sum(encode(params, ids, config, length_B=length) * direction)
 
-    assert_same_gradients(gradient(checkpoint.params), model, config, "bert")
+    assert_same_gradients(gradient(checkpoint.params["encoder"]), model, config, "bert")

@@ -1,0 +1,136 @@
+"""The README.md of an export: what the model is, how to use it, what it was trained on, how good it is."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from nomic_jax.model import EmbeddingConfig
+
+_HEAD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags:
+- sentence-transformers
+- feature-extraction
+- sentence-similarity
+- nomic_jax
+---
+
+# {name}
+
+A text embedder {made} with nomic_jax, the JAX implementation of [Nomic Embed](https://arxiv.org/abs/2402.01613): an
+encoder of {layers} layers and width {width} ({position}), {pooling} pooling, {dim} dimensions, texts of up to
+{max_length} tokens.
+
+## Usage
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+queries = model.encode_query(["what is a text embedder?"])
+documents = model.encode_document(["A text embedder maps texts to vectors."])
+print(model.similarity(queries, documents))
+```
+
+In JAX it is `nomic_jax.Embedder.from_pretrained("{name}")`, with the same methods.
+
+{prompts}
+"""
+
+
+def model_card(
+    name: str,
+    config: EmbeddingConfig,
+    *,
+    prompts: Mapping[str, str],
+    max_length: int,
+    training: Sequence[Mapping[str, Any]] = (),
+    evaluations: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Markdown with the front matter of the hub.
+
+    Args:
+      training: the stages, first to last, as a checkpoint's record keeps them (nomic_jax/train/checkpoint.py).
+      evaluations: suite -> report of ``launch.evaluate``.
+    """
+    encoder = config.encoder
+    rope = f"RoPE, dynamic NTK beyond {encoder.max_trained_positions} tokens"
+    head = _HEAD.format(
+        name=name,
+        made="trained" if training else "converted",
+        layers=encoder.num_layers,
+        width=encoder.hidden_size,
+        position=rope if encoder.position == "rope" else "absolute positions",
+        pooling=config.pooling,
+        dim=config.output_dim,
+        max_length=max_length,
+        prompts=_prompts(prompts),
+    )
+    sections = [head, _training(training), *(_evaluation(suite, x) for suite, x in (evaluations or {}).items())]
+    return "\n".join(section for section in sections if section)
+
+
+def _prompts(prompts: Mapping[str, str]) -> str:
+    texts = dict.fromkeys(text for text in prompts.values() if text)
+    if not texts:
+        return "Texts go in as they are, without a prefix."
+    lines = "".join(f"- `{name}`: `{text}`\n" for name, text in prompts.items() if text)
+    return (
+        f"Every text starts with its task. `encode_query` and `encode_document` put the prompts of these names there,"
+        f" `encode` that of its `prompt_name`:\n\n{lines}"
+    )
+
+
+def _training(stages: Sequence[Mapping[str, Any]]) -> str:
+    if not stages:
+        return ""
+    rows, data = [], []
+    for stage in stages:
+        config = stage["config"]
+        started = PurePath(config["init_from"]).name if config["init_from"] else "random weights"
+        rows.append(
+            [
+                config["stage"],
+                started,
+                stage["step"],
+                config["batch_size"],
+                f"{config['optim']['lr']:g}",
+                f"{config['temperature']:g}" if "temperature" in config and config["stage"] != "mlm" else "",
+                config["seed"],
+                config["model"]["dtype"],
+                f"{stage['device_count']} x {stage['device_kind']}",
+            ]
+        )
+        for source in stage.get("sources", ()):
+            prefixes = " / ".join(dict.fromkeys(filter(None, (source["query_prefix"], source["document_prefix"]))))
+            data.append([config["stage"], source["name"], f"{source['rows']:,}", prefixes, source["fingerprint"][:16]])
+    header = [
+        "stage",
+        "started from",
+        "steps",
+        "batch",
+        "peak learning rate",
+        "temperature",
+        "seed",
+        "dtype",
+        "devices",
+    ]
+    text = f"## Training\n\n{_table(header, rows)}"
+    if data:
+        text += f"\nData:\n\n{_table(['stage', 'source', 'rows', 'prefixes', 'fingerprint'], data)}"
+    versions = ", ".join(f"{package} {version}" for package, version in stages[-1]["versions"].items())
+    return f"{text}\nVersions of the last stage: {versions}. Every setting of every stage is in `training.json`.\n"
+
+
+def _evaluation(suite: str, report: Mapping[str, Any]) -> str:
+    """A report has ``tasks``: name -> figures, and ``average``: metric -> figure."""
+    metrics = list(report["average"])
+    rows = [[task, *(f"{figures[metric]:.4f}" for metric in metrics)] for task, figures in report["tasks"].items()]
+    rows.append(["average", *(f"{report['average'][metric]:.4f}" for metric in metrics)])
+    return f"## Evaluation: {suite}\n\n{_table(['task', *metrics], rows)}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

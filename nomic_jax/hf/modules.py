@@ -1,0 +1,137 @@
+"""The modules of a sentence-transformers directory: what happens to the hidden states.
+
+modules.json lists them in order. Of the many that exist an embedder of ours is made of these:
+
+    Transformer -> Pooling [-> LayerNorm] [-> Normalize]
+
+The LayerNorm stands for that of nomic-embed-text-v1.5, which is without weights; here it has ones and zeros.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nomic_jax.data.sources import write_json
+from nomic_jax.hf.files import CheckpointError, read_json, read_json_list, read_safetensors, write_safetensors
+from nomic_jax.model import EmbeddingConfig, EncoderConfig
+
+# "query" and "document" are what sentence-transformers' encode_query and encode_document look for.
+NOMIC_PROMPTS = {
+    "search_query": "search_query: ",
+    "search_document": "search_document: ",
+    "classification": "classification: ",
+    "clustering": "clustering: ",
+    "query": "search_query: ",
+    "document": "search_document: ",
+}
+_ORDER = ("Transformer", "Pooling", "LayerNorm", "Normalize")
+_MODES = {"cls": "cls", "mean": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+
+
+def read_modules(directory: Path) -> dict[str, dict[str, Any]]:
+    """Last part of the module's type -> its config, in order; empty for a plain transformers directory."""
+    listing = directory / "modules.json"
+    if not listing.exists():
+        return {}
+    modules: dict[str, dict[str, Any]] = {}
+    for module in read_json_list(listing):
+        kind = str(module.get("type")).rsplit(".", 1)[-1]
+        folder = (directory / str(module.get("path", ""))).resolve()
+        if not folder.is_relative_to(directory.resolve()):
+            raise CheckpointError(f"{listing}: {module['path']} lies outside the checkpoint")
+        if kind not in _ORDER:
+            raise CheckpointError(f"{listing}: module {kind} is not implemented; {', '.join(_ORDER)} are")
+        if kind in modules:
+            raise CheckpointError(f"{listing}: module {kind} is listed twice")
+        name = "sentence_bert_config.json" if kind == "Transformer" else "config.json"
+        modules[kind] = read_json(folder / name, optional=kind != "Pooling")
+        if kind == "LayerNorm":
+            _check_without_weights(folder)
+    if list(modules)[:2] != ["Transformer", "Pooling"] or list(modules) != sorted(modules, key=_ORDER.index):
+        raise CheckpointError(f"{listing}: expected {' -> '.join(_ORDER)} in this order, found {' -> '.join(modules)}")
+    return modules
+
+
+def _check_without_weights(folder: Path) -> None:
+    tensors = read_safetensors(folder / "model.safetensors")
+    for name, neutral in (("norm.weight", 1), ("norm.bias", 0)):
+        if name not in tensors or np.any(tensors[name] != neutral):
+            raise CheckpointError(f"{folder}: {name} is trained; only a LayerNorm without weights is implemented")
+
+
+def embedding_config(
+    encoder: EncoderConfig, modules: dict[str, dict[str, Any]], prompts: dict[str, str], directory: Path
+) -> EmbeddingConfig:
+    """Pooling and normalisation; mean and normalised for a plain transformers directory."""
+    if not modules:
+        return EmbeddingConfig(encoder)
+    pooling = modules["Pooling"]
+    where = f"{directory}: the config of Pooling"
+    # Old files have one boolean a mode, new ones name the mode, or several.
+    given = pooling.get("pooling_mode", [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on])
+    chosen = [given] if isinstance(given, str) else list(given or ["mean"])
+    if len(chosen) != 1 or chosen[0] not in _MODES:
+        raise CheckpointError(f"{where}: pooling {' and '.join(map(str, chosen))} is not implemented; cls and mean are")
+    width = pooling.get("word_embedding_dimension", pooling.get("embedding_dimension", encoder.hidden_size))
+    if width != encoder.hidden_size:
+        raise CheckpointError(f"{where}: the width is {width}, but the encoder's is {encoder.hidden_size}")
+    if pooling.get("include_prompt") is False and any(prompts.values()):
+        raise CheckpointError(f"{where}: include_prompt false is not implemented; prompts are pooled like other tokens")
+    sentence = read_json(directory / "config_sentence_transformers.json", optional=True)
+    return EmbeddingConfig(
+        encoder,
+        pooling="cls" if _MODES[chosen[0]] == "cls" else "mean",
+        layer_norm="LayerNorm" in modules,
+        dim=sentence.get("truncate_dim"),
+        normalize="Normalize" in modules,
+    )
+
+
+def write_modules(
+    directory: Path,
+    config: EmbeddingConfig,
+    *,
+    prompts: dict[str, str],
+    default_prompt_name: str | None,
+    similarity: str,
+    max_length: int,
+) -> None:
+    width = config.encoder.hidden_size
+    kinds = ["Transformer", "Pooling"]
+    kinds += ["LayerNorm"] * config.layer_norm + ["Normalize"] * config.normalize
+    # The old type names: every version of sentence-transformers reads them.
+    listed = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": "" if kind == "Transformer" else f"{i}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(kinds)
+    ]
+    write_json(directory / "modules.json", listed)
+    write_json(
+        directory / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": width,
+            "pooling_mode_cls_token": config.pooling == "cls",
+            "pooling_mode_mean_tokens": config.pooling == "mean",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+            "include_prompt": True,
+        },
+    )
+    if config.layer_norm:
+        write_json(directory / "2_LayerNorm" / "config.json", {"dimension": width})
+        neutral = {"norm.weight": np.ones(width, np.float32), "norm.bias": np.zeros(width, np.float32)}
+        write_safetensors(directory / "2_LayerNorm" / "model.safetensors", neutral)
+    write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    content: dict[str, Any] = {
+        "prompts": prompts,
+        "default_prompt_name": default_prompt_name,
+        "similarity_fn_name": similarity,
+    }
+    if config.dim is not None:
+        content["truncate_dim"] = config.dim
+    write_json(directory / "config_sentence_transformers.json", content)

@@ -1,0 +1,254 @@
+"""A checkpoint that is not what it should be is refused with an error that names what is wrong."""
+
+import json
+import struct
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from nomic_jax import Embedder
+from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
+from nomic_jax.hf.config import ConfigError
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
+
+CONFIG = EmbeddingConfig(EncoderConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=256))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {"encoder": init_encoder(jax.random.key(0), CONFIG.encoder)}
+
+
+@pytest.fixture
+def exported(tmp_path, params, tokenizer):
+    write_checkpoint(tmp_path / "model", Checkpoint(CONFIG, params, tokenizer))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def edit_tensors(exported):
+    def edit(change):
+        tensors = change(load_file(exported / "model.safetensors"))
+        save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, exported / "model.safetensors")
+        return exported
+
+    return edit
+
+
+def edit_json(file, **fields):
+    content = json.loads(file.read_text(encoding="utf-8")) | fields
+    file.write_text(json.dumps({name: value for name, value in content.items() if value != "gone"}), encoding="utf-8")
+    return file.parent
+
+
+FC2 = "encoder.layers.1.mlp.fc2.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != FC2}, rf"tensor {FC2} is missing \(1 of 22"),
+        (
+            lambda t: t | {"encoder.layers.7.norm1.bias": np.zeros(64, np.float32)},
+            r"layers\.7\.norm1\.bias is not part",
+        ),
+        (lambda t: t | {"emb_ln.weight": t["emb_ln.weight"][:63]}, r"emb_ln\.weight has the shape \[63\]"),
+        (lambda t: t | {FC2: t[FC2].T}, rf"{FC2} has the shape \[256, 64\]"),
+        (lambda t: t | {FC2: t[FC2].astype(np.int8)}, rf"{FC2} has the type int8"),
+        (lambda t: t | {FC2: t[FC2] * np.nan}, rf"{FC2} holds values that are not finite"),
+        (lambda t: t | {"bert." + FC2: t[FC2]}, rf"{FC2} is there twice"),
+        (lambda t: {"model." + k: v for k, v in t.items()}, r"none of the known namings.*model\.emb_ln\.bias"),
+        (lambda t: t | {"cls.predictions.bias": np.ones(30528, np.float32)}, r"cls\.predictions\.bias is not zero"),
+        (lambda t: t | {"classifier.weight": np.zeros((2, 64), np.float32)}, r"classifier\.bias is missing"),
+    ],
+)
+def test_tensors(edit_tensors, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(edit_tensors(change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_embd": 128}, "hidden_size and n_embd disagree"),
+        ({"n_layer": 3}, "num_hidden_layers and n_layer disagree"),
+        ({"n_head": 4}, "num_attention_heads and n_head disagree"),
+        ({"n_inner": 512}, "intermediate_size and n_inner disagree"),
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_eps and layer_norm_epsilon disagree"),
+        ({"max_trained_positions": 512}, "max_position_embeddings and max_trained_positions disagree"),
+        ({"rotary_emb_base": 10000.0}, "RoPE base disagree"),
+        ({"rotary_scaling_factor": 4.0}, "RoPE scaling factor disagree"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}, "contradict each other"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}, "rotary_scaling_factor": None}, "needs a factor"),
+        ({"rotary_emb_base": -1, "rope_parameters": None}, "RoPE base is -1"),
+        ({"prenorm": True}, "prenorm is True"),
+        ({"rotary_emb_interleaved": True}, "rotary_emb_interleaved"),
+        ({"rotary_emb_fraction": 0.5}, "rotary_emb_fraction"),
+        ({"qkv_proj_bias": True}, "qkv_proj_bias"),
+        ({"activation_function": "geglu"}, "activation_function is 'geglu'"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"num_experts": 8}, "num_experts is 8"),
+        ({"head_dim": 16}, "head_dim is 16"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"hidden_size": "64", "n_embd": "64"}, "hidden_size is '64'; expected a number"),
+        ({"hidden_size": True, "n_embd": True}, "hidden_size is True; expected a number"),
+        ({"num_hidden_layers": -1, "n_layer": -1}, "num_hidden_layers is -1, which is out of range"),
+        ({"num_hidden_layers": 10**9, "n_layer": 10**9}, "num_hidden_layers is 1000000000, which is out of range"),
+        ({"num_hidden_layers": "gone", "n_layer": "gone"}, "num_hidden_layers nor n_layer is not given"),
+        ({"num_attention_heads": 3, "n_head": 3}, "not divisible"),
+        ({"n_positions": "many"}, "config.json"),
+    ],
+)
+def test_config(exported, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        read_checkpoint(edit_json(exported / "config.json", **fields))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1, "a": 2}', "field 'a' is given twice"),
+        ("{", "not valid JSON"),
+        ("[1]", "expected an object"),
+        ("[" * 100_000, "not valid JSON"),
+        ("\xff", "not valid JSON"),
+    ],
+)
+def test_broken_json(exported, content, message):
+    (exported / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(exported)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("modules.json", "{}", "expected a list"),
+        ("modules.json", '[{"type": "x.Dense", "path": "2"}]', "module Dense is not implemented"),
+        ("modules.json", '[{"type": "x.Pooling", "path": "1_Pooling"}]', "expected Transformer -> Pooling"),
+        ("modules.json", '[{"type": "x.Transformer", "path": "../other"}]', "outside the checkpoint"),
+        ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "pooling_mode_max_tokens is not implemented"),
+        ("1_Pooling/config.json", '{"pooling_mode": ["mean", "cls"]}', "mean and cls is not implemented"),
+        ("1_Pooling/config.json", '{"word_embedding_dimension": 32}', "the width is 32"),
+        ("1_Pooling/config.json", '{"include_prompt": false}', "include_prompt"),
+        ("config_sentence_transformers.json", '{"prompts": ["a"]}', "prompts should map"),
+        ("tokenizer.json", "{}", "tokenizer cannot be read"),
+    ],
+)
+def test_files_beside_the_weights(exported, file, content, message):
+    (exported / file).write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(exported)
+
+
+@pytest.mark.parametrize("size", [0, 7, 200, 100_000])
+def test_a_cut_weights_file(exported, size):
+    file = exported / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        read_checkpoint(exported)
+
+
+def test_a_header_that_lies(exported):
+    file = exported / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 2**60) + file.read_bytes()[8:])
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        read_checkpoint(exported)
+
+
+def in_shards(directory):
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    index = {}
+    for number, part in enumerate((names[:7], names[7:])):
+        save_file({name: tensors[name] for name in part}, directory / f"model-{number}.safetensors")
+        index |= dict.fromkeys(part, f"model-{number}.safetensors")
+    return index
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda index: index | {"more": "model-0.safetensors"}, CheckpointError, "tensor more is in the index or"),
+        (
+            lambda index: index | {"emb_ln.bias": "model-7.safetensors"},
+            FileNotFoundError,
+            "model-7.safetensors does not",
+        ),
+        (lambda index: index | {"emb_ln.bias": "../m.safetensors"}, CheckpointError, "lies outside"),
+        (lambda index: [], CheckpointError, "weight_map should map"),
+    ],
+)
+def test_shards(exported, change, error, message):
+    weight_map = change(in_shards(exported))
+    (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    with pytest.raises(error, match=message):
+        read_checkpoint(exported)
+
+
+class Payload:
+    """Unpickled, it would make a folder."""
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, ("unpickled",)
+
+
+def test_a_pickle_is_not_executed(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (exported / "model.safetensors").unlink()
+    torch.save({"emb_ln.weight": Payload()}, exported / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot be read as weights only"):
+        read_checkpoint(exported)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_code_beside_the_weights_is_not_executed(exported, tmp_path):
+    (exported / "modeling.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')", encoding="utf-8")
+    edit_json(exported / "config.json", auto_map={"AutoModel": "modeling.Model"})
+    Embedder.from_pretrained(exported)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_trained_layer_norm_is_refused(tmp_path, params, tokenizer):
+    config = EmbeddingConfig(CONFIG.encoder, layer_norm=True)
+    write_checkpoint(tmp_path / "model", Checkpoint(config, params, tokenizer))
+    file = tmp_path / "model" / "2_LayerNorm" / "model.safetensors"
+    save_file({"norm.weight": np.full(64, 2, np.float32), "norm.bias": np.zeros(64, np.float32)}, file)
+    with pytest.raises(CheckpointError, match=r"norm\.weight is trained"):
+        read_checkpoint(tmp_path / "model")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
+    small = EmbeddingConfig(EncoderConfig(vocab_size=1000, hidden_size=64, num_layers=1, num_heads=2))
+    params = {"encoder": init_encoder(jax.random.key(0), small.encoder)}
+    write_checkpoint(tmp_path / "small", Checkpoint(small, params, tokenizer))
+    with pytest.raises(CheckpointError, match=r"ids up to 30521.*1000 rows"):
+        read_checkpoint(tmp_path / "small")
+
+
+def test_an_empty_directory_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither the working directory of a run"):
+        Embedder.from_pretrained(tmp_path)
+
+
+def test_a_directory_without_weights_is_named(exported):
+    (exported / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
+        Embedder.from_pretrained(exported)
+
+
+def test_another_directory_is_not_overwritten(tmp_path, params, tokenizer):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError):
+        write_checkpoint(tmp_path, Checkpoint(CONFIG, params, tokenizer))
+    assert (tmp_path / "thesis.txt").exists()
