@@ -15,8 +15,8 @@ def base_config(stage: str) -> ConfigDict:
     config.accumulate = 1
     config.steps = -1
     config.epochs = 1.0
-    config.temperature = 0.02
     config.chunk_size = 0
+    config.kept_chunks = 0
     config.log_every = 1
     # nomic-bert-2048, 137M parameters.
     config.model = ConfigDict(
@@ -32,10 +32,23 @@ def base_config(stage: str) -> ConfigDict:
             rope_scaling_factor=2.0,
             dtype="bfloat16",
             attention="auto",
+            recompute="none",
+        )
+    )
+    config.loss = ConfigDict(
+        dict(
+            temperature=0.02,
+            learn_temperature=False,
+            bidirectional=False,
+            matryoshka_dims=(),
+            matryoshka_weights=(),
+            layer_norm=False,
+            column_tile=0,
         )
     )
     config.data = ConfigDict(dict(mixture="", tokenizer="", cache_dir="token_cache", on_bad_row="raise"))
-    config.checkpoint = ConfigDict(dict(every=500, keep=3))
+    config.sharding = "replicated"
+    config.checkpoint = ConfigDict(dict(every=500, keep=3, keep_every=0, allow_changed=""))
     return config
 
 

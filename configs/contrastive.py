@@ -41,7 +41,7 @@ def _quickstart(config: ConfigDict) -> None:
     config.batch_size = 128
     config.chunk_size = 0
     config.epochs = 2.0
-    config.temperature = 0.05
+    config.loss.temperature = 0.05
     config.data.query_length = 32
     config.data.document_length = 64
     config.optim.update(dict(lr=5e-4, warmup=0.06))

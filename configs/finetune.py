@@ -42,7 +42,7 @@ def _quickstart(config: ConfigDict) -> None:
     config.batch_size = 32
     config.chunk_size = 0
     config.epochs = 1.0
-    config.temperature = 0.05
+    config.loss.temperature = 0.05
     config.data.query_length = 32
     config.data.document_length = 48
     config.optim.update(dict(lr=1e-4, warmup=0.06))

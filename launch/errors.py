@@ -1,4 +1,4 @@
-"""Runs a command so that a user's mistake ends in one line on stderr and exit code 2."""
+"""Runs a command so that a user's mistake ends in one line on stderr and exit code 2; of a preemption, code 75."""
 
 import re
 import sys
@@ -9,6 +9,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from nomic_jax.train.interruption import EXIT_CODE, Preempted
+
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it was raised.")
 
 
@@ -16,13 +18,17 @@ def run(main: Callable[[list[str]], None]) -> None:
     """``app.run`` in which ValueError and OSError become one line; others are defects and keep their traceback."""
 
     def guarded(argv: list[str]) -> None:
-        # Orbax tells of every file it renames at the level INFO.
-        logging.set_verbosity(logging.WARNING)
+        # Orbax tells of every file it renames at the level INFO, and of an error once for each of its threads, at
+        # length, before it raises it.
+        logging.set_verbosity(logging.FATAL)
         _show_warnings_once()
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; quote patterns (--input='*.jsonl'), and see --help")
             main(argv)
+        except Preempted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(EXIT_CODE)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if _TRACEBACK.value:
                 raise

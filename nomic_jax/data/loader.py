@@ -11,6 +11,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
+from nomic_jax.data.packing import Layout
 from nomic_jax.data.tokens import TokenStore
 
 
@@ -38,15 +39,21 @@ class Stream(Protocol):
       steps_per_epoch: after so many steps the rows come again, in another order.
       rows: rows of all sources.
       stores: the tokens of each source.
+      layout: the chunks that texts lie in; None where a row of the arrays is a row of tokens.
     """
 
     stores: Sequence[TokenStore]
+    layout: Layout | None
     fingerprint: str
     steps_per_epoch: int
     rows: int
 
     def batch(self, step: int, shard: int, shard_count: int) -> Batch:
         """The ``shard``-th of ``shard_count`` equal parts of the batch of a step."""
+        ...
+
+    def row_numbers(self, step: int) -> dict[str, list[int]]:
+        """Source -> its rows in the batch of a step; a row of masked-LM is ``seq_len`` tokens, counted from 0."""
         ...
 
 

@@ -9,6 +9,7 @@ The YAML is the original's:
         query_prefix: search_query
         document_prefix: search_document                       # defaults to query_prefix
         query_only: false                                      # true: no prefix on documents
+        in_batch_negatives: true                               # false: a query sees the documents of its own row alone
 
 Paths are relative to the YAML file.
 """
@@ -41,6 +42,7 @@ class Source:
       files: see ``nomic_jax.data.sources.expand_files``.
       columns: the file's column for each of ``COLUMNS[kind]``, in that order.
       query_prefix, document_prefix: one of PREFIXES, or "" for none. Texts get "prefix: " in front.
+      in_batch_negatives: whether other rows' documents are negatives; not where a source has few different documents.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Source:
     columns: tuple[str, ...]
     query_prefix: str = ""
     document_prefix: str = ""
+    in_batch_negatives: bool = True
 
     def __post_init__(self):
         if len(self.columns) != len(COLUMNS[self.kind]):
@@ -95,7 +98,7 @@ def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
 
 
 def _source(entry: dict, where: str, folder: Path) -> Source:
-    fields = {"name", "bucket", "objective", "query_prefix", "document_prefix", "query_only"}
+    fields = {"name", "bucket", "objective", "query_prefix", "document_prefix", "query_only", "in_batch_negatives"}
     if not isinstance(entry, dict) or not {"name", "bucket", "objective"} <= entry.keys():
         raise MixtureError(f"{where}: needs the fields name, bucket and objective")
     if unknown := entry.keys() - fields:
@@ -107,6 +110,8 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
     query_prefix, document_prefix = (
         str(entry.get(field) or "").strip().removesuffix(":") for field in ("query_prefix", "document_prefix")
     )
+    if not isinstance(entry.get("in_batch_negatives", True), bool):
+        raise MixtureError(f"{where}: in_batch_negatives is true or false, found {entry['in_batch_negatives']!r}")
     files = str(entry["bucket"])
     if "://" not in files:
         files = str(folder / files)
@@ -118,6 +123,7 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
             columns=tuple(objective.get("columns") or COLUMNS[kind]),
             query_prefix=query_prefix,
             document_prefix="" if entry.get("query_only") else document_prefix or query_prefix,
+            in_batch_negatives=entry.get("in_batch_negatives", True),
         )
     except MixtureError as error:
         raise MixtureError(f"{where}: {error}") from error

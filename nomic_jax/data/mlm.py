@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nomic_jax.data.loader import Batch, share, shuffled
+from nomic_jax.data.packing import Layout
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import TokenStore
 
@@ -34,6 +35,7 @@ class MlmStream:
         seed: int = 0,
     ):
         self.stores: Sequence[TokenStore] = list(stores)
+        self.layout: Layout | None = None  # rows are full
         self.texts = [store.columns["text"] for store in self.stores]
         self.row_ends = np.cumsum([len(texts.ids) // seq_len for texts in self.texts])
         self.rows = int(self.row_ends[-1])
@@ -51,19 +53,35 @@ class MlmStream:
         self._mask_id, self._cls_id = tokenizer.special_id("[MASK]"), tokenizer.special_id("[CLS]")
         self._special_ids = tokenizer.special_ids
 
-    def batch(self, step: int, shard: int = 0, shard_count: int = 1) -> Batch:
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Row numbers [batch_size] of a step, counted through all sources."""
         epoch, slot = divmod(step, self.steps_per_epoch)
-        part = share(self.batch_size, shard, shard_count)
         first = slot * self.batch_size
-        rows = [shuffled(first + i, self.rows, self.seed, epoch) for i in range(part.start, part.stop)]
+        return np.array([shuffled(first + i, self.rows, self.seed, epoch) for i in range(self.batch_size)], np.int64)
+
+    def row_numbers(self, step: int) -> dict[str, list[int]]:
+        numbers: dict[str, list[int]] = {}
+        for row in self.rows_of_step(step).tolist():
+            source, row_of_source = self._locate(row)
+            numbers.setdefault(self.stores[source].name, []).append(row_of_source)
+        return numbers
+
+    def batch(self, step: int, shard: int = 0, shard_count: int = 1) -> Batch:
+        epoch = step // self.steps_per_epoch
+        rows = self.rows_of_step(step)[share(self.batch_size, shard, shard_count)].tolist()
         masked = [self._masked_row(row, epoch) for row in rows]
         arrays = {name: np.stack([row[name] for row in masked]) for name in masked[0]}
         tokens = self.batch_size * self.seq_len
         return Batch(arrays, "text", real_tokens=tokens, padded_tokens=tokens)
 
-    def _masked_row(self, row: int, epoch: int) -> dict[str, np.ndarray]:
+    def _locate(self, row: int) -> tuple[int, int]:
+        """(index of the source, row in it) of a row counted through all sources."""
         source = int(np.searchsorted(self.row_ends, row, side="right"))
-        start = (row - (int(self.row_ends[source - 1]) if source else 0)) * self.seq_len
+        return source, row - (int(self.row_ends[source - 1]) if source else 0)
+
+    def _masked_row(self, row: int, epoch: int) -> dict[str, np.ndarray]:
+        source, row_of_source = self._locate(row)
+        start = row_of_source * self.seq_len
         ids_L = self.texts[source].ids[start : start + self.seq_len].astype(np.int32)
         rng = np.random.default_rng([self.seed, epoch, row])
         maskable = np.flatnonzero(~np.isin(ids_L, self._special_ids))

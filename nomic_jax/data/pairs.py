@@ -8,8 +8,33 @@ import numpy as np
 
 from nomic_jax.data.batching import pad_right, padded_length
 from nomic_jax.data.loader import Batch, share, shuffled
+from nomic_jax.data.packing import Layout, bucketed_layout, fill_chunks, packed_layout, plan_chunks
 from nomic_jax.data.tokenizer import Tokenizer, truncate
 from nomic_jax.data.tokens import TokenStore
+
+LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths decide on the buckets
+
+
+def make_layout(
+    kind: Literal["padded", "bucketed", "packed"],
+    stores: Sequence[TokenStore],
+    query_length: int,
+    document_length: int,
+    chunk_tokens: int,
+) -> Layout | None:
+    """How the texts of a batch are laid out; None for "padded": all to the longest of the batch."""
+    longest = max(query_length, document_length)
+    budget = max(chunk_tokens, longest)
+    if kind == "padded":
+        return None
+    if kind == "packed":
+        return packed_layout(longest, budget)
+    lengths = [
+        np.minimum(tokens.lengths(np.arange(min(len(tokens), LAYOUT_SAMPLE))), cut)
+        for store in stores
+        for tokens, cut in ((store.columns["query"], query_length), (store.columns["document"], document_length))
+    ]
+    return bucketed_layout(np.concatenate(lengths), longest, budget, parts=(1, 4))
 
 
 class PairStream:
@@ -18,10 +43,13 @@ class PairStream:
     In an epoch every source gives its full batches (rows // batch_size), all of them in one shuffled order; rows are
     shuffled within their source. The negatives of a row are drawn anew at every visit.
 
-    Arrays of a batch (b rows, M negatives, Lq and Ld from a short menu of lengths):
+    Without a layout, arrays of a batch (b rows, M negatives, Lq and Ld from a short menu of lengths):
       query_ids [b, Lq], query_length [b], document_ids [b, 1 + M, Ld], document_length [b, 1 + M]: document 0 of each
       row is the positive. query_hash [b, 2] and document_hash [b, 1 + M, 2], uint32: equal where the token ids that the
-      model sees are equal.
+      model sees are equal. in_batch_negatives [b]: false for the sources in ``own_candidates_only``, whose queries are
+      compared with their own row alone.
+    With one, the texts lie in chunks (``nomic_jax.data.packing.fill_chunks``), and the rows of query_hash,
+      document_hash and in_batch_negatives are in the order of the plan, device by device.
     """
 
     def __init__(
@@ -34,6 +62,9 @@ class PairStream:
         document_length: int,
         num_negatives: int = 0,
         too_few_negatives: Literal["error", "random"] = "error",
+        own_candidates_only: frozenset[str] = frozenset(),
+        layout: Layout | None = None,
+        devices: int = 1,
         seed: int = 0,
     ):
         self.stores: Sequence[TokenStore] = list(stores)
@@ -52,7 +83,10 @@ class PairStream:
         self.batch_ends = np.cumsum(batches)
         self.steps_per_epoch = int(self.batch_ends[-1])
         self.rows = sum(len(store) for store in self.stores)
-        settings = (batch_size, query_length, document_length, num_negatives, too_few_negatives, seed)
+        self.own_candidates_only = own_candidates_only
+        self.layout, self.devices = layout, devices
+        apart = tuple(sorted(own_candidates_only))
+        settings = (batch_size, query_length, document_length, num_negatives, too_few_negatives, seed, *apart)
         fingerprints = tuple(store.fingerprint for store in self.stores)
         self.fingerprint = hashlib.sha256(repr(settings + fingerprints).encode()).hexdigest()
 
@@ -67,6 +101,10 @@ class PairStream:
             [shuffled(first + i, size, self.seed + 1 + source, epoch) for i in range(self.batch_size)], np.int64
         )
 
+    def row_numbers(self, step: int) -> dict[str, list[int]]:
+        source, rows = self.rows_of_step(step)
+        return {self.stores[source].name: rows.tolist()}
+
     def batch(self, step: int, shard: int = 0, shard_count: int = 1) -> Batch:
         source, rows = self.rows_of_step(step)
         store = self.stores[source]
@@ -74,27 +112,38 @@ class PairStream:
         candidates = np.stack([self._candidates(store, row, step) for row in rows])
         query_lengths = np.minimum(store.columns["query"].lengths(rows), self.query_length)
         document_lengths = np.minimum(_candidate_lengths(store, candidates), self.document_length)
+        real_tokens = int(query_lengths.sum() + document_lengths.sum())
+        if self.layout is None:
+            plan = None
+            own = np.arange(self.batch_size)[share(self.batch_size, shard, shard_count)][None]
+        else:
+            plan = plan_chunks(query_lengths, document_lengths, self.layout, self.devices)
+            own_devices = share(self.devices, shard, shard_count)
+            own = plan.rows[own_devices]  # [devices, rows of each]
+        queries = [[truncate(store.columns["query"][i], self.query_length) for i in rows[part]] for part in own]
+        documents = [
+            [truncate(_candidate_ids(store, i), self.document_length) for i in candidates[part].ravel()] for part in own
+        ]
+        arrays = {
+            "query_hash": _hashes([ids for part in queries for ids in part]),
+            "document_hash": _hashes([ids for part in documents for ids in part]).reshape(
+                own.size, candidates.shape[1], 2
+            ),
+            "in_batch_negatives": np.full(own.size, store.name not in self.own_candidates_only),
+        }
+        if self.layout is not None and plan is not None:
+            texts = [ids for pair in zip(queries, documents) for part in pair for ids in part]
+            arrays |= fill_chunks(plan, self.layout, own_devices, texts, self.pad_id)
+            return Batch(arrays, store.name, real_tokens, plan.padded_tokens)
         Lq = padded_length(int(query_lengths.max()), self.query_length)
         Ld = padded_length(int(document_lengths.max()), self.document_length)
-
-        part = share(self.batch_size, shard, shard_count)
-        own = candidates[part]
-        queries = [truncate(store.columns["query"][row], Lq) for row in rows[part]]
-        documents = [truncate(_candidate_ids(store, candidate), Ld) for candidate in own.ravel()]
-        arrays = {
-            "query_ids": pad_right(queries, Lq, self.pad_id),
-            "query_length": query_lengths[part].astype(np.int32),
-            "query_hash": _hashes(queries),
-            "document_ids": pad_right(documents, Ld, self.pad_id).reshape(*own.shape, Ld),
-            "document_length": document_lengths[part].astype(np.int32),
-            "document_hash": _hashes(documents).reshape(*own.shape, 2),
+        arrays |= {
+            "query_ids": pad_right(queries[0], Lq, self.pad_id),
+            "query_length": query_lengths[own[0]].astype(np.int32),
+            "document_ids": pad_right(documents[0], Ld, self.pad_id).reshape(own.size, -1, Ld),
+            "document_length": document_lengths[own[0]].astype(np.int32),
         }
-        return Batch(
-            arrays,
-            store.name,
-            real_tokens=int(query_lengths.sum() + document_lengths.sum()),
-            padded_tokens=self.batch_size * Lq + candidates.size * Ld,
-        )
+        return Batch(arrays, store.name, real_tokens, self.batch_size * Lq + candidates.size * Ld)
 
     def _candidates(self, store: TokenStore, row: int, step: int) -> np.ndarray:
         """What a query is compared with, [1 + M]: r < rows is document r, and rows + n is text n of the negatives."""

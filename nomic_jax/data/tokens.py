@@ -10,9 +10,15 @@ A source becomes a directory:
 Texts carry their prefix and special tokens and are not cut, so one store serves every sequence length.
 """
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
+import os
 import shutil
+import socket
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -72,15 +78,24 @@ def pretokenize(
     *,
     on_bad_row: str = "raise",
     progress: bool = True,
+    fingerprint: str = "",
 ) -> TokenStore:
     """The token store of a source, made now unless ``cache_dir`` has it already.
 
     The directory's name holds the fingerprint: other files, columns, prefixes or another tokenizer give another store.
-    A kill leaves no half store.
+    A kill leaves no half store. Of processes that want the same store at the same time, on any number of hosts, one
+    makes it and the others wait.
+
+    Args:
+      fingerprint: of the store, where another process has found it out. If the cache has that store, it is opened, and
+        of the source's files nothing is read.
 
     Raises:
       BadRow: a row that cannot be used, under on_bad_row="raise".
+      ValueError: what is here has another fingerprint than the one given.
     """
+    if fingerprint and _is_made(known := _directory(cache_dir, source, fingerprint)):
+        return TokenStore(known)
     identity = {
         "format": FORMAT,
         "source": {
@@ -94,16 +109,63 @@ def pretokenize(
         "tokenizer": tokenizer.sha256,
         "on_bad_row": on_bad_row,
     }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    directory = Path(cache_dir) / f"{source.name}-{fingerprint[:16]}"
-    if not (directory / "manifest.json").exists():
-        part = directory.with_name(f".{directory.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        counts = _write_columns(source, tokenizer, part, on_bad_row, progress)
-        write_json(part / "manifest.json", identity | counts | {"fingerprint": fingerprint})
-        part.rename(directory)
+    found = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    if fingerprint and found != fingerprint:
+        raise ValueError(
+            f"source {source.name!r} is not the same on {socket.gethostname()} as on the host of the first process: "
+            f"its files or the tokenizer differ; copy them again, or put them on a file system that all hosts share"
+        )
+    directory = _directory(cache_dir, source, found)
+    if not _is_made(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(directory.with_name(f".{directory.name}.lock"), f"tokenising {source.name}"):
+            if not _is_made(directory):
+                _make(directory, source, tokenizer, identity | {"fingerprint": found}, progress)
     return TokenStore(directory)
+
+
+def _directory(cache_dir: str | Path, source: Source, fingerprint: str) -> Path:
+    return Path(cache_dir) / f"{source.name}-{fingerprint[:16]}"
+
+
+def _is_made(directory: Path) -> bool:
+    return (directory / "manifest.json").exists()
+
+
+def _make(directory: Path, source: Source, tokenizer: Tokenizer, identity: dict, progress: bool) -> None:
+    # A name of its own, because not every file system has locks: then two may be at it, and the first one counts.
+    part = directory.with_name(f".{directory.name}.{socket.gethostname()}-{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        counts = _write_columns(source, tokenizer, part, identity["on_bad_row"], progress)
+        write_json(part / "manifest.json", identity | counts)
+        try:
+            part.rename(directory)
+        except OSError:
+            if not _is_made(directory):
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(file: Path, doing: str) -> Iterator[None]:
+    """Entered by one process at a time; the kernel lets the next one in if that process is killed."""
+    with file.open("w") as f:
+        try:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tqdm.write(f"waiting for another process that is {doing} (it holds {file})", file=sys.stderr)
+                fcntl.flock(f, fcntl.LOCK_EX)
+        except OSError as error:
+            tqdm.write(f"{file}: no locks on this file system ({error}); two may be {doing}", file=sys.stderr)
+        else:
+            # Nobody else is at it: what is there was left by a process that was killed.
+            for left in file.parent.glob(f"{glob.escape(file.stem)}.*.part"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def _sha256(file: str) -> str:

@@ -20,7 +20,7 @@ class Checkpoint:
       default_prompt_name: the prompt of a text for which none is named.
       similarity: "cosine", "dot", "euclidean" or "manhattan".
       max_length: tokens kept of a text; None for all that the encoder takes.
-      training: the record of each stage that led here, first to last (``nomic_jax.train.checkpoint.make_record``).
+      training: the record of each stage that led here, first to last (``nomic_jax.train.record.make_record``).
     """
 
     config: EmbeddingConfig

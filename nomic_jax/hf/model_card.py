@@ -96,7 +96,7 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
                 stage["step"],
                 config["batch_size"],
                 f"{config['optim']['lr']:g}",
-                f"{config['temperature']:g}" if "temperature" in config and config["stage"] != "mlm" else "",
+                f"{config['loss']['temperature']:g}" if config["stage"] != "mlm" else "",
                 config["seed"],
                 config["model"]["dtype"],
                 f"{stage['device_count']} x {stage['device_kind']}",

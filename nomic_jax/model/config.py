@@ -26,6 +26,7 @@ class EncoderConfig:
       pad_token_id: row of the word embeddings that starts at zero.
       dtype: computation dtype; parameters are float32, softmax, norms and angles are computed in float32.
       attention: implementation, see ``nomic_jax.model.attention``.
+      recompute: what the backward pass computes again instead of keeping, see ``nomic_jax.model.encoder``.
     """
 
     vocab_size: int = 30528
@@ -46,6 +47,7 @@ class EncoderConfig:
     pad_token_id: int = 0
     dtype: str = "float32"
     attention: str = "auto"
+    recompute: str = "none"
 
     def __post_init__(self):
         choices = {
@@ -53,6 +55,7 @@ class EncoderConfig:
             "activation": ("swiglu", "gelu"),
             "dtype": ("float32", "bfloat16", "float16"),
             "attention": ("auto", "cudnn", "xla", "cpu"),
+            "recompute": ("none", "elementwise", "attention", "layer"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

@@ -8,14 +8,25 @@ the checkpoints and the converters see:
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nomic_jax.model.attention import attention
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.rope import apply_rope, rope_cos_sin
+
+# What the backward pass of a layer finds kept, besides the layer's input; the rest it computes again.
+KEPT = {
+    # The outputs of all matrix products and of attention: norms, activations and RoPE cost next to nothing.
+    "elementwise": ("qkv", "attention", "out", "up", "gate", "down"),
+    # What attention needs and makes: its cost grows with the length.
+    "attention": ("qkv", "attention"),
+    "layer": (),
+}
 
 
 class Linear(nnx.Linear):
@@ -87,7 +98,8 @@ class Attention(nnx.Module):
     def __call__(self, x_BLD: jax.Array, rope, length_B, segment_BL) -> jax.Array:
         B, L, D = x_BLD.shape
         H, K = self.config.num_heads, self.config.head_dim
-        q_BLHK, k_BLHK, v_BLHK = (part.reshape(B, L, H, K) for part in jnp.split(self.qkv(x_BLD), 3, axis=-1))
+        qkv_BL3D = checkpoint_name(self.qkv(x_BLD), "qkv")
+        q_BLHK, k_BLHK, v_BLHK = (part.reshape(B, L, H, K) for part in jnp.split(qkv_BL3D, 3, axis=-1))
         if rope is not None:
             q_BLHK, k_BLHK = apply_rope(q_BLHK, *rope), apply_rope(k_BLHK, *rope)
         out_BLHK = attention(
@@ -98,7 +110,8 @@ class Attention(nnx.Module):
             segment_BL=segment_BL,
             implementation=self.config.attention,
         )
-        return self.out(out_BLHK.reshape(B, L, D))
+        out_BLD = checkpoint_name(out_BLHK.reshape(B, L, D), "attention")
+        return checkpoint_name(self.out(out_BLD), "out")
 
 
 class GatedMlp(nnx.Module):
@@ -110,7 +123,8 @@ class GatedMlp(nnx.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, config, rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        return self.down(self.up(x_BLD) * jax.nn.silu(self.gate(x_BLD)))
+        up_BLF, gate_BLF = checkpoint_name(self.up(x_BLD), "up"), checkpoint_name(self.gate(x_BLD), "gate")
+        return checkpoint_name(self.down(up_BLF * jax.nn.silu(gate_BLF)), "down")
 
 
 class GeluMlp(nnx.Module):
@@ -119,7 +133,8 @@ class GeluMlp(nnx.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, config, rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x_BLD), approximate=False))
+        up_BLF = checkpoint_name(self.up(x_BLD), "up")
+        return checkpoint_name(self.down(jax.nn.gelu(up_BLF, approximate=False)), "down")
 
 
 class Block(nnx.Module):
@@ -147,8 +162,13 @@ class Encoder(nnx.Module):
         rope = rope_cos_sin(position_BL, own_length_BL, self.config) if self.config.position == "rope" else None
         x_BLD = self.embeddings(ids_BL, position_BL)
         for block in self.layers:
-            x_BLD = block(x_BLD, rope, length_B, segment_BL)
+            x_BLD = self._recomputed(block)(x_BLD, rope, length_B, segment_BL)
         return x_BLD
+
+    def _recomputed(self, block: Block) -> Callable[..., jax.Array]:
+        if self.config.recompute == "none":
+            return block
+        return jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[self.config.recompute]))
 
 
 def _positions(ids_BL: jax.Array, length_B, segment_BL, config: EncoderConfig):

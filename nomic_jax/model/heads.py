@@ -48,13 +48,38 @@ def pool(hidden_BLD: jax.Array, length_B: jax.Array, config: EmbeddingConfig) ->
     else:
         real_BL = (jnp.arange(hidden_BLD.shape[1]) < length_B[:, None]).astype(jnp.float32)
         x_BE = jnp.einsum("bld,bl->bd", hidden_BLD, real_BL) / jnp.maximum(length_B, 1)[:, None]
+    return _finish(x_BE, length_B > 0, config)
+
+
+def pool_segments(
+    hidden_BLD: jax.Array, segment_BL: jax.Array, num_segments: int, config: EmbeddingConfig
+) -> jax.Array:
+    """Embeddings [B, S, E], float32, of the texts of packed rows: segment s of a row is its text s - 1.
+
+    Args:
+      hidden_BLD: hidden states of rows that hold several texts each.
+      segment_BL: 1, 2, ... for a row's texts, each in one run, and 0 for padding.
+      num_segments: S, the most texts of a row; a text that a row does not have gets the zero vector.
+    """
+    hidden_BLD = hidden_BLD.astype(jnp.float32)
+    own_BLS = segment_BL[:, :, None] == jnp.arange(1, num_segments + 1)
+    if config.pooling == "cls":
+        x_BSE = jnp.take_along_axis(hidden_BLD, jnp.argmax(own_BLS, axis=1)[:, :, None], axis=1)
+    else:
+        length_BS = jnp.maximum(jnp.sum(own_BLS, axis=1), 1)
+        x_BSE = jnp.einsum("bld,bls->bsd", hidden_BLD, own_BLS.astype(jnp.float32)) / length_BS[:, :, None]
+    return _finish(x_BSE, jnp.any(own_BLS, axis=1), config)
+
+
+def _finish(x: jax.Array, has_tokens: jax.Array, config: EmbeddingConfig) -> jax.Array:
+    """From pooled hidden states [..., D] to embeddings [..., E]."""
     if config.layer_norm:
-        x_BE = jax.nn.standardize(x_BE, axis=-1, epsilon=1e-5)  # torch.nn.functional.layer_norm's default eps
-    x_BE = x_BE[:, : config.output_dim]
+        x = jax.nn.standardize(x, axis=-1, epsilon=1e-5)  # torch.nn.functional.layer_norm's default eps
+    x = x[..., : config.output_dim]
     if config.normalize:
         # rsqrt of a clamped square, not a division by the norm: the gradient at the zero vector is 0, not NaN.
-        x_BE = x_BE * jax.lax.rsqrt(jnp.maximum(jnp.sum(x_BE**2, axis=-1, keepdims=True), 1e-24))
-    return jnp.where((length_B > 0)[:, None], x_BE, 0.0)
+        x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+    return jnp.where(has_tokens[..., None], x, 0.0)
 
 
 def embed(params: dict, batch: dict[str, jax.Array], config: EmbeddingConfig) -> jax.Array:

@@ -5,136 +5,232 @@ A working directory holds
     config.json          the resolved configuration
     tokenizer.json       the tokenizer that made the tokens
     metrics.jsonl        one line every config.log_every steps
-    checkpoints/<step>/  orbax: `params`, `training` (step, optimizer state), and a record of config, data and versions
+    skipped.jsonl        the steps whose loss or gradient was not finite, if there were any
+    checkpoints/<step>/  orbax: `params`, `training` (step, optimizer state), and a record of config, data and versions;
+                         SHA-256 of every file, see ``nomic_jax.train.manifest``
+    rejected/<step>/     checkpoints with a damaged file, moved out of the way of a run that went on from an earlier one
 
 The place in the data is the step, because a stream is a function of it; the record's fingerprint says of which stream.
+
+A checkpoint is written as checkpoints/<step>.part, hashed, and renamed: under its own name it is finished. Its hashes
+are checked before it is read.
 """
 
+import contextlib
 import dataclasses
-import importlib.metadata
-import json
+import itertools
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from nomic_jax.data.loader import Stream
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint, read_checkpoint
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_mlm_head
-from nomic_jax.train.config import CheckpointConfig, TrainConfig
+from nomic_jax.train import hosts
+from nomic_jax.train.config import CheckpointConfig
+from nomic_jax.train.manifest import find_damage, write_manifest
+from nomic_jax.train.record import FORMAT, check_format, check_same_arrays, check_same_run
 from nomic_jax.train.sharding import make_mesh, replicated
 from nomic_jax.train.state import TrainState
 
-FORMAT = 2
-_PACKAGES = ("nomic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+
+class DamagedCheckpoint(ValueError):
+    """No checkpoint, or not the one that was asked for, is as it was written; the message names the files."""
 
 
-class ResumeError(ValueError):
-    """A working directory whose run was another one; the message says what differs."""
+class SaveError(OSError):
+    """A checkpoint could not be written; the message says where, why, and what is left to go on from."""
 
 
 class Checkpoints:
-    """The checkpoints of one working directory."""
+    """The checkpoints of one working directory, for the run in it.
+
+    On opening, what a killed run left unfinished is removed, and checkpoints that are damaged and newer than the latest
+    sound one are moved aside, with a warning.
+
+    Attributes:
+      latest_step: of the latest sound checkpoint, that under way included; None if there is none at all.
+
+    Raises:
+      DamagedCheckpoint: there are checkpoints, and none is sound; they stay where they are.
+    """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, record: dict[str, Any]):
-        self.record = record
-        self._checkpointer = ocp.training.Checkpointer(
-            (workdir / "checkpoints").absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(config.every),
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
-            cleanup_tmp_directories=True,
-        )
+        self.record, self._config = record, config
+        self._directory = (workdir / "checkpoints").absolute()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+        # By one process: others would find gone what it moves.
+        self.latest_step: int | None = hosts.of_first(self._open)
 
-    @property
-    def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    def _open(self) -> int | None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.glob("*.part*"):
+            shutil.rmtree(path, ignore_errors=True)
+        step, damaged = _latest_sound(self._directory)
+        if damaged and step is None:
+            raise DamagedCheckpoint(
+                f"{self._directory} holds no sound checkpoint: {_list(damaged)}. "
+                f"Fetch one again, or take another --workdir to start from the beginning"
+            )
+        if damaged:
+            warnings.warn(f"{_list(damaged)}; going on from step {step}", stacklevel=1)
+        for bad in damaged:
+            _move_aside(self._directory / str(bad))
+        return step
 
-    def save(self, step: int, state: TrainState, *, force: bool = False) -> None:
-        """Writes in the background, if it is time to or if forced."""
-        if step == self.latest_step or not (force or self._checkpointer.should_save(step)):
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception):
+            # What is being written will be of use; the error to hear of is the one that ends the run.
+            with contextlib.suppress(OSError):
+                self.wait()
+        self._executor.shutdown(wait=False)
+
+    def is_due(self, step: int) -> bool:
+        return step % self._config.every == 0
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Copies the state off the devices and writes it in the background, unless the step is saved already.
+
+        Raises:
+          SaveError: of this checkpoint or of the one before, which is waited for.
+        """
+        self.wait()
+        if step == self.latest_step:
             return
+        self.latest_step = step
         checkpointables = {"params": state.params, "training": {"step": state.step, "opt_state": state.opt_state}}
-        metadata = self.record | {"step": step}
-        self._checkpointer.save_checkpointables_async(step, checkpointables, custom_metadata=metadata, force=force)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpointables))
+        part = self._directory / f"{step}.part"
+        with self._explained(step, size):
+            metadata = self.record | {"step": step}
+            response = ocp.save_checkpointables_async(part, checkpointables, custom_metadata=metadata)
+        self._saving = self._executor.submit(self._finish, step, size, part, response)
+
+    def _finish(self, step: int, size: int, part: Path, response: ocp.AsyncResponse[None]) -> None:
+        """Runs beside the training: neither the writing nor the hashing holds Python's lock."""
+        with self._explained(step, size):
+            response.result()
+            if hosts.is_first():
+                _commit(part)
+        if hosts.is_first():
+            # Only now: until its hashes are written, the new checkpoint is none.
+            self._prune()
+
+    def _prune(self) -> None:
+        every = self._config.keep_every
+        for step in _steps(self._directory)[: -self._config.keep]:
+            if not (every and step and step % every == 0):
+                # By a rename first: a kill must not leave half a checkpoint under the name of a whole one.
+                old = (self._directory / str(step)).rename(self._directory / f"{step}.old.part")
+                shutil.rmtree(old, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _explained(self, step: int, size: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            free = shutil.disk_usage(self._directory.parent).free
+            if hosts.is_first():
+                for path in self._directory.glob(f"{step}.part*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            left = _steps(self._directory)
+            # Orbax and tensorstore add what they were given, at length, in brackets and further lines.
+            reason = str(error).strip().partition("\n")[0].partition(" [")[0][:300]
+            raise SaveError(
+                f"step {step} could not be saved to {self._directory} ({reason}): it takes up to {_megabytes(size)}, "
+                f"{_megabytes(free)} are free there; "
+                + (f"the same command goes on from step {left[-1]}" if left else "there is no earlier checkpoint")
+            ) from error
+
+    def check(self) -> None:
+        """Raises SaveError if what was being written has failed; called every step, so that it is not for long."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+          SaveError: it failed.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def restore(self, state: TrainState) -> TrainState:
         """The latest checkpoint, placed like ``state``.
 
         Raises:
-          ResumeError: it was made from other data, another tokenizer, or another configuration.
+          ResumeError: it was made from other data, another tokenizer, another configuration, or by another optimizer.
         """
-        saved = self._checkpointer.metadata(self.latest_step).custom_metadata or {}
-        _check_same_run(saved, self.record)
+        path = self._directory / str(self.latest_step)
+        saved = ocp.checkpointables_metadata(path)
+        record = dict(saved.custom_metadata or {})
+        check_same_run(record, self.record, path)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        loaded = self._checkpointer.load_checkpointables(
-            self.latest_step,
-            {"params": abstract.params, "training": {"step": abstract.step, "opt_state": abstract.opt_state}},
-        )
+        wanted = {"params": abstract.params, "training": {"step": abstract.step, "opt_state": abstract.opt_state}}
+        check_same_arrays(saved.metadata, wanted)
+        loaded = ocp.load_checkpointables(path, wanted)
         return TrainState(loaded["training"]["step"], loaded["params"], loaded["training"]["opt_state"])
 
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._checkpointer.close()
+
+def _commit(part: Path) -> None:
+    write_manifest(part)
+    part.rename(part.with_suffix(""))
 
 
-def make_record(
-    config: TrainConfig, model: EmbeddingConfig, stream: Stream, tokenizer: Tokenizer, earlier: list[dict] | None = None
-) -> dict:
-    """What a checkpoint says of itself, as JSON; ``earlier`` are the stages before it, see ``Checkpoint.training``."""
-    return {
-        "format": FORMAT,
-        "config": dataclasses.asdict(config),
-        "model": dataclasses.asdict(model),
-        "has_mlm_head": config.stage == "mlm",
-        "earlier": earlier or [],
-        "sources": [
-            {
-                "name": store.name,
-                "rows": store.rows,
-                "fingerprint": store.fingerprint,
-                "query_prefix": store.manifest["source"]["query_prefix"],
-                "document_prefix": store.manifest["source"]["document_prefix"],
-            }
-            for store in stream.stores
-        ],
-        "data_fingerprint": stream.fingerprint,
-        "tokenizer_sha256": tokenizer.sha256,
-        "device_kind": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
+def _steps(directory: Path) -> list[int]:
+    """Of the finished checkpoints, in order."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
-# What may change between the parts of a run without making it another run.
-_FREE_FIELDS = ("log_every", "checkpoint", "chunk_size")
+def _latest_sound(directory: Path) -> tuple[int | None, dict[int, str]]:
+    """(the latest step whose files are as they were written, what is wrong with each one after it)."""
+    damaged: dict[int, str] = {}
+    for step in reversed(_steps(directory)):
+        problem = find_damage(directory / str(step))
+        if problem is None:
+            return step, damaged
+        damaged[step] = f"{directory / str(step)}: {problem}"
+    return None, damaged
 
 
-def _check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    if saved.get("format") != FORMAT:
-        raise ResumeError(f"the checkpoint has format {saved.get('format')}; this version reads {FORMAT}")
-    # Through JSON, as the saved one went: tuples become lists.
-    current = json.loads(json.dumps(current))
-    pairs = [("config." + key, saved["config"].get(key), value) for key, value in current["config"].items()]
-    # The file names in config.data may change; the fingerprint knows whether the rows did.
-    pairs = [pair for pair in pairs if pair[0].removeprefix("config.") not in (*_FREE_FIELDS, "data")]
-    pairs += [(key, saved.get(key), current[key]) for key in ("model", "tokenizer_sha256", "data_fingerprint")]
-    for name, before, now in pairs:
-        if before != now:
-            raise ResumeError(
-                f"this working directory holds a run with another {name} ({before!r}, now {now!r}); "
-                f"take another --workdir, or the same settings and data to go on"
-            )
+def _list(damaged: dict[int, str]) -> str:
+    return "; ".join(damaged.values())
+
+
+def _move_aside(path: Path) -> None:
+    rejected = path.parent.parent / "rejected"
+    rejected.mkdir(exist_ok=True)
+    names = (f"{path.name}{f'-{i}' if i else ''}" for i in itertools.count())
+    path.rename(next(rejected / name for name in names if not (rejected / name).exists()))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def read_pretrained(path: str | Path) -> Checkpoint:
     """From a run's working directory (its latest checkpoint), one of its checkpoints, or a Hugging Face directory.
 
+    What is wrong with a run's latest checkpoints is warned of, and the latest sound one taken.
+
     Raises:
       FileNotFoundError: none of these is at ``path``.
+      DamagedCheckpoint: the checkpoint that ``path`` names, or every one of the run, is damaged.
     """
     path = Path(path)
     if (path / "checkpoints").is_dir():
@@ -149,13 +245,23 @@ def read_pretrained(path: str | Path) -> Checkpoint:
 
 
 def _read_run(workdir: Path, step: int | None) -> Checkpoint:
-    checkpointer = ocp.training.Checkpointer((workdir / "checkpoints").absolute())
-    if checkpointer.latest is None:
-        raise FileNotFoundError(f"{workdir / 'checkpoints'} holds no finished checkpoint")
-    step = checkpointer.latest.step if step is None else step
-    record = dict(checkpointer.metadata(step).custom_metadata or {})
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{workdir}: step {step} has format {record.get('format')}; this version reads {FORMAT}")
+    directory = (workdir / "checkpoints").absolute()
+    if step is not None:
+        problem = find_damage(directory / str(step))
+        if problem:
+            others = ", ".join(str(other) for other in _steps(directory) if other != step)
+            raise DamagedCheckpoint(f"{directory / str(step)}: {problem}; there are also the steps: {others or 'none'}")
+    else:
+        step, damaged = _latest_sound(directory)
+        if damaged and step is None:
+            raise DamagedCheckpoint(f"{directory} holds no sound checkpoint: {_list(damaged)}")
+        if damaged:
+            warnings.warn(f"{_list(damaged)}; taking step {step} instead", stacklevel=1)
+    if step is None:
+        raise FileNotFoundError(f"{directory} holds no finished checkpoint")
+    path = directory / str(step)
+    record = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+    check_format(record, path)
     fields = dict(record["model"])
     model = EmbeddingConfig(**fields | {"encoder": EncoderConfig(**fields["encoder"])})
     abstract = {"encoder": abstract_encoder(model.encoder)}
@@ -163,8 +269,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         abstract["mlm_head"] = abstract_mlm_head(model.encoder)
     sharding = replicated(make_mesh(jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    params = checkpointer.load_checkpointables(step, {"params": abstract})["params"]
-    checkpointer.close()
+    params = ocp.load_checkpointables(path, {"params": abstract})["params"]
     read = Checkpoint(
         model, jax.device_get(params), Tokenizer.from_directory(workdir), training=tuple(record.pop("earlier"))
     )
@@ -188,7 +293,7 @@ def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
       FileExistsError: the directory holds checkpoints already.
     """
     workdir = Path(workdir)
-    if (workdir / "checkpoints").exists():
+    if _steps(workdir / "checkpoints"):
         raise FileExistsError(f"{workdir} holds checkpoints already; choose another directory")
     if source.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer; a run needs the one that its embeddings belong to")
@@ -204,5 +309,6 @@ def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
         "step": 0,
     }
     params = {name: part for name, part in source.params.items() if name != "classifier"}
-    with ocp.training.Checkpointer((workdir / "checkpoints").absolute()) as checkpointer:
-        checkpointer.save_checkpointables(0, {"params": params}, custom_metadata=record, force=True)
+    part = (workdir / "checkpoints" / "0.part").absolute()
+    ocp.save_checkpointables(part, {"params": params}, custom_metadata=record, overwrite=True)
+    _commit(part)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from nomic_jax.model import EncoderConfig
+from nomic_jax.train.loss import MAX_SCALE
 
 
 class ConfigurationError(ValueError):
@@ -49,6 +50,9 @@ class PairData:
       query_length, document_length: tokens kept of each.
       num_negatives: negatives drawn of each row at every visit; 0 for pairs.
       too_few_negatives: "error", or "random" to fill up with other rows' documents.
+      layout: "padded": all texts of a batch to its longest; "bucketed": chunks of texts of similar length; "packed":
+        several texts a row (nomic_jax/data/packing.py).
+      chunk_tokens: tokens of a chunk of the last two; good is an eighth of a device's share, at most 16,384.
     """
 
     mixture: str
@@ -59,6 +63,8 @@ class PairData:
     num_negatives: int
     on_bad_row: Literal["raise", "skip"] = "raise"
     too_few_negatives: Literal["error", "random"] = "error"
+    layout: Literal["padded", "bucketed", "packed"] = "padded"
+    chunk_tokens: int = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +90,63 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Attributes: every: steps between checkpoints (the last step is always saved); keep: so many latest ones."""
+    """What is saved, and what of it is kept.
+
+    Attributes:
+      every: steps between checkpoints (the last step is always saved).
+      keep: so many latest ones.
+      keep_every: also each one of a step that is a multiple of it, for good; 0 for none.
+      allow_changed: what may differ from the run that is gone on with, names separated by commas: "data", "tokenizer",
+        or other fields of the configuration.
+    """
 
     every: int
     keep: int
+    keep_every: int = 0
+    allow_changed: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss; masked-LM has none of this. See ``nomic_jax.train.loss.contrastive_loss``.
+
+    Attributes:
+      temperature: of the softmax; where it is learnt, its start.
+      learn_temperature: make it a parameter (CLIP), carried from stage to stage.
+      bidirectional: the mean of query -> document and document -> query.
+      matryoshka_dims: the loss is a sum over embeddings cut to so many components; () for the whole alone.
+      matryoshka_weights: a weight for each of them; () for 1 each.
+      layer_norm: LayerNorm after pooling (nomic-embed-text-v1.5).
+      column_tile: candidates compared at a time, which bounds the memory of very large batches; 0 for all at once.
+    """
+
+    temperature: float
+    learn_temperature: bool = False
+    bidirectional: bool = False
+    matryoshka_dims: tuple[int, ...] = ()
+    matryoshka_weights: tuple[float, ...] = ()
+    layer_norm: bool = False
+    column_tile: int = 0
+
+    def check(self, hidden_size: int) -> None:
+        """Raises ConfigurationError for values that cannot work with embeddings of this width."""
+        if not self.temperature > 0:
+            raise ConfigurationError(
+                f"config.loss.temperature is {self.temperature}; it must be positive (paper: 0.02)"
+            )
+        if self.learn_temperature and self.temperature < 1 / MAX_SCALE:
+            raise ConfigurationError(
+                f"config.loss.temperature is {self.temperature}; a learnt one starts at {1 / MAX_SCALE} or above"
+            )
+        if wrong := [dim for dim in self.matryoshka_dims if not 1 <= dim <= hidden_size]:
+            raise ConfigurationError(f"config.loss.matryoshka_dims holds {wrong[0]}; write 1 to {hidden_size}")
+        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims):
+            raise ConfigurationError(
+                f"config.loss.matryoshka_weights has {len(self.matryoshka_weights)} values for "
+                f"{len(self.matryoshka_dims)} dims; write one for each, or () for 1 each"
+            )
+        if self.column_tile < 0:
+            raise ConfigurationError(f"config.loss.column_tile is {self.column_tile}; write 0 for no tiles")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +156,14 @@ class TrainConfig:
     Attributes:
       stage: "mlm", "contrastive" or "finetune".
       init_from: a run's working directory, one of its checkpoints, or a Hugging Face directory; empty for random
-        weights. Its architecture then replaces ``model``, of which only dtype and attention still count.
+        weights. Its architecture then replaces ``model``, of which only dtype, attention and recompute still count.
       batch_size: rows, pairs or queries of an optimizer step, over all devices.
       accumulate: micro-batches of a step (masked-LM only: a contrastive batch cannot be cut).
       steps: optimizer steps; -1 for ``epochs`` passes over the data; 0 writes the initial weights and stops.
-      temperature: of the contrastive softmax; not used by masked-LM.
-      chunk_size: texts that a device encodes at a time with recomputation in the backward pass, which bounds memory at
-        the price of one more forward pass; 0 for all at once.
+      sharding: "replicated", "zero1" or "fsdp", see ``nomic_jax.train.sharding``.
+      kept_chunks: so many chunks of the layout "packed" are kept for the backward pass instead of computed again in it.
+      chunk_size: with the layout "padded", texts that a device encodes at a time with recomputation in the backward
+        pass, which bounds memory at the price of one more forward pass; 0 for all at once.
       log_every: steps between lines of metrics.jsonl.
     """
 
@@ -114,13 +174,15 @@ class TrainConfig:
     accumulate: int
     steps: int
     epochs: float
-    temperature: float
     chunk_size: int
     log_every: int
+    loss: LossConfig
     model: EncoderConfig
     data: MlmData | PairData
     optim: OptimConfig
     checkpoint: CheckpointConfig
+    sharding: Literal["replicated", "zero1", "fsdp"] = "replicated"
+    kept_chunks: int = 0
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
@@ -153,8 +215,18 @@ class TrainConfig:
             raise ConfigurationError("config.log_every must be at least 1")
         if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
             raise ConfigurationError("config.checkpoint.every and config.checkpoint.keep must be at least 1")
-        if self.stage != "mlm" and not self.temperature > 0:
-            raise ConfigurationError(f"config.temperature is {self.temperature}; it must be positive (paper: 0.02)")
+        if self.checkpoint.keep_every % self.checkpoint.every:
+            raise ConfigurationError("config.checkpoint.keep_every must be a multiple of config.checkpoint.every, or 0")
+        changeable = {"tokenizer"} | {field.name for field in dataclasses.fields(self)} - {
+            "stage",
+            "model",
+            "checkpoint",
+        }
+        for name in filter(None, self.checkpoint.allow_changed.split(",")):
+            if name not in changeable:
+                raise ConfigurationError(
+                    f"config.checkpoint.allow_changed names {name!r}; it may name {', '.join(sorted(changeable))}"
+                )
         if isinstance(self.data, MlmData) and not 0 < self.data.mask_rate < 1:
             raise ConfigurationError(f"config.data.mask_rate is {self.data.mask_rate}; it must lie between 0 and 1")
         if isinstance(self.data, PairData) and (self.stage == "finetune") != (self.data.num_negatives > 0):
@@ -163,7 +235,9 @@ class TrainConfig:
             )
 
     def check_lengths(self, model: EncoderConfig) -> None:
-        """Raises ConfigurationError if rows are longer than the model was built for."""
+        """Raises ConfigurationError if rows are longer, or embeddings cut wider, than the model was built for."""
+        if self.stage != "mlm":
+            self.loss.check(model.hidden_size)
         lengths = ("seq_len",) if isinstance(self.data, MlmData) else ("query_length", "document_length")
         for field in lengths:
             length = getattr(self.data, field)
@@ -212,6 +286,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value is None and type(None) in options:
             return None
         return _convert(value, next(option for option in options if option is not type(None)), where)
+    if origin is tuple:  # a list, in the config.json of a run
+        if not isinstance(value, list | tuple):
+            raise ConfigurationError(f"{where} is {value!r}; it should be a tuple")
+        return tuple(_convert(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

@@ -1,5 +1,6 @@
 """The one training loop. It does not know which stage it runs."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -11,17 +12,21 @@ from tqdm import tqdm
 from nomic_jax.data.loader import Stream, read_ahead
 from nomic_jax.data.mixture import Kind, read_mixture
 from nomic_jax.data.mlm import MlmStream
-from nomic_jax.data.pairs import PairStream
+from nomic_jax.data.pairs import PairStream, make_layout
 from nomic_jax.data.sources import write_json
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.data.tokens import pretokenize
+from nomic_jax.data.tokens import TokenStore, pretokenize
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig
-from nomic_jax.train.checkpoint import Checkpoints, make_record, read_pretrained
+from nomic_jax.train import hosts
+from nomic_jax.train.checkpoint import Checkpoints, read_pretrained
 from nomic_jax.train.config import ConfigurationError, MlmData, TrainConfig
+from nomic_jax.train.interruption import Interruption, Preempted
 from nomic_jax.train.metrics import MetricsWriter
 from nomic_jax.train.optim import learning_rate, make_optimizer
+from nomic_jax.train.record import make_record
 from nomic_jax.train.sharding import make_mesh, put_rows
+from nomic_jax.train.skipped import SkippedSteps
 from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
 
@@ -40,7 +45,11 @@ def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | 
       The metrics of the last step; empty if the run had finished before.
 
     Raises:
-      ConfigurationError, MixtureError, BadRow, ResumeError: before the first step, with what to do instead.
+      ConfigurationError, MixtureError, BadRow, ResumeError, DamagedCheckpoint: before the first step, with what to do
+        instead.
+      SaveError: a checkpoint could not be written; at the next step.
+      DivergedError: too many steps in a row were not finite.
+      Preempted: there was SIGTERM or Ctrl-C; what has been done is saved.
     """
     workdir = Path(workdir)
     mesh = make_mesh(devices)
@@ -55,66 +64,108 @@ def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | 
             f"the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the model has {model.encoder.vocab_size} word "
             f"embeddings; write a config.model.vocab_size of at least {tokenizer.vocab_size}, or the right tokenizer"
         )
-    stream = make_stream(config, tokenizer)
+    stream = make_stream(config, tokenizer, mesh.size)
     steps = config.steps if config.steps >= 0 else round(config.epochs * stream.steps_per_epoch)
+    hosts.check_agreement(config=dataclasses.asdict(config), data=stream.fingerprint)
+    hosts.check_shared(workdir)
 
-    stage = make_stage(config, model)
+    stage = make_stage(config, model, stream.layout)
     schedule = learning_rate(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
-    train_step = make_train_step(stage, optimizer, mesh, config.accumulate)
-    state = init_state(jax.random.key(config.seed), stage, optimizer, mesh, _start_values(config, pretrained))
+    train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding)
+    state = init_state(
+        jax.random.key(config.seed), stage, optimizer, mesh, _start_values(config, pretrained), config.sharding
+    )
 
     earlier = list(pretrained.training) if pretrained is not None else []
     record = make_record(config, model, stream, tokenizer, earlier)
-    checkpoints = Checkpoints(workdir, config.checkpoint, record)
-    start = checkpoints.latest_step or 0
-    if checkpoints.latest_step is not None:
-        state = checkpoints.restore(state)
-        print(f"{config.stage}: going on from step {start} of {steps} in {workdir}")
-    else:
-        tokenizer.save(workdir)
-        write_json(workdir / "config.json", dataclasses.asdict(config) | {"model": dataclasses.asdict(model.encoder)})
-        checkpoints.save(0, state, force=steps == 0)
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint, record))
+        start = checkpoints.latest_step or 0
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(state)
+            if hosts.is_first():
+                print(f"{config.stage}: going on from step {start} of {steps} in {workdir}")
+        else:
+            if hosts.is_first():
+                tokenizer.save(workdir)
+                resolved = dataclasses.asdict(config) | {"model": dataclasses.asdict(model.encoder)}
+                write_json(workdir / "config.json", resolved)
+            checkpoints.save(0, state)
 
-    last: dict[str, float] = {}
-    writer = MetricsWriter(workdir, start)
-    bar = tqdm(initial=start, total=steps, desc=config.stage, unit=" steps", dynamic_ncols=True)
-    batches = read_ahead(stream, start, steps, jax.process_index(), jax.process_count())
-    window_start, window_tokens, window_steps = time.perf_counter(), 0, 0
-    for step, batch in enumerate(batches, start + 1):
-        state, metrics = train_step(state, put_rows(batch.arrays, mesh))
-        window_tokens += batch.real_tokens
-        window_steps += 1
-        if step % config.log_every == 0 or step == steps:
-            last = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            seconds = time.perf_counter() - window_start
-            writer.write(
-                step,
-                last
-                | {
-                    "lr": float(np.asarray(schedule(step - 1))),
-                    "source": batch.source,
-                    "real_tokens": batch.real_tokens,
-                    "padded_tokens": batch.padded_tokens,
-                    "seconds_per_step": seconds / window_steps,
-                    "tokens_per_second": window_tokens / seconds,
-                },
-            )
-            bar.set_postfix(loss=f"{last['loss']:.3f}", tokens_per_s=f"{window_tokens / seconds:.0f}", refresh=False)
-            window_start, window_tokens, window_steps = time.perf_counter(), 0, 0
-        bar.update()
-        checkpoints.save(step, state, force=step == steps)
-    bar.close()
-    writer.close()
-    checkpoints.close()
+        last: dict[str, float] = {}
+        writer = None
+        if hosts.is_first():
+            writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
+        skipped = SkippedSteps(workdir, start, stream)
+        bar = tqdm(
+            initial=start,
+            total=steps,
+            desc=config.stage,
+            unit=" steps",
+            dynamic_ncols=True,
+            disable=not hosts.is_first(),
+        )
+        stack.enter_context(bar)
+        batches = read_ahead(stream, start, steps, jax.process_index(), jax.process_count())
+        window_start, window_tokens, window_steps = time.perf_counter(), 0, 0
+        for step, batch in enumerate(batches, start + 1):
+            state, metrics = train_step(state, put_rows(batch.arrays, mesh))
+            skipped.add(step, batch.source, metrics)
+            window_tokens += batch.real_tokens
+            window_steps += 1
+            if step % config.log_every == 0 or step == steps:
+                last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                seconds = time.perf_counter() - window_start
+                if writer is not None:
+                    writer.write(
+                        step,
+                        last
+                        | {
+                            "lr": float(np.asarray(schedule(step - 1))),
+                            "source": batch.source,
+                            "real_tokens": batch.real_tokens,
+                            "padded_tokens": batch.padded_tokens,
+                            "seconds_per_step": seconds / window_steps,
+                            "tokens_per_second": window_tokens / seconds,
+                        },
+                    )
+                bar.set_postfix(
+                    loss=f"{last['loss']:.3f}", tokens_per_s=f"{window_tokens / seconds:.0f}", refresh=False
+                )
+                window_start, window_tokens, window_steps = time.perf_counter(), 0, 0
+            bar.update()
+            stopping = interruption.at(step)
+            if stopping or step == steps or checkpoints.is_due(step):
+                skipped.catch_up()
+                checkpoints.save(step, state)
+            checkpoints.check()
+            if stopping and step < steps:
+                checkpoints.wait()
+                raise Preempted(
+                    f"{interruption.name}: stopped after step {step} of {steps}, which is saved in {workdir}; "
+                    f"the same command goes on"
+                )
     return last
 
 
-def make_stream(config: TrainConfig, tokenizer: Tokenizer) -> Stream:
-    """The stage's batches, tokenising first whatever is not in the cache yet."""
+def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1) -> Stream:
+    """The stage's batches, tokenising first whatever is not in the cache yet.
+
+    Of several processes the first one reads the files; the others open what it made, or make it where they do not share
+    its cache.
+    """
     data = config.data
     sources = read_mixture(data.mixture, ROW_KINDS[config.stage])
-    stores = [pretokenize(source, tokenizer, data.cache_dir, on_bad_row=data.on_bad_row) for source in sources]
+
+    def open_stores(fingerprints: list[str]) -> list[TokenStore]:
+        return [
+            pretokenize(source, tokenizer, data.cache_dir, on_bad_row=data.on_bad_row, fingerprint=fingerprint)
+            for source, fingerprint in zip(sources, fingerprints)
+        ]
+
+    stores = open_stores(hosts.of_first(lambda: [store.fingerprint for store in open_stores([""] * len(sources))]))
     if isinstance(data, MlmData):
         return MlmStream(
             stores,
@@ -128,21 +179,31 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer) -> Stream:
     return PairStream(
         stores,
         tokenizer,
+        own_candidates_only=frozenset(source.name for source in sources if not source.in_batch_negatives),
         batch_size=config.batch_size,
         query_length=data.query_length,
         document_length=data.document_length,
         num_negatives=data.num_negatives,
         too_few_negatives=data.too_few_negatives,
+        layout=make_layout(data.layout, stores, data.query_length, data.document_length, data.chunk_tokens),
+        devices=devices,
         seed=config.seed,
     )
 
 
 def _model(config: TrainConfig, pretrained: Checkpoint | None) -> EmbeddingConfig:
     if pretrained is None:
-        return EmbeddingConfig(config.model)
-    encoder = dataclasses.replace(pretrained.config.encoder, dtype=config.model.dtype, attention=config.model.attention)
-    # The contrastive loss takes cosine similarities, whether or not the checkpoint normalises what it returns.
-    return dataclasses.replace(pretrained.config, encoder=encoder, normalize=True)
+        return EmbeddingConfig(config.model, layer_norm=config.loss.layer_norm)
+    ours = {name: getattr(config.model, name) for name in ("dtype", "attention", "recompute")}
+    encoder = dataclasses.replace(pretrained.config.encoder, **ours)
+    # The contrastive loss takes cosine similarities of whole vectors, whatever the checkpoint makes of them.
+    return dataclasses.replace(
+        pretrained.config,
+        encoder=encoder,
+        layer_norm=pretrained.config.layer_norm or config.loss.layer_norm,
+        dim=None,
+        normalize=True,
+    )
 
 
 def _tokenizer(config: TrainConfig, pretrained: Checkpoint | None) -> Tokenizer:
@@ -157,5 +218,9 @@ def _start_values(config: TrainConfig, pretrained: Checkpoint | None) -> dict:
     """The entries of the parameter tree that do not start at random."""
     if pretrained is None:
         return {}
-    wanted = ("encoder", "mlm_head") if config.stage == "mlm" else ("encoder",)
+    wanted = ["encoder"]
+    if config.stage == "mlm":
+        wanted.append("mlm_head")
+    elif config.loss.learn_temperature:
+        wanted.append("temperature")
     return {name: pretrained.params[name] for name in wanted if name in pretrained.params}

@@ -1,12 +1,18 @@
 """Metrics of a run: metrics.jsonl is the record, TensorBoard a view of it."""
 
+import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from nomic_jax.data.sources import atomic_file
+
+FLUSH_SECONDS = 30  # at most so old is what TensorBoard shows
 
 
 class MetricsWriter:
@@ -14,27 +20,44 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, start_step: int):
         self._path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        with atomic_file(self._path) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        keep_until(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        # Not SummaryWriter: its thread dies on a full disk, and then its queue blocks the training for ever.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._events.write_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = time.monotonic()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(name, value, step)
+        try:
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+            summary = Summary(
+                value=[
+                    Summary.Value(tag=name, simple_value=value)
+                    for name, value in values.items()
+                    if isinstance(value, (int, float))
+                ]
+            )
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            # Of an open file it does not say which.
+            raise OSError(error.errno, error.strerror, str(self._path.parent)) from error
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        # What a full disk kept from being written was heard of in `write`.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The lines of metrics.jsonl in order; a last line cut off by a kill is left out."""
-    path = Path(workdir) / "metrics.jsonl"
+    path = Path(workdir) / name
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -42,3 +65,11 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Takes back the lines past a step, and returns those that stay."""
+    kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
+    with atomic_file(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return kept

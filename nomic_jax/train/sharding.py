@@ -1,4 +1,11 @@
-"""Where arrays live: one mesh axis, rows over it, everything else whole on every device."""
+"""Where arrays live: one mesh axis; rows over it, and the state by one table.
+
+replicated   every device holds parameters and optimizer state whole (plain data parallelism)
+zero1        the optimizer state is divided over the devices; each updates its part of the parameters
+fsdp         the parameters are divided too, and gathered at the start of a step
+"""
+
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -6,6 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 DATA = "data"
+Sharding = Literal["replicated", "zero1", "fsdp"]
+# Name of a leaf -> the axis along which it is divided; norms and biases are too small to be worth it. Optimizer
+# moments have the names of their parameters.
+DIVIDED_AXIS = {"kernel": 0, "embedding": 0}
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -16,6 +27,22 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def divided(tree: Any, mesh: Mesh) -> Any:
+    """A PartitionSpec for every leaf, by DIVIDED_AXIS; whole where the axis is no multiple of the devices."""
+
+    def spec(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> P:
+        axis = DIVIDED_AXIS.get(str(getattr(path[-1], "key", "")) if path else "")
+        if axis is None or leaf.ndim <= axis or leaf.shape[axis] % mesh.size:
+            return P()
+        return P(*[None] * axis, DATA)
+
+    return jax.tree.map_with_path(spec, tree)
+
+
+def whole(tree: Any) -> Any:
+    return jax.tree.map(lambda _: P(), tree)
 
 
 def put_rows(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

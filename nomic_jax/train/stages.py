@@ -10,13 +10,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nomic_jax.data.packing import Layout
 from nomic_jax.model import EmbeddingConfig, embed, encode, init_encoder, init_mlm_head, mlm_logits
+from nomic_jax.train.chunks import embed_chunks
 from nomic_jax.train.config import TrainConfig
-from nomic_jax.train.loss import contrastive_loss, masked_cross_entropy
+from nomic_jax.train.loss import contrastive_loss, init_temperature, masked_cross_entropy, temperature_of
 from nomic_jax.train.sharding import DATA
 
 # Vocabulary logits are the largest array of masked-LM: above so many predictions they are made and dropped in parts.
 PREDICTIONS_AT_A_TIME = 8192
+
+
+# What ``embed_chunks`` takes of a batch.
+CHUNK_ARRAYS = ("ids", "shape", "place", "segment", "length")
 
 
 class LossSums(NamedTuple):
@@ -34,8 +40,9 @@ class Stage(NamedTuple):
     loss: Callable[[dict, dict[str, jax.Array]], LossSums]
 
 
-def make_stage(config: TrainConfig, model: EmbeddingConfig) -> Stage:
-    return _mlm(model) if config.stage == "mlm" else _contrastive(config, model)
+def make_stage(config: TrainConfig, model: EmbeddingConfig, layout: Layout | None = None) -> Stage:
+    """The stage of the configuration; ``layout`` is that of the stream."""
+    return _mlm(model) if config.stage == "mlm" else _contrastive(config, model, layout)
 
 
 def _mlm(model: EmbeddingConfig) -> Stage:
@@ -69,27 +76,43 @@ def _mlm(model: EmbeddingConfig) -> Stage:
     return Stage(init, loss)
 
 
-def _contrastive(config: TrainConfig, model: EmbeddingConfig) -> Stage:
+def _contrastive(config: TrainConfig, model: EmbeddingConfig, layout: Layout | None) -> Stage:
+    options = config.loss
+
     def init(key: jax.Array) -> dict:
-        return {"encoder": init_encoder(key, model.encoder)}
+        params = {"encoder": init_encoder(key, model.encoder)}
+        return params | {"temperature": init_temperature(options.temperature)} if options.learn_temperature else params
+
+    def embeddings(encoder: dict, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        if layout is not None:
+            chunks = {name: rows[name] for name in CHUNK_ARRAYS if name in rows}
+            text_NE = embed_chunks(encoder, chunks, model, layout, kept_chunks=config.kept_chunks)
+            b = len(rows["query_hash"])
+            return text_NE[:b], text_NE[b:]
+        ids_NL = rows["document_ids"].reshape(-1, rows["document_ids"].shape[-1])
+        return (
+            _embed_in_chunks(encoder, rows["query_ids"], rows["query_length"], model, config.chunk_size),
+            _embed_in_chunks(encoder, ids_NL, rows["document_length"].reshape(-1), model, config.chunk_size),
+        )
 
     def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
-        def embeddings(ids_NL: jax.Array, length_N: jax.Array) -> jax.Array:
-            return _embed_in_chunks(params["encoder"], ids_NL, length_N, model, config.chunk_size)
-
-        b, C, Ld = rows["document_ids"].shape
-        query_bE = embeddings(rows["query_ids"], rows["query_length"])
-        document_NE = embeddings(rows["document_ids"].reshape(b * C, Ld), rows["document_length"].reshape(b * C))
+        b, C, _ = rows["document_hash"].shape
+        query_bE, document_NE = embeddings(params["encoder"], rows)
         total, metrics = contrastive_loss(
             query_bE,
             document_NE.reshape(b, C, -1),
             rows["query_hash"],
             rows["document_hash"],
-            temperature=config.temperature,
+            temperature=temperature_of(params["temperature"]) if options.learn_temperature else options.temperature,
             axis_name=DATA,
+            bidirectional=options.bidirectional,
+            in_batch_negatives=rows["in_batch_negatives"],
+            matryoshka_dims=options.matryoshka_dims,
+            matryoshka_weights=options.matryoshka_weights,
+            column_tile=options.column_tile,
         )
         # A constant, but made from the rows: a device's share of the weight varies over devices like its loss.
-        weight = jnp.sum(jnp.ones_like(rows["query_length"], jnp.float32))
+        weight = jnp.sum(jnp.ones_like(rows["in_batch_negatives"], jnp.float32))
         return LossSums(total, weight, metrics)
 
     return Stage(init, loss)

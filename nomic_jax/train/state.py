@@ -2,20 +2,20 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nomic_jax.train.sharding import DATA, replicated
+from nomic_jax.train.sharding import DATA, Sharding, divided, replicated, whole
 from nomic_jax.train.stages import Stage
 
 
 class TrainState(NamedTuple):
-    """Attributes: step: optimizer steps taken, int32; params and optimizer state: float32."""
+    """Attributes: step: steps taken, those that were skipped too, int32; params and optimizer state: float32."""
 
     step: jax.Array
     params: dict
@@ -23,7 +23,12 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    key: jax.Array, stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, pretrained: dict
+    key: jax.Array,
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    pretrained: dict,
+    sharding: Sharding = "replicated",
 ) -> TrainState:
     """A fresh state on the mesh; ``pretrained`` replaces the random values of the top-level entries it has."""
 
@@ -31,20 +36,37 @@ def init_state(
         params = stage.init(key) | pretrained
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(init, out_shardings=replicated(mesh))(key, jax.device_put(pretrained, replicated(mesh)))
+    specs = _state_specs(jax.eval_shape(init, key, pretrained), mesh, sharding)
+    out_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.jit(init, out_shardings=out_shardings)(key, jax.device_put(pretrained, replicated(mesh)))
+
+
+def _state_specs(state: TrainState, mesh: Mesh, sharding: Sharding) -> Any:
+    """The state with a PartitionSpec in the place of every array."""
+    params = divided(state.params, mesh) if sharding == "fsdp" else whole(state.params)
+    opt_state = whole(state.opt_state) if sharding == "replicated" else divided(state.opt_state, mesh)
+    return state._replace(step=P(), params=params, opt_state=opt_state)  # type: ignore[arg-type]
 
 
 TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_train_step(
-    stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    accumulate: int = 1,
+    sharding: Sharding = "replicated",
 ) -> TrainStep:
     """The jitted step (state, rows) -> (state, metrics); the state is donated.
 
     Each device computes the gradient of its own rows' sums, micro-batch by micro-batch in float32; one reduction adds
-    them up over devices; one division makes them the global mean's.
+    them up over devices; one division makes them the global mean's. A step whose loss or gradient is not finite changes
+    neither parameters nor optimizer state (metric "skipped").
     """
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    param_specs = divided(params, mesh) if sharding == "fsdp" else whole(params)
+    gradient_specs = whole(params) if sharding == "replicated" else divided(params, mesh)
 
     def value_and_gradient(params: dict, rows: dict[str, jax.Array]):
         def loss(params):
@@ -54,29 +76,53 @@ def make_train_step(
         gradient, sums = jax.grad(loss, has_aux=True)(params)
         return sums, gradient
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P())
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(param_specs, P(DATA)), out_specs=(P(), gradient_specs))
     def global_sums(params: dict, rows: dict[str, jax.Array]):
-        # Marked as varying over devices, the parameters' gradient stays local until the one psum below.
-        params = jax.tree.map(lambda x: jax.lax.pcast(x, DATA, to="varying"), params)
+        # Varying over devices, the parameters' gradient stays local until the one reduction below.
+        params = jax.tree.map(_gather, params, param_specs)
         micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), rows)
-        first = value_and_gradient(params, jax.tree.map(lambda x: x[0], micro_batches))
-        if accumulate == 1:
-            return jax.lax.psum(first, DATA)
+        sums, gradient = value_and_gradient(params, jax.tree.map(lambda x: x[0], micro_batches))
+        if accumulate > 1:
 
-        def add(total, micro_batch):
-            return jax.tree.map(jnp.add, total, value_and_gradient(params, micro_batch)), None
+            def add(total, micro_batch):
+                return jax.tree.map(jnp.add, total, value_and_gradient(params, micro_batch)), None
 
-        total, _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], micro_batches))
-        return jax.lax.psum(total, DATA)
+            rest = jax.tree.map(lambda x: x[1:], micro_batches)
+            (sums, gradient), _ = jax.lax.scan(add, (sums, gradient), rest)
+        return jax.lax.psum(sums, DATA), _reduce(gradient, gradient_specs)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, rows: dict[str, jax.Array]):
         sums, gradient = global_sums(state.params, rows)
         gradient = jax.tree.map(lambda x: x / sums.weight, gradient)
+        loss, grad_norm = sums.loss / sums.weight, optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": sums.loss / sums.weight, "grad_norm": optax.tree.norm(gradient)}
+        updated = TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
+        specs = _state_specs(state, mesh, sharding)
+        state = jax.tree.map(
+            lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), state, specs
+        )
+        metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - is_finite.astype(jnp.float32)}
         metrics |= {name: value / sums.weight for name, value in sums.metrics.items()}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return state._replace(step=state.step + 1), metrics
 
     return train_step
+
+
+def _gather(x: jax.Array, spec: P) -> jax.Array:
+    if DATA in spec:
+        return jax.lax.all_gather(x, DATA, axis=spec.index(DATA), tiled=True)
+    return jax.lax.pcast(x, DATA, to="varying")
+
+
+def _reduce(gradient: dict, specs: Any) -> dict:
+    """Sums over devices: whole, or each device its part."""
+
+    def reduce(x: jax.Array, spec: P) -> jax.Array:
+        if DATA in spec:
+            return jax.lax.psum_scatter(x, DATA, scatter_dimension=spec.index(DATA), tiled=True)
+        return jax.lax.psum(x, DATA)
+
+    return jax.tree.map(reduce, gradient, specs)

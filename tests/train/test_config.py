@@ -26,7 +26,8 @@ def test_paper_variants_are_the_recipe():
     assert (mlm.batch_size, mlm.steps, mlm.optim.lr, mlm.data.mask_rate) == (4096, 100_000, 5e-4, 0.3)
     assert (mlm.optim.b2, mlm.optim.eps, mlm.optim.warmup, mlm.optim.clip_norm) == (0.98, 1e-6, 0.06, 0)
     assert (contrastive.batch_size, contrastive.epochs, contrastive.optim.lr) == (16_384, 1.0, 2e-4)
-    assert (contrastive.temperature, contrastive.optim.warmup, contrastive.optim.decay) == (0.02, 700, "inverse_sqrt")
+    assert (contrastive.loss.temperature, contrastive.optim.warmup) == (0.02, 700)
+    assert (contrastive.optim.decay, contrastive.loss.bidirectional) == ("inverse_sqrt", False)
     assert (finetune.batch_size, finetune.data.num_negatives, finetune.optim.lr) == (256, 7, 2e-5)
     assert {config.model.dtype for config in (mlm, contrastive, finetune)} == {"bfloat16"}
     assert {config.model.hidden_size for config in (mlm, contrastive, finetune)} == {768}
@@ -59,7 +60,6 @@ def test_a_field_that_cannot_be_read(change, message):
         ("mlm", {"batch_size": 20, "accumulate": 4}, "8 devices x 4 micro-batches; write 32"),
         ("mlm", {"log_every": 0}, "log_every must be at least 1"),
         ("contrastive", {"accumulate": 2}, "write config.chunk_size instead"),
-        ("contrastive", {"temperature": 0.0}, "must be positive"),
     ],
 )
 def test_values_that_cannot_work_together(stage, change, message):
@@ -72,6 +72,24 @@ def test_rows_longer_than_the_model():
     fields["data"]["seq_len"] = 4096
     config = TrainConfig.from_mapping(fields)
     with pytest.raises(ConfigurationError, match=r"config\.data\.seq_len is 4096; the model trains on 3 to 2048"):
+        config.check_lengths(config.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
+        ({"temperature": 0.001, "learn_temperature": True}, "a learnt one starts at 0.01 or above"),
+        ({"matryoshka_dims": (64, 1024)}, "matryoshka_dims holds 1024; write 1 to 64"),
+        ({"matryoshka_dims": (64,), "matryoshka_weights": (1.0, 1.0)}, "2 values for 1 dims"),
+        ({"column_tile": -1}, "column_tile is -1"),
+    ],
+)
+def test_loss_options_that_cannot_work(change, message):
+    fields = values("contrastive")
+    fields["loss"].update(change)
+    config = TrainConfig.from_mapping(fields)
+    with pytest.raises(ConfigurationError, match=message):
         config.check_lengths(config.model)
 
 

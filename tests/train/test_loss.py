@@ -1,20 +1,42 @@
 """The gathered contrastive loss against the dense formula in float64, in value and gradients, on 1 to 8 devices."""
 
 import functools
+import re
+from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from jax.sharding import PartitionSpec as P
 
-from nomic_jax.train.loss import contrastive_loss, masked_cross_entropy
+from nomic_jax.train.loss import contrastive_loss, init_temperature, masked_cross_entropy, temperature_of
 from nomic_jax.train.sharding import DATA, make_mesh
 
-B, E, TEMPERATURE = 16, 12, 0.05
+B, E, G, TEMPERATURE = 16, 12, 5, 0.05
+
+# Name -> (negatives a row, options of the loss; "guide" stands for a guide's embeddings, in_batch_negatives=None for
+# one value a row).
+CASES = {
+    "pairs": (0, {}),
+    "hard negatives": (3, {}),
+    "bidirectional": (3, {"bidirectional": True}),
+    "own row only": (3, {"in_batch_negatives": False}),
+    "own row only for some": (3, {"in_batch_negatives": None}),
+    "guide": (3, {"guide": True}),
+    "matryoshka": (3, {"matryoshka_dims": (12, 7, 2), "matryoshka_weights": (1.0, 0.5, 2.0)}),
+    "tiles that divide": (3, {"column_tile": 16}),
+    "tiles that do not": (0, {"column_tile": 13}),
+    "all": (
+        3,
+        {"bidirectional": True, "guide": True, "guide_margin": -0.1, "in_batch_negatives": None}
+        | {"matryoshka_dims": (3, 9), "column_tile": 10},
+    ),
+}
 
 
-def texts_with_duplicates(rng, C):
+def texts_with_duplicates(C):
     """Numbers that stand for texts: some documents and some queries occur twice, a negative repeats a positive."""
     query = np.arange(B)
     query[5] = query[11]
@@ -27,25 +49,59 @@ def texts_with_duplicates(rng, C):
     return query, document
 
 
-def dense(query_BE, document_BCE, query_text, document_text):
-    """Mean loss and gradients, straight from the definition, one query at a time."""
-    q = torch.tensor(query_BE, dtype=torch.float64, requires_grad=True)
-    d = torch.tensor(document_BCE, dtype=torch.float64, requires_grad=True)
-    C = d.shape[1]
-    total = 0.0
-    for i in range(B):
-        logits = []
-        for j in range(B):
-            for c in range(C):
-                is_own = (j, c) == (i, 0)
-                same_document = document_text[j, c] == document_text[i, 0]
-                same_query = c == 0 and query_text[j] == query_text[i]
-                if is_own or not (same_document or same_query):
-                    logits.append(q[i] @ d[j, c] / TEMPERATURE)
-        total = total + torch.logsumexp(torch.stack(logits), 0) - q[i] @ d[i, 0] / TEMPERATURE
+def dense(query_BE, document_BCE, query_text, document_text, options=None, temperature=TEMPERATURE):
+    """Mean loss, gradients to queries, documents and log(1 / temperature), accuracy: straight from the definition.
+
+    One query (then, one positive) at a time, over a list of the candidates that count.
+    """
+    options = dict(options or {})
+    options.pop("column_tile", None)  # the same loss by definition
+    guide, margin = options.pop("guide", None), options.pop("guide_margin", 0.0)
+    in_batch = np.broadcast_to(options.pop("in_batch_negatives", True), B)
+    bidirectional = options.pop("bidirectional", False)
+    dims = options.pop("matryoshka_dims", (E,))
+    weights = options.pop("matryoshka_weights", [1.0] * len(dims))
+    assert not options
+    q_full = torch.tensor(query_BE, dtype=torch.float64, requires_grad=True)
+    d_full = torch.tensor(document_BCE, dtype=torch.float64, requires_grad=True)
+    log_scale = torch.tensor(-np.log(temperature), dtype=torch.float64, requires_grad=True)
+    rows, columns = range(B), range(d_full.shape[1])
+
+    def found_by_guide(i, j, c, back):
+        if guide is None:
+            return False
+        guide_query, guide_document = guide
+        similarity = guide_document[i, 0] @ guide_query[j] if back else guide_query[i] @ guide_document[j, c]
+        return similarity > guide_query[i] @ guide_document[i, 0] + margin
+
+    total, correct = 0.0, 0
+    for dim, weight in zip(dims, weights):
+        q = torch.nn.functional.normalize(q_full[:, :dim], dim=-1)
+        d = torch.nn.functional.normalize(d_full[:, :, :dim], dim=-1)
+        if dim == E:
+            q, d = q_full, d_full
+        for i in rows:
+            positive = q[i] @ d[i, 0] * log_scale.exp()
+            kept = [(i, 0)]
+            for j in rows:
+                for c in columns:
+                    same_document = document_text[j, c] == document_text[i, 0]
+                    same_query = c == 0 and query_text[j] == query_text[i]
+                    if (in_batch[i] or j == i) and not (same_document or same_query or found_by_guide(i, j, c, False)):
+                        kept.append((j, c))
+            logits = d[[j for j, _ in kept], [c for _, c in kept]] @ q[i] * log_scale.exp()
+            forth = torch.logsumexp(logits, 0) - positive
+            correct += dim == max(dims) and bool((logits[1:] < positive).all())
+            kept = [i]
+            for j in rows:
+                same = document_text[j, 0] == document_text[i, 0] or query_text[j] == query_text[i]
+                if in_batch[i] and not (same or found_by_guide(i, j, 0, True)):
+                    kept.append(j)
+            back = torch.logsumexp(q[kept] @ d[i, 0] * log_scale.exp(), 0) - positive
+            total = total + weight * ((forth + back) / 2 if bidirectional else forth)
     loss = total / B
     loss.backward()
-    return loss.item(), q.grad.numpy(), d.grad.numpy()
+    return loss.item(), q_full.grad.numpy(), d_full.grad.numpy(), log_scale.grad.numpy(), correct / B
 
 
 def unit_vectors(rng, *shape):
@@ -57,35 +113,181 @@ def as_hash(texts):
     return np.stack([texts * 7 + 1, texts ^ 5], -1).astype(np.uint32)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize("negatives", [0, 3])
-def test_equals_dense_float64(devices, negatives):
+def example(negatives, options):
+    """Arrays and texts of a case, and its options with arrays in place of the words. Equal texts, equal embeddings."""
     rng = np.random.default_rng(0)
     C = 1 + negatives
-    query, document = unit_vectors(rng, B, E), unit_vectors(rng, B, C, E)
-    query_text, document_text = texts_with_duplicates(rng, C)
-    expected_loss, expected_dq, expected_dd = dense(query, document, query_text, document_text)
+    query_text, document_text = texts_with_duplicates(C)
+    options = dict(options)
 
-    mesh = make_mesh(jax.devices()[:devices])
+    def embeddings(width):
+        of_query, of_document = unit_vectors(rng, 2000, width), unit_vectors(rng, 2000, width)
+        # A positive resembles its query, or the few duplicates would hardly show in the loss.
+        of_document[document_text[:, 0]] += of_query[query_text]
+        of_document /= np.linalg.norm(of_document, axis=-1, keepdims=True)
+        return of_query[query_text], of_document[document_text]
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(DATA), out_specs=P())
-    def mean_loss(q, d, qh, dh):
-        total, _ = contrastive_loss(q, d, qh, dh, temperature=TEMPERATURE, axis_name=DATA)
-        return jax.lax.psum(total, DATA) / B
+    query, document = embeddings(E)
+    if "guide" in options:
+        options["guide"] = embeddings(G)
+    if options.get("in_batch_negatives", True) is None:
+        options["in_batch_negatives"] = rng.random(B) < 0.7
+    return query, document, (query_text, document_text), options
 
-    arguments = (query.astype(np.float32), document.astype(np.float32), as_hash(query_text), as_hash(document_text))
-    loss, (dq, dd) = jax.jit(jax.value_and_grad(mean_loss, (0, 1)))(*arguments)
+
+def mean_and_gradients(devices, query, document, texts, options, temperature=TEMPERATURE, learnable=True):
+    """As the training step does it: local sums and their gradients on each device, one psum, one division.
+
+    Returns the loss, gradients to queries, documents and the temperature's parameter (None if it is fixed), accuracy.
+    """
+    rows = {"query": query, "document": document}
+    rows = {name: x if x.dtype == jnp.bfloat16 else x.astype(np.float32) for name, x in rows.items()}
+    rows |= {"query_hash": as_hash(texts[0]), "document_hash": as_hash(texts[1])}
+    options = dict(options)
+    if "guide" in options:
+        rows["guide_query"], rows["guide_document"] = (x.astype(np.float32) for x in options.pop("guide"))
+    if np.ndim(options.get("in_batch_negatives", True)):
+        rows["in_batch"] = options.pop("in_batch_negatives")
+    sums = compiled_sums(devices, None if learnable else temperature, tuple(options.items()))
+    (dq, dd), dt, (total, correct) = sums(init_temperature(temperature), rows)
+    return total / B, dq / B, dd / B, dt["log_scale"] / B if learnable else None, correct / B
+
+
+@functools.cache
+def compiled_sums(devices, fixed_temperature, options):
+    def local_sum(learnt, temperature_params, rows):
+        traced = {"in_batch_negatives": rows["in_batch"]} if "in_batch" in rows else {}
+        total, metrics = contrastive_loss(
+            *learnt,
+            rows["query_hash"],
+            rows["document_hash"],
+            temperature=fixed_temperature or temperature_of(temperature_params),
+            axis_name=DATA,
+            guide_query_bG=rows.get("guide_query"),
+            guide_document_bCG=rows.get("guide_document"),
+            **traced,
+            **dict(options),
+        )
+        return total, (total, metrics["accuracy"])
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=make_mesh(jax.devices()[:devices]),
+        in_specs=(P(), P(DATA)),
+        out_specs=((P(DATA), P(DATA)), P(), P()),
+    )
+    def sums(temperature_params, rows):
+        varying = jax.tree.map(lambda x: jax.lax.pcast(x, DATA, to="varying"), temperature_params)
+        learnt = rows["query"], rows["document"]
+        (of_rows, of_temperature), aux = jax.grad(local_sum, (0, 1), has_aux=True)(learnt, varying, rows)
+        return of_rows, jax.lax.psum(of_temperature, DATA), jax.lax.psum(aux, DATA)
+
+    return sums
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@functools.cache
+def expected_of(case):
+    query, document, texts, options = example(*CASES[case])
+    return dense(query, document, *texts, options)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_dense_float64(case, devices):
+    # One case has a fixed temperature, a Python number.
+    learnable = case != "hard negatives"
+    loss, dq, dd, dt, accuracy = mean_and_gradients(devices, *example(*CASES[case]), learnable=learnable)
+    expected_loss, expected_dq, expected_dd, expected_dt, expected_accuracy = expected_of(case)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    np.testing.assert_allclose(dq, expected_dq, atol=1e-5 * np.abs(expected_dq).max())
-    np.testing.assert_allclose(dd, expected_dd, atol=1e-5 * np.abs(expected_dd).max())
+    assert_close(dq, expected_dq)
+    assert_close(dd, expected_dd)
+    if learnable:
+        assert dt == pytest.approx(expected_dt, rel=1e-4)
+    else:
+        assert dt is None
+    assert accuracy == expected_accuracy
 
 
-def test_duplicates_matter_in_this_test():
+@pytest.mark.parametrize("case", ["bidirectional", "own row only for some", "guide", "matryoshka", "all"])
+def test_option_matters_in_its_test(case):
+    """The comparison above would pass with an option ignored if it made no difference to the formula."""
+    negatives, options = CASES[case]
+    query, document, texts, options = example(negatives, options)
+    assert abs(expected_of(case)[0] - dense(query, document, *texts)[0]) > 1e-2
+    for left_out in options.keys() - {"column_tile"}:
+        fewer = {name: value for name, value in options.items() if name != left_out}
+        if left_out == "matryoshka_dims":
+            fewer.pop("matryoshka_weights", None)
+        assert abs(expected_of(case)[0] - dense(query, document, *texts, fewer)[0]) > 1e-3, left_out
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_duplicates_matter_in_this_test(bidirectional):
     """The check above would pass without the masking if no duplicate were ever in reach."""
-    rng = np.random.default_rng(0)
-    query, document = unit_vectors(rng, B, E), unit_vectors(rng, B, 1, E)
-    masked = dense(query, document, *texts_with_duplicates(rng, 1))[0]
-    assert masked < dense(query, document, np.arange(B), np.arange(B)[:, None])[0] - 1e-3
+    query, document, texts, _ = example(0, {})
+    options = {"bidirectional": bidirectional}
+    masked = dense(query, document, *texts, options)[0]
+    assert masked < dense(query, document, np.arange(B), np.arange(B)[:, None], options)[0] - 1e-3
+    of_queries = dense(query, document, texts[0], np.arange(B)[:, None], options)[0]
+    of_documents = dense(query, document, np.arange(B), texts[1], options)[0]
+    assert masked < min(of_queries, of_documents) - 1e-3
+
+
+def test_bfloat16_embeddings_have_float32_logits():
+    """Equal to the dense formula of the rounded embeddings; with bfloat16 logits the loss would be off by percents."""
+    query, document, texts, options = example(3, {"bidirectional": True})
+    query, document = query.astype(jnp.bfloat16), document.astype(jnp.bfloat16)
+    expected = dense(query.astype(float), document.astype(float), *texts, options)
+    loss, dq, dd, _, _ = mean_and_gradients(2, query, document, texts, options)
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    assert dq.dtype == dd.dtype == jnp.bfloat16  # only the last rounding, of the gradient to the embeddings
+    assert_close(dq.astype(np.float32), expected[1], 1e-2)
+    assert_close(dd.astype(np.float32), expected[2], 1e-2)
+
+
+def test_small_losses_keep_their_digits():
+    """At a temperature of .02 a well separated batch has a loss far below the rounding of its logits of 50."""
+    query, document = np.eye(B), 0.4 * np.eye(B)[:, None] + 0.1
+    texts = np.arange(B), np.arange(B)[:, None]
+    loss, _, dd, _, _ = mean_and_gradients(1, query, document, texts, {}, temperature=0.02)
+    expected = dense(query, document, *texts, temperature=0.02)
+    assert 0 < expected[0] < 1e-7
+    assert loss == pytest.approx(expected[0], rel=1e-4)
+    assert_close(dd, expected[2], 1e-4)
+
+
+@pytest.mark.parametrize("column_tile", [0, 7])
+@pytest.mark.parametrize("case", ["equal texts", "guide takes out all", "equal texts of a row", "zero embeddings"])
+def test_no_nan_where_nothing_is_left_to_compare_with(case, column_tile):
+    C = 3
+    query_text, document_text = np.arange(B), np.arange(B * C).reshape(B, C)
+    query, document, _, _ = example(C - 1, {})
+    guide_query, guide_document = np.zeros((B, B)), np.zeros((B, C, B))
+    in_batch = np.ones(B, bool)
+    if case == "equal texts":
+        query_text, document_text = 0 * query_text, 0 * document_text
+    elif case == "guide takes out all":  # its similarity is -1 for a pair and 0 for everything else
+        guide_query, guide_document[:, 0] = np.eye(B), -np.eye(B)
+    elif case == "equal texts of a row":
+        in_batch, document_text = ~in_batch, np.repeat(document_text[:, :1], C, axis=1)
+    else:
+        query, document = 0 * query, 0 * document
+    options = {"bidirectional": True, "matryoshka_dims": (4, E), "column_tile": column_tile}
+    options |= {"guide": (guide_query, guide_document), "in_batch_negatives": in_batch}
+    loss, *gradients, accuracy = mean_and_gradients(2, query, document, (query_text, document_text), options)
+    assert all(np.isfinite(x).all() for x in gradients)
+    if case == "zero embeddings":
+        # Nothing is scored highest; each dim's loss is the log of the number of candidates, B * C forth and B back.
+        assert loss == pytest.approx(np.log(B * C) + np.log(B), rel=1e-5)
+        assert accuracy == 0
+    else:
+        assert loss == 0 and accuracy == 1
+        assert all((np.asarray(x) == 0).all() for x in gradients)
 
 
 def test_accuracy_counts_the_positive_scored_highest():
@@ -94,11 +296,87 @@ def test_accuracy_counts_the_positive_scored_highest():
     mesh = make_mesh(jax.devices()[:2])
     hashes = as_hash(np.arange(4)), as_hash(np.arange(4)[:, None])
 
+    @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(DATA), out_specs=P())
     def accuracy(*arguments):
         return jax.lax.psum(contrastive_loss(*arguments, temperature=1.0, axis_name=DATA)[1]["accuracy"], DATA)
 
     assert accuracy(query, document, *hashes) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"matryoshka_dims": (4, 13)}, "1..12"),
+        ({"matryoshka_dims": (4, 8), "matryoshka_weights": (1.0,)}, "1 matryoshka_weights for 2"),
+        ({"guide_query_bG": np.zeros((B, G), np.float32)}, "both"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, message):
+    query, document, texts, _ = example(0, {})
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(
+            query, document, as_hash(texts[0]), as_hash(texts[1]), temperature=1.0, axis_name=DATA, **options
+        )
+
+
+def test_learnable_temperature_is_clamped_and_can_come_back():
+    params = init_temperature(0.02)
+    assert temperature_of(params) == pytest.approx(0.02, rel=1e-6)
+    assert jax.grad(temperature_of)(params)["log_scale"] == pytest.approx(-0.02, rel=1e-6)
+    beyond = {"log_scale": jnp.log(250.0)}
+    assert temperature_of(beyond) == pytest.approx(0.01, rel=1e-6)
+    assert jax.grad(temperature_of)(beyond)["log_scale"] == pytest.approx(-0.01, rel=1e-6)
+    with pytest.raises(ValueError, match=r"0\.01"):
+        init_temperature(0.005)
+
+
+def compiled_gradient(devices, rows, negatives, **options):
+    """The compiled gradient of the local sum, without any reduction that the training step adds."""
+    mesh = make_mesh(jax.devices()[:devices])
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA))
+    def gradient(q, d, qh, dh):
+        def loss(q, d):
+            return contrastive_loss(q, d, qh, dh, temperature=TEMPERATURE, axis_name=DATA, **options)[0]
+
+        return jax.grad(loss, (0, 1))(q, d)
+
+    shapes = (rows, E), (rows, 1 + negatives, E), (rows, 2), (rows, 1 + negatives, 2)
+    dtypes = jnp.float32, jnp.float32, jnp.uint32, jnp.uint32
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes)]
+    return jax.jit(gradient).lower(*arguments).compile()
+
+
+def collectives(compiled):
+    """How often each (operation, shape of one result) occurs, also inside a combined operation."""
+    found = Counter()
+    names = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute|collective-broadcast"
+    for line in compiled.as_text().splitlines():
+        if match := re.search(rf"= (.*?) ({names})(?:-start)?\(", line):
+            for shape in re.findall(r"\w+\[[\d,]*\]", match[1]):
+                found[match[2], shape] += 1
+    return found
+
+
+def test_one_gather_and_one_scatter_of_the_embeddings():
+    hashes = {("all-gather", "u32[64,2]"): 1, ("all-gather", "u32[16,2]"): 1}
+    documents = {("all-gather", f"f32[64,{E}]"): 1, ("reduce-scatter", f"f32[8,{E}]"): 1}
+    queries = {("all-gather", f"f32[16,{E}]"): 1, ("reduce-scatter", f"f32[2,{E}]"): 1}
+    assert collectives(compiled_gradient(8, B, 3)) == hashes | documents
+    everything = {"bidirectional": True, "matryoshka_dims": (4, 8, E), "column_tile": 10}
+    assert collectives(compiled_gradient(8, B, 3, **everything)) == hashes | documents | queries
+
+
+def test_tiles_never_hold_all_logits():
+    rows, tile = 2048, 128
+    whole, tiled = (compiled_gradient(1, rows, 0, bidirectional=True, column_tile=size) for size in (0, tile))
+    all_logits = f"[{rows},{rows}]"
+    assert all_logits in whole.as_text()
+    assert all_logits not in tiled.as_text() and f"[{rows // tile},{rows},{tile}]" not in tiled.as_text()
+    whole_bytes, tiled_bytes = (x.memory_analysis().temp_size_in_bytes for x in (whole, tiled))
+    assert whole_bytes > 4 * rows * rows
+    assert tiled_bytes < whole_bytes / 4
 
 
 def test_masked_cross_entropy_is_torch_s():

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from nomic_jax.train.checkpoint import ResumeError, read_pretrained
+from nomic_jax.train.checkpoint import read_pretrained
 from nomic_jax.train.loop import train
 from nomic_jax.train.metrics import read_metrics
+from nomic_jax.train.record import ResumeError
 from tests.train.test_stages import STAGES, load_config
 
 FIGURES = ("step", "loss", "grad_norm", "accuracy", "lr", "source", "real_tokens", "padded_tokens")
@@ -102,7 +103,7 @@ def test_another_run_in_the_same_directory_is_refused(corpus, minilm, tmp_path):
     rows = (corpus / "text.jsonl").read_text(encoding="utf-8").splitlines()
     other.write_text("\n".join(rows[1:]), encoding="utf-8")
     data = dict(config.data.__dict__, mixture=str(other))
-    with pytest.raises(ResumeError, match="data_fingerprint"):
+    with pytest.raises(ResumeError, match="rows of the source 'data' was 120; now it is 119"):
         train(load_config("mlm", corpus, minilm, steps=1, data=data), tmp_path / "run", jax.devices()[:2])
 
 

@@ -1,5 +1,7 @@
 """Three optimizer steps of each stage: the same on 1 and on 8 devices, with and without memory-saving."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -35,13 +37,13 @@ def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
     return TrainConfig.from_mapping(config.to_dict())
 
 
-def three_steps(config, tokenizer, device_count):
+def three_steps(config, tokenizer, device_count, sharding="replicated"):
     mesh = make_mesh(jax.devices()[:device_count])
-    stage = make_stage(config, EmbeddingConfig(config.model))
+    stream = make_stream(config, tokenizer, device_count)
+    stage = make_stage(config, EmbeddingConfig(config.model), stream.layout)
     optimizer = make_optimizer(config.optim, learning_rate(config.optim, config.steps))
-    state = init_state(jax.random.key(0), stage, optimizer, mesh, {})
-    step = make_train_step(stage, optimizer, mesh, config.accumulate)
-    stream = make_stream(config, tokenizer)
+    state = init_state(jax.random.key(0), stage, optimizer, mesh, {}, sharding)
+    step = make_train_step(stage, optimizer, mesh, config.accumulate, sharding)
     history = []
     for i in range(3):
         state, metrics = step(state, put_rows(stream.batch(i).arrays, mesh))
@@ -73,6 +75,13 @@ def test_one_device_and_eight_agree(stage, corpus, minilm, tokenizer):
     assert_same(three_steps(config, tokenizer, 8), one)
 
 
+@pytest.mark.parametrize("sharding", ["zero1", "fsdp"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_divided_states_take_the_same_steps(stage, sharding, corpus, minilm, tokenizer):
+    config = load_config(stage, corpus, minilm)
+    assert_same(three_steps(config, tokenizer, 8, sharding), three_steps(config, tokenizer, 1))
+
+
 def test_micro_batches_give_the_gradient_of_the_whole_batch(corpus, minilm, tokenizer):
     whole = three_steps(load_config("mlm", corpus, minilm), tokenizer, 2)
     assert_same(three_steps(load_config("mlm", corpus, minilm, accumulate=4), tokenizer, 2), whole)
@@ -83,6 +92,14 @@ def test_chunks_give_the_same_step(stage, corpus, minilm, tokenizer):
     whole = three_steps(load_config(stage, corpus, minilm), tokenizer, 2)
     # 8 queries a device, and 8 or 24 documents: 5 divides none of them.
     assert_same(three_steps(load_config(stage, corpus, minilm, chunk_size=5), tokenizer, 2), whole)
+
+
+@pytest.mark.parametrize("layout", ["bucketed", "packed"])
+@pytest.mark.parametrize("stage", ["contrastive", "finetune"])
+def test_layouts_give_the_same_step(stage, layout, corpus, minilm, tokenizer):
+    plain = load_config(stage, corpus, minilm)
+    data = dataclasses.replace(plain.data, layout=layout, chunk_tokens=128)
+    assert_same(three_steps(dataclasses.replace(plain, data=data), tokenizer, 2), three_steps(plain, tokenizer, 1))
 
 
 def test_mlm_head_in_parts_gives_the_same_step(corpus, minilm, tokenizer, monkeypatch):
@@ -117,3 +134,32 @@ def test_mixture_of_the_test_corpus(corpus):
     a, b = read_mixture(str(corpus / "pairs.yaml"), "pair")
     assert (a.query_prefix, a.document_prefix) == ("search_query", "search_document")
     assert (b.columns, b.query_prefix, b.document_prefix) == (("title", "body"), "clustering", "clustering")
+
+
+OPTIONS = dict(
+    learn_temperature=True, bidirectional=True, matryoshka_dims=(8, 32), matryoshka_weights=(1.0, 0.5), column_tile=10
+)
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_loss_options_agree_between_one_device_and_eight(sharding, corpus, minilm, tokenizer):
+    plain = load_config("finetune", corpus, minilm)
+    config = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, **OPTIONS))
+    one = three_steps(config, tokenizer, 1)
+    assert one[1]["temperature"]["log_scale"] != np.log(1 / config.loss.temperature).astype(np.float32)
+    assert_same(three_steps(config, tokenizer, 8, sharding), one)
+
+
+def test_a_source_may_keep_its_rows_apart(corpus, minilm, tokenizer, tmp_path):
+    """Without in-batch negatives a pair has no negative at all: its loss is 0."""
+    text = (corpus / "pairs.yaml").read_text(encoding="utf-8").replace("bucket: ", f"bucket: {corpus}/")
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(text.replace("query_prefix: clustering", "query_prefix: clustering, in_batch_negatives: false"))
+    config = load_config("contrastive", corpus, minilm)
+    data = dataclasses.replace(config.data, mixture=str(alone))
+    stream = make_stream(dataclasses.replace(config, data=data), tokenizer)
+    history = three_steps(dataclasses.replace(config, data=data), tokenizer, 2)[0]
+    sources = [stream.batch(i).source for i in range(3)]
+    assert set(sources) == {"a", "b"}
+    for source, metrics in zip(sources, history):
+        assert (metrics["loss"] == pytest.approx(0, abs=1e-6)) == (source == "b")

@@ -1,0 +1,129 @@
+"""What a checkpoint says of the run it belongs to, and whether another run may go on from it."""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nomic_jax.data.loader import Stream
+from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.model import EmbeddingConfig
+from nomic_jax.train.config import TrainConfig
+
+FORMAT = 2
+_PACKAGES = ("nomic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+
+
+class ResumeError(ValueError):
+    """A working directory whose run was another one; the message says what differs."""
+
+
+def make_record(
+    config: TrainConfig, model: EmbeddingConfig, stream: Stream, tokenizer: Tokenizer, earlier: list[dict] | None = None
+) -> dict:
+    """What a checkpoint says of itself, as JSON; ``earlier`` are the stages before it, see ``Checkpoint.training``."""
+    return {
+        "format": FORMAT,
+        "config": dataclasses.asdict(config),
+        "model": dataclasses.asdict(model),
+        "has_mlm_head": config.stage == "mlm",
+        "earlier": earlier or [],
+        "sources": [
+            {
+                "name": store.name,
+                "rows": store.rows,
+                "fingerprint": store.fingerprint,
+                "query_prefix": store.manifest["source"]["query_prefix"],
+                "document_prefix": store.manifest["source"]["document_prefix"],
+            }
+            for store in stream.stores
+        ],
+        "data_fingerprint": stream.fingerprint,
+        "tokenizer_sha256": tokenizer.sha256,
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+# What may change between the parts of a run without making it another run.
+_FREE_FIELDS = ("log_every", "checkpoint", "chunk_size", "sharding")
+
+
+def check_format(record: dict[str, Any], path: Path) -> None:
+    found = record.get("format")
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        advice = "update nomic_jax" if newer else "use the version of nomic_jax that wrote it"
+        raise ResumeError(f"{path} has format {found}; this version reads {FORMAT}: {advice}")
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Raises ResumeError, with what was found and expected, if the checkpoint at ``path`` is of another run."""
+    check_format(saved, path)
+    if "config" not in saved:
+        raise ResumeError(f"{path} is imported; name its working directory as config.init_from, and another --workdir")
+    # Through JSON, as the saved one went: tuples become lists.
+    current = json.loads(json.dumps(current))
+    allowed = current["config"]["checkpoint"]["allow_changed"].split(",")
+    differences: list[tuple[str, str, Any, Any]] = []  # (name for allow_changed, what, before, now)
+    for part in ("config", "model"):
+        before, now = _flat(saved[part]), _flat(current[part])
+        for key in sorted(before.keys() | now.keys()):
+            group = key.partition(".")[0] if part == "config" else ""
+            # The model comes whole; of the data, see below.
+            if group not in (*_FREE_FIELDS, "model", "data"):
+                differences.append((group, f"{part}.{key}", before.get(key), now.get(key)))
+    differences += [("tokenizer", "tokenizer_sha256", saved["tokenizer_sha256"], current["tokenizer_sha256"])]
+    if saved["data_fingerprint"] != current["data_fingerprint"]:
+        differences += [("data", *difference) for difference in _data_differences(saved, current)]
+    for group, name, before, now in differences:
+        if before != now and not (group and group in allowed):
+            override = f"; or --config.checkpoint.allow_changed={group} to go on all the same" if group else ""
+            raise ResumeError(
+                f"this working directory holds a run whose {name} was {before!r}; now it is {now!r}; "
+                f"take another --workdir, or the same settings and data to go on{override}"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _data_differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of what makes the data another, the most telling first."""
+    for key, value in current["config"]["data"].items():
+        # File names may change; the fingerprint knows whether the rows did.
+        if key not in ("mixture", "tokenizer", "cache_dir"):
+            yield f"config.data.{key}", saved["config"]["data"].get(key), value
+    before, now = ([source["name"] for source in record["sources"]] for record in (saved, current))
+    yield "list of sources", before, now
+    for before, now in zip(saved["sources"], current["sources"]):
+        for key in ("query_prefix", "document_prefix", "rows", "fingerprint"):
+            yield f"{key} of the source {now['name']!r}", before[key], now[key]
+    yield "data_fingerprint", saved["data_fingerprint"], current["data_fingerprint"]
+
+
+def check_same_arrays(saved: Any, wanted: Any) -> None:
+    """Raises ResumeError naming the first array that differs in shape or type or is in one of the two trees alone."""
+    before, now = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in (saved, wanted)
+    )
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ResumeError(
+                f"the checkpoint has {name} as {before.get(name, 'nothing')}, the run {now.get(name, 'nothing')}: "
+                f"another model or optimizer; use the version of nomic_jax that wrote it, or take another --workdir"
+            )

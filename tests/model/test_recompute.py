@@ -1,0 +1,50 @@
+"""What is kept for the backward pass changes memory, and not the gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, init_encoder
+
+SIZES = dict(hidden_size=64, num_layers=3, num_heads=2, intermediate_size=256)
+
+
+def batch(rows=4, length=24):
+    ids = np.random.default_rng(0).integers(1, 30000, (rows, length)).astype(np.int32)
+    return {"ids": ids, "length": np.array([length, 5, 1, 12], np.int32)}
+
+
+def configured(policy, encoder):
+    return EmbeddingConfig(dataclasses.replace(encoder, recompute=policy))
+
+
+@pytest.mark.parametrize("encoder", [EncoderConfig(**SIZES), EncoderConfig.bert(**SIZES)], ids=["nomic", "bert"])
+def test_gradient_is_the_same(encoder):
+    params = init_encoder(jax.random.key(0), encoder)
+    direction = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
+
+    def gradient(policy):
+        config = configured(policy, encoder)
+        return jax.jit(jax.grad(lambda params: jnp.sum(embed(params, batch(), config) * direction)))(params)
+
+    expected = gradient("none")
+    for policy in ("elementwise", "attention", "layer"):
+        for (path, ours), theirs in zip(jax.tree.leaves_with_path(gradient(policy)), jax.tree.leaves(expected)):
+            difference = np.linalg.norm(ours - theirs)
+            assert difference <= 1e-5 * np.linalg.norm(theirs), (policy, jax.tree_util.keystr(path))
+
+
+def test_each_policy_keeps_less_than_the_one_before():
+    encoder = EncoderConfig(**SIZES)
+    params = init_encoder(jax.random.key(0), encoder)
+
+    def kept(policy):
+        config = configured(policy, encoder)
+        residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: embed(p, batch(), config), p)[1], params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+
+    sizes = [kept(policy) for policy in ("none", "elementwise", "attention", "layer")]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4

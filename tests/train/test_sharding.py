@@ -1,0 +1,95 @@
+"""What moves between devices in a step, and what does not."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from nomic_jax.model import EmbeddingConfig
+from nomic_jax.train.loop import make_stream
+from nomic_jax.train.optim import learning_rate, make_optimizer
+from nomic_jax.train.sharding import make_mesh, put_rows
+from nomic_jax.train.stages import make_stage
+from nomic_jax.train.state import init_state, make_train_step
+from tests.train.test_stages import STAGES, load_config
+
+
+def make(stage, corpus, minilm, tokenizer, sharding="replicated"):
+    config = load_config(stage, corpus, minilm)
+    mesh = make_mesh()
+    stage = make_stage(config, EmbeddingConfig(config.model))
+    optimizer = make_optimizer(config.optim, learning_rate(config.optim, config.steps))
+    state = init_state(jax.random.key(0), stage, optimizer, mesh, {}, sharding)
+    step = make_train_step(stage, optimizer, mesh, config.accumulate, sharding)
+    return state, step, put_rows(make_stream(config, tokenizer).batch(0).arrays, mesh)
+
+
+def collectives(text: str) -> dict[str, list[int]]:
+    """Kind -> elements of each float32 one (hashes are integers) in compiled HLO."""
+    found: dict[str, list[int]] = {"all-gather": [], "reduce-scatter": [], "all-reduce": []}
+    for shapes, kind in re.findall(r"= (.*?) (all-gather|reduce-scatter|all-reduce)(?:-start)?\(", text):
+        sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"f32\[([\d,]*)\]", shapes)]
+        if sizes:
+            found[kind].append(int(sum(sizes)))
+    return found
+
+
+def test_a_contrastive_step_gathers_and_reduces_once(corpus, minilm, tokenizer):
+    state, step, rows = make("contrastive", corpus, minilm, tokenizer)
+    found = collectives(step.lower(state, rows).compile().as_text())
+    assert found["all-gather"] == [16 * 32]  # the documents of all devices
+    assert found["reduce-scatter"] == [2 * 32]  # the gradient of a device's own
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert found["all-reduce"] == [parameters + 3]  # the gradient, and the sums of loss, weight and accuracy
+
+
+@pytest.mark.parametrize(("stage", "accumulate"), [("mlm", 1), ("mlm", 4), ("contrastive", 1), ("finetune", 1)])
+def test_gradients_are_reduced_once_outside_of_any_loop(stage, accumulate, corpus, minilm, tokenizer):
+    config = load_config(stage, corpus, minilm)
+    mesh = make_mesh(jax.devices()[:4])
+    built = make_stage(config, EmbeddingConfig(config.model))
+    optimizer = make_optimizer(config.optim, learning_rate(config.optim, config.steps))
+    state = init_state(jax.random.key(0), built, optimizer, mesh, {})
+    step = make_train_step(built, optimizer, mesh, accumulate)
+    rows = put_rows(make_stream(config, tokenizer).batch(0).arrays, mesh)
+    text = step.lower(state, rows).compile().as_text()
+    assert len(collectives(text)["all-reduce"]) == 1
+    entry = text[text.index("\nENTRY ") :]
+    assert len(collectives(entry)["all-reduce"]) == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nothing_moves_between_host_and_devices_in_a_step(stage, corpus, minilm, tokenizer):
+    state, step, rows = make(stage, corpus, minilm, tokenizer)
+    state, _ = step(state, rows)
+    with jax.transfer_guard("disallow"):
+        state, metrics = step(state, rows)
+    assert np.isfinite(float(metrics["loss"]))
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "fsdp"])
+def test_a_divided_state_is_divided(sharding, corpus, minilm, tokenizer):
+    state, step, rows = make("contrastive", corpus, minilm, tokenizer, sharding)
+
+    def bytes_on_a_device(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    for _ in range(2):
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+        assert bytes_on_a_device(state.opt_state) < 2 * whole / 8 * 1.05
+        expected = whole / 8 * 1.05 if sharding == "fsdp" else whole
+        assert bytes_on_a_device(state.params) <= expected
+        state, _ = step(state, rows)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(corpus, minilm, tokenizer):
+    state, step, rows = make("contrastive", corpus, minilm, tokenizer)
+    state, _ = step(state, rows)
+    before = jax.device_get(state)
+    poisoned = jax.tree.map(lambda x: x, state.params)
+    norm = poisoned["encoder"]["layers"][1]["norm2"]
+    norm["scale"] = norm["scale"].at[0].set(np.nan)
+    state, metrics = step(state._replace(params=poisoned), rows)
+    assert metrics["skipped"] == 1 and int(state.step) == int(before.step) + 1
+    assert jax.tree.all(jax.tree.map(np.array_equal, before.opt_state, jax.device_get(state.opt_state)))
