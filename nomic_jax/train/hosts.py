@@ -135,8 +135,8 @@ def connect(place: Place) -> None:
     """
     who = f"process {place.process_id} of {place.num_processes} on {socket.gethostname()}"
     message = (
-        f"{who} is waiting for the others: are all running, can they reach {place.coordinator_address}, and is process 0 "
-        f"there? It waits for {CONNECT_SECONDS // 60} minutes"
+        f"{who} is waiting for the others: are all running, can they reach {place.coordinator_address}, and is process "
+        f"0 there? It waits for {CONNECT_SECONDS // 60} minutes"
     )
     patience = threading.Timer(PATIENCE_SECONDS, lambda: print(message, file=sys.stderr, flush=True))
     patience.start()
