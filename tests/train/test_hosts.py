@@ -1,0 +1,429 @@
+"""Several processes: the losses of one, restarts in another number of them, and the templates that start them.
+
+Two real processes with 4 virtual devices each, started by flags, by a stand-in for srun, and as the pods of the JobSet.
+"""
+
+import functools
+import importlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+import yaml
+
+from nomic_jax.data import tokens
+from nomic_jax.data.mixture import read_mixture
+from nomic_jax.train import hosts
+from nomic_jax.train.checkpoint import read_pretrained
+from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.interruption import EXIT_CODE
+from nomic_jax.train.loop import make_stream, train
+from nomic_jax.train.metrics import read_metrics
+from tests.train.test_stages import STAGES, load_config
+
+ROOT = Path(__file__).parent.parent.parent
+K8S = ROOT / "launch" / "k8s"
+# Of TCP between virtual devices most of the time would go into large gradients.
+TINY = dict(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
+# One shape: a step is compiled once.
+LENGTHS = {"data.query_length": 16, "data.document_length": 32}
+
+
+@pytest.fixture
+def run(corpus, minilm, tmp_path):
+    """Flags of a tiny run, and the same as a TrainConfig."""
+
+    def make(stage, **changes) -> tuple[list[str], TrainConfig]:
+        values = {f"model.{name}": value for name, value in TINY.items()} | {name: v for name, v in changes.items()}
+        mixture = {"mlm": "text.jsonl", "contrastive": "pairs.yaml"}[stage]
+        values |= {"data.mixture": str(corpus / mixture), "data.tokenizer": str(minilm)}
+        values |= {"data.cache_dir": str(tmp_path / "cache")}
+        config = importlib.import_module(f"configs.{stage}").get_config("debug")
+        config.update_from_flattened_dict(values)
+        flags = [f"--config=configs/{stage}.py:debug", *(f"--config.{name}={value}" for name, value in values.items())]
+        return flags, TrainConfig.from_mapping(config.to_dict())
+
+    return make
+
+
+def environment(**more: str) -> dict[str, str]:
+    cache = str(ROOT / ".pytest_cache" / "jax")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        **more,
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch.train", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def start_pair(*arguments: str) -> list[subprocess.Popen]:
+    address = f"--coordinator_address=localhost:{free_port()}"
+    return [start(address, "--num_processes=2", f"--process_id={i}", *arguments) for i in range(2)]
+
+
+def outputs(processes: list[subprocess.Popen]) -> list[str]:
+    """Of both, read at the same time: a full pipe would stop one of them, and so the other."""
+    texts = [""] * len(processes)
+
+    def read(i: int) -> None:
+        texts[i] = processes[i].communicate(timeout=240)[0]
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(len(processes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return texts
+
+
+def wait_for_steps(workdir: Path, steps: int, processes: list[subprocess.Popen]) -> None:
+    while len(read_metrics(workdir)) < steps and all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+
+
+def assert_same_run(workdir: Path, other: Path) -> None:
+    lines, others = read_metrics(workdir), read_metrics(other)
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    for line, wanted in zip(lines, others):
+        for name in ("loss", "grad_norm"):
+            assert line[name] == pytest.approx(wanted[name], rel=1e-5), (line["step"], name)
+        for name in ("accuracy", "source", "real_tokens", "padded_tokens"):
+            assert line[name] == wanted[name], (line["step"], name)
+    params, wanted = (read_pretrained(directory).params for directory in (workdir, other))
+    difference = jax.tree.map(np.subtract, params, wanted)
+    assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(wanted)
+
+
+def test_two_processes_give_the_losses_of_one_also_after_a_kill(run, tmp_path):
+    """Killed when a step or two past a checkpoint, and started again with the arguments of the JobSet."""
+    flags, config = run("contrastive", steps=6, **LENGTHS, **{"checkpoint.every": 2})
+    train(config, tmp_path / "one")
+    assert jax.device_count() == 8
+
+    workdir = f"--workdir={tmp_path / 'two'}"
+    pair = start_pair(workdir, *flags)
+    wait_for_steps(tmp_path / "two", 3, pair)
+    for process in pair:
+        process.kill()
+    first = outputs(pair)
+    assert len(read_metrics(tmp_path / "two")) >= 3, first
+
+    port = free_port()
+    again = [start(*pod_arguments(i, port)[:3], workdir, *flags) for i in range(2)]
+    texts = outputs(again)
+    assert [process.returncode for process in again] == [0, 0], texts
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    # The first process alone speaks and tokenises.
+    assert "8 device(s) in 2 processes" in texts[0] and "going on from step" in texts[0]
+    assert "contrastive" not in texts[1] and "tokenising" not in first[1]
+
+
+def test_slurm_starts_stops_and_requeues_and_one_process_goes_on(run, tmp_path):
+    """The batch script with a stand-in for srun; SIGTERM to one process ends both after the same step."""
+    flags, config = run("mlm", steps=30, sharding="fsdp", **{"checkpoint.every": 100})
+    train(config, tmp_path / "one")
+    workdir = tmp_path / "two"
+    with sbatch(tmp_path, f"--workdir={workdir}", *flags) as job:
+        wait_for_steps(workdir, 2, [job])
+        pids = (tmp_path / "pids").read_text(encoding="utf-8").split()
+        os.kill(int(pids[1]), signal.SIGTERM)
+        (text,) = outputs([job])
+    assert job.returncode == EXIT_CODE, text
+    assert (tmp_path / "scontrol").read_text(encoding="utf-8").startswith("requeue ")
+    done = len(read_metrics(workdir))
+    assert 2 <= done < 30 and text.count(f"stopped after step {done} of 30") == 2
+
+    # What two processes wrote in parts, one process reads, and goes on.
+    train(config, workdir)
+    assert_same_run(workdir, tmp_path / "one")
+
+
+def test_a_process_that_fails_takes_the_others_with_it(run, tmp_path):
+    flags, _ = run("mlm", steps=2)
+    missing = f"--config.data.mixture={tmp_path / 'nothing.jsonl'}"
+    began = time.monotonic()
+    pair = start_pair(f"--workdir={tmp_path / 'run'}", *flags, missing)
+    texts = outputs(pair)
+    assert [process.returncode for process in pair] == [2, 2], texts
+    assert "error: no file matches" in texts[0]
+    assert "error: process 0 on" in texts[1] and "nothing.jsonl" in texts[1]
+    # JAX would wait five minutes for the one that is waiting for the other.
+    assert time.monotonic() - began < 120
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_processes_read_their_share_of_the_same_batch(stage, corpus, minilm, tokenizer, monkeypatch):
+    stream = make_stream(load_config(stage, corpus, minilm), tokenizer)
+    for step in (0, 5):
+        whole = stream.batch(step, 0, 1)
+        parts = [stream.batch(step, i, 4) for i in range(4)]
+        for name, array in whole.arrays.items():
+            np.testing.assert_array_equal(np.concatenate([part.arrays[name] for part in parts]), array)
+        assert {(part.source, part.real_tokens, part.padded_tokens) for part in parts} == {whole[1:]}
+    if stage == "mlm":
+        return
+    read = []
+    get = tokens.RaggedTokens.__getitem__
+    monkeypatch.setattr(tokens.RaggedTokens, "__getitem__", lambda self, i: read.append(i) or get(self, i))
+    stream.batch(0, 0, 1)
+    of_all = len(read)
+    stream.batch(0, 1, 4)
+    assert len(read) - of_all == of_all / 4
+
+
+def test_one_of_several_tokenises(corpus, tokenizer, tmp_path, monkeypatch, capfd):
+    (source,) = read_mixture(str(corpus / "text.jsonl"), "text")
+    write, calls = tokens._write_columns, []
+
+    def slow_write(*arguments):
+        calls.append(1)
+        time.sleep(0.5)
+        return write(*arguments)
+
+    monkeypatch.setattr(tokens, "_write_columns", slow_write)
+    left = tmp_path / f".{source.name}-0.host-1.part"
+    left.mkdir()
+    pretokenize = functools.partial(tokens.pretokenize, source, tokenizer, tmp_path, progress=False)
+    threads = [threading.Thread(target=pretokenize) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert capfd.readouterr().err.count("waiting for another process that is tokenising") == 2
+    store = pretokenize()
+    # What a killed process left goes with the next one that makes the same store; of others nothing is touched.
+    (tmp_path / f".{source.name}-{store.fingerprint[:16]}.host-1.part").mkdir()
+    (tmp_path / f"{source.name}-{store.fingerprint[:16]}").rename(tmp_path / "moved")
+    pretokenize()
+    assert len(calls) == 2 and [path.name for path in tmp_path.glob(".*.part")] == [left.name]
+
+
+def test_a_known_store_is_opened_without_its_files(tokenizer, tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "one"}\n', encoding="utf-8")
+    (source,) = read_mixture(str(file), "text")
+    fingerprint = tokens.pretokenize(source, tokenizer, tmp_path / "cache", progress=False).fingerprint
+    file.write_text('{"text": "two"}\n', encoding="utf-8")
+    known = tokens.pretokenize(source, tokenizer, tmp_path / "cache", fingerprint=fingerprint)
+    assert known.fingerprint == fingerprint
+    with pytest.raises(ValueError, match=r"'data' is not the same on .* as on the host of the first process"):
+        tokens.pretokenize(source, tokenizer, tmp_path / "other", fingerprint=fingerprint)
+
+
+def test_disagreement_names_the_field(monkeypatch):
+    exchanged = lambda text: [text, text.replace('optim.lr": 1', 'optim.lr": 2')]  # noqa: E731
+    monkeypatch.setattr(hosts, "exchange", exchanged)
+    message = r"process 1 on .* has the config\.optim\.lr 2, process 0 on .* has 1; all processes need"
+    with pytest.raises(hosts.DistributedError, match=message):
+        hosts.check_agreement({"optim": {"lr": 1}, "seed": 0}, "0")
+    hosts.check_agreement({"optim": {"lr": 3}, "seed": 0}, "0")
+
+
+# As SLURM 22.05 sets them.
+STEP = dict(
+    SLURM_JOB_ID="6",
+    SLURM_STEP_ID="0",
+    SLURM_NTASKS="2",
+    SLURM_STEP_NUM_TASKS="2",
+    SLURM_STEP_NUM_NODES="2",
+    SLURM_STEP_NODELIST="n[01-02]",
+    SLURM_PROCID="1",
+    SLURM_LOCALID="0",
+    CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7",
+)
+
+
+class TestPlace:
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (("host:1", None, None), "--num_processes, --process_id is missing"),
+            ((None, 2, 0), "--coordinator_address is missing"),
+            (("host", 2, 0), "write host:port"),
+            (("host:port", 2, 0), "write host:port"),
+            (("host:1", 2, 2), "--process_id is 2 of --num_processes=2; the processes are numbered 0 to 1"),
+        ],
+    )
+    def test_flags_that_do_not_fit(self, flags, message):
+        with pytest.raises(hosts.DistributedError, match=re.escape(message)):
+            hosts.place_from_flags(*flags)
+
+    def test_flags(self):
+        assert hosts.place_from_flags(None, None, None) is None
+        assert hosts.place_from_flags("host:1", 2, 0) == hosts.Place("host:1", 2, 0)
+
+    def test_one_process_a_node_has_all_its_gpus(self):
+        assert hosts.place_from_slurm(STEP) == hosts.Place("n01:61482", 2, 1, None)
+
+    def test_one_process_a_gpu(self):
+        more = dict(SLURM_STEP_NUM_TASKS="16", SLURM_PROCID="13", SLURM_LOCALID="5")
+        assert hosts.place_from_slurm(STEP | more).local_device_ids == (5,)
+        bound = dict(CUDA_VISIBLE_DEVICES="0")  # by --gpus-per-task=1
+        assert hosts.place_from_slurm(STEP | more | bound).local_device_ids is None
+
+    @pytest.mark.parametrize(
+        ("nodes", "first"),
+        [("a", "a"), ("a,b", "a"), ("n[3,7-9],m1", "n3"), ("r[1-2]n[10-11]", "r1n10"), ("a-1.b,c[1-2]", "a-1.b")],
+    )
+    def test_first_node(self, nodes, first):
+        place = hosts.place_from_slurm(STEP | dict(SLURM_STEP_NODELIST=nodes))
+        assert place.coordinator_address.rpartition(":")[0] == first
+
+    def test_what_is_no_step_of_several_is_one_process(self):
+        batch = dict(SLURM_JOB_ID="6", SLURM_NTASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0")
+        interactive = STEP | dict(SLURM_STEP_NUM_TASKS="1")
+        for environ in ({}, batch, interactive):
+            assert hosts.place_from_slurm(environ) is None
+
+    def test_half_a_step(self):
+        with pytest.raises(hosts.DistributedError, match=r"'SLURM_PROCID' is missing.*--distributed=off"):
+            hosts.place_from_slurm({name: value for name, value in STEP.items() if name != "SLURM_PROCID"})
+
+
+# The part of srun that counts here: as many processes, with what it tells them; the highest exit code.
+SRUN = f"""#!{sys.executable}
+import os, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+count = int(os.environ["SLURM_NTASKS"])
+step = dict(SLURM_STEP_ID="0", SLURM_STEP_NODELIST="localhost,nowhere", SLURM_STEP_NUM_NODES=str(count))
+step |= dict(SLURM_STEP_NUM_TASKS=str(count), SLURM_LOCALID="0")
+tasks = [subprocess.Popen(command, env=os.environ | step | dict(SLURM_PROCID=str(i))) for i in range(count)]
+with open(os.environ["PIDS"], "w") as f:
+    f.write(" ".join(str(task.pid) for task in tasks))
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def sbatch(tmp_path: Path, *arguments: str, srun: str = SRUN, state: str = "RUNNING") -> subprocess.Popen:
+    """The batch script on the first node of an allocation, where SLURM's commands are stand-ins."""
+    commands = {
+        "srun": srun,
+        "squeue": f"#!/bin/sh\necho {state}\n",
+        "scontrol": f'#!/bin/sh\necho "$@" > {tmp_path / "scontrol"}\n',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(text, encoding="utf-8")
+        (tmp_path / "bin" / name).chmod(0o755)
+    allocation = dict(
+        SLURM_JOB_ID=str(random.randrange(1_000_000)),
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_NTASKS="2",
+        SLURM_PROCID="0",
+        SLURM_LOCALID="0",
+    )
+    more = dict(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", NOMIC_JAX_VENV=sys.prefix, PIDS=str(tmp_path / "pids"))
+    return subprocess.Popen(
+        ["bash", ROOT / "launch" / "slurm" / "train.sbatch", *arguments],
+        cwd=tmp_path,
+        env=environment(**allocation, **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"), [(75, "RUNNING", True), (75, "COMPLETING", False), (2, "RUNNING", False)]
+)
+def test_batch_script_requeues_what_was_preempted_and_nothing_else(code, state, requeued, tmp_path):
+    with sbatch(tmp_path, "--a", srun=f'#!/bin/sh\necho "$@"\nexit {code}\n', state=state) as job:
+        text = job.communicate()[0]
+    assert job.returncode == code and (tmp_path / "scontrol").exists() == requeued
+    assert text.splitlines()[0] == "--kill-on-bad-exit=0 --wait=150 python -m launch.train --a"
+
+
+def jobset(name: str) -> dict:
+    return yaml.safe_load((K8S / name).read_text(encoding="utf-8"))
+
+
+def pod(name: str) -> dict:
+    (workers,) = jobset(name)["spec"]["replicatedJobs"]
+    return workers["template"]["spec"]["template"]["spec"]
+
+
+def pod_arguments(index: int, port: int) -> list[str]:
+    """As the kubelet hands them to the pod, on one host."""
+    (container,) = pod("several_nodes.yaml")["containers"]
+    (declared,) = container["ports"]
+    values = {"$(COORDINATOR)": "localhost", "$(JOB_COMPLETION_INDEX)": str(index)}
+    values |= {f":{declared['containerPort']}": f":{port}"}
+    arguments = container["args"]
+    for name, value in values.items():
+        arguments = [argument.replace(name, value) for argument in arguments]
+    assert not any("$" in argument for argument in arguments)
+    return arguments
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("one_node.yaml", 1), ("several_nodes.yaml", 2)])
+def test_jobset(name, nodes):
+    """What the types of JobSet require, and what the fields must say of each other."""
+    spec = jobset(name)["spec"]
+    assert (jobset(name)["apiVersion"], jobset(name)["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (workers,) = spec["replicatedJobs"]
+    job = workers["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["completionMode"]) == (nodes, nodes, "Indexed")
+    # With another restart policy the pod failure policy is refused; with a backoff one pod would come back alone.
+    assert (job["backoffLimit"], pod(name)["restartPolicy"]) == (0, "Never")
+    (container,) = pod(name)["containers"]
+    on_exit, on_eviction = job["podFailurePolicy"]["rules"]
+    assert on_exit["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [EXIT_CODE]}
+    assert on_eviction["onPodConditions"][0]["type"] == "DisruptionTarget"
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod(name)["volumes"]}
+    assert pod(name)["terminationGracePeriodSeconds"] >= 120
+    assert container["command"] == ["python", "-m", "launch.train"]
+    if nodes > 1:
+        assert spec["coordinator"] == {"replicatedJob": workers["name"], "jobIndex": 0, "podIndex": 0}
+        assert f"--num_processes={nodes}" in container["args"]
+
+
+def test_jobset_names_fields_that_exist():
+    from configs.contrastive import get_config
+
+    config = get_config()
+    for name in ("one_node.yaml", "several_nodes.yaml"):
+        for argument in pod(name)["containers"][0]["args"]:
+            flag, _, _ = argument.removeprefix("--").partition("=")
+            if flag.startswith("config."):
+                functools.reduce(lambda group, field: group[field], flag.split(".")[1:], config)
+            else:
+                assert flag in ("config", "workdir", "coordinator_address", "num_processes", "process_id")
+
+
+def test_results_are_json():
+    """``of_first`` hands on what JSON makes of it, with one process too."""
+    assert hosts.of_first(lambda: ["a"]) == json.loads('["a"]')
+    assert hosts.exchange("text") == ["text"]
+    hosts.check_shared(Path("/nowhere"))
