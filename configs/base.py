@@ -15,9 +15,13 @@ def base_config(stage: str) -> ConfigDict:
     config.accumulate = 1
     config.steps = -1
     config.epochs = 1.0
-    config.chunk_size = 0
-    config.kept_chunks = 0
+    config.kept_chunks = 0.0
     config.log_every = 1
+    config.evaluation = ConfigDict(dict(every=0, tasks="", metric="ndcg@10"))
+    config.wandb = ""
+    config.trackio = ""
+    config.peak_tflops = 0.0
+    config.profile = ""
     # nomic-bert-2048, 137M parameters.
     config.model = ConfigDict(
         dict(
@@ -44,6 +48,8 @@ def base_config(stage: str) -> ConfigDict:
             matryoshka_weights=(),
             layer_norm=False,
             column_tile=0,
+            guide="",
+            guide_margin=0.0,
         )
     )
     config.data = ConfigDict(dict(mixture="", tokenizer="", cache_dir="token_cache", on_bad_row="raise"))

@@ -12,11 +12,12 @@ from configs.base import DEBUG_MODEL, base_config, choose_variant
 def get_config(variant: str = "paper") -> ConfigDict:
     config = base_config("contrastive")
     config.batch_size = 16_384
-    config.chunk_size = 128
     config.data.query_length = 2048
     config.data.document_length = 2048
     config.data.num_negatives = 0
     config.data.too_few_negatives = "error"
+    config.data.layout = "bucketed"
+    config.data.chunk_tokens = 0
     config.optim = ConfigDict(
         dict(lr=2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0, warmup=700.0, decay="inverse_sqrt")
     )
@@ -27,10 +28,10 @@ def get_config(variant: str = "paper") -> ConfigDict:
 def _debug(config: ConfigDict) -> None:
     config.model.update(DEBUG_MODEL | dict(dtype="float32"))
     config.batch_size = 16
-    config.chunk_size = 0
     config.steps = 20
     config.data.query_length = 32
     config.data.document_length = 64
+    config.data.layout = "padded"
     config.optim.update(dict(warmup=0.1))
     config.checkpoint.update(dict(every=10))
 
@@ -39,7 +40,6 @@ def _quickstart(config: ConfigDict) -> None:
     """A few minutes on 2 CPU cores, float32; a small batch wants a softer temperature."""
     config.model.update(dict(dtype="float32"))
     config.batch_size = 128
-    config.chunk_size = 0
     config.epochs = 2.0
     config.loss.temperature = 0.05
     config.data.query_length = 32

@@ -14,8 +14,11 @@ from nomic_jax.train.interruption import EXIT_CODE, Preempted
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it was raised.")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """``app.run`` in which ValueError and OSError become one line; others are defects and keep their traceback."""
+def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = ()) -> None:
+    """``app.run`` in which ValueError and OSError become one line; others are defects and keep their traceback.
+
+    ``main`` gets the arguments that are not flags; ``arguments`` are their names.
+    """
 
     def guarded(argv: list[str]) -> None:
         # Orbax tells of every file it renames at the level INFO, and of an error once for each of its threads, at
@@ -23,9 +26,15 @@ def run(main: Callable[[list[str]], None]) -> None:
         logging.set_verbosity(logging.FATAL)
         _show_warnings_once()
         try:
-            if len(argv) > 1:
-                raise ValueError(f"unexpected argument {argv[1]!r}; quote patterns (--input='*.jsonl'), and see --help")
-            main(argv)
+            given = argv[1:]
+            if len(given) > len(arguments):
+                unexpected = given[len(arguments)]
+                raise ValueError(
+                    f"unexpected argument {unexpected!r}; quote patterns (--input='*.jsonl'), and see --help"
+                )
+            if len(given) < len(arguments):
+                raise ValueError(f"the argument {arguments[len(given)]} is missing; see --help")
+            main(given)
         except Preempted as stop:
             print(stop, file=sys.stderr)
             sys.exit(EXIT_CODE)

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
@@ -18,7 +19,10 @@ from absl import flags
 from launch.errors import run
 from nomic_jax.data.sources import write_json
 from nomic_jax.evals import bm25
-from nomic_jax.evals.retrieval import FILES, RetrievalTask, task_sha256
+from nomic_jax.evals.retrieval import FILES, Embed, RetrievalTask, task_sha256
+
+if TYPE_CHECKING:
+    from nomic_jax.embedder import Embedder
 
 FLAGS = flags.FLAGS
 SUITES = ("local",)
@@ -60,7 +64,12 @@ def scorer(
         return bm25.run
     from nomic_jax.embedder import Embedder  # jax and a model: not for --help, BM25 or a wrong --data
 
-    embedder = Embedder.from_pretrained(model, max_length=max_length)
+    embed = embed_with(Embedder.from_pretrained(model, max_length=max_length), batch_size)
+    return lambda task: task.run(embed)
+
+
+def embed_with(embedder: "Embedder", batch_size: int = 64) -> Embed:
+    """What tasks call to have texts embedded under one of the model's prompts."""
 
     def embed(texts: list[str], prompt: str) -> np.ndarray:
         if embedder.prompts and prompt not in embedder.prompts:
@@ -68,7 +77,7 @@ def scorer(
         # A model without prompts was trained without: its texts go in as they are.
         return embedder.encode(texts, prompt=embedder.prompts.get(prompt, ""), batch_size=batch_size)
 
-    return lambda task: task.run(embed)
+    return embed
 
 
 def model_sha256(model: str) -> str:

@@ -80,5 +80,5 @@ python -m launch.search --model="$out/models/finetune" --corpus="$out/data/held_
   --query="convert an array to a list" --query="read a file and return its content"
 
 step "report"
-python -m launch.report --dir="$out" --min_gain=0.1
+python -m launch.report "$out" --min_gain=0.1
 echo "the embedder is in $out/models/finetune, the report in $out/report.md"

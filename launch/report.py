@@ -1,4 +1,4 @@
-"""One page for everything below a folder: training runs, curation, evaluations: python -m launch.report --dir=DIR
+"""One page for everything below a folder: training runs, curation, evaluations: python -m launch.report DIR
 
 Writes DIR/report.md, the pictures it shows, and the scores as DIR/report.json. What was measured on the clock
 stands in a section of its own; all else is the same when the same work is done again.
@@ -19,6 +19,7 @@ from absl import flags
 from launch.errors import run
 from nomic_jax.curate.report import table
 from nomic_jax.data.sources import atomic_file, write_json
+from nomic_jax.train.evaluation import read_evaluations
 from nomic_jax.train.metrics import read_metrics
 
 FLAGS = flags.FLAGS
@@ -29,9 +30,8 @@ METRIC = "ndcg@10"
 COLLECTED = ("rows_found", "duplicates_dropped", "pairs", "labelled", "held_out_queries", "held_out_documents")
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    folder = Path(FLAGS.dir)
+def main(arguments: list[str]) -> None:
+    folder = Path(arguments[0])
     runs = {path.parent.name: path.parent for path in folder.rglob("metrics.jsonl")}
     runs = {name: runs[name] for name in sorted(runs, key=rank)}
     scores = read_scores(folder)
@@ -169,17 +169,10 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
                 ]
             )
     if curves:
-        figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3), squeeze=False)
-        for axis, (name, lines) in zip(axes[0], curves.items()):
-            for source in dict.fromkeys(line["source"] for line in lines):
-                own = [line for line in lines if line["source"] == source]
-                axis.plot([line["step"] for line in own], [line["loss"] for line in own], label=source)
-            axis.set(title=name, xlabel="step", ylabel="loss")
-            axis.grid(alpha=0.3)
-            axis.legend()
-        save(figure, folder / "loss.png")
+        save(draw_curves(curves, {name: read_evaluations(runs[name]) for name in curves}), folder / "curves.png")
     header = [
         "stage",
+        "source",
         "width",
         "layers",
         "batch",
@@ -190,9 +183,40 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
         "accuracy",
         "real/padded",
     ]
-    picture = "\n![loss curves](loss.png)\n" if curves else ""
+    picture = "\n![training curves](curves.png)\n" if curves else ""
     note = "Losses and accuracy are means over the first or last tenth of a source's logged steps.\n\n" if rows else ""
     return f"## Training\n\n{note}{table(header, rows) if rows else ''}{picture}\n{details}" if runs else ""
+
+
+def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]]) -> plt.Figure:
+    """A column for each run; a line for each source, but for what all of them share."""
+    by_source = ("loss", "accuracy", "real/padded")
+    panels = [*by_source, "grad_norm", "lr", *(["evaluation"] if any(evaluations.values()) else [])]
+    figure, axes = plt.subplots(len(panels), len(curves), figsize=(4 * len(curves), 2.2 * len(panels)), squeeze=False)
+    for column, (name, lines) in enumerate(curves.items()):
+        lines = [line | {"real/padded": line["real_tokens"] / line["padded_tokens"]} for line in lines]
+        axes[0][column].set_title(name)
+        axes[-1][column].set_xlabel("step")
+        for axis, panel in zip(axes[:, column], panels):
+            axis.set_ylabel(panel)
+            axis.grid(alpha=0.3)
+            if panel in by_source:
+                for source in dict.fromkeys(line["source"] for line in lines):
+                    own = [line for line in lines if line["source"] == source]
+                    axis.plot([line["step"] for line in own], [line[panel] for line in own], label=source)
+            elif panel == "evaluation":
+                steps = [line["step"] for line in evaluations[name]]
+                axis.plot(steps, [line["figure"] for line in evaluations[name]], "ko-", label="mean")
+                for task in dict.fromkeys(task for line in evaluations[name] for task in line["tasks"]):
+                    values = [next(iter(line["tasks"].get(task, {}).values()), None) for line in evaluations[name]]
+                    axis.plot(steps, values, "o--", alpha=0.5, label=task)
+            else:
+                axis.plot([line["step"] for line in lines], [line[panel] for line in lines])
+        # Beyond so many names a legend hides the curves.
+        for axis in axes[:, column]:
+            if 0 < len(axis.get_legend_handles_labels()[1]) <= 10 and axis in (axes[0][column], axes[-1][column]):
+                axis.legend()
+    return figure
 
 
 def timing(runs: dict[str, Path]) -> str:
@@ -202,10 +226,12 @@ def timing(runs: dict[str, Path]) -> str:
         if lines:
             seconds = statistics.median(line["seconds_per_step"] for line in lines)
             tokens = statistics.median(line["tokens_per_second"] for line in lines)
-            rows.append([name, seconds, f"{tokens:,.0f}"])
+            mfu = [line["mfu"] for line in lines if "mfu" in line]
+            rows.append([name, seconds, f"{tokens:,.0f}", f"{statistics.median(mfu):.1%}" if mfu else "-"])
     if not rows:
         return ""
-    return f"## Timings\n\nMedians over the logged steps.\n\n{table(['run', 'seconds a step', 'real tokens/s'], rows)}"
+    header = ["run", "seconds a step", "real tokens/s", "MFU"]
+    return f"## Timings\n\nMedians over the logged steps.\n\n{table(header, rows)}"
 
 
 def shown(config: dict[str, Any], folder: Path) -> str:
@@ -221,8 +247,5 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "dir", None, "A working directory, or a folder with several and their evaluations.", required=True
-    )
     flags.DEFINE_float("min_gain", None, "Fail unless contrastive training gained so much average nDCG@10.")
-    run(main)
+    run(main, ("DIR",))

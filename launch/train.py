@@ -15,8 +15,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch.errors import run
+from launch.evaluate import embed_with, find_tasks
+from nomic_jax.embedder import Embedder
+from nomic_jax.evals.retrieval import RetrievalTask
+from nomic_jax.hf import Checkpoint
 from nomic_jax.train import hosts
 from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.evaluation import Evaluate
 from nomic_jax.train.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/mlm.py, contrastive.py or finetune.py")
@@ -42,13 +47,25 @@ def main(_: list[str]) -> None:
     if hosts.is_first():
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         print(f"{config.stage}: {jax.device_count()} device(s){processes}, {jax.devices()[0].device_kind}")
-    last = train(config, _WORKDIR.value)
+    evaluate = make_evaluation(config.evaluation.tasks) if config.evaluation.every else None
+    last = train(config, _WORKDIR.value, evaluate=evaluate)
     if not hosts.is_first():
         return
     if last:
         print(f"{config.stage}: finished with " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))
     else:
         print(f"{config.stage}: {_WORKDIR.value} is at its last step")
+
+
+def make_evaluation(tasks: str) -> Evaluate:
+    """Scores on local tasks; they are read now, so that a fault in them is not found an hour later."""
+    read = {name: RetrievalTask.read(folder) for name, folder in find_tasks(tasks.split(",")).items()}
+
+    def evaluate(model: Checkpoint) -> dict[str, dict[str, float]]:
+        embedder = Embedder.from_checkpoint(model)
+        return {name: dict(task.run(embed_with(embedder))) for name, task in read.items()}
+
+    return evaluate
 
 
 def _join() -> None:

@@ -113,6 +113,29 @@ class Embedder:
             raise FileNotFoundError(f"{path_or_hub_id} holds neither tokenizer.json nor vocab.txt")
         if layer_norm is None and str(path_or_hub_id) == "nomic-ai/nomic-embed-text-v1.5":
             layer_norm = True
+        return cls.from_checkpoint(
+            checkpoint,
+            dtype=dtype,
+            max_length=max_length,
+            truncate_dim=truncate_dim,
+            layer_norm=layer_norm,
+            attention=attention,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str | None = None,
+        max_length: int | None = None,
+        truncate_dim: int | None = None,
+        layer_norm: bool | None = None,
+        attention: str = "auto",
+    ) -> "Embedder":
+        """Of a model that has been read, or is being trained; the other arguments are those of ``from_pretrained``."""
+        if checkpoint.tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer")
         config = dataclasses.replace(
             checkpoint.config,
             encoder=dataclasses.replace(

@@ -21,13 +21,16 @@ class Batch(NamedTuple):
     Attributes:
       arrays: what the stage's loss takes; the first axis of each is rows.
       source: the name of the source that all rows come from.
-      real_tokens, padded_tokens: of the global batch: texts' own tokens, and those plus padding.
+      real_tokens, padded_tokens: of the global batch: texts' own tokens, and those plus padding, and with chunks plus
+        what the other devices could do while they wait for the one with most of them.
+      token_pairs: of the global batch: the sum of texts' squared lengths, what attention has to do.
     """
 
     arrays: dict[str, np.ndarray]
     source: str
     real_tokens: int
     padded_tokens: int
+    token_pairs: int
 
 
 class Stream(Protocol):

@@ -72,7 +72,8 @@ class MlmStream:
         masked = [self._masked_row(row, epoch) for row in rows]
         arrays = {name: np.stack([row[name] for row in masked]) for name in masked[0]}
         tokens = self.batch_size * self.seq_len
-        return Batch(arrays, "text", real_tokens=tokens, padded_tokens=tokens)
+        # With a document mask fewer count; they are not looked up for that.
+        return Batch(arrays, "text", tokens, tokens, token_pairs=tokens * self.seq_len)
 
     def _locate(self, row: int) -> tuple[int, int]:
         """(index of the source, row in it) of a row counted through all sources."""

@@ -13,27 +13,39 @@ from nomic_jax.data.tokenizer import Tokenizer, truncate
 from nomic_jax.data.tokens import TokenStore
 
 LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths decide on the buckets
+MAX_CHUNK_TOKENS = 16_384  # fills a GPU; larger ones are bucketed more coarsely, hence with more padding
 
 
 def make_layout(
     kind: Literal["padded", "bucketed", "packed"],
     stores: Sequence[TokenStore],
+    *,
     query_length: int,
     document_length: int,
-    chunk_tokens: int,
+    documents_per_row: int,
+    rows_per_device: int,
+    chunk_tokens: int = 0,
 ) -> Layout | None:
-    """How the texts of a batch are laid out; None for "padded": all to the longest of the batch."""
-    longest = max(query_length, document_length)
-    budget = max(chunk_tokens, longest)
+    """How the texts of a batch are laid out; None for "padded": all to the longest of the batch.
+
+    Without ``chunk_tokens`` a chunk is an eighth of what a device has to do of an average batch, so that what its last
+    chunk leaves empty is little, and at most MAX_CHUNK_TOKENS.
+    """
     if kind == "padded":
         return None
+    lengths, tokens_per_row = [], 0.0
+    for store in stores:
+        sample = np.arange(min(len(store), LAYOUT_SAMPLE))
+        query = np.minimum(store.columns["query"].lengths(sample), query_length)
+        document = np.minimum(store.columns["document"].lengths(sample), document_length)
+        lengths += [query, document]
+        share_of_rows = len(store) / sum(map(len, stores))
+        tokens_per_row += share_of_rows * float(query.mean() + documents_per_row * document.mean())
+    longest = max(query_length, document_length)
+    by_rule = min(int(tokens_per_row * rows_per_device / 8), MAX_CHUNK_TOKENS)
+    budget = max(chunk_tokens or by_rule, longest)
     if kind == "packed":
         return packed_layout(longest, budget)
-    lengths = [
-        np.minimum(tokens.lengths(np.arange(min(len(tokens), LAYOUT_SAMPLE))), cut)
-        for store in stores
-        for tokens, cut in ((store.columns["query"], query_length), (store.columns["document"], document_length))
-    ]
     return bucketed_layout(np.concatenate(lengths), longest, budget, parts=(1, 4))
 
 
@@ -113,6 +125,7 @@ class PairStream:
         query_lengths = np.minimum(store.columns["query"].lengths(rows), self.query_length)
         document_lengths = np.minimum(_candidate_lengths(store, candidates), self.document_length)
         real_tokens = int(query_lengths.sum() + document_lengths.sum())
+        token_pairs = int((query_lengths.astype(np.int64) ** 2).sum() + (document_lengths.astype(np.int64) ** 2).sum())
         if self.layout is None:
             plan = None
             own = np.arange(self.batch_size)[share(self.batch_size, shard, shard_count)][None]
@@ -134,7 +147,7 @@ class PairStream:
         if self.layout is not None and plan is not None:
             texts = [ids for pair in zip(queries, documents) for part in pair for ids in part]
             arrays |= fill_chunks(plan, self.layout, own_devices, texts, self.pad_id)
-            return Batch(arrays, store.name, real_tokens, plan.padded_tokens)
+            return Batch(arrays, store.name, real_tokens, plan.waited_tokens, token_pairs)
         Lq = padded_length(int(query_lengths.max()), self.query_length)
         Ld = padded_length(int(document_lengths.max()), self.document_length)
         arrays |= {
@@ -143,7 +156,8 @@ class PairStream:
             "document_ids": pad_right(documents[0], Ld, self.pad_id).reshape(own.size, -1, Ld),
             "document_length": document_lengths[own[0]].astype(np.int32),
         }
-        return Batch(arrays, store.name, real_tokens, self.batch_size * Lq + candidates.size * Ld)
+        padded_tokens = self.batch_size * Lq + candidates.size * Ld
+        return Batch(arrays, store.name, real_tokens, padded_tokens, token_pairs)
 
     def _candidates(self, store: TokenStore, row: int, step: int) -> np.ndarray:
         """What a query is compared with, [1 + M]: r < rows is document r, and rows + n is text n of the negatives."""

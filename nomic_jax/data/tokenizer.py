@@ -25,7 +25,12 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self.vocabulary.values()) + 1
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id."""
+        return self.backend.get_vocab(with_added_tokens=True)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":

@@ -5,9 +5,11 @@ A working directory holds
     config.json          the resolved configuration
     tokenizer.json       the tokenizer that made the tokens
     metrics.jsonl        one line every config.log_every steps
+    evaluation.jsonl     the scores of each evaluation
     skipped.jsonl        the steps whose loss or gradient was not finite, if there were any
     checkpoints/<step>/  orbax: `params`, `training` (step, optimizer state), and a record of config, data and versions;
                          SHA-256 of every file, see ``nomic_jax.train.manifest``
+    best                 a link to the checkpoint with the best evaluation figure, if there are evaluations
     rejected/<step>/     checkpoints with a damaged file, moved out of the way of a run that went on from an earlier one
 
 The place in the data is the step, because a stream is a function of it; the record's fingerprint says of which stream.
@@ -19,6 +21,7 @@ are checked before it is read.
 import contextlib
 import dataclasses
 import itertools
+import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -35,8 +38,9 @@ from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_mlm_head
 from nomic_jax.train import hosts
 from nomic_jax.train.config import CheckpointConfig
-from nomic_jax.train.manifest import find_damage, write_manifest
-from nomic_jax.train.record import FORMAT, check_format, check_same_arrays, check_same_run
+from nomic_jax.train.loss import init_temperature
+from nomic_jax.train.manifest import MANIFEST, find_damage, hash_files, write_manifest
+from nomic_jax.train.record import FORMAT, check_format, check_same_arrays, check_same_run, trained_prompts
 from nomic_jax.train.sharding import make_mesh, replicated
 from nomic_jax.train.state import TrainState
 
@@ -57,6 +61,7 @@ class Checkpoints:
 
     Attributes:
       latest_step: of the latest sound checkpoint, that under way included; None if there is none at all.
+      best_step: the one that is never pruned, and that <workdir>/best is a link to; None if there is none.
 
     Raises:
       DamagedCheckpoint: there are checkpoints, and none is sound; they stay where they are.
@@ -65,6 +70,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: CheckpointConfig, record: dict[str, Any]):
         self.record, self._config = record, config
         self._directory = (workdir / "checkpoints").absolute()
+        self.best_step: int | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
         # By one process: others would find gone what it moves.
@@ -128,14 +134,24 @@ class Checkpoints:
         if hosts.is_first():
             # Only now: until its hashes are written, the new checkpoint is none.
             self._prune()
+            self._link_best()
 
     def _prune(self) -> None:
         every = self._config.keep_every
         for step in _steps(self._directory)[: -self._config.keep]:
-            if not (every and step and step % every == 0):
+            if step != self.best_step and not (every and step and step % every == 0):
                 # By a rename first: a kill must not leave half a checkpoint under the name of a whole one.
                 old = (self._directory / str(step)).rename(self._directory / f"{step}.old.part")
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _link_best(self) -> None:
+        if self.best_step is None or not (self._directory / str(self.best_step)).is_dir():
+            return
+        link = self._directory.parent / "best"
+        new = link.with_name("best.part")
+        new.unlink(missing_ok=True)
+        new.symlink_to(Path("checkpoints") / str(self.best_step))
+        new.rename(link)
 
     @contextlib.contextmanager
     def _explained(self, step: int, size: int) -> Iterator[None]:
@@ -224,7 +240,8 @@ def _megabytes(size: int) -> str:
 
 
 def read_pretrained(path: str | Path) -> Checkpoint:
-    """From a run's working directory (its latest checkpoint), one of its checkpoints, or a Hugging Face directory.
+    """From a run's working directory (its latest checkpoint), one of its checkpoints (``best`` too), or a Hugging Face
+    directory.
 
     What is wrong with a run's latest checkpoints is warned of, and the latest sound one taken.
 
@@ -233,6 +250,7 @@ def read_pretrained(path: str | Path) -> Checkpoint:
       DamagedCheckpoint: the checkpoint that ``path`` names, or every one of the run, is damaged.
     """
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     if (path / "checkpoints").is_dir():
         return _read_run(path, None)
     if path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir():
@@ -242,6 +260,23 @@ def read_pretrained(path: str | Path) -> Checkpoint:
     raise FileNotFoundError(
         f"{path} is neither the working directory of a run, nor a checkpoint in it, nor a Hugging Face directory"
     )
+
+
+def identify(path: str | Path) -> dict[str, Any]:
+    """Of what ``read_pretrained`` reads at ``path``: where it is, its step if it is of a run, and a hash of its files.
+
+    The hash is that of a checkpoint's manifest, which holds those of its files; of a Hugging Face directory the same is
+    made from its configuration, tokenizer and weights.
+    """
+    path = Path(path).resolve()
+    if (path / "checkpoints").is_dir():
+        step, _ = _latest_sound(path / "checkpoints")
+        path = path / "checkpoints" / str(step)
+    if path.parent.name == "checkpoints":
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return {"path": str(path), "step": int(path.name), "sha256": manifest["sha256"]}
+    files = sorted(file for pattern in ("*.json", "*.safetensors", "*.bin", "*.txt") for file in path.glob(pattern))
+    return {"path": str(path), "sha256": hash_files(path, files)}
 
 
 def _read_run(workdir: Path, step: int | None) -> Checkpoint:
@@ -267,6 +302,8 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
     abstract = {"encoder": abstract_encoder(model.encoder)}
     if record["has_mlm_head"]:
         abstract["mlm_head"] = abstract_mlm_head(model.encoder)
+    if record.get("config", {}).get("loss", {}).get("learn_temperature"):
+        abstract["temperature"] = jax.eval_shape(lambda: init_temperature(1.0))
     sharding = replicated(make_mesh(jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
     params = ocp.load_checkpointables(path, {"params": abstract})["params"]
@@ -275,13 +312,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
     )
     if "imported" in record:
         return dataclasses.replace(read, **record["imported"])
-    return dataclasses.replace(read, prompts=_prompts_of_training(record), training=(*read.training, record))
-
-
-def _prompts_of_training(record: dict[str, Any]) -> dict[str, str] | None:
-    """{} for a run whose pairs carried no prefix at all: its model must get none either."""
-    prefixes = [source[side] for source in record["sources"] for side in ("query_prefix", "document_prefix")]
-    return None if record["config"]["stage"] == "mlm" or any(prefixes) else {}
+    return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
 
 
 def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:

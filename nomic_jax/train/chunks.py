@@ -12,7 +12,7 @@ from nomic_jax.model.heads import pool_segments
 
 
 def embed_chunks(
-    params: dict, chunks: dict[str, jax.Array], model: EmbeddingConfig, layout: Layout, *, kept_chunks: int = 0
+    params: dict, chunks: dict[str, jax.Array], model: EmbeddingConfig, layout: Layout, *, kept_chunks: float = 0.0
 ) -> jax.Array:
     """Embeddings [N, E] of a device's texts, in the order of the plan; may run inside ``jax.shard_map``.
 
@@ -24,9 +24,9 @@ def embed_chunks(
       chunks: one device's arrays of ``fill_chunks``.
       model: the encoder and its pooling.
       layout: the shapes that the chunks have.
-      kept_chunks: so many chunks keep their activations for the backward pass, the others are computed once more in it:
-        memory for speed. They are computed in the largest shape, whatever theirs is; only for layouts whose rows all
-        have one length.
+      kept_chunks: share of the chunks that keep their activations for the backward pass, the others are computed once
+        more in it: memory for speed. They are computed in the largest shape, whatever theirs is; only for layouts whose
+        rows all have one length.
     """
     # A zero that varies over devices like the chunks do. Adding it here, and not within a branch, keeps a reduction out
     # of the branches' backward passes, where it would wait for devices that took another branch.
@@ -56,12 +56,13 @@ def embed_chunks(
 
     if kept_chunks and len({shape.length for shape in layout.shapes}) > 1:
         raise ValueError("kept_chunks is for packed layouts; chunks of several row lengths are always computed twice")
+    kept = round(kept_chunks * len(chunks["shape"]))
     stacked = {name: array for name, array in chunks.items() if name != "place"}
     parts = [
         jax.lax.map(one_chunk, part)
         for one_chunk, part in (
-            (kept_chunk, {name: array[:kept_chunks] for name, array in stacked.items()}),
-            (recomputed_chunk, {name: array[kept_chunks:] for name, array in stacked.items()}),
+            (kept_chunk, {name: array[:kept] for name, array in stacked.items()}),
+            (recomputed_chunk, {name: array[kept:] for name, array in stacked.items()}),
         )
         if len(part["shape"])
     ]

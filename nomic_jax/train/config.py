@@ -52,7 +52,7 @@ class PairData:
       too_few_negatives: "error", or "random" to fill up with other rows' documents.
       layout: "padded": all texts of a batch to its longest; "bucketed": chunks of texts of similar length; "packed":
         several texts a row (nomic_jax/data/packing.py).
-      chunk_tokens: tokens of a chunk of the last two; good is an eighth of a device's share, at most 16,384.
+      chunk_tokens: tokens of a chunk of the last two; 0 for an eighth of a device's share, at most 16,384.
     """
 
     mixture: str
@@ -64,7 +64,7 @@ class PairData:
     on_bad_row: Literal["raise", "skip"] = "raise"
     too_few_negatives: Literal["error", "random"] = "error"
     layout: Literal["padded", "bucketed", "packed"] = "padded"
-    chunk_tokens: int = 16_384
+    chunk_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,21 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores while training. A checkpoint is saved with each, and the one with the best figure is kept for good.
+
+    Attributes:
+      every: steps between evaluations (the last step is always evaluated); 0 for none.
+      tasks: task folders of launch.evaluate, or folders of them, separated by commas.
+      metric: what decides which checkpoint is the best: its mean over the tasks, the higher the better.
+    """
+
+    every: int = 0
+    tasks: str = ""
+    metric: str = "ndcg@10"
+
+
+@dataclasses.dataclass(frozen=True)
 class LossConfig:
     """The contrastive loss; masked-LM has none of this. See ``nomic_jax.train.loss.contrastive_loss``.
 
@@ -118,6 +133,10 @@ class LossConfig:
       matryoshka_weights: a weight for each of them; () for 1 each.
       layer_norm: LayerNorm after pooling (nomic-embed-text-v1.5).
       column_tile: candidates compared at a time, which bounds the memory of very large batches; 0 for all at once.
+      guide: an embedder (a run or a Hugging Face directory) with the same tokenizer, which stays as it is: candidates
+        that it finds more similar to a query than the query's positive are no negatives (GISTEmbed, arXiv:2402.16829).
+        It sees the texts with their prefixes.
+      guide_margin: so much more similar, in cosine similarity.
     """
 
     temperature: float
@@ -127,6 +146,8 @@ class LossConfig:
     matryoshka_weights: tuple[float, ...] = ()
     layer_norm: bool = False
     column_tile: int = 0
+    guide: str = ""
+    guide_margin: float = 0.0
 
     def check(self, hidden_size: int) -> None:
         """Raises ConfigurationError for values that cannot work with embeddings of this width."""
@@ -161,10 +182,13 @@ class TrainConfig:
       accumulate: micro-batches of a step (masked-LM only: a contrastive batch cannot be cut).
       steps: optimizer steps; -1 for ``epochs`` passes over the data; 0 writes the initial weights and stops.
       sharding: "replicated", "zero1" or "fsdp", see ``nomic_jax.train.sharding``.
-      kept_chunks: so many chunks of the layout "packed" are kept for the backward pass instead of computed again in it.
-      chunk_size: with the layout "padded", texts that a device encodes at a time with recomputation in the backward
-        pass, which bounds memory at the price of one more forward pass; 0 for all at once.
+      kept_chunks: share of the chunks of texts whose activations are kept for the backward pass. The others are
+        computed again in it, one at a time, which bounds memory for any batch at the price of one more forward pass.
+        Above 0 only with the layout "packed", whose chunks have one shape; "padded" has no chunks, and keeps all.
       log_every: steps between lines of metrics.jsonl.
+      wandb, trackio: the project that the metrics go to besides; empty for none.
+      peak_tflops: of one device, for the MFU; 0 for that of its data sheet, if nomic_jax.train.flops knows it.
+      profile: "first:last" steps of which a trace is written to <workdir>/profile; empty for none.
     """
 
     stage: Literal["mlm", "contrastive", "finetune"]
@@ -174,7 +198,6 @@ class TrainConfig:
     accumulate: int
     steps: int
     epochs: float
-    chunk_size: int
     log_every: int
     loss: LossConfig
     model: EncoderConfig
@@ -182,7 +205,26 @@ class TrainConfig:
     optim: OptimConfig
     checkpoint: CheckpointConfig
     sharding: Literal["replicated", "zero1", "fsdp"] = "replicated"
-    kept_chunks: int = 0
+    kept_chunks: float = 0.0
+    evaluation: EvaluationConfig = EvaluationConfig()
+    wandb: str = ""
+    trackio: str = ""
+    peak_tflops: float = 0.0
+    profile: str = ""
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """(first, last)
+
+        Raises:
+          ConfigurationError: the field is something else than two numbers of steps.
+        """
+        if not self.profile:
+            return None
+        first, colon, last = self.profile.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ConfigurationError(f'config.profile is {self.profile!r}; write first:last, such as "10:15"')
+        return int(first), int(last)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
@@ -207,10 +249,15 @@ class TrainConfig:
         if self.accumulate > 1 and self.stage != "mlm":
             raise ConfigurationError(
                 "config.accumulate must be 1 here: the batch is what a query is compared with; "
-                "to save memory, write config.chunk_size instead"
+                "to save memory, write config.data.layout=bucketed, whose chunks are computed one at a time"
             )
         if self.data.cache_dir == "":
             raise ConfigurationError("config.data.cache_dir is empty; name a directory for the tokenised text")
+        if self.evaluation.every < 0 or (self.evaluation.every > 0) != bool(self.evaluation.tasks):
+            raise ConfigurationError(
+                "config.evaluation needs both: `every` so many steps, and `tasks`, the folders of tasks"
+            )
+        _ = self.profiled_steps
         if self.log_every < 1:
             raise ConfigurationError("config.log_every must be at least 1")
         if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
@@ -227,6 +274,11 @@ class TrainConfig:
                 raise ConfigurationError(
                     f"config.checkpoint.allow_changed names {name!r}; it may name {', '.join(sorted(changeable))}"
                 )
+        layout = self.data.layout if isinstance(self.data, PairData) else ""
+        if not 0 <= self.kept_chunks <= (layout == "packed"):
+            raise ConfigurationError(
+                f"config.kept_chunks is {self.kept_chunks:g}; write 0, or up to 1 with config.data.layout=packed"
+            )
         if isinstance(self.data, MlmData) and not 0 < self.data.mask_rate < 1:
             raise ConfigurationError(f"config.data.mask_rate is {self.data.mask_rate}; it must lie between 0 and 1")
         if isinstance(self.data, PairData) and (self.stage == "finetune") != (self.data.num_negatives > 0):

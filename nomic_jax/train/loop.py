@@ -2,12 +2,9 @@
 
 import contextlib
 import dataclasses
-import time
 from pathlib import Path
 
 import jax
-import numpy as np
-from tqdm import tqdm
 
 from nomic_jax.data.loader import Stream, read_ahead
 from nomic_jax.data.mixture import Kind, read_mixture
@@ -19,13 +16,14 @@ from nomic_jax.data.tokens import TokenStore, pretokenize
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train import hosts
-from nomic_jax.train.checkpoint import Checkpoints, read_pretrained
+from nomic_jax.train.checkpoint import Checkpoints, identify, read_pretrained
 from nomic_jax.train.config import ConfigurationError, MlmData, TrainConfig
+from nomic_jax.train.evaluation import Evaluate, Evaluations
 from nomic_jax.train.interruption import Interruption, Preempted
-from nomic_jax.train.metrics import MetricsWriter
 from nomic_jax.train.optim import learning_rate, make_optimizer
-from nomic_jax.train.record import make_record
-from nomic_jax.train.sharding import make_mesh, put_rows
+from nomic_jax.train.progress import Progress
+from nomic_jax.train.record import make_record, trained_prompts
+from nomic_jax.train.sharding import gather_locally, make_mesh, put_rows, replicated
 from nomic_jax.train.skipped import SkippedSteps
 from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
@@ -33,13 +31,23 @@ from nomic_jax.train.state import init_state, make_train_step
 ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}
 
 
-def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | None = None) -> dict[str, float]:
+def train(
+    config: TrainConfig,
+    workdir: str | Path,
+    devices: list[jax.Device] | None = None,
+    evaluate: Evaluate | None = None,
+    stop: int | None = None,
+    expected_data: str = "",
+) -> dict[str, float]:
     """Runs a stage to its last step, going on from the latest checkpoint of ``workdir`` if there is one.
 
     Args:
       config: every setting of the run.
       workdir: see ``nomic_jax.train.checkpoint``.
       devices: those to use; all by default.
+      evaluate: what ``config.evaluation`` asks for.
+      expected_data: the fingerprint that the stream must have.
+      stop: ends this part of the run after so many steps, as an interruption would, but without an error.
 
     Returns:
       The metrics of the last step; empty if the run had finished before.
@@ -65,11 +73,17 @@ def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | 
             f"embeddings; write a config.model.vocab_size of at least {tokenizer.vocab_size}, or the right tokenizer"
         )
     stream = make_stream(config, tokenizer, mesh.size)
+    if expected_data and stream.fingerprint != expected_data:
+        raise ConfigurationError(
+            f"{config.data.mixture}: these are not the rows and tokens of the run (their fingerprint is "
+            f"{stream.fingerprint[:16]}, it had {expected_data[:16]}); give the same files, unchanged"
+        )
     steps = config.steps if config.steps >= 0 else round(config.epochs * stream.steps_per_epoch)
+    end = steps if stop is None else min(stop, steps)
     hosts.check_agreement(config=dataclasses.asdict(config), data=stream.fingerprint)
     hosts.check_shared(workdir)
 
-    stage = make_stage(config, model, stream.layout)
+    stage = make_stage(config, model, stream.layout, _guide(config, model, tokenizer))
     schedule = learning_rate(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
     train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding)
@@ -77,8 +91,16 @@ def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | 
         jax.random.key(config.seed), stage, optimizer, mesh, _start_values(config, pretrained), config.sharding
     )
 
-    earlier = list(pretrained.training) if pretrained is not None else []
-    record = make_record(config, model, stream, tokenizer, earlier)
+    frozen = jax.device_put(stage.frozen, replicated(mesh))
+    record = make_record(
+        config,
+        model,
+        stream,
+        tokenizer,
+        device_count=mesh.size,
+        parent=identify(config.init_from) if config.init_from else None,
+        earlier=list(pretrained.training) if pretrained is not None else [],
+    )
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint, record))
@@ -94,50 +116,22 @@ def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | 
                 write_json(workdir / "config.json", resolved)
             checkpoints.save(0, state)
 
-        last: dict[str, float] = {}
-        writer = None
-        if hosts.is_first():
-            writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
         skipped = SkippedSteps(workdir, start, stream)
-        bar = tqdm(
-            initial=start,
-            total=steps,
-            desc=config.stage,
-            unit=" steps",
-            dynamic_ncols=True,
-            disable=not hosts.is_first(),
-        )
-        stack.enter_context(bar)
-        batches = read_ahead(stream, start, steps, jax.process_index(), jax.process_count())
-        window_start, window_tokens, window_steps = time.perf_counter(), 0, 0
+        evaluations = Evaluations(config.evaluation, workdir, start, evaluate)
+        progress = stack.enter_context(Progress(config, model.encoder, workdir, start, steps, schedule))
+        batches = read_ahead(stream, start, end, jax.process_index(), jax.process_count())
         for step, batch in enumerate(batches, start + 1):
-            state, metrics = train_step(state, put_rows(batch.arrays, mesh))
+            state, metrics = train_step(state, put_rows(batch.arrays, mesh), frozen)
             skipped.add(step, batch.source, metrics)
-            window_tokens += batch.real_tokens
-            window_steps += 1
-            if step % config.log_every == 0 or step == steps:
-                last = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                seconds = time.perf_counter() - window_start
-                if writer is not None:
-                    writer.write(
-                        step,
-                        last
-                        | {
-                            "lr": float(np.asarray(schedule(step - 1))),
-                            "source": batch.source,
-                            "real_tokens": batch.real_tokens,
-                            "padded_tokens": batch.padded_tokens,
-                            "seconds_per_step": seconds / window_steps,
-                            "tokens_per_second": window_tokens / seconds,
-                        },
-                    )
-                bar.set_postfix(
-                    loss=f"{last['loss']:.3f}", tokens_per_s=f"{window_tokens / seconds:.0f}", refresh=False
-                )
-                window_start, window_tokens, window_steps = time.perf_counter(), 0, 0
-            bar.update()
+            progress.add(step, batch, metrics)
+            evaluating = evaluations.is_due(step, steps)
+            if evaluating:
+                params = gather_locally(state.params, mesh)
+                scores = evaluations.run(step, Checkpoint(model, params, tokenizer, prompts=trained_prompts(record)))
+                progress.show(step, scores)
+                checkpoints.best_step = evaluations.best_step
             stopping = interruption.at(step)
-            if stopping or step == steps or checkpoints.is_due(step):
+            if stopping or evaluating or step == end or checkpoints.is_due(step):
                 skipped.catch_up()
                 checkpoints.save(step, state)
             checkpoints.check()
@@ -147,7 +141,7 @@ def train(config: TrainConfig, workdir: str | Path, devices: list[jax.Device] | 
                     f"{interruption.name}: stopped after step {step} of {steps}, which is saved in {workdir}; "
                     f"the same command goes on"
                 )
-    return last
+    return progress.last
 
 
 def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1) -> Stream:
@@ -185,7 +179,15 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1) -> 
         document_length=data.document_length,
         num_negatives=data.num_negatives,
         too_few_negatives=data.too_few_negatives,
-        layout=make_layout(data.layout, stores, data.query_length, data.document_length, data.chunk_tokens),
+        layout=make_layout(
+            data.layout,
+            stores,
+            query_length=data.query_length,
+            document_length=data.document_length,
+            documents_per_row=1 + data.num_negatives,
+            rows_per_device=config.batch_size // devices,
+            chunk_tokens=data.chunk_tokens,
+        ),
         devices=devices,
         seed=config.seed,
     )
@@ -212,6 +214,18 @@ def _tokenizer(config: TrainConfig, pretrained: Checkpoint | None) -> Tokenizer:
     if pretrained is not None and pretrained.tokenizer is not None:
         return pretrained.tokenizer
     raise ConfigurationError("no tokenizer is named; write config.data.tokenizer (a directory or a hub name)")
+
+
+def _guide(config: TrainConfig, model: EmbeddingConfig, tokenizer: Tokenizer) -> Checkpoint | None:
+    if not config.loss.guide or config.stage == "mlm":
+        return None
+    guide = read_pretrained(config.loss.guide)
+    where = f"config.loss.guide: {config.loss.guide}"
+    if guide.tokenizer is None or guide.tokenizer.vocabulary != tokenizer.vocabulary:
+        raise ConfigurationError(f"{where} has another vocabulary than this run: it would take the tokens for others")
+    encoder = dataclasses.replace(guide.config.encoder, dtype=model.encoder.dtype, attention=model.encoder.attention)
+    config.check_lengths(encoder)
+    return dataclasses.replace(guide, config=dataclasses.replace(guide.config, encoder=encoder))
 
 
 def _start_values(config: TrainConfig, pretrained: Checkpoint | None) -> dict:

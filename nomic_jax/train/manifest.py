@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from nomic_jax.data.sources import write_json
 
@@ -12,11 +14,20 @@ MANIFEST = "manifest.sha256.json"
 
 def write_manifest(directory: Path) -> None:
     """Hashes what lies below ``directory``, about 1 GB/s, and writes it to its MANIFEST."""
-    files = {}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        name = path.relative_to(directory).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    files = _entries(directory, (path for path in directory.rglob("*") if path.is_file()))
     write_json(directory / MANIFEST, {"files": files, "sha256": _sha256_of_json(files)})
+
+
+def hash_files(directory: Path, files: Iterable[Path]) -> str:
+    """The hash that a manifest of these files has."""
+    return _sha256_of_json(_entries(directory, files))
+
+
+def _entries(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    return {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(files)
+    }
 
 
 def find_damage(directory: Path) -> str | None:

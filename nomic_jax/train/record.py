@@ -1,8 +1,12 @@
 """What a checkpoint says of the run it belongs to, and whether another run may go on from it."""
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,14 +28,29 @@ class ResumeError(ValueError):
 
 
 def make_record(
-    config: TrainConfig, model: EmbeddingConfig, stream: Stream, tokenizer: Tokenizer, earlier: list[dict] | None = None
+    config: TrainConfig,
+    model: EmbeddingConfig,
+    stream: Stream,
+    tokenizer: Tokenizer,
+    *,
+    device_count: int,
+    parent: dict[str, Any] | None = None,
+    earlier: list[dict] | None = None,
 ) -> dict:
-    """What a checkpoint says of itself, as JSON; ``earlier`` are the stages before it, see ``Checkpoint.training``."""
+    """What a checkpoint says of itself, as JSON.
+
+    Args:
+      config, model, stream, tokenizer: of the run.
+      device_count: devices of the run, over all processes.
+      parent: what it started from, see ``nomic_jax.train.checkpoint.identify``; None for random weights.
+      earlier: the records of the stages before it, see ``Checkpoint.training``.
+    """
     return {
         "format": FORMAT,
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(model),
         "has_mlm_head": config.stage == "mlm",
+        "parent": parent,
         "earlier": earlier or [],
         "sources": [
             {
@@ -45,14 +64,47 @@ def make_record(
         ],
         "data_fingerprint": stream.fingerprint,
         "tokenizer_sha256": tokenizer.sha256,
+        "device_count": device_count,
+        **describe_surroundings(),
+    }
+
+
+def describe_surroundings() -> dict[str, Any]:
+    """What the bits of a result depend on besides the record's settings: devices, packages, our own code."""
+    package = Path(__file__).parent.parent
+    sources = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        sources.update(f"{file.relative_to(package).as_posix()} ".encode() + hashlib.sha256(file.read_bytes()).digest())
+    commit = ""
+    if (package.parent / ".git").exists():
+        with contextlib.suppress(OSError):
+            git = subprocess.run(
+                ["git", "-C", str(package.parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            )
+            commit = git.stdout.strip()
+    return {
         "device_kind": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        # The hash is of what ran, also where it differs from the commit.
+        "code": {"commit": commit, "sha256": sources.hexdigest()},
     }
 
 
 # What may change between the parts of a run without making it another run.
-_FREE_FIELDS = ("log_every", "checkpoint", "chunk_size", "sharding")
+_FREE_FIELDS = (
+    "checkpoint",
+    "evaluation",
+    "kept_chunks",
+    "log_every",
+    "peak_tflops",
+    "profile",
+    "sharding",
+    "trackio",
+    "wandb",
+)
+# Of the model: what decides on speed and memory, not on what is computed.
+_FREE_OF_MODEL = ("encoder.attention", "encoder.recompute")
 
 
 def check_format(record: dict[str, Any], path: Path) -> None:
@@ -77,7 +129,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
         for key in sorted(before.keys() | now.keys()):
             group = key.partition(".")[0] if part == "config" else ""
             # The model comes whole; of the data, see below.
-            if group not in (*_FREE_FIELDS, "model", "data"):
+            if group not in (*_FREE_FIELDS, "model", "data") and (part != "model" or key not in _FREE_OF_MODEL):
                 differences.append((group, f"{part}.{key}", before.get(key), now.get(key)))
     differences += [("tokenizer", "tokenizer_sha256", saved["tokenizer_sha256"], current["tokenizer_sha256"])]
     if saved["data_fingerprint"] != current["data_fingerprint"]:
@@ -127,3 +179,9 @@ def check_same_arrays(saved: Any, wanted: Any) -> None:
                 f"the checkpoint has {name} as {before.get(name, 'nothing')}, the run {now.get(name, 'nothing')}: "
                 f"another model or optimizer; use the version of nomic_jax that wrote it, or take another --workdir"
             )
+
+
+def trained_prompts(record: dict[str, Any]) -> dict[str, str] | None:
+    """Of the model of a run: None for nomic's; {} if its pairs carried no prefix at all: it must get none either."""
+    prefixes = [source[side] for source in record["sources"] for side in ("query_prefix", "document_prefix")]
+    return None if record["config"]["stage"] == "mlm" or any(prefixes) else {}

@@ -45,6 +45,12 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda _: P(), tree)
 
 
+def gather_locally(tree: Any, mesh: Mesh) -> Any:
+    """Every leaf whole on the first device of this process; to be called by all processes."""
+    gathered = jax.jit(lambda leaves: leaves, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), gathered)
+
+
 def put_rows(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows to its devices, as parts of global arrays whose first axis is dealt over all devices."""
     sharding = NamedSharding(mesh, P(DATA))

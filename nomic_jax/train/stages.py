@@ -4,6 +4,7 @@ A stage's loss runs on every device inside ``jax.shard_map`` and returns sums; t
 and devices and divides once, so the gradient is that of the global mean for any number of devices.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nomic_jax.data.packing import Layout
+from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, embed, encode, init_encoder, init_mlm_head, mlm_logits
 from nomic_jax.train.chunks import embed_chunks
 from nomic_jax.train.config import TrainConfig
@@ -34,15 +36,22 @@ class LossSums(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Attributes: init: key -> params; loss: (params, this device's rows) -> LossSums."""
+    """Attributes:
+    init: key -> params.
+    loss: (params and frozen, this device's rows) -> LossSums.
+    frozen: parameters that the loss takes besides and that are not trained.
+    """
 
     init: Callable[[jax.Array], dict]
     loss: Callable[[dict, dict[str, jax.Array]], LossSums]
+    frozen: dict
 
 
-def make_stage(config: TrainConfig, model: EmbeddingConfig, layout: Layout | None = None) -> Stage:
-    """The stage of the configuration; ``layout`` is that of the stream."""
-    return _mlm(model) if config.stage == "mlm" else _contrastive(config, model, layout)
+def make_stage(
+    config: TrainConfig, model: EmbeddingConfig, layout: Layout | None = None, guide: Checkpoint | None = None
+) -> Stage:
+    """The stage of the configuration; ``layout`` is that of the stream, ``guide`` what ``config.loss.guide`` names."""
+    return _mlm(model) if config.stage == "mlm" else _contrastive(config, model, layout, guide)
 
 
 def _mlm(model: EmbeddingConfig) -> Stage:
@@ -73,40 +82,46 @@ def _mlm(model: EmbeddingConfig) -> Stage:
         weight = jnp.sum(rows["target"] >= 0).astype(jnp.float32)
         return LossSums(loss, weight, {"accuracy": correct})
 
-    return Stage(init, loss)
+    return Stage(init, loss, frozen={})
 
 
-def _contrastive(config: TrainConfig, model: EmbeddingConfig, layout: Layout | None) -> Stage:
+def _contrastive(config: TrainConfig, model: EmbeddingConfig, layout: Layout | None, guide: Checkpoint | None) -> Stage:
     options = config.loss
+    guide_model = None if guide is None else dataclasses.replace(guide.config, dim=None, normalize=True)
 
     def init(key: jax.Array) -> dict:
         params = {"encoder": init_encoder(key, model.encoder)}
         return params | {"temperature": init_temperature(options.temperature)} if options.learn_temperature else params
 
-    def embeddings(encoder: dict, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def embeddings(encoder: dict, model: EmbeddingConfig, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Of the queries [b, E], and of their documents [b, C, E]."""
+        b, C, _ = rows["document_hash"].shape
         if layout is not None:
             chunks = {name: rows[name] for name in CHUNK_ARRAYS if name in rows}
             text_NE = embed_chunks(encoder, chunks, model, layout, kept_chunks=config.kept_chunks)
-            b = len(rows["query_hash"])
-            return text_NE[:b], text_NE[b:]
-        ids_NL = rows["document_ids"].reshape(-1, rows["document_ids"].shape[-1])
-        return (
-            _embed_in_chunks(encoder, rows["query_ids"], rows["query_length"], model, config.chunk_size),
-            _embed_in_chunks(encoder, ids_NL, rows["document_length"].reshape(-1), model, config.chunk_size),
-        )
+            return text_NE[:b], text_NE[b:].reshape(b, C, -1)
+        queries = {"ids": rows["query_ids"], "length": rows["query_length"]}
+        documents = {
+            "ids": rows["document_ids"].reshape(-1, rows["document_ids"].shape[-1]),
+            "length": rows["document_length"].reshape(-1),
+        }
+        return embed(encoder, queries, model), embed(encoder, documents, model).reshape(b, C, -1)
 
     def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
-        b, C, _ = rows["document_hash"].shape
-        query_bE, document_NE = embeddings(params["encoder"], rows)
+        query_bE, document_bCE = embeddings(params["encoder"], model, rows)
+        guides = (None, None) if guide_model is None else embeddings(params["guide"], guide_model, rows)
         total, metrics = contrastive_loss(
             query_bE,
-            document_NE.reshape(b, C, -1),
+            document_bCE,
             rows["query_hash"],
             rows["document_hash"],
             temperature=temperature_of(params["temperature"]) if options.learn_temperature else options.temperature,
             axis_name=DATA,
             bidirectional=options.bidirectional,
             in_batch_negatives=rows["in_batch_negatives"],
+            guide_query_bG=guides[0],
+            guide_document_bCG=guides[1],
+            guide_margin=options.guide_margin,
             matryoshka_dims=options.matryoshka_dims,
             matryoshka_weights=options.matryoshka_weights,
             column_tile=options.column_tile,
@@ -115,24 +130,4 @@ def _contrastive(config: TrainConfig, model: EmbeddingConfig, layout: Layout | N
         weight = jnp.sum(jnp.ones_like(rows["in_batch_negatives"], jnp.float32))
         return LossSums(total, weight, metrics)
 
-    return Stage(init, loss)
-
-
-def _embed_in_chunks(
-    params: dict, ids_NL: jax.Array, length_N: jax.Array, model: EmbeddingConfig, chunk_size: int
-) -> jax.Array:
-    """Embeddings [N, E]; in chunks whose activations are recomputed in the backward pass, so one chunk's are alive."""
-    N, L = ids_NL.shape
-    if not 0 < chunk_size < N:
-        return embed(params, {"ids": ids_NL, "length": length_N}, model)
-    # The last chunk is filled up with texts of no tokens, whose embedding is the constant 0.
-    missing = -N % chunk_size
-    ids_chunks = jnp.pad(ids_NL, ((0, missing), (0, 0))).reshape(-1, chunk_size, L)
-    length_chunks = jnp.pad(length_N, (0, missing)).reshape(-1, chunk_size)
-
-    @jax.checkpoint
-    def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        ids_CL, length_C = chunk
-        return embed(params, {"ids": ids_CL, "length": length_C}, model)
-
-    return jax.lax.map(one_chunk, (ids_chunks, length_chunks)).reshape(N + missing, -1)[:N]
+    return Stage(init, loss, {} if guide is None else {"guide": guide.params["encoder"]})

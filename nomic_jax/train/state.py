@@ -48,7 +48,7 @@ def _state_specs(state: TrainState, mesh: Mesh, sharding: Sharding) -> Any:
     return state._replace(step=P(), params=params, opt_state=opt_state)  # type: ignore[arg-type]
 
 
-TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_train_step(
@@ -58,7 +58,9 @@ def make_train_step(
     accumulate: int = 1,
     sharding: Sharding = "replicated",
 ) -> TrainStep:
-    """The jitted step (state, rows) -> (state, metrics); the state is donated.
+    """The jitted step (state, rows, the stage's frozen parameters if it has any) -> (state, metrics).
+
+    The state is donated.
 
     Each device computes the gradient of its own rows' sums, micro-batch by micro-batch in float32; one reduction adds
     them up over devices; one division makes them the global mean's. A step whose loss or gradient is not finite changes
@@ -68,32 +70,32 @@ def make_train_step(
     param_specs = divided(params, mesh) if sharding == "fsdp" else whole(params)
     gradient_specs = whole(params) if sharding == "replicated" else divided(params, mesh)
 
-    def value_and_gradient(params: dict, rows: dict[str, jax.Array]):
+    def value_and_gradient(params: dict, frozen: dict, rows: dict[str, jax.Array]):
         def loss(params):
-            sums = stage.loss(params, rows)
+            sums = stage.loss(params | frozen, rows)
             return sums.loss, sums
 
         gradient, sums = jax.grad(loss, has_aux=True)(params)
         return sums, gradient
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(param_specs, P(DATA)), out_specs=(P(), gradient_specs))
-    def global_sums(params: dict, rows: dict[str, jax.Array]):
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(param_specs, P(), P(DATA)), out_specs=(P(), gradient_specs))
+    def global_sums(params: dict, frozen: dict, rows: dict[str, jax.Array]):
         # Varying over devices, the parameters' gradient stays local until the one reduction below.
         params = jax.tree.map(_gather, params, param_specs)
         micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), rows)
-        sums, gradient = value_and_gradient(params, jax.tree.map(lambda x: x[0], micro_batches))
+        sums, gradient = value_and_gradient(params, frozen, jax.tree.map(lambda x: x[0], micro_batches))
         if accumulate > 1:
 
             def add(total, micro_batch):
-                return jax.tree.map(jnp.add, total, value_and_gradient(params, micro_batch)), None
+                return jax.tree.map(jnp.add, total, value_and_gradient(params, frozen, micro_batch)), None
 
             rest = jax.tree.map(lambda x: x[1:], micro_batches)
             (sums, gradient), _ = jax.lax.scan(add, (sums, gradient), rest)
         return jax.lax.psum(sums, DATA), _reduce(gradient, gradient_specs)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, rows: dict[str, jax.Array]):
-        sums, gradient = global_sums(state.params, rows)
+    def train_step(state: TrainState, rows: dict[str, jax.Array], frozen: dict | None = None):
+        sums, gradient = global_sums(state.params, frozen or {}, rows)
         gradient = jax.tree.map(lambda x: x / sums.weight, gradient)
         loss, grad_norm = sums.loss / sums.weight, optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

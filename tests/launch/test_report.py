@@ -17,9 +17,18 @@ def folder(tmp_path):
         (workdir / "config.json").write_text(json.dumps(RUN | {"data": {"mixture": f"{tmp_path}/pairs.yaml"}}))
         lines = [
             {"step": step, "loss": 4.0 / step, "accuracy": 0.1 * step, "source": "a", "real_tokens": 60}
-            | {"padded_tokens": 80, "seconds_per_step": 0.5, "tokens_per_second": 120.0}
+            | {
+                "padded_tokens": 80,
+                "grad_norm": 1.0,
+                "lr": 1e-4,
+                "seconds_per_step": 0.5,
+                "tokens_per_second": 120.0,
+                "mfu": 0.25,
+            }
             for step in range(1, 5)
         ]
+        evaluation = {"step": 4, "figure": score, "tasks": {"t": {"ndcg@10": score}}}
+        (workdir / "evaluation.jsonl").write_text(json.dumps(evaluation) + "\n")
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         scores = {"ndcg@10": score, "queries": 10, "documents": 20}
         (tmp_path / "eval").mkdir(exist_ok=True)
@@ -29,7 +38,7 @@ def folder(tmp_path):
 
 
 def report(folder, gain):
-    command = [sys.executable, "-m", "launch.report", f"--dir={folder}", f"--min_gain={gain}"]
+    command = [sys.executable, "-m", "launch.report", str(folder), f"--min_gain={gain}"]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -40,9 +49,9 @@ def test_figures_pictures_and_order(folder):
     assert [row.split("|")[1].strip() for row in rows[:4]] == ["random", "mlm", "contrastive", "finetune"]
     assert "| contrastive | 0.450 | 0.450 |" in text
     assert "| mlm | a | 8 | 1 | 4 | 4 | 0.0002 | 4.000 | 1.000 | 0.400 | 75.0% |" in text
-    assert "| mlm | 0.500 | 120 |" in text.split("## Timings")[1]
+    assert "| mlm | 0.500 | 120 | 25.0% |" in text.split("## Timings")[1]
     assert str(folder) not in text and '"mixture": "pairs.yaml"' in text
-    assert (folder / "ndcg.png").stat().st_size > 1000 and (folder / "loss.png").stat().st_size > 1000
+    assert (folder / "ndcg.png").stat().st_size > 1000 and (folder / "curves.png").stat().st_size > 1000
     assert json.loads((folder / "report.json").read_text())["finetune"] == {"ndcg@10": 0.46}
 
 

@@ -113,9 +113,9 @@ def chunked(params, texts, weights, pooling, layout, device_count, kept_chunks):
     [
         ("bucketed", "mean", 8, 0),
         ("bucketed", "cls", 1, 0),
-        ("packed", "mean", 8, 1),
+        ("packed", "mean", 8, 0.5),
         ("packed", "cls", 8, 0),
-        ("packed", "mean", 1, 100),
+        ("packed", "mean", 1, 1.0),
     ],
 )
 def test_chunks_give_what_single_texts_give(kind, pooling, device_count, kept_chunks, params, texts, weights, plain):

@@ -59,7 +59,7 @@ def test_a_field_that_cannot_be_read(change, message):
         ("mlm", {"batch_size": 20}, "cannot be dealt to 8 devices; write 16 or 24"),
         ("mlm", {"batch_size": 20, "accumulate": 4}, "8 devices x 4 micro-batches; write 32"),
         ("mlm", {"log_every": 0}, "log_every must be at least 1"),
-        ("contrastive", {"accumulate": 2}, "write config.chunk_size instead"),
+        ("contrastive", {"accumulate": 2}, "write config.data.layout=bucketed"),
     ],
 )
 def test_values_that_cannot_work_together(stage, change, message):

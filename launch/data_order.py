@@ -1,0 +1,36 @@
+"""Prints which rows of which source are in the batch of a step: python -m launch.data_order RUN --step=N
+
+One line a source, as JSON: {"source": name, "rows": [numbers]}. Rows are counted from 0, without rejected ones; those
+of masked-LM are rows of seq_len tokens. Steps are counted from 1, as in metrics.jsonl.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+
+from launch.errors import run
+from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.loop import make_stream
+
+FLAGS = flags.FLAGS
+
+
+def main(arguments: list[str]) -> None:
+    workdir = Path(arguments[0])
+    if not (workdir / "config.json").exists():
+        raise FileNotFoundError(f"{workdir} is not the working directory of a run: it has no config.json")
+    config = TrainConfig.from_mapping(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+    if FLAGS.mixture:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=FLAGS.mixture))
+    stream = make_stream(config, Tokenizer.from_directory(workdir))
+    for source, rows in stream.row_numbers(FLAGS.step - 1).items():
+        print(json.dumps({"source": source, "rows": rows}))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("step", None, "Which batch.", required=True, lower_bound=1)
+    flags.DEFINE_string("mixture", "", "Where the data are now, if not where the run's config.json says.")
+    run(main, ("RUN",))

@@ -1,0 +1,67 @@
+"""Scores of the model while it trains, and which checkpoint has the best one."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from nomic_jax.hf import Checkpoint
+from nomic_jax.train import hosts
+from nomic_jax.train.config import ConfigurationError, EvaluationConfig
+from nomic_jax.train.metrics import keep_until, read_metrics
+
+# Of a model: task -> metric -> value, higher is better.
+Evaluate = Callable[[Checkpoint], Mapping[str, Mapping[str, float]]]
+
+
+class Evaluations:
+    """evaluation.jsonl: step, figure (the mean of ``config.metric`` over the tasks), and all scores by task."""
+
+    def __init__(self, config: EvaluationConfig, workdir: Path, start_step: int, evaluate: Evaluate | None):
+        if config.every and evaluate is None:
+            raise ConfigurationError("config.evaluation.every is set, and there is nothing to evaluate with")
+        self._config, self._evaluate = config, evaluate
+        self._path = Path(workdir) / "evaluation.jsonl"
+        self._figures: dict[int, float] = {}
+        if hosts.is_first() and self._path.exists():
+            self._figures = {line["step"]: line["figure"] for line in keep_until(self._path, start_step)}
+
+    @property
+    def best_step(self) -> int | None:
+        """That of the highest figure, the earliest of equals."""
+        return max(self._figures, key=lambda step: (self._figures[step], -step), default=None)
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        return self._config.every > 0 and (step % self._config.every == 0 or step == last_step)
+
+    def run(self, step: int, model: Checkpoint) -> dict[str, float]:
+        """Evaluates in the first process, while the others wait, and returns the scores as "task/metric".
+
+        Raises:
+          ConfigurationError: no task has the metric.
+        """
+
+        def scores() -> dict[str, dict[str, float]]:
+            assert self._evaluate is not None
+            return {task: dict(metrics) for task, metrics in self._evaluate(model).items()}
+
+        tasks: dict[str, dict[str, float]] = hosts.of_first(scores)
+        values = [metrics[self._config.metric] for metrics in tasks.values() if self._config.metric in metrics]
+        if not values:
+            known = sorted({metric for metrics in tasks.values() for metric in metrics})
+            raise ConfigurationError(
+                f"config.evaluation.metric is {self._config.metric!r}; the tasks have {', '.join(known)}"
+            )
+        figure = statistics.fmean(values)
+        # A model that has diverged must not be the best one.
+        self._figures[step] = figure if math.isfinite(figure) else -math.inf
+        if hosts.is_first():
+            with self._path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps({"step": step, "figure": figure, "tasks": tasks}) + "\n")
+        return {f"{task}/{name}": value for task, metrics in tasks.items() for name, value in metrics.items()}
+
+
+def read_evaluations(workdir: Path) -> list[dict]:
+    """The lines of evaluation.jsonl in order."""
+    return read_metrics(workdir, "evaluation.jsonl")

@@ -1,0 +1,131 @@
+"""Runs a stage again from what its checkpoint says of itself, and compares the two to the bit."""
+
+import dataclasses
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from nomic_jax.train.checkpoint import DamagedCheckpoint
+from nomic_jax.train.config import CheckpointConfig, ConfigurationError, EvaluationConfig, TrainConfig
+from nomic_jax.train.loop import train
+from nomic_jax.train.manifest import find_damage
+from nomic_jax.train.record import check_format, describe_surroundings
+
+
+class Reproduction(NamedTuple):
+    """Attributes:
+    step: of the checkpoint.
+    expected, found: SHA-256 of all arrays (parameters, optimizer state, step) of the checkpoint, and of its repetition.
+    differing: array -> norm of the difference as a share of the array's norm.
+    surroundings: what is another now than it was then: versions, devices, code.
+    """
+
+    step: int
+    expected: str
+    found: str
+    differing: dict[str, float]
+    surroundings: list[str]
+
+    @property
+    def identical(self) -> bool:
+        return self.expected == self.found
+
+
+def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "", init_from: str = "") -> Reproduction:
+    """Trains from the start to the step of a checkpoint of a run, in another working directory.
+
+    Args:
+      checkpoint: <workdir of the run>/checkpoints/<step>, or a link to it.
+      workdir: of the repetition; one that was interrupted is gone on with.
+      mixture, init_from: where the data and the model before it are now, if they were moved. Data with other content
+        are refused: their fingerprint is in the record.
+
+    Raises:
+      DamagedCheckpoint, ConfigurationError, ResumeError: it cannot be repeated; the message says why.
+    """
+    path = Path(checkpoint).resolve()
+    if path.parent.name != "checkpoints" or not path.is_dir():
+        raise ConfigurationError(f"{checkpoint} is not a checkpoint; give RUN/checkpoints/STEP, or RUN/best")
+    if problem := find_damage(path):
+        raise DamagedCheckpoint(f"{path}: {problem}")
+    record = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+    check_format(record, path)
+    if "config" not in record:
+        raise ConfigurationError(f"{path} was imported, not trained")
+    config = TrainConfig.from_mapping(record["config"])
+    there = init_from or config.init_from
+    if config.init_from and not Path(there).exists():
+        raise ConfigurationError(f"the run started from {there}, which is not here; say where it is with --init_from")
+    devices = jax.devices()
+    if len(devices) < record["device_count"]:
+        raise ConfigurationError(
+            f"the run had {record['device_count']} devices, here are {len(devices)}: the last bits of a sum depend on "
+            f"their number. On a CPU, JAX_NUM_CPU_DEVICES={record['device_count']} makes so many"
+        )
+    step = record["step"]
+    config = dataclasses.replace(
+        config,
+        init_from=there,
+        data=dataclasses.replace(config.data, mixture=mixture or config.data.mixture),
+        # The steps are those of the run; what it saved, told and measured on the way changed none of them.
+        checkpoint=CheckpointConfig(every=config.checkpoint.every, keep=1),
+        evaluation=EvaluationConfig(),
+        wandb="",
+        trackio="",
+        profile="",
+    )
+    if step:
+        train(
+            config,
+            workdir,
+            devices[: record["device_count"]],
+            stop=step,
+            expected_data=record["data_fingerprint"],
+        )
+    again = Path(workdir).absolute() / "checkpoints" / str(step)
+    expected, found = _arrays(path), _arrays(again)
+    return Reproduction(
+        step,
+        _sha256(expected),
+        _sha256(found),
+        dict(_differences(expected, found)),
+        [
+            f"{name} was {record.get(name)!r}, is {now!r}"
+            for name, now in describe_surroundings().items()
+            if record.get(name) != now
+        ],
+    )
+
+
+def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
+    with warnings.catch_warnings():
+        # Orbax warns that it takes the sharding from the file: it is looked at here, not trained on.
+        warnings.simplefilter("ignore")
+        trees = ocp.load_checkpointables(checkpoint)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path({name: trees[name] for name in ("params", "training")})
+    }
+
+
+def _sha256(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _differences(expected: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, array in expected.items():
+        if not np.array_equal(array, found[name], equal_nan=True):
+            exact = array.astype(np.float64)
+            norm = float(np.linalg.norm(exact))
+            yield name, float(np.linalg.norm(exact - found[name])) / norm if norm else math.inf
