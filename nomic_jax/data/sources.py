@@ -205,17 +205,17 @@ def read_rows(
       BadRow: broken JSON or UTF-8, a missing column, a wrong type, an empty text; and, under either policy because rows
         would be lost uncounted: a cut gzip, a broken parquet file, one without the columns or with other types.
     """
-    check_policy(on_bad_row, rejected)
+    check_policy(on_bad_row)
+    if on_bad_row == "skip" and rejected is None:
+        raise ValueError('on_bad_row="skip" needs `rejected`, so that no row is lost unseen')
     for file in expand_files(pattern):
         rows = open_file(file, columns, others)
         yield from usable_rows(rows.numbered(), columns, others, allow_empty, on_bad_row, rejected)
 
 
-def check_policy(on_bad_row: str, rejected: RejectedRows | None) -> None:
+def check_policy(on_bad_row: str) -> None:
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f'on_bad_row is {on_bad_row!r}; write "raise" or "skip"')
-    if on_bad_row == "skip" and rejected is None:
-        raise ValueError('on_bad_row="skip" needs `rejected`, so that no row is lost unseen')
 
 
 def usable_rows(
