@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nomic_jax.data.loader import Batch, share, shuffled
+from nomic_jax.data.loader import Batch, share
+from nomic_jax.data.mixing import shuffled
 from nomic_jax.data.packing import Layout
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import TokenStore, check_tokenizer

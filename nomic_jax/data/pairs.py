@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from nomic_jax.data.batching import flat_places, hash_texts, pad_flat, padded_length
-from nomic_jax.data.loader import Batch, share, shuffled
+from nomic_jax.data.loader import Batch, share
+from nomic_jax.data.mixing import Mixing, Sampling
 from nomic_jax.data.packing import Layout, bucketed_layout, fill_chunks, packed_layout, plan_chunks
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import TokenStore, check_tokenizer
@@ -38,10 +39,10 @@ def make_layout(
 
 
 class PairStream:
-    """Pairs, or triplets when ``num_negatives`` is given; sources are visited in proportion to their rows.
+    """Pairs, or triplets when ``num_negatives`` is given; ``sampling`` decides how often a source is visited.
 
-    In an epoch every source gives its full batches (rows // batch_size), all of them in one shuffled order; rows are
-    shuffled within their source. The negatives of a row are drawn anew at every visit.
+    By default every source gives its full batches (rows // batch_size) in an epoch, all of them in one shuffled order;
+    rows are shuffled within their source. The negatives of a row are drawn anew at every visit.
 
     Without a layout, arrays of a batch (b rows, M negatives, Lq and Ld from a short menu of lengths):
       query_ids [b, Lq], query_length [b], document_ids [b, 1 + M, Ld], document_length [b, 1 + M]: document 0 of each
@@ -63,44 +64,33 @@ class PairStream:
         num_negatives: int = 0,
         too_few_negatives: Literal["error", "random"] = "error",
         own_candidates_only: frozenset[str] = frozenset(),
+        sampling: Sampling | None = None,
         layout: Layout | None = None,
         devices: int = 1,
         seed: int = 0,
     ):
+        sampling = sampling or Sampling()
         self.stores: Sequence[TokenStore] = list(stores)
         check_tokenizer(self.stores, tokenizer)
         self.batch_size, self.seed, self.num_negatives = batch_size, seed, num_negatives
         self.query_length, self.document_length = query_length, document_length
         self.pad_id = tokenizer.special_id("[PAD]")
-        batches = [len(store) // batch_size for store in self.stores]
-        for store, count in zip(self.stores, batches):
-            if count == 0:
-                raise ValueError(
-                    f"source {store.name!r} has {len(store)} rows, fewer than config.batch_size {batch_size}; "
-                    f"lower the batch size or leave the source out"
-                )
-            if num_negatives and too_few_negatives == "error":
+        if num_negatives and too_few_negatives == "error":
+            for store in self.stores:
                 _check_negatives(store, num_negatives)
-        self.batch_ends = np.cumsum(batches)
-        self.steps_per_epoch = int(self.batch_ends[-1])
+        self.mixing = Mixing(self.stores, batch_size, seed, sampling)
+        self.steps_per_epoch = self.mixing.steps_per_epoch
         self.rows = sum(len(store) for store in self.stores)
         self.own_candidates_only = own_candidates_only
         self.layout, self.devices = layout, devices
         apart = tuple(sorted(own_candidates_only))
-        settings = (batch_size, query_length, document_length, num_negatives, too_few_negatives, seed, *apart)
+        settings = (batch_size, query_length, document_length, num_negatives, too_few_negatives, seed, sampling, *apart)
         fingerprints = tuple(store.fingerprint for store in self.stores)
         self.fingerprint = hashlib.sha256(repr(settings + fingerprints).encode()).hexdigest()
 
     def rows_of_step(self, step: int) -> tuple[int, np.ndarray]:
         """(index of the source, its row numbers [batch_size]) of a step."""
-        epoch, slot = divmod(step, self.steps_per_epoch)
-        slot = shuffled(slot, self.steps_per_epoch, self.seed, epoch)
-        source = int(np.searchsorted(self.batch_ends, slot, side="right"))
-        first = (slot - (int(self.batch_ends[source - 1]) if source else 0)) * self.batch_size
-        size = len(self.stores[source])
-        return source, np.array(
-            [shuffled(first + i, size, self.seed + 1 + source, epoch) for i in range(self.batch_size)], np.int64
-        )
+        return self.mixing.rows_of_step(step)
 
     def row_numbers(self, step: int) -> dict[str, list[int]]:
         source, rows = self.rows_of_step(step)
