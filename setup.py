@@ -15,6 +15,7 @@ setup(
     packages=find_packages(include=["nomic_jax", "nomic_jax.*"]),
     install_requires=[
         "absl-py>=2.1",
+        "array-record>=0.5",
         "datasets>=3.0",
         "faiss-cpu>=1.9",
         "flax>=0.12,<0.14",

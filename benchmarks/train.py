@@ -80,7 +80,8 @@ class Load:
         self.layout = packed_layout(longest, max(longest, self.real_tokens // 8))
         plan = plan_chunks(query_length, document_length.reshape(rows, self.C), self.layout, 1)
         # On one device the rows keep their order.
-        self.arrays |= fill_chunks(plan, self.layout, slice(0, 1), self.queries + self.documents, 0)
+        ids, lengths = np.concatenate(self.queries + self.documents), np.concatenate([query_length, document_length])
+        self.arrays |= fill_chunks(plan, self.layout, slice(0, 1), ids, lengths, 0)
 
 
 def padded(texts: list[np.ndarray]) -> np.ndarray:

@@ -15,10 +15,41 @@ def padded_length(longest: int, max_length: int) -> int:
 
 def pad_right(rows: Sequence[np.ndarray], length: int, pad_id: int) -> np.ndarray:
     """int32 [len(rows), length]."""
-    out = np.full((len(rows), length), pad_id, np.int32)
-    for i, ids in enumerate(rows):
-        out[i, : len(ids)] = ids
+    lengths = np.array([len(ids) for ids in rows], np.int64)
+    return pad_flat(np.concatenate(rows) if len(rows) else np.zeros(0, np.int32), lengths, length, pad_id)
+
+
+def pad_flat(ids: np.ndarray, lengths: np.ndarray, length: int, pad_id: int) -> np.ndarray:
+    """int32 [len(lengths), length] of texts that lie one after the other."""
+    out = np.full((len(lengths), length), pad_id, np.int32)
+    out[np.arange(length) < lengths[:, None]] = ids
     return out
+
+
+def flat_places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The places of texts' tokens, text after text, where text i lies at starts[i] ... starts[i] + lengths[i] - 1."""
+    return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
+
+
+def hash_texts(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """uint32 [texts, 2]: 64 bits of each of the texts that lie one after the other; equal where their ids are.
+
+    The sum of a hash (splitmix64) of each token and its place, hashed once more; as two halves because JAX has no
+    uint64 by default.
+    """
+    ends = np.cumsum(lengths)
+    place = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    hashed = _mix(ids.astype(np.uint64) << np.uint64(32) | place.astype(np.uint64))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashed)])
+    hashes = _mix(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
+    return np.ascontiguousarray(hashes.astype("<u8")).view("<u4").reshape(-1, 2)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
 
 
 class Shape(NamedTuple):

@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
 
 from nomic_jax.data.packing import Layout
 from nomic_jax.data.tokens import TokenStore
@@ -58,13 +57,6 @@ class Stream(Protocol):
     def row_numbers(self, step: int) -> dict[str, list[int]]:
         """Source -> its rows in the batch of a step; a row of masked-LM is ``seq_len`` tokens, counted from 0."""
         ...
-
-
-def shuffled(index: int, size: int, seed: int, epoch: int) -> int:
-    """Where ``index`` goes in a pseudo-random permutation of range(size), without holding the permutation."""
-    # 32 bits of seed; the odd multiplier keeps neighbouring seeds and epochs apart.
-    key = (seed * 1_000_003 + epoch * 7919) % (1 << 32)
-    return index_shuffle(index, max_index=size - 1, seed=key, rounds=4)
 
 
 def share(size: int, shard: int, shard_count: int) -> slice:

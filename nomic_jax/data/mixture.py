@@ -9,16 +9,23 @@ The YAML is the original's:
         query_prefix: search_query
         document_prefix: search_document                       # defaults to query_prefix
         query_only: false                                      # true: no prefix on documents
+        weight: 1.0                                            # counts with config.data.sampling=weights alone
+        rows: 100000                                           # fewest rows there must be: shards may be missing
         in_batch_negatives: true                               # false: a query sees the documents of its own row alone
 
-Paths are relative to the YAML file.
+All but name, bucket and objective may be left out. Paths are relative to the YAML file.
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
+
+from nomic_jax.data.hub import is_named
+from nomic_jax.data.rows import BadRow
 
 PREFIXES = ("search_query", "search_document", "classification", "clustering")
 Kind = Literal["text", "pair", "triplet"]
@@ -27,7 +34,9 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "pair": ("query", "document"),
     "triplet": ("query", "document", "negatives"),
 }
+ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}  # of the stages
 _OBJECTIVE_KIND: dict[str, Kind] = {"self": "text", "paired": "pair", "triplet": "triplet"}
+_KIND_OBJECTIVE = {kind: objective for objective, kind in _OBJECTIVE_KIND.items()}
 
 
 class MixtureError(ValueError):
@@ -41,7 +50,10 @@ class Source:
     Attributes:
       files: see ``nomic_jax.data.sources.expand_files``.
       columns: the file's column for each of ``COLUMNS[kind]``, in that order.
-      query_prefix, document_prefix: one of PREFIXES, or "" for none. Texts get "prefix: " in front.
+      query_prefix, document_prefix: one of PREFIXES, an instruction of several words, or "" for none. Texts get
+        "prefix: " in front.
+      weight: of the source among all, where sources are sampled by weights.
+      rows: fewest rows that its files must have, bad ones included.
       in_batch_negatives: whether other rows' documents are negatives; not where a source has few different documents.
     """
 
@@ -52,13 +64,37 @@ class Source:
     query_prefix: str = ""
     document_prefix: str = ""
     in_batch_negatives: bool = True
+    weight: float = 1.0
+    rows: int = 0
 
     def __post_init__(self):
         if len(self.columns) != len(COLUMNS[self.kind]):
             raise MixtureError(f"{self.name}: {self.kind} rows take the columns {COLUMNS[self.kind]}")
         for prefix in (self.query_prefix, self.document_prefix):
-            if prefix and prefix not in PREFIXES:
-                raise MixtureError(f"{self.name}: unknown prefix {prefix!r}; write one of {', '.join(PREFIXES)}")
+            # A single word that is none of the known ones is most often a slip.
+            if prefix and prefix not in PREFIXES and " " not in prefix:
+                raise MixtureError(
+                    f"{self.name}: unknown prefix {prefix!r}; write one of {', '.join(PREFIXES)}, or an instruction"
+                )
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise MixtureError(f"the source name {self.name!r} cannot be that of a folder; use letters and digits")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise MixtureError(f"{self.name}: weight is {self.weight}; write a positive number")
+
+    def check_row(self, row: Mapping[str, Any], where: str) -> None:
+        """Raises BadRow if the row says, as the original's do in ``metadata.objective``, that it has other columns."""
+        metadata = row.get("metadata")
+        objective = metadata.get("objective") if isinstance(metadata, dict) else None
+        if not isinstance(objective, dict):
+            return
+        declared = objective.get(_KIND_OBJECTIVE[self.kind]) or []
+        if self.kind == "pair":  # what a triplet has besides its negatives
+            declared = [*declared, *(columns[:2] for columns in objective.get("triplet") or [])]
+        if list(self.columns) not in [list(columns) for columns in declared]:
+            raise BadRow(
+                f"{where}: metadata.objective names {objective}, the mixture asks for "
+                f"{_KIND_OBJECTIVE[self.kind]} rows with the columns {list(self.columns)}"
+            )
 
 
 def with_prefix(prefix: str, text: str) -> str:
@@ -67,7 +103,7 @@ def with_prefix(prefix: str, text: str) -> str:
 
 
 def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
-    """The sources of a mixture YAML, or one source of the given kind for jsonl files that are named directly.
+    """The sources of a mixture YAML, or one source of the given kind for files (or a data set) named directly.
 
     Files named directly have the columns of ``COLUMNS[kind]`` and the prefixes search_query and search_document.
 
@@ -76,11 +112,14 @@ def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
       FileNotFoundError: there is no such YAML.
     """
     if not path:
-        raise MixtureError("no training data is named; set config.data.mixture to a mixture .yaml or to jsonl files")
+        raise MixtureError("no training data is named; set config.data.mixture to a mixture .yaml or to files")
     if not path.endswith((".yaml", ".yml")):
         prefixes = ("", "") if kind == "text" else ("search_query", "search_document")
         return (Source("data", path, kind, COLUMNS[kind], *prefixes),)
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MixtureError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
     entries = content.get("datasets") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
         raise MixtureError(f"{path}: expected a list of sources under `datasets`")
@@ -99,6 +138,7 @@ def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
 
 def _source(entry: dict, where: str, folder: Path) -> Source:
     fields = {"name", "bucket", "objective", "query_prefix", "document_prefix", "query_only", "in_batch_negatives"}
+    fields |= {"weight", "rows", "kd_loss"}
     if not isinstance(entry, dict) or not {"name", "bucket", "objective"} <= entry.keys():
         raise MixtureError(f"{where}: needs the fields name, bucket and objective")
     if unknown := entry.keys() - fields:
@@ -112,8 +152,13 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
     )
     if not isinstance(entry.get("in_batch_negatives", True), bool):
         raise MixtureError(f"{where}: in_batch_negatives is true or false, found {entry['in_batch_negatives']!r}")
+    if entry.get("kd_loss"):
+        raise MixtureError(f"{where}: kd_loss (distillation from a teacher's scores) is not implemented; leave it out")
+    for field, kinds in (("weight", int | float), ("rows", int)):
+        if not isinstance(entry.get(field, 1), kinds) or isinstance(entry.get(field), bool):
+            raise MixtureError(f"{where}: {field} is a number, found {entry[field]!r}")
     files = str(entry["bucket"])
-    if "://" not in files:
+    if "://" not in files and not is_named(files):
         files = str(folder / files)
     try:
         return Source(
@@ -124,6 +169,8 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
             query_prefix=query_prefix,
             document_prefix="" if entry.get("query_only") else document_prefix or query_prefix,
             in_batch_negatives=entry.get("in_batch_negatives", True),
+            weight=float(entry.get("weight", 1.0)),
+            rows=entry.get("rows", 0),
         )
     except MixtureError as error:
         raise MixtureError(f"{where}: {error}") from error

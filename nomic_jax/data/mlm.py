@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nomic_jax.data.loader import Batch, share, shuffled
+from nomic_jax.data.loader import Batch, share
+from nomic_jax.data.mixing import shuffled
 from nomic_jax.data.packing import Layout
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.data.tokens import TokenStore
+from nomic_jax.data.tokens import TokenStore, check_tokenizer
 
 
 class MlmStream:
@@ -35,6 +36,7 @@ class MlmStream:
         seed: int = 0,
     ):
         self.stores: Sequence[TokenStore] = list(stores)
+        check_tokenizer(self.stores, tokenizer)
         self.layout: Layout | None = None  # rows are full
         self.texts = [store.columns["text"] for store in self.stores]
         self.row_ends = np.cumsum([len(texts.ids) // seq_len for texts in self.texts])

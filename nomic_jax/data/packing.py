@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nomic_jax.data.batching import Shape
+from nomic_jax.data.batching import Shape, flat_places
 
 LENGTH_STEP = 16  # lengths of buckets are its multiples: matrix units and cuDNN want no odd ones
 # What a chunk costs besides its tokens, as a share of the budget: keeps the plan from many tiny chunks.
@@ -336,14 +336,14 @@ def _longest_first(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def fill_chunks(
-    plan: ChunkPlan, layout: Layout, devices: slice, texts: Sequence[np.ndarray], pad_id: int
+    plan: ChunkPlan, layout: Layout, devices: slice, ids: np.ndarray, lengths: np.ndarray, pad_id: int
 ) -> dict[str, np.ndarray]:
     """What ``embed_chunks`` takes, for some devices: the first axis of each array holds theirs one after the other.
 
     Args:
       plan, layout: of the global batch.
       devices: whose arrays to make; a process gives its own.
-      texts: token ids of these devices' texts, in the order of the plan, cut to its lengths.
+      ids, lengths: token ids of these devices' texts one after the other, in the order of the plan, cut to its lengths.
       pad_id: the token of padding.
 
     Returns:
@@ -355,24 +355,22 @@ def fill_chunks(
     """
     shape, length = plan.shape[devices], plan.length[devices].ravel()
     d, n = shape.shape
-    given = [len(ids) for ids in texts]
-    if not np.array_equal(given, length):
+    if not np.array_equal(lengths, length) or len(ids) != length.sum():
         raise ValueError(
-            f"{len(given)} texts of {sum(given)} tokens for a plan of {len(length)} of {length.sum()}: give those of "
+            f"{len(lengths)} texts of {len(ids)} tokens for a plan of {len(length)} of {length.sum()}: give those of "
             f"these devices in the order of the plan, cut to its lengths"
         )
-    flat_ids = np.concatenate(texts)
 
     def in_order(of_device: np.ndarray, size: int) -> np.ndarray:
         return (of_device[devices] + np.arange(d)[:, None] * (n * size)).ravel()
 
     start = in_order(plan.start, layout.tokens)
-    token = np.repeat(start - (np.cumsum(length) - length), length) + np.arange(len(flat_ids))
-    ids = np.full((d * n, layout.tokens), pad_id, np.int32)
-    ids.reshape(-1)[token] = flat_ids
-    arrays = {"ids": ids, "shape": shape.ravel(), "place": plan.place[devices].ravel()}
+    token = flat_places(start, length)
+    laid_out = np.full((d * n, layout.tokens), pad_id, np.int32)
+    laid_out.reshape(-1)[token] = ids
+    arrays = {"ids": laid_out, "shape": shape.ravel(), "place": plan.place[devices].ravel()}
     if layout.packed:
-        arrays["segment"] = np.zeros_like(ids)
+        arrays["segment"] = np.zeros_like(laid_out)
         arrays["segment"].reshape(-1)[token] = np.repeat(plan.segment[devices].ravel(), length)
     else:
         arrays["length"] = np.zeros((d * n, layout.slots), np.int32)

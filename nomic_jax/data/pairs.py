@@ -6,11 +6,12 @@ from typing import Literal
 
 import numpy as np
 
-from nomic_jax.data.batching import pad_right, padded_length
-from nomic_jax.data.loader import Batch, share, shuffled
+from nomic_jax.data.batching import flat_places, hash_texts, pad_flat, padded_length
+from nomic_jax.data.loader import Batch, share
+from nomic_jax.data.mixing import Mixing, Sampling
 from nomic_jax.data.packing import Layout, bucketed_layout, fill_chunks, packed_layout, plan_chunks
-from nomic_jax.data.tokenizer import Tokenizer, truncate
-from nomic_jax.data.tokens import TokenStore
+from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens import TokenStore, check_tokenizer
 
 LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths decide on the buckets
 MAX_CHUNK_TOKENS = 16_384  # fills a GPU; larger ones are bucketed more coarsely, hence with more padding
@@ -50,10 +51,10 @@ def make_layout(
 
 
 class PairStream:
-    """Pairs, or triplets when ``num_negatives`` is given; sources are visited in proportion to their rows.
+    """Pairs, or triplets when ``num_negatives`` is given; ``sampling`` decides how often a source is visited.
 
-    In an epoch every source gives its full batches (rows // batch_size), all of them in one shuffled order; rows are
-    shuffled within their source. The negatives of a row are drawn anew at every visit.
+    By default every source gives its full batches (rows // batch_size) in an epoch, all of them in one shuffled order;
+    rows are shuffled within their source. The negatives of a row are drawn anew at every visit.
 
     Without a layout, arrays of a batch (b rows, M negatives, Lq and Ld from a short menu of lengths):
       query_ids [b, Lq], query_length [b], document_ids [b, 1 + M, Ld], document_length [b, 1 + M]: document 0 of each
@@ -75,43 +76,33 @@ class PairStream:
         num_negatives: int = 0,
         too_few_negatives: Literal["error", "random"] = "error",
         own_candidates_only: frozenset[str] = frozenset(),
+        sampling: Sampling | None = None,
         layout: Layout | None = None,
         devices: int = 1,
         seed: int = 0,
     ):
+        sampling = sampling or Sampling()
         self.stores: Sequence[TokenStore] = list(stores)
+        check_tokenizer(self.stores, tokenizer)
         self.batch_size, self.seed, self.num_negatives = batch_size, seed, num_negatives
         self.query_length, self.document_length = query_length, document_length
         self.pad_id = tokenizer.special_id("[PAD]")
-        batches = [len(store) // batch_size for store in self.stores]
-        for store, count in zip(self.stores, batches):
-            if count == 0:
-                raise ValueError(
-                    f"source {store.name!r} has {len(store)} rows, fewer than config.batch_size {batch_size}; "
-                    f"lower the batch size or leave the source out"
-                )
-            if num_negatives and too_few_negatives == "error":
+        if num_negatives and too_few_negatives == "error":
+            for store in self.stores:
                 _check_negatives(store, num_negatives)
-        self.batch_ends = np.cumsum(batches)
-        self.steps_per_epoch = int(self.batch_ends[-1])
+        self.mixing = Mixing(self.stores, batch_size, seed, sampling)
+        self.steps_per_epoch = self.mixing.steps_per_epoch
         self.rows = sum(len(store) for store in self.stores)
         self.own_candidates_only = own_candidates_only
         self.layout, self.devices = layout, devices
         apart = tuple(sorted(own_candidates_only))
-        settings = (batch_size, query_length, document_length, num_negatives, too_few_negatives, seed, *apart)
+        settings = (batch_size, query_length, document_length, num_negatives, too_few_negatives, seed, sampling, *apart)
         fingerprints = tuple(store.fingerprint for store in self.stores)
         self.fingerprint = hashlib.sha256(repr(settings + fingerprints).encode()).hexdigest()
 
     def rows_of_step(self, step: int) -> tuple[int, np.ndarray]:
         """(index of the source, its row numbers [batch_size]) of a step."""
-        epoch, slot = divmod(step, self.steps_per_epoch)
-        slot = shuffled(slot, self.steps_per_epoch, self.seed, epoch)
-        source = int(np.searchsorted(self.batch_ends, slot, side="right"))
-        first = (slot - (int(self.batch_ends[source - 1]) if source else 0)) * self.batch_size
-        size = len(self.stores[source])
-        return source, np.array(
-            [shuffled(first + i, size, self.seed + 1 + source, epoch) for i in range(self.batch_size)], np.int64
-        )
+        return self.mixing.rows_of_step(step)
 
     def row_numbers(self, step: int) -> dict[str, list[int]]:
         source, rows = self.rows_of_step(step)
@@ -121,48 +112,51 @@ class PairStream:
         source, rows = self.rows_of_step(step)
         store = self.stores[source]
         # For all rows, not this process's alone: every process must arrive at the same shapes.
-        candidates = np.stack([self._candidates(store, row, step) for row in rows])
+        candidates = self._candidates(store, rows, step)
         query_lengths = np.minimum(store.columns["query"].lengths(rows), self.query_length)
         document_lengths = np.minimum(_candidate_lengths(store, candidates), self.document_length)
         real_tokens = int(query_lengths.sum() + document_lengths.sum())
         token_pairs = int((query_lengths.astype(np.int64) ** 2).sum() + (document_lengths.astype(np.int64) ** 2).sum())
-        if self.layout is None:
-            plan = None
-            own = np.arange(self.batch_size)[share(self.batch_size, shard, shard_count)][None]
-        else:
+        plan, own_devices = None, slice(0, 1)
+        own = np.arange(self.batch_size)[share(self.batch_size, shard, shard_count)]
+        if self.layout is not None:
             plan = plan_chunks(query_lengths, document_lengths, self.layout, self.devices)
             own_devices = share(self.devices, shard, shard_count)
-            own = plan.rows[own_devices]  # [devices, rows of each]
-        queries = [[truncate(store.columns["query"][i], self.query_length) for i in rows[part]] for part in own]
-        documents = [
-            [truncate(_candidate_ids(store, i), self.document_length) for i in candidates[part].ravel()] for part in own
-        ]
+            own = plan.rows[own_devices].ravel()  # device by device
+        queries, query_length = store.columns["query"].gather(rows[own], self.query_length)
+        documents, document_length = _gather_candidates(store, candidates[own].ravel(), self.document_length)
         arrays = {
-            "query_hash": _hashes([ids for part in queries for ids in part]),
-            "document_hash": _hashes([ids for part in documents for ids in part]).reshape(
-                own.size, candidates.shape[1], 2
-            ),
+            "query_hash": hash_texts(queries, query_length),
+            "document_hash": hash_texts(documents, document_length).reshape(own.size, -1, 2),
             "in_batch_negatives": np.full(own.size, store.name not in self.own_candidates_only),
         }
         if self.layout is not None and plan is not None:
-            texts = [ids for pair in zip(queries, documents) for part in pair for ids in part]
-            arrays |= fill_chunks(plan, self.layout, own_devices, texts, self.pad_id)
+            lengths = plan.length[own_devices]
+            starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
+            ids = np.empty(int(lengths.sum()), np.int32)
+            b = plan.rows.shape[1]  # of a device's texts, its queries come first
+            ids[flat_places(starts[:, :b].ravel(), query_length)] = queries
+            ids[flat_places(starts[:, b:].ravel(), document_length)] = documents
+            arrays |= fill_chunks(plan, self.layout, own_devices, ids, lengths.ravel(), self.pad_id)
             return Batch(arrays, store.name, real_tokens, plan.waited_tokens, token_pairs)
         Lq = padded_length(int(query_lengths.max()), self.query_length)
         Ld = padded_length(int(document_lengths.max()), self.document_length)
         arrays |= {
-            "query_ids": pad_right(queries[0], Lq, self.pad_id),
-            "query_length": query_lengths[own[0]].astype(np.int32),
-            "document_ids": pad_right(documents[0], Ld, self.pad_id).reshape(own.size, -1, Ld),
-            "document_length": document_lengths[own[0]].astype(np.int32),
+            "query_ids": pad_flat(queries, query_length, Lq, self.pad_id),
+            "query_length": query_length.astype(np.int32),
+            "document_ids": pad_flat(documents, document_length, Ld, self.pad_id).reshape(own.size, -1, Ld),
+            "document_length": document_length.astype(np.int32).reshape(own.size, -1),
         }
         padded_tokens = self.batch_size * Lq + candidates.size * Ld
         return Batch(arrays, store.name, real_tokens, padded_tokens, token_pairs)
 
-    def _candidates(self, store: TokenStore, row: int, step: int) -> np.ndarray:
-        """What a query is compared with, [1 + M]: r < rows is document r, and rows + n is text n of the negatives."""
+    def _candidates(self, store: TokenStore, rows: np.ndarray, step: int) -> np.ndarray:
+        """What queries are compared with, [B, 1 + M]: r < rows is document r, rows + n is text n of the negatives."""
         if not self.num_negatives:
-            return np.array([row])
+            return rows[:, None]
+        return np.stack([self._candidates_of_row(store, row, step) for row in rows.tolist()])
+
+    def _candidates_of_row(self, store: TokenStore, row: int, step: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, step, row])
         mined = np.arange(store.negative_rows[row], store.negative_rows[row + 1])
         drawn = len(store) + rng.permutation(mined)[: self.num_negatives]
@@ -179,10 +173,24 @@ def _candidate_lengths(store: TokenStore, candidates: np.ndarray) -> np.ndarray:
     return lengths
 
 
-def _candidate_ids(store: TokenStore, candidate: int) -> np.ndarray:
-    if candidate < len(store):
-        return store.columns["document"][candidate]
-    return store.columns["negatives"][candidate - len(store)]
+def _gather_candidates(store: TokenStore, candidates: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids one text after the other, lengths) of candidates [N], documents and negatives mixed."""
+    is_document = candidates < len(store)
+    if is_document.all():
+        return store.columns["document"].gather(candidates, max_length)
+    parts = {
+        "document": (is_document, candidates[is_document]),
+        "negatives": (~is_document, candidates[~is_document] - len(store)),
+    }
+    gathered = {column: store.columns[column].gather(texts, max_length) for column, (_, texts) in parts.items()}
+    lengths = np.empty(len(candidates), np.int64)
+    for column, (where, _) in parts.items():
+        lengths[where] = gathered[column][1]
+    ids = np.empty(int(lengths.sum()), np.int32)
+    starts = np.cumsum(lengths) - lengths
+    for column, (where, _) in parts.items():
+        ids[flat_places(starts[where], lengths[where])] = gathered[column][0]
+    return ids, lengths
 
 
 def _check_negatives(store: TokenStore, needed: int) -> None:
@@ -194,9 +202,3 @@ def _check_negatives(store: TokenStore, needed: int) -> None:
             f"{short[0]} with {counts[short[0]]}; mine more, lower config.data.num_negatives, or set "
             f'config.data.too_few_negatives="random" to fill up with other rows\' documents'
         )
-
-
-def _hashes(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """uint32 [len(rows), 2]: 64 bits of each id sequence, as two halves because JAX has no uint64 by default."""
-    digests = b"".join(hashlib.blake2b(ids.astype(np.uint32).tobytes(), digest_size=8).digest() for ids in rows)
-    return np.frombuffer(digests, np.uint32).reshape(len(rows), 2)

@@ -1,69 +1,184 @@
-"""Rows in files: jsonl (optionally compressed) and parquet, read with errors that name file and line; jsonl written."""
+"""Rows of files in every format, with errors that name file and line; jsonl written.
 
+What is named is expanded to files; every file has a format; every format has the interface of ``FileRows``.
+"""
+
+import bisect
 import contextlib
-import gzip
+import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 
-if TYPE_CHECKING:  # imported where it is used: most commands read jsonl only
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+from nomic_jax.data import hub
+from nomic_jax.data.array_record import ArrayRecordRows
+from nomic_jax.data.arrow import ArrowRows
+from nomic_jax.data.jsonl import JsonlRows
+from nomic_jax.data.parquet import ParquetRows, read_parquet_footer
+from nomic_jax.data.rows import BadRow, FileRows, Mark, RawRow, RejectedRows, check_row, parse_row
 
-PARQUET_ROWS = 1024  # decoded at once
+__all__ = [
+    "BadRow",
+    "RejectedRows",
+    "Rows",
+    "atomic_file",
+    "expand_files",
+    "open_file",
+    "read_parquet_footer",
+    "read_rows",
+    "write_json",
+    "write_rows",
+]
 
-
-class BadRow(ValueError):
-    """A row or a file that cannot be used; the message names file, line or row, and what is wrong with it."""
-
-
-class RejectedRows:
-    """Counts rows that were skipped and keeps them, with the reason, in a side file next to the output."""
-
-    def __init__(self, side_file: str | os.PathLike):
-        self.side_file = Path(side_file)
-        self.count = 0
-        # Left by a run that was killed: this run meets the same rows again.
-        self.side_file.unlink(missing_ok=True)
-
-    def add(self, error: BadRow, raw: bytes) -> None:
-        self.count += 1
-        self.side_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.side_file.open("a", encoding="utf-8") as f:
-            f.write(json.dumps({"reason": str(error), "row": raw.decode("utf-8", "replace")}) + "\n")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 
 
 def expand_files(pattern: str | os.PathLike) -> list[str]:
-    """Files of a path, a folder (its .jsonl, .jsonl.gz and .parquet), a glob or a brace range, in a fixed order.
+    """The files of what is named, in a fixed order.
 
-    ``shard-{00000..00538}.jsonl.gz`` names every file of the range, so a missing one is an error; a glob takes what is
-    there. Any fsspec URL will do (local, s3://, gs://).
+    A path, a glob, a brace range or list, a folder (its .jsonl, .jsonl.gz, .parquet and .arrow files; the shards of
+    what ``datasets`` saved with save_to_disk), any fsspec URL of these (s3://, gs://), or a data set of the Hugging
+    Face hub or of TensorFlow Datasets (``nomic_jax.data.hub``). ``shard-{00000..00538}.jsonl.gz`` names every file of
+    the range, so a missing one is an error; a glob takes what is there.
 
     Raises:
       FileNotFoundError: nothing matches, or a file of a brace range is missing.
+      ValueError: a file is named twice.
     """
     pattern = os.fspath(pattern)
+    if hub.is_named(pattern):
+        return hub.files_of(pattern)
     fs, path = fsspec.core.url_to_fs(pattern)
-    brace = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-    if brace:
-        first, last = brace.groups()
-        numbers = range(int(first), int(last) + 1)
-        files = [f"{path[: brace.start()]}{i:0{len(first)}d}{path[brace.end() :]}" for i in numbers]
-        missing = [file for file in files if not fs.exists(file)]
-        if missing or not files:
-            raise FileNotFoundError(f"{pattern}: {len(missing)} of {len(files)} files are missing, first {missing[:1]}")
-    elif fs.isdir(path):
-        files = sorted(f for f in fs.ls(path, detail=False) if f.endswith((".jsonl", ".jsonl.gz", ".parquet")))
-    else:
-        files = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] if fs.exists(path) else []
-    if not files:
-        raise FileNotFoundError(f"no file matches {pattern}")
+    names = expand_braces(path)
+    existing = _existing(fs, names)
+    files: list[str] = []
+    missing = []
+    for name in names:
+        if any(c in name for c in "*?["):
+            found = sorted(fs.glob(name))
+        elif name not in existing:
+            found = []
+        elif not name.endswith(SUFFIXES) and fs.isdir(name):
+            found = _files_of_folder(fs, name)
+        else:
+            found = [name]
+        files += found
+        missing += [] if found else [name]
+    if missing and len(names) > 1:
+        raise FileNotFoundError(f"{pattern}: {len(missing)} of {len(names)} files are missing, first {missing[:1]}")
+    if missing:
+        raise FileNotFoundError(f"no file matches {pattern}{_hub_hint(pattern)}")
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise ValueError(f"{pattern}: the file {twice} is named twice; its rows would count double")
     return [fs.unstrip_protocol(f) if "://" in pattern else f for f in files]
+
+
+def expand_braces(text: str) -> list[str]:
+    """Every text that ``{0..12}``, ``{00..12}`` (of equal width, as in a shell) and ``{a,b}`` stand for."""
+    brace = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
+    if brace is None:
+        return [text]
+    first, last, names = brace.groups()
+    if names is None:
+        width = max(len(first), len(last)) if first[0] == "0" or last[0] == "0" else 0
+        step = 1 if int(first) <= int(last) else -1
+        parts = [f"{i:0{width}d}" for i in range(int(first), int(last) + step, step)]
+    else:
+        parts = names.split(",")
+    before, after = text[: brace.start()], text[brace.end() :]
+    return [expanded for part in parts for expanded in expand_braces(before + part + after)]
+
+
+def _existing(fs: fsspec.AbstractFileSystem, names: list[str]) -> set[str]:
+    """Those of the files that exist. A remote folder is listed once, instead of a question for every shard."""
+    if "file" in fs.protocol or "http" in fs.protocol or len(names) < 4:
+        return {name for name in names if fs.exists(name)}
+    found: set[str] = set()
+    for folder in {fs._parent(name) for name in names}:
+        with contextlib.suppress(FileNotFoundError):
+            found |= set(fs.ls(folder, detail=False))
+    return {name for name in names if name in found}
+
+
+def _files_of_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    folder = folder.rstrip("/")
+    names = {file.rsplit("/", 1)[-1] for file in fs.ls(folder, detail=False)}
+    if "dataset_dict.json" in names:
+        splits = json.loads(fs.cat_file(f"{folder}/dataset_dict.json"))["splits"]
+        raise FileNotFoundError(f"{folder} holds the splits {', '.join(splits)}; name one: {folder}/{splits[0]}")
+    if "state.json" in names:  # what save_to_disk writes; it says which shards there are, and their order
+        shards = [shard["filename"] for shard in json.loads(fs.cat_file(f"{folder}/state.json"))["_data_files"]]
+        if missing := [shard for shard in shards if shard not in names]:
+            raise FileNotFoundError(f"{folder}: {len(missing)} of {len(shards)} files are missing, first {missing[:1]}")
+        return [f"{folder}/{shard}" for shard in shards]
+    return [f"{folder}/{name}" for name in sorted(names) if name.endswith(SUFFIXES)]
+
+
+def _hub_hint(pattern: str) -> str:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not pattern.endswith(SUFFIXES):
+        return f"; for a data set of the Hugging Face hub write hf:{pattern}"
+    return ""
+
+
+def open_file(
+    file: str,
+    columns: Mapping[str, type],
+    others: Collection[str] | None = None,
+    marks: Collection[Mark] = (),
+) -> FileRows:
+    """The rows of one of ``expand_files``'s files, by its name; what is no other format is jsonl.
+
+    Args:
+      columns, others: see ``read_rows``.
+      marks: places where rows of a jsonl file are known to start.
+    """
+    if file.endswith(".parquet"):
+        return ParquetRows(file, columns, others)
+    if file.endswith(".arrow"):
+        return ArrowRows(file, columns, others)
+    if re.search(r"\.array_record(-\d+-of-\d+)?$", file):
+        return ArrayRecordRows(file, columns, others)
+    return JsonlRows(file, columns, others, marks)
+
+
+class Rows:
+    """The rows of all files that match, with random access: ``len(rows)``, ``rows[i]``.
+
+    Takes what ``read_rows`` takes; a row is checked when it is asked for. The first look at a jsonl file is a pass over
+    it, to find its lines; a compressed one is decompressed up to the row.
+    """
+
+    def __init__(
+        self,
+        pattern: str | os.PathLike,
+        columns: Mapping[str, type],
+        *,
+        others: Collection[str] | None = None,
+        allow_empty: bool = False,
+    ):
+        self.columns, self.others, self.allow_empty = columns, others, allow_empty
+        self.files = [open_file(file, columns, others) for file in expand_files(pattern)]
+        self.ends = list(itertools.accumulate(len(rows) for rows in self.files))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Raises BadRow for a row that cannot be used."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        file = bisect.bisect_right(self.ends, i)
+        row = i - (self.ends[file - 1] if file else 0)
+        where, raw = next(self.files[file].numbered(row, row + 1))
+        values = parse_row(raw, where)
+        check_row(values, self.columns, self.allow_empty, where)
+        return _chosen(values, self.columns, self.others)
 
 
 def read_rows(
@@ -77,13 +192,11 @@ def read_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of the files that match, in order, each checked to hold the columns. Files are read as the rows are taken.
 
-    What ends in .parquet is read as parquet, all else as jsonl; blank lines are no rows.
-
     Args:
       pattern: see ``expand_files``.
       columns: name -> ``str`` (a text, not empty) or ``list`` (a list of such texts).
-      others: further columns to pass on, unchecked; None for all there are. A jsonl row may lack them, a parquet file
-        may not, and only what is named is decoded of it.
+      others: further columns to pass on, unchecked; None for all there are. A jsonl row may lack them, other files may
+        not, and only what is named is decoded of those.
       allow_empty: take empty texts too.
       on_bad_row: "raise", or "skip" to hand bad rows to ``rejected`` and go on.
       rejected: required for "skip".
@@ -92,147 +205,49 @@ def read_rows(
       BadRow: broken JSON or UTF-8, a missing column, a wrong type, an empty text; and, under either policy because rows
         would be lost uncounted: a cut gzip, a broken parquet file, one without the columns or with other types.
     """
-    if on_bad_row not in ("raise", "skip"):
-        raise ValueError(f'on_bad_row is {on_bad_row!r}; write "raise" or "skip"')
+    check_policy(on_bad_row)
     if on_bad_row == "skip" and rejected is None:
         raise ValueError('on_bad_row="skip" needs `rejected`, so that no row is lost unseen')
     for file in expand_files(pattern):
-        numbered = _parquet_rows(file, columns, others) if file.endswith(".parquet") else _numbered_lines(file, columns)
-        for where, raw in numbered:
-            try:
-                row = _parse(raw, where) if isinstance(raw, bytes) else raw
-                _check(row, columns, allow_empty, where)
-            except BadRow as error:
-                if on_bad_row == "raise":
-                    raise
-                assert rejected is not None
-                rejected.add(error, raw if isinstance(raw, bytes) else json.dumps(raw, default=str).encode())
-                continue
-            yield row if others is None else {name: row[name] for name in row if name in columns or name in others}
+        rows = open_file(file, columns, others)
+        yield from usable_rows(rows.numbered(), columns, others, allow_empty, on_bad_row, rejected)
 
 
-@contextlib.contextmanager
-def open_parquet(file: str) -> Iterator["pq.ParquetFile"]:
-    """The open file; whatever pyarrow finds wrong with it, now or when it is read, becomes a BadRow that names it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with fsspec.open(file, "rb") as f:
-        try:
-            # Bytes come in as they are decoded: by default a column's of a whole row group, often all, are read ahead.
-            yield pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False)
-        except (pa.ArrowException, OSError) as error:
-            raise BadRow(f"{file}: not a readable parquet file ({error}); write or fetch it again") from error
+def check_policy(on_bad_row: str) -> None:
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f'on_bad_row is {on_bad_row!r}; write "raise" or "skip"')
 
 
-def read_parquet_footer(
-    file: str, columns: Mapping[str, type], others: Collection[str] = ()
-) -> tuple[int, "pa.Schema"]:
-    """Number of rows and the schema, checked to hold the columns as ``read_rows`` would.
+def usable_rows(
+    numbered: Iterator[tuple[str, RawRow]],
+    columns: Mapping[str, type],
+    others: Collection[str] | None,
+    allow_empty: bool,
+    on_bad_row: str,
+    rejected: RejectedRows | None,
+    further_check: Callable[[Mapping[str, Any], str], None] = lambda row, where: None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of ``FileRows.numbered`` that can be used; see ``read_rows``.
 
-    Raises:
-      BadRow: a broken file, one without the columns or with other types.
+    Args:
+      further_check: (row, where) -> None; raises BadRow.
     """
-    with open_parquet(file) as parquet:
-        _check_schema(parquet.schema_arrow, columns, others, file)
-        return parquet.metadata.num_rows, parquet.schema_arrow
-
-
-def _numbered_lines(file: str, columns: Mapping[str, type]) -> Iterator[tuple[str, bytes]]:
-    number = 0
-    try:
-        with fsspec.open(file, "rb", compression="infer") as f:
-            for number, raw in enumerate(f, 1):
-                if raw.strip():
-                    yield f"{file}:{number}", raw
-    except (EOFError, gzip.BadGzipFile) as error:
-        # Skipping would hide that the rest of the file is lost, so this is raised under either policy.
-        raise BadRow(f"{file}: the compressed file breaks off after line {number} ({error}); fetch it again") from error
-    if number == 0:
-        raise BadRow(f"{file}: the file is empty; expected jsonl rows with the columns {', '.join(columns)}")
-
-
-def _parquet_rows(
-    file: str, columns: Mapping[str, type], others: Collection[str] | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open_parquet(file) as parquet:
-        _check_schema(parquet.schema_arrow, columns, others or (), file)
-        wanted = None if others is None else list(dict.fromkeys([*columns, *others]))
-        first = 0
-        for batch in parquet.iter_batches(PARQUET_ROWS, columns=wanted):
-            for number, row in enumerate(_python_rows(batch), first):
-                yield f"{file}: row {number} (counted from 0)", row
-            first += len(batch)
-
-
-def _check_schema(schema: "pa.Schema", columns: Mapping[str, type], others: Collection[str], file: str) -> None:
-    for column in (*columns, *others):
-        if column not in schema.names:
-            raise BadRow(f"{file}: no column {column!r}; the file has {', '.join(map(repr, schema.names))}")
-    for column, kind in columns.items():
-        found = schema.field(column).type
-        if not _holds_texts(found, kind):
-            wanted = "lists of texts" if kind is list else "text"
-            raise BadRow(f"{file}: column {column!r} should hold {wanted}, found the type {found}")
-
-
-def _holds_texts(found: "pa.DataType", kind: type) -> bool:
-    from pyarrow import types
-
-    if types.is_null(found):  # what stands in each row says it better
-        return True
-    if kind is list:
-        lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
-        return any(is_list(found) for is_list in lists) and _holds_texts(found.value_type, str)
-    if types.is_dictionary(found):
-        found = found.value_type
-    return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
-
-
-def _python_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]]:
-    """The rows with Python values; a text that is not UTF-8 stays bytes."""
-
-    def value(scalar):
+    for where, raw in numbered:
         try:
-            return scalar.as_py()
-        except UnicodeDecodeError as error:
-            return error.object
-
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        return [dict(zip(batch.schema.names, map(value, scalars))) for scalars in zip(*batch.columns)]
-
-
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRow(f"{where}: not valid UTF-8 ({error})") from error
-    except json.JSONDecodeError as error:
-        raise BadRow(f"{where}: broken JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise BadRow(f"{where}: expected an object with named columns, found {type(row).__name__}")
-    return row
+            row = parse_row(raw, where)
+            check_row(row, columns, allow_empty, where)
+            further_check(row, where)
+        except BadRow as error:
+            if on_bad_row == "raise":
+                raise
+            assert rejected is not None
+            rejected.add(error, raw if isinstance(raw, bytes) else json.dumps(raw, default=str).encode())
+            continue
+        yield _chosen(row, columns, others)
 
 
-def _check(row: Mapping[str, Any], columns: Mapping[str, type], allow_empty: bool, where: str) -> None:
-    for column, kind in columns.items():
-        if column not in row:
-            raise BadRow(f"{where}: no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
-        if isinstance(row[column], bytes):
-            raise BadRow(f"{where}: column {column!r} is not valid UTF-8")
-        texts = row[column] if kind is list else [row[column]]
-        if not isinstance(texts, list):
-            raise BadRow(f"{where}: column {column!r} should be a list of texts, found {type(texts).__name__}")
-        for text in texts:
-            if not isinstance(text, str):
-                raise BadRow(f"{where}: column {column!r} should hold text, found {type(text).__name__}")
-            if not allow_empty and not text.strip():
-                raise BadRow(f"{where}: column {column!r} holds an empty text")
-            if not text.isascii() and re.search(r"[\ud800-\udfff]", text):
-                # JSON can spell it, but neither UTF-8 files nor the tokenizer can hold it.
-                raise BadRow(f"{where}: column {column!r} holds half of a surrogate pair, which is no text")
+def _chosen(row: dict[str, Any], columns: Mapping[str, type], others: Collection[str] | None) -> dict[str, Any]:
+    return row if others is None else {name: row[name] for name in row if name in columns or name in others}
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 
 from nomic_jax.data.loader import Stream, read_ahead
-from nomic_jax.data.mixture import Kind, read_mixture
+from nomic_jax.data.mixture import ROW_KINDS, read_mixture
 from nomic_jax.data.mlm import MlmStream
 from nomic_jax.data.pairs import PairStream, make_layout
+from nomic_jax.data.pretokenize import pretokenize
 from nomic_jax.data.sources import write_json
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.data.tokens import TokenStore, pretokenize
+from nomic_jax.data.tokens import TokenStore
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train import hosts
@@ -27,8 +28,6 @@ from nomic_jax.train.sharding import gather_locally, make_mesh, put_rows, replic
 from nomic_jax.train.skipped import SkippedSteps
 from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
-
-ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}
 
 
 def train(

@@ -19,6 +19,10 @@ def draw_batch(rng, rows, longest, documents=1):
     return draw_lengths(rng, *QUERY, rows, longest), draw_lengths(rng, *DOCUMENT, (rows, documents), longest)
 
 
+def flat(texts):
+    return np.concatenate(texts), np.array([len(ids) for ids in texts])
+
+
 def draw_texts(rng, plan):
     """Token ids of all devices' texts, in the order of the plan; 0 is left to padding."""
     return [rng.integers(1, 30000, length) for length in plan.length.ravel()]
@@ -41,7 +45,7 @@ def test_each_text_is_where_its_embedding_is_looked_up(kind, settings, devices):
     query_length[:3], document_length[4, 1] = 1, 96
     plan = plan_chunks(query_length, document_length, layout, devices)
     texts = draw_texts(rng, plan)
-    arrays = fill_chunks(plan, layout, slice(0, devices), texts, pad_id=0)
+    arrays = fill_chunks(plan, layout, slice(0, devices), *flat(texts), pad_id=0)
     chunks, N = plan.shape.shape[1], plan.length.shape[1]
     found = 0
     for i, text in enumerate(texts):
@@ -91,11 +95,11 @@ def test_every_process_makes_its_part_of_the_same_chunks(kind):
     for array, same in zip(plan, again):
         np.testing.assert_array_equal(array, same)
     texts = draw_texts(rng, plan)
-    whole = fill_chunks(plan, layout, slice(0, 8), texts, pad_id=0)
+    whole = fill_chunks(plan, layout, slice(0, 8), *flat(texts), pad_id=0)
     half = len(texts) // 2
     parts = [
-        fill_chunks(plan, layout, slice(0, 4), texts[:half], pad_id=0),
-        fill_chunks(plan, layout, slice(4, 8), texts[half:], pad_id=0),
+        fill_chunks(plan, layout, slice(0, 4), *flat(texts[:half]), pad_id=0),
+        fill_chunks(plan, layout, slice(4, 8), *flat(texts[half:]), pad_id=0),
     ]
     for name, array in whole.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
@@ -183,4 +187,4 @@ def test_what_cannot_be_planned_is_explained():
         packed_layout(64, 32)
     plan = plan_chunks(ones, ones[:, None], layout, 1)
     with pytest.raises(ValueError, match="12 texts of 24 tokens for a plan of 12 of 12"):
-        fill_chunks(plan, layout, slice(0, 1), [np.array([7, 8])] * 12, pad_id=0)
+        fill_chunks(plan, layout, slice(0, 1), *flat([np.array([7, 8])] * 12), pad_id=0)

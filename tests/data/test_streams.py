@@ -9,8 +9,8 @@ from nomic_jax.data.loader import read_ahead
 from nomic_jax.data.mixture import read_mixture
 from nomic_jax.data.mlm import MlmStream
 from nomic_jax.data.pairs import PairStream
+from nomic_jax.data.pretokenize import pretokenize
 from nomic_jax.data.sources import BadRow
-from nomic_jax.data.tokens import pretokenize
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,9 @@ def chunked(params, texts, weights, pooling, layout, device_count, kept_chunks):
     """(plan, embeddings in its order, gradient), with parameters that do not vary over devices."""
     lengths = np.array([[len(ids) for ids in row] for row in texts])
     plan = plan_chunks(lengths[:, 0], lengths[:, 1:], layout, device_count)
-    arrays = fill_chunks(plan, layout, slice(0, device_count), in_plan_order(plan, texts), pad_id=0)
+    ids = in_plan_order(plan, texts)
+    lengths = np.array([len(text) for text in ids])
+    arrays = fill_chunks(plan, layout, slice(0, device_count), np.concatenate(ids), lengths, pad_id=0)
     rows = {"chunks": arrays, "weights": {"weights": np.array(in_plan_order(plan, weights))}}
     mesh = make_mesh(jax.devices()[:device_count])
 

@@ -23,6 +23,7 @@ import optax
 import pytest
 import yaml
 
+from nomic_jax.data import pretokenize as data_pretokenize
 from nomic_jax.data import tokens
 from nomic_jax.data.mixture import read_mixture
 from nomic_jax.train import hosts
@@ -189,8 +190,8 @@ def test_processes_read_their_share_of_the_same_batch(stage, corpus, minilm, tok
     if stage == "mlm":
         return
     read = []
-    get = tokens.RaggedTokens.__getitem__
-    monkeypatch.setattr(tokens.RaggedTokens, "__getitem__", lambda self, i: read.append(i) or get(self, i))
+    get = tokens.RaggedTokens.gather
+    monkeypatch.setattr(tokens.RaggedTokens, "gather", lambda self, i, cut: read.extend(i) or get(self, i, cut))
     stream.batch(0, 0, 1)
     of_all = len(read)
     stream.batch(0, 1, 4)
@@ -199,17 +200,17 @@ def test_processes_read_their_share_of_the_same_batch(stage, corpus, minilm, tok
 
 def test_one_of_several_tokenises(corpus, tokenizer, tmp_path, monkeypatch, capfd):
     (source,) = read_mixture(str(corpus / "text.jsonl"), "text")
-    write, calls = tokens._write_columns, []
+    make, calls = data_pretokenize._make, []
 
-    def slow_write(*arguments):
+    def slow_make(*arguments):
         calls.append(1)
         time.sleep(0.5)
-        return write(*arguments)
+        return make(*arguments)
 
-    monkeypatch.setattr(tokens, "_write_columns", slow_write)
-    left = tmp_path / f".{source.name}-0.host-1.part"
+    monkeypatch.setattr(data_pretokenize, "_make", slow_make)
+    left = tmp_path / f".{source.name}-0.host-1.pieces"
     left.mkdir()
-    pretokenize = functools.partial(tokens.pretokenize, source, tokenizer, tmp_path, progress=False)
+    pretokenize = functools.partial(data_pretokenize.pretokenize, source, tokenizer, tmp_path, progress=False)
     threads = [threading.Thread(target=pretokenize) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -219,22 +220,24 @@ def test_one_of_several_tokenises(corpus, tokenizer, tmp_path, monkeypatch, capf
     assert capfd.readouterr().err.count("waiting for another process that is tokenising") == 2
     store = pretokenize()
     # What a killed process left goes with the next one that makes the same store; of others nothing is touched.
-    (tmp_path / f".{source.name}-{store.fingerprint[:16]}.host-1.part").mkdir()
-    (tmp_path / f"{source.name}-{store.fingerprint[:16]}").rename(tmp_path / "moved")
+    (lock,) = tmp_path.glob("*.lock")
+    lock.with_suffix(".host-1.pieces").mkdir()
+    store.directory.rename(tmp_path / "moved")
     pretokenize()
-    assert len(calls) == 2 and [path.name for path in tmp_path.glob(".*.part")] == [left.name]
+    assert len(calls) == 2 and [path.name for path in tmp_path.glob(".*.pieces")] == [left.name]
 
 
 def test_a_known_store_is_opened_without_its_files(tokenizer, tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "one"}\n', encoding="utf-8")
     (source,) = read_mixture(str(file), "text")
-    fingerprint = tokens.pretokenize(source, tokenizer, tmp_path / "cache", progress=False).fingerprint
+    pretokenize = functools.partial(data_pretokenize.pretokenize, source, tokenizer)
+    fingerprint = pretokenize(tmp_path / "cache", progress=False).fingerprint
     file.write_text('{"text": "two"}\n', encoding="utf-8")
-    known = tokens.pretokenize(source, tokenizer, tmp_path / "cache", fingerprint=fingerprint)
+    known = pretokenize(tmp_path / "cache", fingerprint=fingerprint)
     assert known.fingerprint == fingerprint
     with pytest.raises(ValueError, match=r"'data' is not the same on .* as on the host of the first process"):
-        tokens.pretokenize(source, tokenizer, tmp_path / "other", fingerprint=fingerprint)
+        pretokenize(tmp_path / "other", fingerprint=fingerprint)
 
 
 def test_disagreement_names_the_field(monkeypatch):

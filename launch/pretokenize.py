@@ -1,0 +1,54 @@
+"""Tokenises the sources of a stage once, into memory-mapped files that a training run then finds.
+
+    python -m launch.pretokenize --stage=contrastive --mixture=pairs.yaml --tokenizer=runs/mlm --cache_dir=token_cache
+
+Give the training run the same mixture, tokenizer and cache (config.data.mixture, .tokenizer, .cache_dir): it takes what
+is in the cache, and tokenises what is not. What is written does not depend on --workers. Killed at any moment, the same
+command goes on with the pieces of about 32 MB of text that are not done.
+"""
+
+import os
+import time
+
+from absl import flags
+
+from nomic_jax.data.mixture import ROW_KINDS, read_mixture
+from nomic_jax.data.pretokenize import pretokenize, worker_pool
+from nomic_jax.data.tokenizer import Tokenizer
+
+FLAGS = flags.FLAGS
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    sources = read_mixture(FLAGS.mixture, ROW_KINDS[FLAGS.stage])
+    tokenizer = Tokenizer.from_pretrained(FLAGS.tokenizer)
+    began, all_tokens = time.monotonic(), 0
+    with worker_pool(tokenizer, FLAGS.workers or os.cpu_count() or 1) as pool:
+        for source in sources:
+            store = pretokenize(source, tokenizer, FLAGS.cache_dir, on_bad_row=FLAGS.on_bad_row, pool=pool)
+            tokens = sum(store.manifest["tokens"].values())
+            all_tokens += tokens
+            rejected = f", {store.manifest['rejected']:,} rejected" if store.manifest["rejected"] else ""
+            print(f"{source.name}: {store.rows:,} rows{rejected}, {tokens:,} tokens in {store.directory}", flush=True)
+    print(f"{len(sources)} source(s), {all_tokens:,} tokens, {time.monotonic() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    # The worker processes import this module too: they need neither flags nor what imports jax.
+    from launch.errors import run
+
+    flags.DEFINE_string(
+        "mixture",
+        None,
+        "A mixture .yaml, files (path, folder, glob, braces, URL), hf:NAME, tfds:NAME.",
+        required=True,
+    )
+    flags.DEFINE_string("tokenizer", None, "A directory with tokenizer.json, or a hub name.", required=True)
+    flags.DEFINE_enum("stage", None, list(ROW_KINDS), "Whose rows: text, pairs or triplets.", required=True)
+    flags.DEFINE_string("cache_dir", "token_cache", "Where the tokens go; config.data.cache_dir of the run.")
+    flags.DEFINE_integer("workers", 0, "Processes, a core each; 0 for one for each core.", lower_bound=0)
+    flags.DEFINE_enum(
+        "on_bad_row", "raise", ["raise", "skip"], "Stop at a row that cannot be used, or put it into rejected.jsonl."
+    )
+    run(main)

@@ -1,0 +1,122 @@
+"""Rows of Arrow files as Hugging Face ``datasets`` writes them, and what all columnar formats share."""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from nomic_jax.data.rows import BadRow, FileRows, RawRow, Scan, marks_of_sizes, sha256_of_file
+
+if TYPE_CHECKING:  # imported where it is used: most commands read jsonl only
+    import pyarrow as pa
+
+
+class ArrowRows(FileRows):
+    """See ``FileRows``. Local files are memory-mapped."""
+
+    def __len__(self) -> int:
+        return sum(len(batch) for batch in self._batches())
+
+    def numbered(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, RawRow]]:
+        yield from numbered_rows(self.file, self._batches(), start, stop, self.wanted)
+
+    def scan(self, piece_bytes: int) -> Scan:
+        rows, marks = marks_of_sizes(((len(batch), batch.nbytes) for batch in self._batches()), piece_bytes)
+        return Scan(sha256_of_file(self.file), rows, marks)
+
+    def _batches(self) -> Iterator["pa.RecordBatch"]:
+        import pyarrow as pa
+
+        with self._opened() as f:
+            try:
+                try:
+                    reader = pa.ipc.open_stream(f)
+                except pa.ArrowInvalid:  # the other of Arrow's two formats
+                    f.seek(0)
+                    file_reader = pa.ipc.open_file(f)
+                    check_schema(file_reader.schema, self.columns, self.others or (), self.file)
+                    for i in range(file_reader.num_record_batches):
+                        yield file_reader.get_batch(i)
+                else:
+                    check_schema(reader.schema, self.columns, self.others or (), self.file)
+                    yield from reader
+            except (pa.ArrowException, OSError) as error:
+                raise BadRow(f"{self.file}: not a readable Arrow file ({error}); write or fetch it again") from error
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        import pyarrow as pa
+
+        fs, path = fsspec.core.url_to_fs(self.file)
+        if "file" in fs.protocol:
+            if fs.size(path) == 0:
+                raise BadRow(f"{self.file}: the file is empty; write or fetch it again")
+            with pa.memory_map(path) as f:
+                yield f
+        else:
+            with fs.open(path, "rb") as f:
+                yield pa.PythonFile(f, "r")
+
+
+def numbered_rows(
+    file: str,
+    batches: Iterator["pa.RecordBatch"],
+    start: int,
+    stop: int | None,
+    wanted: list[str] | None,
+    first: int = 0,
+) -> Iterator[tuple[str, RawRow]]:
+    """The rows start ... stop - 1 of batches whose first row is number ``first`` of the file."""
+    for batch in batches:
+        if stop is not None and first >= stop:
+            return
+        skipped = max(0, start - first)
+        end = len(batch) if stop is None else min(len(batch), stop - first)
+        if skipped < end:
+            chosen = batch.slice(skipped, end - skipped)
+            if wanted is not None:
+                chosen = chosen.select(wanted)
+            for number, row in enumerate(_python_rows(chosen), first + skipped):
+                yield f"{file}: row {number} (counted from 0)", row
+        first += len(batch)
+
+
+def check_schema(schema: "pa.Schema", columns: Mapping[str, type], others: Collection[str], file: str) -> None:
+    """Raises BadRow unless the columns are there, with texts or lists of texts in them."""
+    for column in (*columns, *others):
+        if column not in schema.names:
+            raise BadRow(f"{file}: no column {column!r}; the file has {', '.join(map(repr, schema.names))}")
+    for column, kind in columns.items():
+        found = schema.field(column).type
+        if not _holds_texts(found, kind):
+            wanted = "lists of texts" if kind is list else "text"
+            raise BadRow(f"{file}: column {column!r} should hold {wanted}, found the type {found}")
+
+
+def _holds_texts(found: "pa.DataType", kind: type) -> bool:
+    from pyarrow import types
+
+    if types.is_null(found):  # what stands in each row says it better
+        return True
+    if kind is list:
+        lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
+        return any(is_list(found) for is_list in lists) and _holds_texts(found.value_type, str)
+    if types.is_dictionary(found):
+        found = found.value_type
+    return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
+
+
+def _python_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]]:
+    """The rows with Python values; a text that is not UTF-8 stays bytes."""
+
+    def value(scalar):
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError as error:
+            return error.object
+
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [dict(zip(batch.schema.names, map(value, scalars))) for scalars in zip(*batch.columns)]

@@ -1,0 +1,96 @@
+"""Data sets that are named, not located, as local files with random access.
+
+    hf:sentence-transformers/all-nli?config=triplet&split=train     of the Hugging Face hub, or hf:A_LOCAL_FOLDER
+    tfds:wiki40b/en:1.3.0?split=train&data_dir=DIR                  of TensorFlow Datasets
+
+The hub's data are downloaded once, to the cache of ``datasets``; those of TensorFlow Datasets must be prepared already.
+"""
+
+import os
+import urllib.parse
+from typing import Any
+
+PREFIXES = ("hf:", "tfds:")
+
+
+def is_named(pattern: str) -> bool:
+    return pattern.startswith(PREFIXES) and "://" not in pattern
+
+
+def files_of(name: str) -> list[str]:
+    """The files of a data set's split, in order.
+
+    Raises:
+      FileNotFoundError: there is no such data set here, and none could be fetched.
+      ValueError: no such configuration or split, or one without random access.
+    """
+    scheme, _, rest = name.partition(":")
+    path, _, query = rest.partition("?")
+    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    allowed = {"hf": {"config", "split", "revision"}, "tfds": {"split", "data_dir"}}[scheme]
+    if not path or (unknown := sorted(options.keys() - allowed)):
+        what = f"unknown option {unknown[0]!r}" if path else "no data set is named"
+        raise ValueError(f"{name}: {what}; write {scheme}:NAME?split=train, options are {', '.join(sorted(allowed))}")
+    split = options.setdefault("split", "train")
+    if "[" in split:
+        raise ValueError(f"{name}: parts of a split are not supported; name whole splits (train, or train+test)")
+    return _hub_files(name, path, options) if scheme == "hf" else _tfds_files(name, path, options)
+
+
+def _hub_files(name: str, path: str, options: dict[str, str]) -> list[str]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    if not os.path.exists(path):
+        _check_reachable(name, path)
+    try:
+        found = datasets.load_dataset(
+            path, options.get("config"), split=options["split"], revision=options.get("revision")
+        )
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {_first_line(error)}") from error
+    finally:
+        datasets.enable_progress_bars()
+    files = [file["filename"] for file in found.cache_files]
+    if not files:
+        raise ValueError(f"{name}: `datasets` keeps it in memory only; save it with save_to_disk and name the folder")
+    return files
+
+
+def _check_reachable(name: str, path: str) -> None:
+    """`datasets` tries for half a minute to reach what is not there; this answers at once."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return  # it looks into its cache alone
+    try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=10)
+    except Exception as error:  # of the network, of the hub, of a malformed name
+        raise FileNotFoundError(
+            f"{name}: no folder {path!r} is here, and no such data set could be reached on the hub "
+            f"({type(error).__name__}: {_first_line(error)}); with HF_HUB_OFFLINE=1 one downloaded before will do"
+        ) from error
+
+
+def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
+    try:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.data_sources.base import file_instructions
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{name}: needs pip install tensorflow-datasets importlib_resources") from error
+    try:
+        source: Any = tfds.data_source(path, split=options["split"], data_dir=options.get("data_dir"), download=False)
+        instructions = file_instructions(source.dataset_info, options["split"])
+    except (ImportError, AssertionError, NotImplementedError, OSError, ValueError) as error:
+        # Of a data set that it would have to prepare it asks for TensorFlow, at length.
+        raise FileNotFoundError(
+            f"{name}: {_first_line(error)} (looked for it in {options.get('data_dir') or '~/tensorflow_datasets'}; "
+            f'it must be prepared there, with file_format="array_record" or "parquet")'
+        ) from error
+    return [os.fspath(instruction.filename) for instruction in instructions]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,155 @@
+"""What a row is: its checks, and the interface that every file format has."""
+
+import abc
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+
+# A row as the file has it: of jsonl the line, of the other formats the values.
+RawRow = bytes | dict[str, Any]
+
+
+class BadRow(ValueError):
+    """A row or a file that cannot be used; the message names file, line or row, and what is wrong with it."""
+
+
+class RejectedRows:
+    """Counts rows that were skipped and keeps them, with the reason, in a side file next to the output."""
+
+    def __init__(self, side_file: str | os.PathLike):
+        self.side_file = Path(side_file)
+        self.count = 0
+        # Left by a run that was killed: this run meets the same rows again.
+        self.side_file.unlink(missing_ok=True)
+
+    def add(self, error: BadRow, raw: bytes) -> None:
+        self.count += 1
+        self.side_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.side_file.open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"reason": str(error), "row": raw.decode("utf-8", "replace")}) + "\n")
+
+
+class Mark(NamedTuple):
+    """A place in a file where reading can start: the row, and for jsonl its line (from 0) and uncompressed byte."""
+
+    row: int
+    line: int = 0
+    byte: int = 0
+
+
+class Scan(NamedTuple):
+    """What one pass over a file finds out.
+
+    Attributes:
+      sha256: of its bytes as they are stored.
+      rows: of the file, bad ones included.
+      marks: where the pieces of the file begin, the first one at row 0.
+      ends_sha256: of jsonl, the digest of all rows' ends (int64 bytes), to compare the original's offsets with.
+    """
+
+    sha256: str
+    rows: int
+    marks: tuple[Mark, ...]
+    ends_sha256: str = ""
+
+
+class FileRows(abc.ABC):
+    """The rows of one file, with random access; opening is cheap, and no file is held in memory.
+
+    Args:
+      file: path or URL.
+      columns: name -> ``str`` or ``list``; see ``nomic_jax.data.sources.read_rows``.
+      others: further columns to decode; None for all.
+    """
+
+    def __init__(self, file: str, columns: Mapping[str, type], others: Collection[str] | None):
+        self.file, self.columns, self.others = file, columns, others
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def numbered(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, RawRow]]:
+        """(where it stands, in words; the row) of the rows start ... stop - 1.
+
+        Raises:
+          BadRow: the file is broken, or has not the columns.
+        """
+
+    @abc.abstractmethod
+    def scan(self, piece_bytes: int) -> Scan:
+        """Reads the whole file; a piece gets about ``piece_bytes`` of uncompressed data."""
+
+    @property
+    def wanted(self) -> list[str] | None:
+        """The columns to decode; None for all."""
+        return None if self.others is None else list(dict.fromkeys([*self.columns, *self.others]))
+
+
+def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
+    """The row's values.
+
+    Raises:
+      BadRow: broken UTF-8 or JSON, or JSON that is no object.
+    """
+    if not isinstance(raw, bytes):
+        return raw
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"{where}: not valid UTF-8 ({error})") from error
+    except json.JSONDecodeError as error:
+        raise BadRow(f"{where}: broken JSON ({error})") from error
+    except RecursionError:
+        raise BadRow(f"{where}: broken JSON (nested too deep)") from None
+    if not isinstance(row, dict):
+        raise BadRow(f"{where}: expected an object with named columns, found {type(row).__name__}")
+    return row
+
+
+def check_row(row: Mapping[str, Any], columns: Mapping[str, type], allow_empty: bool, where: str) -> None:
+    """Raises BadRow unless the row has the columns, with texts (or lists of texts) in them."""
+    for column, kind in columns.items():
+        if column not in row:
+            raise BadRow(f"{where}: no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
+        if isinstance(row[column], bytes):
+            raise BadRow(f"{where}: column {column!r} is not valid UTF-8")
+        texts = row[column] if kind is list else [row[column]]
+        if not isinstance(texts, list):
+            raise BadRow(f"{where}: column {column!r} should be a list of texts, found {type(texts).__name__}")
+        for text in texts:
+            if isinstance(text, bytes):
+                raise BadRow(f"{where}: column {column!r} is not valid UTF-8")
+            if not isinstance(text, str):
+                raise BadRow(f"{where}: column {column!r} should hold text, found {type(text).__name__}")
+            if not allow_empty and not text.strip():
+                raise BadRow(f"{where}: column {column!r} holds an empty text")
+            if not text.isascii() and re.search(r"[\ud800-\udfff]", text):
+                # JSON can spell it, but neither UTF-8 files nor the tokenizer can hold it.
+                raise BadRow(f"{where}: column {column!r} holds half of a surrogate pair, which is no text")
+
+
+def sha256_of_file(file: str) -> str:
+    digest = hashlib.sha256()
+    with fsspec.open(file, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def marks_of_sizes(sizes: Iterator[tuple[int, int]], piece_bytes: int) -> tuple[int, tuple[Mark, ...]]:
+    """(rows, marks) of (rows, bytes) of consecutive groups of rows; a piece starts where a group does."""
+    rows, held, marks = 0, piece_bytes, []
+    for count, size in sizes:
+        if held >= piece_bytes and count:
+            marks.append(Mark(rows))
+            held = 0
+        rows += count
+        held += size
+    return rows, tuple(marks)

@@ -1,0 +1,188 @@
+"""Stores made in pieces: the same bytes however they are made, and nothing is done twice."""
+
+import dataclasses
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+
+from nomic_jax.data import inventory, pieces
+from nomic_jax.data.batching import hash_texts
+from nomic_jax.data.mixture import read_mixture
+from nomic_jax.data.pairs import PairStream
+from nomic_jax.data.pretokenize import pretokenize, worker_pool
+from nomic_jax.data.sources import BadRow
+from nomic_jax.data.tokenizer import Tokenizer, truncate
+from nomic_jax.data.tokens import TokenStore
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def content(directory) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+
+
+def source_of(*files, kind="pair", **changes):
+    (source,) = read_mixture(str(files[0]), kind)
+    return dataclasses.replace(source, **changes)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Pairs in 5 files of different sizes, one of them compressed, with a bad row in each."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for i in range(5):
+        lines = [json.dumps({"query": f"query {i} {j}", "document": "word " * (j % 9 + 1)}) for j in range(40 + 10 * i)]
+        text = "\n".join([*lines[:7], '{"query": 1}', *lines[7:]]) + "\n"
+        if i == 3:
+            (folder / f"{i}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (folder / f"{i}.jsonl").write_text(text)
+    return folder
+
+
+def test_bytes_do_not_depend_on_workers_or_pieces(shards, tokenizer, tmp_path, monkeypatch):
+    source = source_of(shards)
+    whole = pretokenize(source, tokenizer, tmp_path / "whole", on_bad_row="skip", progress=False)
+    assert whole.rows == 300 and whole.file_rows == [40, 50, 60, 70, 80] and whole.manifest["rejected"] == 5
+    monkeypatch.setattr(inventory, "PIECE_BYTES", 1000)
+    in_pieces = pretokenize(source, tokenizer, tmp_path / "pieces", on_bad_row="skip", progress=False)
+    with worker_pool(tokenizer, 2) as pool:
+        by_two = pretokenize(source, tokenizer, tmp_path / "two", on_bad_row="skip", progress=False, pool=pool)
+    assert content(whole.directory) == content(in_pieces.directory) == content(by_two.directory)
+    assert not list((tmp_path / "two").glob(".*pieces"))
+    rejected = (whole.directory / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"].split(": ")[0] for line in rejected] == [
+        f"{shards}/{name}:8" for name in ("0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl.gz", "4.jsonl")
+    ]
+
+
+def test_a_bad_row_in_a_worker_is_named(shards, tokenizer, tmp_path):
+    with worker_pool(tokenizer, 2) as pool, pytest.raises(BadRow, match=r"0\.jsonl:8: column 'query' should hold text"):
+        pretokenize(source_of(shards), tokenizer, tmp_path / "cache", progress=False, pool=pool)
+
+
+def test_finished_pieces_are_not_made_again(shards, tokenizer, tmp_path, monkeypatch):
+    source = source_of(shards)
+    monkeypatch.setattr(inventory, "PIECE_BYTES", 1000)
+    expected = pretokenize(source, tokenizer, tmp_path / "whole", on_bad_row="skip", progress=False)
+    made, write_json = [], pieces.write_json
+
+    def dies_after_ten(path, value):
+        if len(made) == 10:
+            raise KeyboardInterrupt
+        made.append(path)
+        write_json(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pieces, "write_json", dies_after_ten)
+        pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    done = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob(".*.pieces/*[0-9]/counts.json")]
+    assert len(done) == 10
+    texts = []
+    encode = type(tokenizer).encode
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, batch: texts.extend(batch) or encode(self, batch))
+    store = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    assert content(store.directory) == content(expected.directory)
+    assert len(texts) == 2 * (expected.rows - sum(counts["rows"] for counts in done))
+
+
+def test_files_are_read_once_until_they_change(shards, tokenizer, tmp_path, monkeypatch):
+    source = source_of(shards)
+    first = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    read, scan = [], inventory._scan
+    monkeypatch.setattr(inventory, "_scan", lambda file, *more: read.append(file) or scan(file, *more))
+    again = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    assert again.fingerprint == first.fingerprint and read == []
+    changed = shards / "2.jsonl"
+    changed.write_text(changed.read_text().replace("query 2 0", "query 2 X"))  # of equal size
+    other = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    assert other.fingerprint != first.fingerprint and read == [str(changed)]
+
+
+def test_a_killed_command_goes_on(tokenizer, minilm, corpus, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    text = (corpus / "text.jsonl").read_text()
+    for i in range(30):
+        (folder / f"{i:02d}.jsonl").write_text(f'{{"text": "file {i}"}}\n' + text * 4)
+
+    def command(cache, workers):
+        flags = [f"--mixture={folder}", "--stage=mlm", f"--tokenizer={minilm}", f"--workers={workers}"]
+        return [sys.executable, "-m", "launch.pretokenize", *flags, f"--cache_dir={cache}"]
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command(tmp_path / "cache", 2), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while len(done := list((tmp_path / "cache").glob(".*.pieces/*/counts.json"))) < 3:
+        assert process.poll() is None, "it was over before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.2)  # the workers notice
+    times = {path: path.stat().st_mtime_ns for path in done if ".part" not in path.parent.name}
+    assert not list((tmp_path / "cache").glob("data-*"))
+    kept = {path.parent.name for path in times}
+    script = (
+        "import sys; from nomic_jax.data import pieces; real = pieces.tokenise_piece\n"
+        "import nomic_jax.data.pretokenize as p, launch.pretokenize\n"
+        "def once(piece, *more):\n"
+        f"    assert piece.name not in {sorted(kept)!r} or (piece.path / 'counts.json').exists()\n"
+        "    return real(piece, *more)\n"
+        "p.tokenise_piece = once\n"
+        "import runpy; sys.argv = sys.argv[1:]; runpy.run_module('launch.pretokenize', run_name='__main__')"
+    )
+    resumed = [sys.executable, "-c", script, *command(tmp_path / "cache", 1)[2:]]
+    out = subprocess.run(resumed, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    (store,) = (TokenStore(path) for path in (tmp_path / "cache").glob("data-*"))
+    whole = pretokenize(source_of(folder, kind="text"), tokenizer, tmp_path / "whole", progress=False)
+    assert content(store.directory) == content(whole.directory)
+    assert f"data: {whole.rows:,} rows, {whole.manifest['tokens']['text']:,} tokens" in out.stdout
+
+
+def test_gather_is_truncate_text_by_text(corpus, tokenizer, tmp_path):
+    store = pretokenize(source_of(corpus / "a.jsonl"), tokenizer, tmp_path, progress=False)
+    column = store.columns["document"]
+    rows = np.array([3, 0, 3, 69, 12])
+    for cut in (3, 8, 20, 1000):
+        expected = [truncate(column[i].astype(np.int32), cut) for i in rows]
+        ids, lengths = column.gather(rows, cut)
+        np.testing.assert_array_equal(ids, np.concatenate(expected))
+        np.testing.assert_array_equal(lengths, [len(text) for text in expected])
+
+
+def test_hashes_tell_texts_apart():
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 3, rng.integers(0, 6)) for _ in range(3000)]
+    hashes = hash_texts(np.concatenate(texts), np.array([len(text) for text in texts]))
+    assert hashes.dtype == np.uint32 and hashes.shape == (3000, 2)
+    by_text = {}
+    for text, value in zip(texts, map(tuple, hashes.tolist())):
+        assert by_text.setdefault(tuple(text), value) == value
+    assert len(set(by_text.values())) == len(by_text) > 300
+    # Each of the two halves, too, is as good as random: 50,000 different pairs of ids collide in 32 bits hardly ever.
+    many = np.stack([np.arange(50_000) % 251, np.arange(50_000) // 251], 1)
+    halves = hash_texts(many.ravel(), np.full(50_000, 2))
+    assert all(len(np.unique(halves[:, i])) > 49_990 for i in range(2))
+
+
+def test_tokens_of_another_tokenizer_are_refused(corpus, tokenizer, tmp_path, capfd):
+    store = pretokenize(source_of(corpus / "a.jsonl"), tokenizer, tmp_path, progress=False)
+    content = json.loads(tokenizer.backend.to_str())
+    content["normalizer"]["lowercase"] = False
+    other = Tokenizer(Backend.from_str(json.dumps(content)))
+    with pytest.raises(
+        ValueError, match=f"made by the tokenizer {tokenizer.sha256[:16]}, this one is {other.sha256[:16]}"
+    ):
+        PairStream([store], other, batch_size=8, query_length=32, document_length=32)
+    assert pretokenize(source_of(corpus / "a.jsonl"), other, tmp_path, progress=False).fingerprint != store.fingerprint
+    assert "has tokens of data by another tokenizer" in capfd.readouterr().err
