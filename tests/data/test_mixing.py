@@ -171,7 +171,15 @@ def test_rows_do_not_depend_on_devices_processes_or_threads(stores, tokenizer, n
         ("packed", 4, 1, 1),
         ("bucketed", 8, 2, 2),
     ):
-        made = make_layout(layout, stores, 16, 48, 128)
+        made = make_layout(
+            layout,
+            stores,
+            query_length=16,
+            document_length=48,
+            documents_per_row=1,
+            rows_per_device=8 // devices,
+            chunk_tokens=128,
+        )
         stream = PairStream(stores, tokenizer, layout=made, devices=devices, **settings)
         assert [stream.row_numbers(step) for step in range(24)] == [reference.row_numbers(step) for step in range(24)]
         shares = [read_ahead(stream, 10, 24, shard, processes, threads) for shard in range(processes)]
