@@ -134,7 +134,9 @@ def load(file: Path, folder: Path, tokenizer: Tokenizer, options: argparse.Names
     lengths = {"query_length": 64, "document_length": 256}
 
     def ours(layout: str) -> Iterator[Any]:
-        made = make_layout(layout, [store], *lengths.values(), chunk_tokens=16_384)  # type: ignore[arg-type]
+        made = make_layout(  # type: ignore[arg-type]
+            layout, [store], **lengths, documents_per_row=1, rows_per_device=B, chunk_tokens=16_384
+        )
         stream = PairStream([store], tokenizer, batch_size=B, layout=made, **lengths)
         return read_ahead(stream, 0, steps + 1, threads=workers)
 

@@ -31,9 +31,9 @@ class Stop(Exception):
 
 def train_until(step, config, workdir, monkeypatch):
     """Trains and breaks off once a step has been logged, as a crash would: without closing anything."""
-    from nomic_jax.train import loop
+    from nomic_jax.train import progress
 
-    write = loop.MetricsWriter.write
+    write = progress.MetricsWriter.write
 
     def write_then_stop(self, at, values):
         write(self, at, values)
@@ -41,7 +41,7 @@ def train_until(step, config, workdir, monkeypatch):
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(loop.MetricsWriter, "write", write_then_stop)
+        patch.setattr(progress.MetricsWriter, "write", write_then_stop)
         train(config, workdir, jax.devices()[:2])
 
 
