@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from nomic_jax.curate import blocks
-from nomic_jax.curate.blocks import Encoder
+from nomic_jax.curate import embed
+from nomic_jax.curate.embed import Encoder
 from nomic_jax.curate.negatives import MiningOptions, mine_negatives
 from nomic_jax.data.sources import write_rows
 
@@ -189,7 +189,7 @@ def test_random_negatives_depend_on_seed_and_row(files, tmp_path):
 
 
 def test_a_killed_run_continues_and_ends_in_the_same_bytes(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "TEXTS_PER_FILE", 15)
+    monkeypatch.setattr(embed, "TEXTS_PER_FILE", 15)
     corpus = str(tmp_path / "corpus.jsonl")
     whole = FakeTeacher()
     mine(files, tmp_path / "whole", whole, corpus)
