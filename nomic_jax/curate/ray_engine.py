@@ -30,14 +30,15 @@ def ray_engine(load: Callable[[], Encoder], workers: int | None = None) -> Engin
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('--engine=ray needs Ray: pip install "nomic_jax[ray]"') from error
 
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
     def run(task: Task, encoder: Encoder | None, wait: bool = True) -> None:
         pending = missing_pieces(task)
         if not pending:
             return
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
         with tqdm(
             total=len(task),
             initial=len(task) - len(pending),
@@ -75,6 +76,8 @@ def _make(pending: list[int], task: Task, load: Callable[[], Encoder] | None, wo
     )
     made = 0
     for row in rows.iter_rows():
+        if row["error"]:
+            raise ValueError(row["error"])
         made += row["made"]
         bar.update(row["made"])
     return made
@@ -84,7 +87,14 @@ class _Worker:
     """An actor."""
 
     def __init__(self, task: Task, load: Callable[[], Encoder] | None):
-        self.task, self.encoder = task, load() if load else None
+        self.task, self.load = task, load
+        self.encoder: Encoder | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row | {"made": int(make_piece(self.task, row["piece"], self.encoder))}
+        try:
+            if self.load and self.encoder is None:
+                self.encoder = self.load()
+            return row | {"made": int(make_piece(self.task, row["piece"], self.encoder)), "error": ""}
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            # The user's to read: as an exception it would come wrapped in Ray's, with the traces of three processes.
+            return row | {"made": 0, "error": str(error)}
