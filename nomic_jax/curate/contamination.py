@@ -22,8 +22,8 @@ class EvaluationTexts:
 class Contamination:
     """Looks for runs of n words that a training text shares with a query or a document of an evaluation task.
 
-    A text of at most n words counts as a whole: it is found only where another text consists of the same words. Memory:
-    about 100 bytes for each word of the evaluation texts.
+    A text of fewer than n words counts as a whole: it is found only where another text consists of the same words.
+    Memory: about 100 bytes for each word of the evaluation texts.
     """
 
     def __init__(self, tasks: Mapping[str, EvaluationTexts], n: int = NGRAM):
