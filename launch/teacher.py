@@ -104,6 +104,7 @@ def open_teacher(
     """
     import jax
 
+    from nomic_jax.device_ranks import count_above
     from nomic_jax.embedder import DOCUMENT_PROMPTS, QUERY_PROMPTS, Embedder
 
     embedder = Embedder.from_pretrained(model, dtype=dtype, max_length=max_length)
@@ -123,4 +124,5 @@ def open_teacher(
             "query_prompt": prompts[0],
             "document_prompt": prompts[1],
         },
+        count_above=None if jax.default_backend() == "cpu" else count_above,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nomic_jax.curate.arrays import Pieces, cached_array
+from nomic_jax.curate.arrays import Matrix, Pieces, cached_array
 
 TEXTS_PER_FILE = 2048  # embeddings are saved this often: a minute or two of a base-size teacher on a CPU
 
@@ -23,11 +23,14 @@ class Encoder:
     Attributes:
       query, document: texts -> float32 [N, E], each row of length 1.
       identity: what the embeddings depend on, such as weights and prompts; see ``hold_settings``.
+      count_above: (queries, documents, limits [Q]) -> how many documents score above each query's limit, int [Q], on
+        the encoder's devices; None where those are the processors that numpy uses.
     """
 
     query: Encode
     document: Encode
     identity: Mapping[str, Any]
+    count_above: Callable[[Matrix, Matrix, np.ndarray], np.ndarray] | None = None
 
 
 def embed_texts(texts: Sequence[str], encode: Encode, folder: Path, *, label: str, progress: bool = True) -> Pieces:

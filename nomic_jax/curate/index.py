@@ -187,6 +187,7 @@ def own_ranks(
     own_Q: np.ndarray,
     *,
     index: ApproximateIndex | None = None,
+    count: Callable[[Matrix, Matrix, np.ndarray], np.ndarray] | None = None,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where each query's own document stands among all documents.
@@ -196,6 +197,7 @@ def own_ranks(
       own_Q: int64, each query's document.
       index: of the documents, to look only at the RANK_DEPTH that it finds near a query; a rank of RANK_DEPTH + 1 says
         that all of these score higher.
+      count: as ``count_above`` of this module, elsewhere than with numpy.
 
     Returns:
       rank, int32 [Q]: 1 + the number of documents that score higher (by more than ROUNDING, so that neither the
@@ -206,14 +208,22 @@ def own_ranks(
     if index is not None:
         _, near_QK = index.top_k(queries_QE, min(RANK_DEPTH, len(documents_NE)), progress=progress)
         return (1 + np.count_nonzero(near_QK > limit_Q[:, None], axis=1)).astype(np.int32), score_Q
-    rank_Q = np.ones(len(queries_QE), np.int32)
+    above_Q = (count or functools.partial(count_above, progress=progress))(queries_QE, documents_NE, limit_Q)
+    return (1 + above_Q).astype(np.int32), score_Q
+
+
+def count_above(queries_QE: Matrix, documents_NE: Matrix, limit_Q: np.ndarray, *, progress: bool = False) -> np.ndarray:
+    """int64 [Q]: how many documents score above the query's limit.
+
+    A matrix product and not a search: the rank of every row is wanted, however far down it stands.
+    """
+    count_Q = np.zeros(len(queries_QE), np.int64)
     with tqdm(total=len(queries_QE), desc="ranking", unit=" queries", leave=False, disable=not progress) as bar:
         for start in range(0, len(queries_QE), QUERIES_PER_BATCH):
             batch = slice(start, start + QUERIES_PER_BATCH)
             queries = queries_QE[batch]
             for first in range(0, len(documents_NE), DOCUMENTS_PER_BATCH):
-                # A matrix product and not a search: the rank of every row is wanted, however far down it stands.
                 score_QN = queries @ documents_NE[first : first + DOCUMENTS_PER_BATCH].T
-                rank_Q[batch] += np.count_nonzero(score_QN > limit_Q[batch, None], axis=1).astype(np.int32)
+                count_Q[batch] += np.count_nonzero(score_QN > limit_Q[batch, None], axis=1)
             bar.update(len(queries))
-    return rank_Q, score_Q
+    return count_Q

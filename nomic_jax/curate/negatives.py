@@ -29,9 +29,9 @@ class MiningOptions:
 
     Attributes:
       k: candidates a query: its k nearest documents, before positives are taken out.
-      margin: keep candidates that score less than margin * the positive's score, the best one's where a query has
-        several (NV-Retriever's TopK-PercPos); 0 keeps all. Where the positive scores 0 or less, a candidate has to
-        score less than the positive.
+      margin: keep candidates that score less than margin * the positive's score (NV-Retriever's TopK-PercPos), the
+        lowest one's where a query has several, as in sentence-transformers; 0 keeps all. Below zero the same distance
+        counts: less than the positive's score - (1 - margin) * its absolute value.
       range_min, range_max: keep candidates of ranks range_min ... range_max - 1, counted from 0 without the positives.
       num_negatives: what training needs of each row.
       too_few: what becomes of a row with fewer: "drop" it, fill it up with "random" documents that are not among its
@@ -78,7 +78,7 @@ class Candidates:
       excluded: the documents that are not its negatives: the query's positives, and its own text.
       near: the query's nearest documents with their scores, best first; None without a teacher.
       score: of the pair's document.
-      best: the highest score of a positive of the query.
+      lowest: the lowest score of a positive of the query.
     """
 
     number: int
@@ -86,7 +86,7 @@ class Candidates:
     excluded: set[int]
     near: list[tuple[int, float]] | None
     score: float
-    best: float
+    lowest: float
 
 
 def mine_negatives(
@@ -225,15 +225,15 @@ def _candidates(pairs: Pairs, search: SearchQueries | None) -> Iterator[Candidat
         excluded: list[set[int]] = [set() if own < 0 else {own} for own in pairs.own_Q[query_P].tolist()]
         for place, document in zip(place_M.tolist(), document_M.tolist()):
             excluded[place].add(document)
-        score_P, best_P = np.zeros(len(query_P)), np.zeros(len(query_P))
+        score_P, lowest_P = np.zeros(len(query_P)), np.zeros(len(query_P))
         near: list[list[tuple[int, float]] | None] = [None] * len(query_P)
         if search:
             score_P = pair_scores(search.query_QE, query_P, search.document_DE, document_P)
             score_M = pair_scores(search.query_QE, query_P[place_M], search.document_DE, document_M)
-            best_P = np.full(len(query_P), -np.inf, np.float32)
-            np.maximum.at(best_P, place_M, score_M)
+            lowest_P = np.full(len(query_P), np.inf, np.float32)
+            np.minimum.at(lowest_P, place_M, score_M)
             near = [[item for item in items if item[0] >= 0] for items in search.near[query_P].tolist()]
-        for i, values in enumerate(zip(query_P.tolist(), excluded, near, score_P.tolist(), best_P.tolist())):
+        for i, values in enumerate(zip(query_P.tolist(), excluded, near, score_P.tolist(), lowest_P.tolist())):
             yield Candidates(start + i, *values)
 
 
@@ -247,9 +247,7 @@ def _choose(
         return [(document, 0.0) for document in drawn], {}
     ranked = [(document, score) for document, score in candidates.near if document not in excluded]
     ranked = ranked[options.range_min : options.range_max]
-    # In float32, as the scores are.
-    best = np.float32(candidates.best)
-    limit = min(np.float32(options.margin) * best, best) if options.margin else np.inf
+    limit = candidates.lowest - (1 - options.margin) * abs(candidates.lowest) if options.margin else float("inf")
     chosen = [(document, score) for document, score in ranked if score < limit]
     counts = {"beyond_margin": len(ranked) - len(chosen)}
     missing = options.num_negatives - len(chosen)

@@ -65,7 +65,9 @@ class ScoreBlocks:
             index = ApproximateIndex(document_DE, folder / "index.faiss")
             write_json(self.recall_file(piece), index.recall(query_NE, k=10))
         scores = np.empty(len(queries), SCORES)
-        scores["rank"], scores["score"] = own_ranks(query_NE, document_DE, own_N, index=index, progress=self.progress)
+        scores["rank"], scores["score"] = own_ranks(
+            query_NE, document_DE, own_N, index=index, count=encoder.count_above, progress=self.progress
+        )
         return scores
 
     def tidy(self, piece: int) -> None:

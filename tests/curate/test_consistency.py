@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from nomic_jax import device_ranks
 from nomic_jax.curate import embed
 from nomic_jax.curate import index as index_module
 from nomic_jax.curate.consistency import FilterOptions
@@ -353,6 +354,19 @@ def test_approximate_search_scores_exactly_and_finds_all_with_all_cells(tmp_path
     np.testing.assert_array_equal(again[0], ids)
     index.index.nprobe = index.index.nlist
     np.testing.assert_array_equal(index.top_k(query_QE, 10)[0], exact_ids)
+
+
+@pytest.mark.parametrize(("queries", "documents"), [(1, 1), (1500, 700), (30, 2500)])
+def test_devices_count_as_numpy_does(queries, documents, monkeypatch):
+    monkeypatch.setattr(device_ranks, "DOCUMENTS_PER_DEVICE", 100)
+    rng = np.random.default_rng(8)
+    vectors = unit(rng, 50, 24)
+    query_QE, document_DE = vectors[rng.integers(0, 50, queries)], vectors[rng.integers(0, 50, documents)]
+    own_Q = rng.integers(0, documents, queries)
+    expected = own_ranks(query_QE, document_DE, own_Q)
+    found = own_ranks(query_QE, document_DE, own_Q, count=device_ranks.count_above)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert queries == 1 or len(set(expected[0].tolist())) > 10
 
 
 @pytest.mark.skipif(index_module._gpu() is None, reason="needs faiss's GPU build and a GPU")

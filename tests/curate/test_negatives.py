@@ -90,8 +90,8 @@ def brute_force(rows, corpus=(), k=20, margin=0.95, range_min=0, range_max=None)
         near = sorted(documents, key=lambda text: -score[text])[:k]
         positives = {other["document"].strip() for other in rows if other["query"] == row["query"]}
         ranked = [text for text in near if text not in positives | {row["query"].strip()}][range_min:range_max]
-        best = max(score[text] for text in positives)
-        limit = np.inf if not margin else best * margin if best > 0 else best
+        lowest = min(score[text] for text in positives)
+        limit = np.inf if not margin else lowest * margin if lowest > 0 else lowest * (2 - margin)
         result.append([text for text in ranked if score[text] < limit])
     return result
 
@@ -107,7 +107,7 @@ def test_negatives_are_brute_force(files, tmp_path, options, with_corpus):
     rows = make_rows()
     expected = brute_force(rows, CORPUS if with_corpus else (), **options)
     kept = [(row, negatives) for row, negatives in zip(rows, expected) if negatives]
-    assert len(kept) > 10
+    assert len(kept) > 5
     assert [triplet["id"] for triplet in triplets] == [row["id"] for row, _ in kept]
     for triplet, (row, negatives) in zip(triplets, kept):
         assert [text.strip() for text in triplet["negatives"]] == negatives
@@ -299,7 +299,7 @@ def test_adversarial_rows_are_brute_force(tmp_path, seed):
     )
     found = {triplet["id"]: [text.strip() for text in triplet["negatives"]] for triplet in triplets}
     assert found == {i: negatives for i, negatives in enumerate(brute_force(rows, corpus, **options)) if negatives}
-    assert len(found) > 20
+    assert len(found) > (0 if options["margin"] else 50)
 
 
 def test_approximate_search_reports_its_recall_and_keeps_the_rules(files, tmp_path):
