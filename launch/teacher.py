@@ -1,6 +1,7 @@
 """What launch.filter and launch.mine have in common: pairs, a teacher that embeds them, and the flags of both."""
 
 import functools
+import sys
 from typing import Any
 
 from absl import flags
@@ -76,7 +77,12 @@ def engine() -> Engine:
         return run_here
     from nomic_jax.curate.ray_engine import ray_engine
 
-    return ray_engine(functools.partial(open_teacher, **_settings()), WORKERS.value)
+    made = ray_engine(functools.partial(open_teacher, **_settings()), WORKERS.value)
+    from ray import cloudpickle
+
+    # Other machines have nomic_jax installed, but not this folder of commands.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return made
 
 
 def _settings() -> dict[str, Any]:

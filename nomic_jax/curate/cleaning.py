@@ -61,7 +61,7 @@ def clean_rows(
 ) -> dict[str, Any]:
     """Writes the rows that stay, and of every other why it went. One pass over the rows; of equal ones the first stays.
 
-    Memory: about 100 bytes a row for exact duplicates, 1 KB for near ones, and 100 bytes for each word of the
+    Memory: about 150 bytes a row for exact duplicates, 2 KB for near ones, and 100 bytes for each word of the
     evaluation texts. A run that was killed begins again. ``output`` receives
 
         kept.jsonl      the rows that stay, as they were, in input order

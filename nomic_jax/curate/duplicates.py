@@ -16,7 +16,7 @@ MOST_PERMUTATIONS = 128
 class NearDuplicates:
     """Texts kept so far, to be asked for one that is nearly the same.
 
-    Similarity is the Jaccard index of the sets of SHINGLE-word runs. Memory holds about 1 KB for each text (for a
+    Similarity is the Jaccard index of the sets of SHINGLE-word runs. Memory holds about 2 KB for each text (for a
     threshold of 0.8); the texts themselves are in ``file``, which is removed at the end.
 
     Args:
