@@ -45,6 +45,7 @@ setup(
         "faiss-gpu": ["faiss-gpu-cu12>=1.9"],
         "eval": ["bm25s>=0.2", "mteb>=2.14.5", "scikit-learn>=1.4", "scipy>=1.12"],
         "integrations": ["langchain-core>=0.3", "llama-index-core>=0.12", "mteb>=2.14.5"],
+        "clean": ["rensa>=0.5"],
         "ray": ["ray[data]>=2.40"],
         "quickstart": ["bm25s>=0.2", "simple-icd-10-cm>=1.0"],
         # torch is a reference to compare with, never a dependency; one exact version, so that pip looks no further.
@@ -59,6 +60,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "pytrec_eval-terrier>=0.5",
+            "rensa>=0.5",
             "ruff>=0.9",
             "scikit-learn>=1.4",
             "simple-icd-10-cm>=1.0",

@@ -3,36 +3,44 @@
     python -m launch.filter --input='shards/*.jsonl.gz' --output=filtered --model=thenlper/gte-base
 
 writes kept.jsonl, scores.jsonl (rank and score of every row), summary.json and report.md. The same command with another
---k selects again without embedding.
+--k or --min_score selects again without embedding.
 """
+
+from typing import Any
 
 from absl import flags
 
 from launch import teacher
 from launch.errors import run
-from nomic_jax.curate.consistency import filter_pairs
+from nomic_jax.curate.consistency import FilterOptions, filter_pairs
+from nomic_jax.curate.mixtures import filter_mixture, is_mixture
 from nomic_jax.data.sources import expand_files
 
 flags.adopt_module_key_flags(teacher)  # --help shows them too
-_K = flags.DEFINE_integer("k", 2, "Keep a pair if its document is among the k nearest to its query.", lower_bound=1)
+_K = flags.DEFINE_integer("k", 2, "Keep a pair if its document is among the k nearest to its query.")
+_MIN_SCORE = flags.DEFINE_float("min_score", None, "And if its score, a cosine, is at least this. [no such rule]")
 _BLOCK_SIZE = flags.DEFINE_integer(
-    "block_size", 1_000_000, "Rows whose documents compete. Memory is about 8 KB a row for width 768.", lower_bound=1
+    "block_size", 1_000_000, "Most rows whose documents compete. Disk holds about 6 GB for a million of width 768."
 )
 
 
 def main(argv: list[str]) -> None:
     del argv
-    expand_files(teacher.INPUT.value)  # a mistyped path is reported before the model is loaded
-    summary = filter_pairs(
-        teacher.INPUT.value,
-        teacher.OUTPUT.value,
-        teacher.load_teacher(),
-        k=_K.value,
-        block_size=_BLOCK_SIZE.value,
-        query_column=teacher.QUERY_COLUMN.value,
-        document_column=teacher.DOCUMENT_COLUMN.value,
-        on_bad_row=teacher.ON_BAD_ROW.value,
-    )
+    options = FilterOptions(_K.value, _MIN_SCORE.value, _BLOCK_SIZE.value, teacher.APPROXIMATE_ABOVE.value)
+    common: dict[str, Any] = {"on_bad_row": teacher.ON_BAD_ROW.value, "engine": teacher.engine()}
+    if is_mixture(teacher.INPUT.value):
+        summary = filter_mixture(teacher.INPUT.value, teacher.OUTPUT.value, teacher.load_teacher(), options, **common)
+    else:
+        expand_files(teacher.INPUT.value)  # a mistyped path is reported before the model is loaded
+        summary = filter_pairs(
+            teacher.INPUT.value,
+            teacher.OUTPUT.value,
+            teacher.load_teacher(),
+            options,
+            query_column=teacher.QUERY_COLUMN.value,
+            document_column=teacher.DOCUMENT_COLUMN.value,
+            **common,
+        )
     print(
         f"kept {summary['kept']:,} of {summary['rows']:,} pairs ({summary['share_kept']:.1%}), "
         f"rejected {summary['rejected']:,} rows; see {teacher.OUTPUT.value}/report.md"

@@ -7,10 +7,13 @@ writes triplets.jsonl (the rows with `negatives` added), summary.json and report
 so other options on the same pairs take no new ones.
 """
 
+from typing import Any
+
 from absl import flags
 
 from launch import teacher
 from launch.errors import run
+from nomic_jax.curate.mixtures import is_mixture, mine_mixture
 from nomic_jax.curate.negatives import MiningOptions, mine_negatives
 from nomic_jax.data.sources import expand_files
 
@@ -43,21 +46,32 @@ def main(argv: list[str]) -> None:
         num_negatives=_NUM_NEGATIVES.value,
         too_few=_TOO_FEW.value,
         seed=_SEED.value,
+        approximate_above=teacher.APPROXIMATE_ABOVE.value,
     )
-    expand_files(teacher.INPUT.value)  # a mistyped path is reported before the model is loaded
-    summary = mine_negatives(
-        teacher.INPUT.value,
-        teacher.OUTPUT.value,
-        None if _RANDOM.value else teacher.load_teacher(),
-        options,
-        query_column=teacher.QUERY_COLUMN.value,
-        document_column=teacher.DOCUMENT_COLUMN.value,
-        corpus=_CORPUS.value,
-        corpus_column=_CORPUS_COLUMN.value or teacher.DOCUMENT_COLUMN.value,
-        on_bad_row=teacher.ON_BAD_ROW.value,
-    )
+    files, output = teacher.INPUT.value, teacher.OUTPUT.value
+    common: dict[str, Any] = {"on_bad_row": teacher.ON_BAD_ROW.value}
+    if not _RANDOM.value:
+        common["engine"] = teacher.engine()
+    if is_mixture(files):
+        if _CORPUS.value:
+            raise ValueError("--corpus goes with one source; mine those of a mixture one by one")
+        encoder = None if _RANDOM.value else teacher.load_teacher()
+        summary = mine_mixture(files, output, encoder, options, **common)
+    else:
+        expand_files(files)  # a mistyped path is reported before the model is loaded
+        summary = mine_negatives(
+            files,
+            output,
+            None if _RANDOM.value else teacher.load_teacher(),
+            options,
+            query_column=teacher.QUERY_COLUMN.value,
+            document_column=teacher.DOCUMENT_COLUMN.value,
+            corpus=_CORPUS.value,
+            corpus_column=_CORPUS_COLUMN.value or teacher.DOCUMENT_COLUMN.value,
+            **common,
+        )
     print(
-        f"wrote {summary['written']:,} of {summary['rows']:,} rows, dropped {summary['dropped_too_few']:,} with "
+        f"wrote {summary['written']:,} of {summary['pairs']:,} pairs, dropped {summary['dropped_too_few']:,} with "
         f"too few negatives, rejected {summary['rejected']:,}; see {teacher.OUTPUT.value}/report.md"
     )
 

@@ -1,16 +1,27 @@
 """What launch.filter and launch.mine have in common: pairs, a teacher that embeds them, and the flags of both."""
 
 import functools
+import sys
+from typing import Any
 
 from absl import flags
 
-from nomic_jax.curate.blocks import Encoder
+from nomic_jax.curate.embed import Encoder
+from nomic_jax.curate.work import Engine, run_here
 
 INPUT = flags.DEFINE_string(
-    "input", None, "Pairs: a .jsonl or .jsonl.gz file, a folder of them, a glob, a brace range or a URL.", required=True
+    "input",
+    None,
+    "Pairs: a file, a folder of them, a glob, a brace range or a URL; or a mixture .yaml, each source of which is "
+    "taken by itself.",
+    required=True,
 )
 OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder for the results. A run that was killed continues with the same command.", required=True
+    "output",
+    None,
+    "Folder for the results. A run that was killed continues with the same command; the same command on several "
+    "terminals or hosts shares the work.",
+    required=True,
 )
 QUERY_COLUMN = flags.DEFINE_string("query_column", "query", "Column of the input that holds the query.")
 DOCUMENT_COLUMN = flags.DEFINE_string("document_column", "document", "Column of the input that holds the document.")
@@ -18,31 +29,106 @@ ON_BAD_ROW = flags.DEFINE_enum(
     "on_bad_row", "raise", ["raise", "skip"], "Stop at a row that cannot be used, or put it into rejected.jsonl."
 )
 MODEL = flags.DEFINE_string("model", None, "The teacher: a checkpoint directory, or a name on the Hugging Face hub.")
-QUERY_PROMPT = flags.DEFINE_string(
-    "query_prompt",
-    "",
-    'Text in front of every query, such as "search_query: ". Teachers like gte and MiniLM take none.',
+PREFIXES = flags.DEFINE_bool(
+    "prefixes",
+    False,
+    "Put the prompts that the teacher's checkpoint names in front of queries and documents, as nomic-embed needs. gte "
+    "and MiniLM have none.",
 )
-DOCUMENT_PROMPT = flags.DEFINE_string("document_prompt", "", "Text in front of every document.")
+QUERY_PROMPT = flags.DEFINE_string(
+    "query_prompt", None, 'Text in front of every query, such as "search_query: ", instead of --prefixes.'
+)
+DOCUMENT_PROMPT = flags.DEFINE_string("document_prompt", None, "Text in front of every document.")
 MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens the teacher reads of a text. [what its checkpoint says]")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision the teacher computes in.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Texts the teacher embeds at once.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Texts the teacher embeds at once on each device. [64 on a CPU, 1024 elsewhere]", lower_bound=1
+)
+APPROXIMATE_ABOVE = flags.DEFINE_integer(
+    "approximate_above",
+    None,
+    "Search among more documents than this by an approximate index (IVF), and report its recall. [never]",
+    lower_bound=0,
+)
+ENGINE = flags.DEFINE_enum(
+    "engine", "local", ["local", "ray"], "Work on every device of this machine, or on a Ray cluster (extra `ray`)."
+)
+WORKERS = flags.DEFINE_integer(
+    "workers",
+    None,
+    "Ray actors at once, each with an encoder. [one for each GPU of the cluster, or for each node without any]",
+    lower_bound=1,
+)
 
 
 def load_teacher() -> Encoder:
     """The teacher that the flags name; its identity is what the embeddings depend on."""
-    from nomic_jax.embedder import Embedder
+    if ENGINE.value == "ray":
+        import jax
 
+        # Here the teacher is only identified: the devices are the actors'.
+        jax.config.update("jax_platforms", "cpu")
+    return open_teacher(**_settings())
+
+
+def engine() -> Engine:
+    """The engine that the flags name."""
+    if ENGINE.value == "local":
+        return run_here
+    from nomic_jax.curate.ray_engine import ray_engine
+
+    made = ray_engine(functools.partial(open_teacher, **_settings()), WORKERS.value)
+    from ray import cloudpickle
+
+    # Other machines have nomic_jax installed, but not this folder of commands.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return made
+
+
+def _settings() -> dict[str, Any]:
     if not MODEL.value:
         raise ValueError("no teacher is named; set --model to a checkpoint directory")
-    embedder = Embedder.from_pretrained(MODEL.value, dtype=DTYPE.value, max_length=MAX_LENGTH.value)
-    encode = functools.partial(embedder.encode, batch_size=BATCH_SIZE.value, show_progress_bar=False)
+    if PREFIXES.value and (QUERY_PROMPT.value is not None or DOCUMENT_PROMPT.value is not None):
+        raise ValueError("--prefixes takes the teacher's own prompts; give it, or --query_prompt and --document_prompt")
+    return {
+        "model": MODEL.value,
+        "dtype": DTYPE.value,
+        "max_length": MAX_LENGTH.value,
+        "batch_size": BATCH_SIZE.value,
+        "prompts": None if PREFIXES.value else (QUERY_PROMPT.value or "", DOCUMENT_PROMPT.value or ""),
+    }
+
+
+def open_teacher(
+    model: str, dtype: str, max_length: int | None, batch_size: int | None, prompts: tuple[str, str] | None
+) -> Encoder:
+    """The checkpoint as an encoder.
+
+    Args:
+      batch_size: texts at once on each device; None for 64 on a CPU, 1024 elsewhere.
+      prompts: text in front of queries and of documents; None for the checkpoint's own.
+    """
+    import jax
+
+    from nomic_jax.device_ranks import count_above
+    from nomic_jax.embedder import DOCUMENT_PROMPTS, QUERY_PROMPTS, Embedder
+
+    embedder = Embedder.from_pretrained(model, dtype=dtype, max_length=max_length)
+    if prompts is None:
+        roles = (QUERY_PROMPTS, DOCUMENT_PROMPTS)
+        found = [next((embedder.prompts[name] for name in names if name in embedder.prompts), "") for names in roles]
+        if not any(found):
+            raise ValueError(f"{model} names no prompts for queries and documents: leave --prefixes out")
+        prompts = (found[0], found[1])
+    at_once = (batch_size or (64 if jax.default_backend() == "cpu" else 1024)) * jax.local_device_count()
+    encode = functools.partial(embedder.encode, batch_size=at_once, show_progress_bar=False)
     return Encoder(
-        query=functools.partial(encode, prompt=QUERY_PROMPT.value),
-        document=functools.partial(encode, prompt=DOCUMENT_PROMPT.value),
+        query=functools.partial(encode, prompt=prompts[0]),
+        document=functools.partial(encode, prompt=prompts[1]),
         identity={
             **{f"{part} of --model": value for part, value in embedder.identity.items()},
-            "query_prompt": QUERY_PROMPT.value,
-            "document_prompt": DOCUMENT_PROMPT.value,
+            "query_prompt": prompts[0],
+            "document_prompt": prompts[1],
         },
+        count_above=None if jax.default_backend() == "cpu" else count_above,
     )

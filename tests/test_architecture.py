@@ -15,6 +15,7 @@ ALLOWED = {
     "evals": {"data"},
     "embedder": {"model", "hf", "data", "train"},  # train: a run is opened like any other checkpoint
     "embed_files": {"embedder", "data"},
+    "device_ranks": set(),
     "integrations": {"embedder"},
     "train": {"model", "hf", "data"},
 }

@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from nomic_jax.curate.blocks import Encoder, distinct_texts, embed_texts, fingerprints, hold_settings
-from nomic_jax.curate.index import pair_scores, top_k
+from nomic_jax.curate.embed import Encoder
+from nomic_jax.curate.index import pair_scores
+from nomic_jax.curate.neighbours import EmbedTexts, SearchQueries
+from nomic_jax.curate.pairs import Pairs, collect_pairs
 from nomic_jax.curate.report import Sample, table
-from nomic_jax.data.sources import RejectedRows, expand_files, read_rows, write_json, write_rows
+from nomic_jax.curate.work import Engine, alone, fingerprints, hold_settings, run_here, written_under
+from nomic_jax.data.sources import atomic_file, expand_files, write_json, write_rows
+
+PAIRS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +29,16 @@ class MiningOptions:
 
     Attributes:
       k: candidates a query: its k nearest documents, before positives are taken out.
-      margin: keep candidates that score less than margin * the positive's score, the best one's where a query has
-        several (NV-Retriever's TopK-PercPos); 0 keeps all. Where the positive scores 0 or less, a candidate has to
-        score less than the positive.
+      margin: keep candidates that score less than margin * the positive's score (NV-Retriever's TopK-PercPos), the
+        lowest one's where a query has several, as in sentence-transformers; 0 keeps all. Below zero the same distance
+        counts: less than the positive's score - (1 - margin) * its absolute value.
       range_min, range_max: keep candidates of ranks range_min ... range_max - 1, counted from 0 without the positives.
       num_negatives: what training needs of each row.
       too_few: what becomes of a row with fewer: "drop" it, fill it up with "random" documents that are not among its
         candidates (one that the margin took out may well be a positive), or stop with an "error".
-      seed: of the random documents, which depend on it, the row's number and the documents, on nothing else.
+      seed: of the random documents, which depend on it, the pair's number and the documents, on nothing else.
+      approximate_above: search among more distinct documents than this by an ``ApproximateIndex``, whose recall is
+        reported; None for exact search always.
     """
 
     k: int = 20
@@ -41,6 +48,7 @@ class MiningOptions:
     num_negatives: int = 7
     too_few: str = "drop"
     seed: int = 0
+    approximate_above: int | None = None
 
     def __post_init__(self):
         end = self.k if self.range_max is None else self.range_max
@@ -62,49 +70,23 @@ class MiningOptions:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
-class Pairs:
-    """The distinct queries and documents of rows, and what belongs together.
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Of one pair.
 
     Attributes:
-      queries, documents: distinct texts, those of the corpus after those of the rows.
-      query_R, document_R: each row's place in them, int64.
-      excluded: for each query, the documents that are not its negatives: its positives, and its own text.
+      excluded: the documents that are not its negatives: the query's positives, and its own text.
+      near: the query's nearest documents with their scores, best first; None without a teacher.
+      score: of the pair's document.
+      lowest: the lowest score of a positive of the query.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], query_column: str, document_column: str, corpus: list[str]):
-        self.queries, self.query_R = distinct_texts(row[query_column] for row in rows)
-        self.documents, places = distinct_texts([row[document_column] for row in rows] + corpus)
-        self.document_R = places[: len(rows)]
-        place = {text.strip(): i for i, text in enumerate(self.documents)}
-        self.excluded = [{place[text.strip()]} if text.strip() in place else set() for text in self.queries]
-        for query, document in zip(self.query_R.tolist(), self.document_R.tolist()):
-            self.excluded[query].add(document)
-
-
-class Embedded:
-    """The teacher's view of pairs.
-
-    Attributes:
-      near_QK, score_QK: each query's nearest documents and their scores.
-      score_R: of each row's own document.
-      best_Q: the highest of a query's positives.
-    """
-
-    def __init__(self, pairs: Pairs, encoder: Encoder, work: Path, k: int, progress: bool):
-        self.query_QE = embed_texts(
-            pairs.queries, encoder.query, work / "queries", label="embedding queries", progress=progress
-        )
-        self.document_DE = embed_texts(
-            pairs.documents, encoder.document, work / "documents", label="embedding documents", progress=progress
-        )
-        self.near_QK, self.score_QK = top_k(self.query_QE, self.document_DE, k, progress=progress)
-        self.score_R = pair_scores(self.query_QE, pairs.query_R, self.document_DE, pairs.document_R)
-        self.best_Q = np.full(len(pairs.queries), -np.inf, np.float32)
-        np.maximum.at(self.best_Q, pairs.query_R, self.score_R)
-
-    def scores(self, query: int, documents: list[int]) -> list[float]:
-        found = pair_scores(self.query_QE, np.full(len(documents), query), self.document_DE, np.array(documents, int))
-        return [round(score, 6) for score in found.tolist()]
+    number: int
+    query: int
+    excluded: set[int]
+    near: list[tuple[int, float]] | None
+    score: float
+    lowest: float
 
 
 def mine_negatives(
@@ -118,13 +100,16 @@ def mine_negatives(
     corpus: str | None = None,
     corpus_column: str = "document",
     on_bad_row: str = "raise",
+    engine: Engine = run_here,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the rows with their negatives: triplets, in input order.
 
     A row keeps its columns and gains ``negatives`` (texts, nearest first), and where an encoder is at work
-    ``negative_scores`` and ``document_score``. Negatives come from the distinct documents of rows and ``corpus``.
-    Memory holds all of it: the rows, and 4 * E bytes for each distinct text. ``output`` receives
+    ``negative_scores`` and ``document_score``. A row whose document column holds a list of positives becomes a triplet
+    for each. Negatives come from the distinct documents of rows and ``corpus``. Texts and embeddings are in files;
+    memory holds about 150 bytes for each distinct text and 100 for each pair. Any number of processes may work on one
+    output: they share embedding and search. ``output`` receives
 
         triplets.jsonl  the rows
         rejected.jsonl  rows that could not be used, under on_bad_row="skip"
@@ -135,6 +120,7 @@ def mine_negatives(
     Args:
       encoder: the teacher, or None for ``options.k`` random documents a row (fewer if there are no more).
       corpus: files of more documents, in ``corpus_column``.
+      engine: where texts are search and searched.
 
     Raises:
       ValueError: ``output`` holds embeddings of other files or columns, or of another encoder; no usable row; a row
@@ -142,82 +128,137 @@ def mine_negatives(
       BadRow: a row that cannot be used, under on_bad_row="raise".
     """
     output = Path(output)
+    work = output / "work"
+    settings = {"query_column": query_column, "document_column": document_column}
+    settings |= fingerprints("input", expand_files(files))
     if encoder:
-        settings = {"query_column": query_column, "document_column": document_column, **encoder.identity}
-        settings |= fingerprints("input", expand_files(files))
-        if corpus:
-            settings |= {"corpus_column": corpus_column, **fingerprints("corpus", expand_files(corpus))}
-        hold_settings(output / "work", settings)
+        settings |= encoder.identity
+    if corpus:
+        settings |= {"corpus_column": corpus_column, **fingerprints("corpus", expand_files(corpus))}
+    with hold_settings(work, settings):
+        with alone(work / ".pairs.lock"):
+            pairs = collect_pairs(
+                files,
+                query_column,
+                document_column,
+                corpus,
+                corpus_column,
+                work / "pairs",
+                output / "rejected.jsonl",
+                on_bad_row=on_bad_row,
+                progress=progress,
+            )
+        search = SearchQueries(pairs, work, options.k, options.approximate_above, progress)
+        if encoder:
+            for wait in (False, True):  # what another process has at hand need not be waited for at once
+                engine(EmbedTexts(pairs.queries, "query", work / "queries", progress), encoder, wait)
+                engine(EmbedTexts(pairs.documents, "document", work / "documents", progress), encoder, wait)
+            engine(search, None, True)
+        rule = {"options": dataclasses.asdict(options), "negatives_are": "mined" if encoder else "random"}
+        with alone(work / ".select.lock"):
+            summary = written_under(rule, output, ("triplets.jsonl", "report.md"))
+            if summary is None:
+                rows = pairs.read(files, query_column, document_column)
+                summary = rule | _write_triplets(
+                    rows, output, pairs, search if encoder else None, options, query_column, document_column
+                )
+                summary["search"] = search.recall() if encoder else "none"
+                with atomic_file(output / "report.md") as part:
+                    part.write_text(_report(files, summary), encoding="utf-8")
+                del summary["samples"]
+                write_json(output / "summary.json", summary)
+    return summary
 
-    rejected = RejectedRows(output / "rejected.jsonl")
-    columns = {query_column: str, document_column: str}
-    rows = list(read_rows(files, columns, on_bad_row=on_bad_row, rejected=rejected))
-    if not rows:
-        raise ValueError(f"{files} has no usable row; {rejected.count} rejected ones are in {rejected.side_file}")
-    more = read_rows(corpus, {corpus_column: str}, on_bad_row=on_bad_row, rejected=rejected) if corpus else ()
-    pairs = Pairs(rows, query_column, document_column, [row[corpus_column] for row in more])
-    embedded = Embedded(pairs, encoder, output / "work", options.k, progress) if encoder else None
 
+def _write_triplets(
+    rows: Iterator[dict[str, Any]],
+    output: Path,
+    pairs: Pairs,
+    search: SearchQueries | None,
+    options: MiningOptions,
+    query_column: str,
+    document_column: str,
+) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     sizes: Counter[int] = Counter()
     written, dropped = Sample(), Sample()
 
     def triplets() -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(rows):
-            documents, row_counts = _choose(number, pairs, embedded, options)
+        for row, candidates in zip(rows, _candidates(pairs, search), strict=True):
+            number, query = candidates.number, row[query_column]
+            negatives, row_counts = _choose(candidates, pairs, search, options)
             counts.update(row_counts)
-            query = row[query_column]
-            if len(documents) < options.num_negatives:
+            if len(negatives) < options.num_negatives:
                 if options.too_few != "drop":
-                    raise ValueError(_too_few(number, query, documents, pairs, options))
-                dropped.add((number, query, row[document_column], len(documents)))
+                    raise ValueError(_too_few(number, query, len(negatives), pairs, options))
+                dropped.add((number, query, row[document_column], len(negatives)))
                 continue
-            triplet = {**row, "negatives": [pairs.documents[document] for document in documents]}
-            if embedded:
-                triplet["negative_scores"] = embedded.scores(int(pairs.query_R[number]), documents)
-                triplet["document_score"] = round(float(embedded.score_R[number]), 6)
-            sizes[len(documents)] += 1
-            written.add((number, query, triplet))
+            triplet = row | {"negatives": [pairs.documents[document] for document, _ in negatives]}
+            if search:
+                triplet["negative_scores"] = [round(score, 6) for _, score in negatives]
+                triplet["document_score"] = round(candidates.score, 6)
+            sizes[len(negatives)] += 1
+            written.add((number, query, row[document_column], triplet))
             yield triplet
 
     write_rows(output / "triplets.jsonl", triplets())
-    summary = {
-        "rows": len(rows),
+    return {
+        "rows": pairs.rows,
+        "pairs": len(pairs),
         "written": written.seen,
         "dropped_too_few": dropped.seen,
         "filled_with_random": counts["filled"],
         "candidates_beyond_margin": counts["beyond_margin"],
-        "rejected": rejected.count,
-        "negatives_are": "mined" if encoder else "random",
+        "rejected": pairs.rejected,
         "distinct_queries": len(pairs.queries),
         "distinct_documents": len(pairs.documents),
         "negatives": [{"negatives": size, "rows": count} for size, count in sorted(sizes.items())],
-        "options": dataclasses.asdict(options),
+        "samples": (written, dropped),
     }
-    (output / "report.md").write_text(_report(files, document_column, summary, written, dropped), encoding="utf-8")
-    write_json(output / "summary.json", summary)
-    return summary
+
+
+def _candidates(pairs: Pairs, search: SearchQueries | None) -> Iterator[Candidates]:
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        chunk = slice(start, start + PAIRS_AT_ONCE)
+        query_P, document_P = np.asarray(pairs.query_P[chunk]), np.asarray(pairs.document_P[chunk])
+        place_M, document_M = pairs.positives(query_P)
+        excluded: list[set[int]] = [set() if own < 0 else {own} for own in pairs.own_Q[query_P].tolist()]
+        for place, document in zip(place_M.tolist(), document_M.tolist()):
+            excluded[place].add(document)
+        score_P, lowest_P = np.zeros(len(query_P)), np.zeros(len(query_P))
+        near: list[list[tuple[int, float]] | None] = [None] * len(query_P)
+        if search:
+            score_P = pair_scores(search.query_QE, query_P, search.document_DE, document_P)
+            score_M = pair_scores(search.query_QE, query_P[place_M], search.document_DE, document_M)
+            lowest_P = np.full(len(query_P), np.inf, np.float32)
+            np.minimum.at(lowest_P, place_M, score_M)
+            near = [[item for item in items if item[0] >= 0] for items in search.near[query_P].tolist()]
+        for i, values in enumerate(zip(query_P.tolist(), excluded, near, score_P.tolist(), lowest_P.tolist())):
+            yield Candidates(start + i, *values)
 
 
 def _choose(
-    number: int, pairs: Pairs, embedded: Embedded | None, options: MiningOptions
-) -> tuple[list[int], dict[str, int]]:
-    """The documents that are negatives of a row, and what happened on the way, to be counted."""
-    query = int(pairs.query_R[number])
-    excluded = pairs.excluded[query]
-    if embedded is None:
-        return _random_documents(number, options.k, pairs, excluded, options), {}
-    near = embedded.near_QK[query].tolist()
-    ranked = [(document, score) for document, score in zip(near, embedded.score_QK[query]) if document not in excluded]
+    candidates: Candidates, pairs: Pairs, search: SearchQueries | None, options: MiningOptions
+) -> tuple[list[tuple[int, float]], dict[str, int]]:
+    """The documents that are negatives of a pair with their scores, and what happened on the way, to be counted."""
+    excluded = candidates.excluded
+    if candidates.near is None:
+        drawn = _random_documents(candidates.number, options.k, pairs, excluded, options)
+        return [(document, 0.0) for document in drawn], {}
+    ranked = [(document, score) for document, score in candidates.near if document not in excluded]
     ranked = ranked[options.range_min : options.range_max]
-    best = embedded.best_Q[query]
-    limit = min(options.margin * best, best) if options.margin else np.inf
-    chosen = [document for document, score in ranked if score < limit]
+    limit = candidates.lowest - (1 - options.margin) * abs(candidates.lowest) if options.margin else float("inf")
+    chosen = [(document, score) for document, score in ranked if score < limit]
     counts = {"beyond_margin": len(ranked) - len(chosen)}
     missing = options.num_negatives - len(chosen)
     if missing > 0 and options.too_few == "random":
+        assert search is not None
         counts["filled"] = 1
-        chosen += _random_documents(number, missing, pairs, excluded | set(near), options)
+        near = {document for document, _ in candidates.near}
+        drawn = _random_documents(candidates.number, missing, pairs, excluded | near, options)
+        query_P = np.full(len(drawn), candidates.query)
+        scores = pair_scores(search.query_QE, query_P, search.document_DE, np.array(drawn, np.int64))
+        chosen += zip(drawn, scores.tolist())
     return chosen, counts
 
 
@@ -228,31 +269,40 @@ def _random_documents(number: int, count: int, pairs: Pairs, excluded: set[int],
     return [document for document in drawn.tolist() if document not in excluded][:count]
 
 
-def _too_few(number: int, query: str, documents: list[int], pairs: Pairs, options: MiningOptions) -> str:
-    where = (
-        f"row {number} (query {query[:80]!r}) has {len(documents)} negatives of the {options.num_negatives} it needs"
-    )
+def _too_few(number: int, query: str, found: int, pairs: Pairs, options: MiningOptions) -> str:
+    where = f"row {number} (query {query[:80]!r}) has {found} negatives of the {options.num_negatives} it needs"
     if options.too_few == "random":
         return f"{where}, and no more among the {len(pairs.documents)} distinct documents: lower k, or add a corpus"
     return f'{where}: raise k or margin, or set too_few to "drop" or "random"'
 
 
-def _report(files: str, document_column: str, summary: dict[str, Any], written: Sample, dropped: Sample) -> str:
+def _report(files: str, summary: dict[str, Any]) -> str:
+    written, dropped = summary["samples"]
     lines = []
-    for number, query, triplet in sorted(written.items):
+    for number, query, document, triplet in sorted(written.items, key=lambda item: item[0]):
         lines.append((number, "query", "", query))
-        lines.append(("", "document", triplet.get("document_score", ""), triplet[document_column]))
+        lines.append(("", "document", triplet.get("document_score", ""), document))
         scores = triplet.get("negative_scores", [""] * len(triplet["negatives"]))
         lines += [
             ("", f"negative {i}", s, text) for i, (s, text) in enumerate(zip(scores, triplet["negatives"][:3]), 1)
         ]
-    header = ("row", "query", "document", "negatives left")
+    header = ("pair", "query", "document", "negatives left")
     options = ", ".join(f"{name} {value}" for name, value in summary["options"].items() if value is not None)
     counts = [(name.replace("_", " "), value) for name, value in summary.items() if isinstance(value, int)]
     return (
-        f"# Negatives of {files}\n\n{summary['negatives_are'].capitalize()}, with {options}.\n\n"
+        f"# Negatives of {files}\n\n{summary['negatives_are'].capitalize()}, with {options}.{_recall(summary)}\n\n"
         f"{table(('', 'count'), counts)}\n"
-        f"{table(('negatives', 'rows'), [tuple(size.values()) for size in summary['negatives']])}\n"
-        f"## Written, a sample\n\n{table(('row', '', 'score', 'text'), lines)}\n"
+        f"{table(('negatives', 'pairs'), [tuple(size.values()) for size in summary['negatives']])}\n"
+        f"## Written, a sample\n\n{table(('pair', '', 'score', 'text'), lines)}\n"
         f"## Dropped for too few, a sample\n\n{table(header, sorted(dropped.items))}"
+    )
+
+
+def _recall(summary: dict[str, Any]) -> str:
+    search = summary["search"]
+    if isinstance(search, str):
+        return ""
+    return (
+        f" The search was approximate (nlist {search['nlist']}, nprobe {search['nprobe']}): it found "
+        f"{search['recall']:.1%} of the {search['k']} nearest of {search['queries']:,} queries."
     )

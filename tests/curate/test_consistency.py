@@ -1,15 +1,22 @@
 """The consistency filter and the search below it, against brute force in float64."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
+import yaml
 
-from nomic_jax.curate import blocks
-from nomic_jax.curate.blocks import Encoder
-from nomic_jax.curate.consistency import filter_pairs
-from nomic_jax.curate.index import own_ranks, top_k
-from nomic_jax.data.sources import write_rows
+from nomic_jax import device_ranks
+from nomic_jax.curate import embed
+from nomic_jax.curate import index as index_module
+from nomic_jax.curate.consistency import FilterOptions
+from nomic_jax.curate.consistency import filter_pairs as filter_with_options
+from nomic_jax.curate.embed import Encoder
+from nomic_jax.curate.index import ApproximateIndex, own_ranks, top_k
+from nomic_jax.curate.mixtures import filter_mixture
+from nomic_jax.data.mixture import read_mixture
+from nomic_jax.data.sources import read_rows, write_rows
 
 
 class Killed(Exception):
@@ -60,6 +67,12 @@ def pairs(tmp_path):
     return str(tmp_path / "pairs.jsonl"), rows
 
 
+def filter_pairs(files, output, encoder, query_column="query", document_column="document", **options):
+    settings = {name: options.pop(name) for name in ("on_bad_row", "engine", "progress") if name in options}
+    columns = {"query_column": query_column, "document_column": document_column}
+    return filter_with_options(files, output, encoder, FilterOptions(**options), **columns, **settings)
+
+
 COLUMNS = {"query_column": "q", "document_column": "d", "progress": False}
 OUTPUTS = ("kept.jsonl", "scores.jsonl", "summary.json", "report.md")
 
@@ -70,8 +83,7 @@ def read(path) -> list[dict]:
 
 def brute_force(rows: list[dict], block_size: int) -> list[int]:
     ranks = []
-    for start in range(0, len(rows), block_size):
-        block = rows[start : start + block_size]
+    for block in (list(rows) for rows in np.array_split(np.array(rows, object), -(-len(rows) // block_size))):
         teacher = FakeTeacher()
         distinct = {row["d"].strip(): vector for row, vector in zip(block, teacher([row["d"] for row in block]))}
         for row, query in zip(block, teacher([row["q"] for row in block])):
@@ -137,7 +149,7 @@ def test_equal_documents_share_a_rank(tmp_path):
 
 
 def test_a_killed_run_continues_and_ends_in_the_same_bytes(pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "TEXTS_PER_FILE", 15)
+    monkeypatch.setattr(embed, "TEXTS_PER_FILE", 15)
     files, _ = pairs
     whole = FakeTeacher()
     filter_pairs(files, tmp_path / "whole", whole.encoder(), block_size=40, **COLUMNS)
@@ -153,8 +165,8 @@ def test_a_killed_run_continues_and_ends_in_the_same_bytes(pairs, tmp_path, monk
         for name in OUTPUTS:
             assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     # Embeddings go as soon as the ranks are there.
-    files_left = {file.name for file in (tmp_path / "whole" / "work").iterdir()}
-    assert files_left == {"settings.json", "00000.scores.npy", "00001.scores.npy", "00002.scores.npy"}
+    files_left = {file.name for file in (tmp_path / "whole" / "work").iterdir() if not file.name.endswith(".lock")}
+    assert files_left == {"settings.json", "rows.json", "00000.scores.npy", "00001.scores.npy", "00002.scores.npy"}
 
 
 def test_another_k_embeds_nothing(pairs, tmp_path):
@@ -199,9 +211,8 @@ def test_bad_rows_are_skipped_and_counted_after_a_stop(pairs, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(ValueError, match=r"pairs\.jsonl:91: no column 'd'"):
         filter_pairs(files, output, FakeTeacher().encoder(), block_size=40, **COLUMNS)
-    rest = FakeTeacher()
-    summary = filter_pairs(files, output, rest.encoder(), block_size=40, on_bad_row="skip", **COLUMNS)
-    assert len(rest.texts) < 2 * 10 + 1
+    assert not (output / "work" / "rows.json").exists()
+    summary = filter_pairs(files, output, FakeTeacher().encoder(), block_size=40, on_bad_row="skip", **COLUMNS)
     assert (summary["rows"], summary["rejected"]) == (90, 1)
     assert len(read(output / "rejected.jsonl")) == 1
 
@@ -226,3 +237,143 @@ def test_the_report_shows_counts_and_rows(pairs, tmp_path):
     for part in (kept, dropped):
         assert part.count("\n| ") == 12
     assert "of 90 pairs" in report
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_adversarial_rows_are_brute_force(tmp_path, seed):
+    """Ties everywhere: few vectors, texts that repeat, documents that are the query, spaces around them."""
+    rng = np.random.default_rng(seed)
+    vectors = unit(rng, 9, 3)
+    texts = [text(name, vector) for vector in vectors for name in "ab"]
+    rows = []
+    for _ in range(int(rng.integers(40, 120))):
+        query, document = rng.choice(texts, 2)
+        document = query if rng.random() < 0.2 else document
+        rows.append({"q": str(query), "d": " " * int(rng.integers(3)) + str(document) + "\n" * int(rng.integers(2))})
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    block_size = int(rng.integers(5, 60))
+    options = {"k": int(rng.integers(1, 5)), "min_score": float(rng.uniform(-1, 1)), "block_size": block_size}
+    filter_pairs(str(tmp_path / "pairs.jsonl"), tmp_path / "out", FakeTeacher().encoder(), **options, **COLUMNS)
+    count = -(-len(rows) // block_size)
+    edges = [len(rows) * i // count for i in range(count + 1)]
+    ranks = [rank for low, high in itertools.pairwise(edges) for rank in brute_force(rows[low:high], block_size)]
+    scores = read(tmp_path / "out" / "scores.jsonl")
+    assert [line["rank"] for line in scores] == ranks
+    teacher = FakeTeacher()
+    exact = (teacher([row["q"] for row in rows]).astype(np.float64) * teacher([row["d"] for row in rows])).sum(1)
+    np.testing.assert_allclose([line["score"] for line in scores], exact, atol=1e-6)
+    kept = [r for r, rank, s in zip(rows, ranks, exact) if rank <= options["k"] and s >= options["min_score"]]
+    assert read(tmp_path / "out" / "kept.jsonl") == kept
+
+
+def test_another_threshold_embeds_nothing(pairs, tmp_path):
+    files, rows = pairs
+    filter_pairs(files, tmp_path / "out", FakeTeacher().encoder(), **COLUMNS)
+    again = FakeTeacher()
+    summary = filter_pairs(files, tmp_path / "out", again.encoder(), k=90, min_score=0.8, **COLUMNS)
+    scores = [line["score"] for line in read(tmp_path / "out" / "scores.jsonl")]
+    assert again.calls == 0
+    assert read(tmp_path / "out" / "kept.jsonl") == [row for row, score in zip(rows, scores) if score >= 0.8]
+    assert 0 < summary["kept"] < 90
+    # The same again leaves the files as they are.
+    before = (tmp_path / "out" / "kept.jsonl").stat().st_mtime_ns
+    assert filter_pairs(files, tmp_path / "out", again.encoder(), k=90, min_score=0.8, **COLUMNS) == summary
+    assert (tmp_path / "out" / "kept.jsonl").stat().st_mtime_ns == before
+
+
+def test_shares_by_file(pairs, tmp_path):
+    _, rows = pairs
+    (tmp_path / "shards").mkdir()
+    for number, part in enumerate((rows[:20], rows[20:])):
+        write_rows(tmp_path / "shards" / f"{number}.jsonl", part)
+    summary = filter_pairs(str(tmp_path / "shards"), tmp_path / "out", FakeTeacher().encoder(), **COLUMNS)
+    ranks = brute_force(rows, 1000)
+    for counted, part in zip(summary["files"], (ranks[:20], ranks[20:])):
+        kept = sum(rank <= 2 for rank in part)
+        assert (counted["rows"], counted["kept"]) == (len(part), kept)
+        assert counted["share_kept"] == round(kept / len(part), 4)
+        assert counted["file"] in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_mixture_is_filtered_by_source(pairs, tmp_path):
+    _, rows = pairs
+    write_rows(tmp_path / "a.jsonl", rows[:50])
+    write_rows(tmp_path / "b.jsonl", [{"title": row["q"], "body": row["d"]} for row in rows[50:]])
+    entries = [
+        {"name": "a", "bucket": "a.jsonl", "objective": {"type": "paired", "columns": ["q", "d"]}},
+        {"name": "b", "bucket": "b.jsonl", "objective": {"type": "paired", "columns": ["title", "body"]}},
+    ]
+    for entry in entries:
+        entry["query_prefix"] = "clustering"
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"datasets": entries}))
+    options = FilterOptions(block_size=30)
+    mixture, output = str(tmp_path / "mixture.yaml"), tmp_path / "out"
+    summary = filter_mixture(mixture, output, FakeTeacher().encoder(), options, progress=False)
+    ranks = {"a": brute_force(rows[:50], 30), "b": brute_force(rows[50:], 30)}
+    for source in summary["sources"]:
+        kept = sum(rank <= 2 for rank in ranks[source["source"]])
+        assert (source["kept"], source["share_kept"]) == (kept, round(kept / len(ranks[source["source"]]), 4))
+    filtered = read_mixture(str(output / "mixture.yaml"), "pair")
+    assert [(source.name, source.columns, source.query_prefix) for source in filtered] == [
+        ("a", ("q", "d"), "clustering"),
+        ("b", ("title", "body"), "clustering"),
+    ]
+    for source, counted in zip(filtered, summary["sources"]):
+        assert len(list(read_rows(source.files, dict.fromkeys(source.columns, str)))) == counted["kept"]
+
+
+def test_an_approximate_index_reports_its_recall_and_ranks_as_it_finds(tmp_path):
+    rng = np.random.default_rng(5)
+    queries = unit(rng, 3000, 16)
+    documents = queries + 0.25 * unit(rng, 3000, 16)
+    rows = [{"q": text("q", q), "d": text("d", d)} for q, d in zip(queries, documents)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    files = str(tmp_path / "pairs.jsonl")
+    exact = filter_pairs(files, tmp_path / "exact", FakeTeacher().encoder(), approximate_above=3000, **COLUMNS)
+    summary = filter_pairs(files, tmp_path / "near", FakeTeacher().encoder(), approximate_above=2999, **COLUMNS)
+    assert exact["search"] == "exact" and summary["search"]["approximate_blocks"] == 1
+    assert 0.5 < summary["search"]["lowest"]["recall"] <= 1
+    near, true = (np.array([x["rank"] for x in read(tmp_path / name / "scores.jsonl")]) for name in ("near", "exact"))
+    # What it does not find cannot push a document down.
+    assert (near <= true).all() and (near == true).mean() > 0.8
+    assert "searched approximately" in (tmp_path / "near" / "report.md").read_text()
+
+
+def test_approximate_search_scores_exactly_and_finds_all_with_all_cells(tmp_path):
+    rng = np.random.default_rng(6)
+    query_QE, document_DE = unit(rng, 40, 12), unit(rng, 500, 12)
+    index = ApproximateIndex(document_DE, tmp_path / "index.faiss")
+    recall = index.recall(query_QE, 10)
+    ids, scores = index.top_k(query_QE, 10)
+    exact_ids, _ = top_k(query_QE, document_DE, 10)
+    found = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), exact_ids.tolist())])
+    assert recall["recall"] == round(found, 4) and recall["queries"] == 40
+    np.testing.assert_allclose(scores, (query_QE[:, None] * document_DE[ids]).sum(-1), atol=1e-6)
+    # After a restart it is the same index.
+    again = ApproximateIndex(document_DE, tmp_path / "index.faiss").top_k(query_QE, 10)
+    np.testing.assert_array_equal(again[0], ids)
+    index.index.nprobe = index.index.nlist
+    np.testing.assert_array_equal(index.top_k(query_QE, 10)[0], exact_ids)
+
+
+@pytest.mark.parametrize(("queries", "documents"), [(1, 1), (1500, 700), (30, 2500)])
+def test_devices_count_as_numpy_does(queries, documents, monkeypatch):
+    monkeypatch.setattr(device_ranks, "DOCUMENTS_PER_DEVICE", 100)
+    rng = np.random.default_rng(8)
+    vectors = unit(rng, 50, 24)
+    query_QE, document_DE = vectors[rng.integers(0, 50, queries)], vectors[rng.integers(0, 50, documents)]
+    own_Q = rng.integers(0, documents, queries)
+    expected = own_ranks(query_QE, document_DE, own_Q)
+    found = own_ranks(query_QE, document_DE, own_Q, count=device_ranks.count_above)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert queries == 1 or len(set(expected[0].tolist())) > 10
+
+
+@pytest.mark.skipif(index_module._gpu() is None, reason="needs faiss's GPU build and a GPU")
+def test_a_gpu_finds_the_same():
+    rng = np.random.default_rng(7)
+    query_QE, document_DE = unit(rng, 500, 64), unit(rng, 20_000, 64)
+    ids, scores = top_k(query_QE, document_DE, 20)
+    exact = (query_QE[:, None].astype(np.float64) * document_DE[ids]).sum(-1)
+    np.testing.assert_allclose(scores, exact, atol=1e-6)
+    np.testing.assert_array_equal(np.sort(ids), np.sort(np.argsort(-(query_QE @ document_DE.T))[:, :20]))

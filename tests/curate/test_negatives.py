@@ -1,14 +1,19 @@
 """Mined negatives against brute force over all documents."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 
-from nomic_jax.curate import blocks
-from nomic_jax.curate.blocks import Encoder
+from nomic_jax.curate import embed
+from nomic_jax.curate.embed import Encoder
+from nomic_jax.curate.mixtures import mine_mixture
 from nomic_jax.curate.negatives import MiningOptions, mine_negatives
-from nomic_jax.data.sources import write_rows
+from nomic_jax.curate.texts import TextFile, TextFileWriter
+from nomic_jax.data.mixture import read_mixture
+from nomic_jax.data.sources import BadRow, write_rows
+from nomic_jax.data.tokens import pretokenize
 
 OUTPUTS = ("triplets.jsonl", "summary.json", "report.md")
 
@@ -85,8 +90,8 @@ def brute_force(rows, corpus=(), k=20, margin=0.95, range_min=0, range_max=None)
         near = sorted(documents, key=lambda text: -score[text])[:k]
         positives = {other["document"].strip() for other in rows if other["query"] == row["query"]}
         ranked = [text for text in near if text not in positives | {row["query"].strip()}][range_min:range_max]
-        best = max(score[text] for text in positives)
-        limit = np.inf if not margin else best * margin if best > 0 else best
+        lowest = min(score[text] for text in positives)
+        limit = np.inf if not margin else lowest * margin if lowest > 0 else lowest * (2 - margin)
         result.append([text for text in ranked if score[text] < limit])
     return result
 
@@ -102,7 +107,7 @@ def test_negatives_are_brute_force(files, tmp_path, options, with_corpus):
     rows = make_rows()
     expected = brute_force(rows, CORPUS if with_corpus else (), **options)
     kept = [(row, negatives) for row, negatives in zip(rows, expected) if negatives]
-    assert len(kept) > 10
+    assert len(kept) > 5
     assert [triplet["id"] for triplet in triplets] == [row["id"] for row, _ in kept]
     for triplet, (row, negatives) in zip(triplets, kept):
         assert [text.strip() for text in triplet["negatives"]] == negatives
@@ -189,7 +194,7 @@ def test_random_negatives_depend_on_seed_and_row(files, tmp_path):
 
 
 def test_a_killed_run_continues_and_ends_in_the_same_bytes(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "TEXTS_PER_FILE", 15)
+    monkeypatch.setattr(embed, "TEXTS_PER_FILE", 15)
     corpus = str(tmp_path / "corpus.jsonl")
     whole = FakeTeacher()
     mine(files, tmp_path / "whole", whole, corpus)
@@ -239,3 +244,112 @@ def test_a_restart_under_other_settings_is_refused(files, tmp_path):
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         MiningOptions(**options)
+
+
+def test_a_list_of_positives_is_as_many_triplets(tmp_path):
+    rows = make_rows()
+    listed = {}
+    for row in rows:
+        listed.setdefault(row["query"], {"query": row["query"], "document": []})["document"].append(row["document"])
+    write_rows(tmp_path / "lists.jsonl", list(listed.values()))
+    summary, triplets = mine(str(tmp_path / "lists.jsonl"), tmp_path / "out", num_negatives=1)
+    flat = [{"query": query, "document": text} for query, row in listed.items() for text in row["document"]]
+    expected = [(row, negatives) for row, negatives in zip(flat, brute_force(flat)) if negatives]
+    assert [(t["query"], t["document"]) for t in triplets] == [(row["query"], row["document"]) for row, _ in expected]
+    assert [[text.strip() for text in t["negatives"]] for t in triplets] == [negatives for _, negatives in expected]
+    assert (summary["rows"], summary["pairs"]) == (len(listed), 60)
+
+
+def test_a_row_without_positives_is_a_bad_row(tmp_path):
+    file = tmp_path / "lists.jsonl"
+    write_rows(file, [{"query": f"topic{i} q", "document": [f"topic{i} d{i}"] if i != 3 else []} for i in range(12)])
+    with pytest.raises(BadRow, match=r"lists\.jsonl: row 4 .*'topic3 q'.*empty list"):
+        mine(str(file), tmp_path / "out", num_negatives=1, margin=0)
+    output = tmp_path / "skipped"
+    options = MiningOptions(num_negatives=1, margin=0)
+    summary = mine_negatives(str(file), output, FakeTeacher().encoder(), options, on_bad_row="skip", progress=False)
+    assert (summary["rows"], summary["rejected"], summary["written"]) == (11, 1, 11)
+    assert len(read(output / "rejected.jsonl")) == 1
+    file.write_text('{"query": "q", "document": ["d"]}\n{"query": "q", "document": "one text"}\n')
+    with pytest.raises(BadRow, match=r"lists\.jsonl:2: column 'document' should be a list of texts, found str"):
+        mine(str(file), tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_adversarial_rows_are_brute_force(tmp_path, seed):
+    """Texts repeat as queries, documents and in the corpus, with spaces around them; queries have several positives."""
+    rng = np.random.default_rng(seed)
+    texts = [f"topic{i % 5} word{i % 11} text{i}" for i in range(40)]
+
+    def drawn() -> str:
+        return " " * int(rng.integers(2)) + texts[rng.integers(len(texts))] + "\t" * int(rng.integers(2))
+
+    rows = [{"id": i, "query": drawn().strip(), "document": drawn()} for i in range(90)]
+    corpus = [{"document": drawn()} for _ in range(30)] + [{"document": f"topic{i % 5} more{i}"} for i in range(30)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    write_rows(tmp_path / "corpus.jsonl", corpus)
+    options = {"k": int(rng.integers(4, 40)), "margin": float(rng.choice([0, 0.9, 0.99]))}
+    options["range_min"] = int(rng.integers(0, 3))
+    _, triplets = mine(
+        str(tmp_path / "pairs.jsonl"),
+        tmp_path / "out",
+        corpus=str(tmp_path / "corpus.jsonl"),
+        num_negatives=1,
+        **options,
+    )
+    found = {triplet["id"]: [text.strip() for text in triplet["negatives"]] for triplet in triplets}
+    assert found == {i: negatives for i, negatives in enumerate(brute_force(rows, corpus, **options)) if negatives}
+    assert len(found) > (0 if options["margin"] else 50)
+
+
+def test_approximate_search_reports_its_recall_and_keeps_the_rules(files, tmp_path):
+    summary, triplets = mine(files, tmp_path / "out", approximate_above=10, num_negatives=1, margin=0)
+    assert 0.8 < summary["search"]["recall"] <= 1
+    assert "search was approximate" in (tmp_path / "out" / "report.md").read_text()
+    rows = make_rows()
+    for triplet in triplets:
+        negatives = {text.strip() for text in triplet["negatives"]}
+        positives = {row["document"].strip() for row in rows if row["query"] == triplet["query"]}
+        assert negatives and not negatives & (positives | {triplet["query"].strip()})
+    exact, _ = mine(files, tmp_path / "exact", approximate_above=1000, num_negatives=1, margin=0)
+    assert exact["search"] == "exact"
+
+
+def test_a_mixture_is_mined_by_source_and_feeds_the_finetune_stage(tmp_path, tokenizer):
+    rows = make_rows()
+    write_rows(tmp_path / "a.jsonl", rows[:30])
+    write_rows(tmp_path / "b.jsonl", [{"title": row["query"], "body": row["document"]} for row in rows[30:]])
+    (tmp_path / "mixture.yaml").write_text(
+        """
+datasets:
+  - {name: a, bucket: a.jsonl, objective: {type: paired}, query_prefix: search_query, document_prefix: search_document}
+  - {name: b, bucket: b.jsonl, objective: {type: paired, columns: [title, body]}, query_prefix: clustering}
+"""
+    )
+    options = MiningOptions(num_negatives=2, margin=0)
+    mixture = str(tmp_path / "mixture.yaml")
+    summary = mine_mixture(mixture, tmp_path / "out", FakeTeacher().encoder(), options, progress=False)
+    sources = read_mixture(str(tmp_path / "out" / "mixture.yaml"), "triplet")
+    assert [source.columns for source in sources] == [
+        ("query", "document", "negatives"),
+        ("title", "body", "negatives"),
+    ]
+    b = {row["document"].strip() for row in rows[30:]}
+    assert all(
+        text.strip() in b
+        for triplet in read(tmp_path / "out" / "b" / "triplets.jsonl")
+        for text in triplet["negatives"]
+    )
+    for source, mined in zip(sources, summary["sources"]):
+        store = pretokenize(source, tokenizer, tmp_path / "tokens", progress=False)
+        assert len(store.columns["query"]) == mined["written"]
+        assert (np.diff(store.negative_rows) >= 2).all()
+
+
+def test_texts_come_back_from_their_file(tmp_path):
+    texts = ["ein", "zwei ", "drei\nvier", "日本語", "zwei", "𝒳" * 1000, " ein"]
+    writer = TextFileWriter(tmp_path / "texts.txt")
+    assert [writer.add(text) for text in texts] == [0, 1, 2, 3, 1, 4, 0]
+    writer.close()
+    stored = pickle.loads(pickle.dumps(TextFile(tmp_path / "texts.txt")))
+    assert [stored[i] for i in range(len(stored))] == [texts[i] for i in (0, 1, 2, 3, 5)]

@@ -1,0 +1,150 @@
+"""The consistency filter and the mining of negatives for every source of a mixture, into a mixture to train on."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nomic_jax.curate.consistency import FilterOptions, scoring
+from nomic_jax.curate.embed import Encoder
+from nomic_jax.curate.negatives import MiningOptions, mine_negatives
+from nomic_jax.curate.report import table
+from nomic_jax.curate.selection import threshold_text, write_selection
+from nomic_jax.curate.work import Engine, alone, run_here
+from nomic_jax.data.mixture import COLUMNS, read_mixture
+from nomic_jax.data.sources import atomic_file, write_json
+
+
+def is_mixture(files: str) -> bool:
+    return files.endswith((".yaml", ".yml"))
+
+
+def filter_mixture(
+    mixture: str,
+    output: str | os.PathLike,
+    encoder: Encoder,
+    options: FilterOptions,
+    *,
+    on_bad_row: str = "raise",
+    engine: Engine = run_here,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """``filter_pairs`` for every source of a mixture, which says the columns: no block holds rows of two sources.
+
+    ``output`` receives a folder for each source, by name; mixture.yaml, to train on what was kept; and summary.json and
+    report.md with the share kept of each source.
+    """
+    output = Path(output)
+    summaries = {}
+    with contextlib.ExitStack() as stack:
+        tasks = {}
+        for source in read_mixture(mixture, "pair"):
+            columns = (source.columns[0], source.columns[1])
+            task = stack.enter_context(
+                scoring(
+                    source.files,
+                    output / source.name,
+                    encoder,
+                    options,
+                    columns,
+                    on_bad_row=on_bad_row,
+                    progress=progress,
+                )
+            )
+            # While another process finishes the last block of this source, there is work in the next.
+            engine(task, encoder, False)
+            tasks[source.name] = (source.files, task)
+        for name, (files, task) in tasks.items():
+            engine(task, encoder, True)
+            summaries[name] = write_selection(files, output / name, task, options.k, options.min_score)
+    sources = [
+        {"source": name, **{field: summary[field] for field in ("rows", "kept", "share_kept", "rejected", "ranks")}}
+        for name, summary in summaries.items()
+    ]
+    rows, kept = (sum(source[field] for source in sources) for field in ("rows", "kept"))
+    summary = {
+        "rows": rows,
+        "kept": kept,
+        "share_kept": round(kept / rows, 4),
+        "rejected": sum(source["rejected"] for source in sources),
+        "k": options.k,
+        "min_score": options.min_score,
+        "sources": sources,
+    }
+    lines = [(s["source"], s["rows"], s["kept"], s["share_kept"], s["ranks"][0]["share"]) for s in sources]
+    report = (
+        f"# Consistency filter of {mixture}\n\nKept {kept:,} of {rows:,} pairs ({kept / rows:.1%}): those whose "
+        f"document is among the {options.k} nearest to its query{threshold_text(summary)}. Each source's folder has a "
+        f"report with rows to read.\n\n{table(('source', 'rows', 'kept', 'share kept', 'share of rank 1'), lines)}"
+    )
+    _write(mixture, output, "kept.jsonl", {}, summary, report)
+    return summary
+
+
+def mine_mixture(
+    mixture: str,
+    output: str | os.PathLike,
+    encoder: Encoder | None,
+    options: MiningOptions,
+    *,
+    on_bad_row: str = "raise",
+    engine: Engine = run_here,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """``mine_negatives`` for every source of a mixture, which says the columns: negatives come from the row's source.
+
+    ``output`` receives a folder for each source, by name; mixture.yaml of triplets to train on; and summary.json and
+    report.md with the counts of each source.
+    """
+    output = Path(output)
+    fields = ("rows", "pairs", "written", "dropped_too_few", "filled_with_random", "rejected")
+    sources, objectives = [], {}
+    for source in read_mixture(mixture, "pair"):
+        query_column, document_column = source.columns[:2]
+        summary = mine_negatives(
+            source.files,
+            output / source.name,
+            encoder,
+            options,
+            query_column=query_column,
+            document_column=document_column,
+            on_bad_row=on_bad_row,
+            engine=engine,
+            progress=progress,
+        )
+        sources.append({"source": source.name, **{field: summary[field] for field in fields}})
+        columns = [query_column, document_column, COLUMNS["triplet"][2]]
+        objectives[source.name] = {"objective": {"type": "triplet", "columns": columns}}
+    total = {field: sum(source[field] for source in sources) for field in fields}
+    report = (
+        f"# Negatives of {mixture}\n\nEach source's folder has a report with rows to read.\n\n"
+        f"{table([field.replace('_', ' ') for field in sources[0]], [tuple(s.values()) for s in sources])}"
+    )
+    summary = {**total, "sources": sources}
+    _write(mixture, output, "triplets.jsonl", objectives, summary, report)
+    return summary
+
+
+def _write(
+    mixture: str,
+    output: Path,
+    file: str,
+    changes: Mapping[str, Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    report: str,
+) -> None:
+    content = yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
+    entries: Iterable[dict] = content["datasets"] if isinstance(content, dict) else content
+    for entry in entries:
+        entry.update({"bucket": f"{entry['name']}/{file}", **changes.get(str(entry["name"]), {})})
+    with alone(output / ".mixture.lock"):
+        for name, text in (
+            ("mixture.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True)),
+            ("report.md", report),
+        ):
+            with atomic_file(output / name) as part:
+                part.write_text(text, encoding="utf-8")
+        write_json(output / "summary.json", summary)

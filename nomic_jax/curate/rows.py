@@ -1,0 +1,116 @@
+"""Rows of an input by number, in blocks, so that workers can share them without copies of the data."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, read_rows, write_json
+
+
+class RejectedBefore(RejectedRows):
+    """For rows that are met again, and stand in the side file since they were met first."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, error: BadRow, raw: bytes) -> None:
+        self.count += 1
+
+
+class Rows:
+    """The usable rows of files, numbered from 0 over all of them.
+
+    Attributes:
+      counts: {file: usable rows}, in order.
+      rejected: rows that were skipped.
+    """
+
+    def __init__(self, counts: Mapping[str, int], rejected: int, columns: Mapping[str, type]):
+        self.counts, self.rejected, self.columns = dict(counts), rejected, dict(columns)
+        self._open: Iterator[dict[str, Any]] = iter(())
+        self._at = -1  # number of the next row of _open; -1 for none
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": iter(()), "_at": -1}
+
+    def read(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(file, row) of every row, with all its columns."""
+        for file, count in self.counts.items():
+            if count:
+                for row in self._read_file(file, None):
+                    yield file, row
+
+    def block(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Rows start ... stop - 1, with the columns that are checked.
+
+        Called with rising numbers it reads every file once; going back, it reads from the beginning of a file.
+
+        Raises:
+          ValueError: a file has other rows than were counted.
+        """
+        files, first = self._file_of(start)
+        if not first <= self._at <= start:
+            self._open, self._at = (row for file in files for row in self._read_file(file, ())), first
+        for row in self._open:
+            self._at += 1
+            if self._at > start:
+                yield row
+            if self._at == stop:
+                return
+
+    def _file_of(self, number: int) -> tuple[list[str], int]:
+        """The files from the one that holds the row, and the number of its first row."""
+        start, files = 0, list(self.counts)
+        for i, file in enumerate(files):
+            if start + self.counts[file] > number:
+                return files[i:], start
+            start += self.counts[file]
+        raise IndexError(number)
+
+    def _read_file(self, file: str, others: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
+        count = 0
+        for row in read_rows(file, self.columns, others=others, on_bad_row="skip", rejected=RejectedBefore()):
+            count += 1
+            if count <= self.counts[file]:
+                yield row
+        if count != self.counts[file]:
+            raise ValueError(f"{file} has {count} rows where {self.counts[file]} were counted: it changed meanwhile")
+
+
+def count_rows(
+    files: str, columns: Mapping[str, type], record: Path, side_file: Path, *, on_bad_row: str, progress: bool = True
+) -> Rows:
+    """Reads all rows once, before anything is embedded, so that a bad row is known early. ``record`` remembers it.
+
+    Raises:
+      BadRow: see ``read_rows``.
+      ValueError: there is no usable row.
+    """
+    if record.exists():
+        held = json.loads(record.read_text(encoding="utf-8"))
+        if on_bad_row == "skip" or not held["rejected"]:
+            return Rows(held["rows"], held["rejected"], columns)
+    rejected = RejectedRows(side_file)
+    counts: dict[str, int] = {}
+    with tqdm(desc="reading", unit=" rows", disable=not progress) as bar:
+        for file in expand_files(files):
+            counts[file] = 0
+            for _ in read_rows(file, columns, others=(), on_bad_row=on_bad_row, rejected=rejected):
+                counts[file] += 1
+                bar.update()
+    if not any(counts.values()):
+        raise ValueError(f"{files} has no usable row; {rejected.count} rejected ones are in {rejected.side_file}")
+    write_json(record, {"rows": counts, "rejected": rejected.count})
+    return Rows(counts, rejected.count, columns)
+
+
+def equal_blocks(rows: int, block_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of as few blocks as ``block_size`` allows, of sizes that differ by at most one."""
+    count = -(-rows // block_size)
+    return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]

@@ -1,0 +1,203 @@
+"""Several processes on one output, killed at random moments: the bytes of one that was left alone."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nomic_jax.curate.arrays import Pieces, save_array
+from nomic_jax.curate.rows import Rows, count_rows, equal_blocks
+from nomic_jax.curate.work import claim, hold_settings
+from nomic_jax.data.sources import write_rows
+
+ROOT = Path(__file__).parent.parent.parent
+KILLS = int(os.environ.get("NOMIC_JAX_KILLS", 3))  # of each kind
+
+WORKER = """
+import sys, time, zlib
+import numpy as np
+from nomic_jax.curate import embed, neighbours, work
+from nomic_jax.curate.consistency import FilterOptions, filter_pairs
+from nomic_jax.curate.embed import Encoder
+from nomic_jax.curate.negatives import MiningOptions, mine_negatives
+
+embed.TEXTS_PER_FILE, neighbours.QUERIES_PER_FILE, work.WAIT_SECONDS = 16, 16, 0.05
+
+def encode(texts):
+    time.sleep(0.02)
+    x = np.stack([np.random.default_rng(zlib.crc32(text.split("-")[0].encode())).normal(size=8) for text in texts])
+    x += np.stack([np.random.default_rng(zlib.crc32(text.encode())).normal(size=8) for text in texts]) / 2
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+encoder, (kind, files, output) = Encoder(encode, encode, {"model": "fake"}), sys.argv[1:]
+print("ready", flush=True)
+if kind == "filter":
+    filter_pairs(files, output, encoder, FilterOptions(block_size=25), progress=False)
+else:
+    mine_negatives(files, output, encoder, MiningOptions(num_negatives=3), progress=False)
+"""
+OUTPUTS = {
+    "filter": ("kept.jsonl", "scores.jsonl", "summary.json", "report.md"),
+    "mine": ("triplets.jsonl", "summary.json", "report.md"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(3):
+        rows = [{"query": f"topic{i % 37}-q{shard}.{i}", "document": f"topic{i % 37}-d{i}"} for i in range(100)]
+        write_rows(folder / f"shard-{shard}.jsonl", rows)
+    return str(folder)
+
+
+def start(kind: str, files: str, output: Path, workers: int = 1) -> list[subprocess.Popen]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WORKER, kind, files, str(output)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(workers)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return processes
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["filter", "mine"])
+def test_killed_at_random_by_one_two_and_four_workers(files, tmp_path, kind):
+    finish(start(kind, files, tmp_path / "whole"))
+    expected = {name: (tmp_path / "whole" / name).read_bytes() for name in OUTPUTS[kind]}
+    assert all(len(content) > 200 for content in expected.values())
+    rng, kills = random.Random(0), 0
+    for attempt in itertools.count():
+        workers, output = (1, 2, 4)[attempt % 3], tmp_path / f"killed{attempt}"
+        processes = start(kind, files, output, workers)
+        time.sleep(rng.uniform(0, 0.8 / workers))
+        victim = processes.pop()
+        kills += victim.poll() is None
+        victim.kill()
+        victim.communicate()
+        # With other workers at it, they take up its work; the last one alone has to be started again.
+        finish(processes or start(kind, files, output))
+        for name, content in expected.items():
+            assert (output / name).read_bytes() == content, (workers, name)
+        if kills >= KILLS:
+            break
+
+
+def test_a_claim_is_exclusive_and_can_be_taken_again(tmp_path):
+    file = tmp_path / "0.npy"
+    with claim(file) as first, claim(file) as second:
+        assert (first, second) == (True, False)
+    with claim(file) as again:
+        assert again
+        save_array(file, np.zeros(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.npy"]
+
+
+def test_settings_of_a_running_process_cannot_be_replaced(tmp_path):
+    with hold_settings(tmp_path, {"model": "a"}):
+        with pytest.raises(ValueError, match="model was 'a', is 'b'"), hold_settings(tmp_path, {"model": "b"}):
+            pass
+        with hold_settings(tmp_path, {"model": "a"}):
+            pass
+    # It finished nothing, and it is over.
+    with hold_settings(tmp_path, {"model": "b"}):
+        pass
+    save_array(tmp_path / "00000.scores.npy", np.zeros(1))
+    with pytest.raises(ValueError, match="model was 'b', is 'a'"), hold_settings(tmp_path, {"model": "a"}):
+        pass
+
+
+@pytest.mark.parametrize(("rows", "block_size"), [(1, 10), (10, 10), (11, 10), (99, 10), (1_000_001, 1_000_000)])
+def test_blocks_are_equal_few_and_whole(rows, block_size):
+    blocks = equal_blocks(rows, block_size)
+    sizes = [stop - start for start, stop in blocks]
+    assert [i for start, stop in blocks for i in range(start, stop)] == list(range(rows))
+    assert max(sizes) <= block_size and max(sizes) - min(sizes) <= 1
+    assert len(blocks) == -(-rows // block_size)
+
+
+def test_rows_are_read_by_number_in_any_order(files, tmp_path):
+    counted = count_rows(
+        files, {"query": str}, tmp_path / "rows.json", tmp_path / "bad.jsonl", on_bad_row="raise", progress=False
+    )
+    everything = [row["query"] for _, row in counted.read()]
+    assert len(counted) == len(everything) == 300 and list(counted.counts.values()) == [100] * 3
+    for start, stop in [
+        (0, 10),
+        (10, 40),
+        (90, 210),
+        (250, 300),
+        (20, 30),
+        (99, 101),
+        (100, 101),
+        (0, 300),
+        (299, 300),
+    ]:
+        assert [row["query"] for row in counted.block(start, stop)] == everything[start:stop]
+
+
+def test_a_file_that_changed_meanwhile_is_named(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"query": "x"}] * 5)
+    for counted in (4, 6):
+        rows = Rows({str(tmp_path / "a.jsonl"): counted}, 0, {"query": str})
+        with pytest.raises(ValueError, match=rf"a\.jsonl has 5 rows where {counted} were counted"):
+            list(rows.read())
+
+
+def test_pieces_are_one_array(tmp_path):
+    whole = np.random.default_rng(0).normal(size=(25, 3)).astype(np.float32)
+    for number in range(4):
+        save_array(Pieces.file(tmp_path, number), whole[number * 7 : number * 7 + 7])
+    pieces = Pieces(tmp_path, 25, 7)
+    assert (pieces.shape, pieces.dtype, len(pieces)) == ((25, 3), np.float32, 25)
+    for rows in (slice(0, 25), slice(6, 8), slice(7, 14), slice(20, 99), slice(3, 3)):
+        np.testing.assert_array_equal(pieces[rows], whole[rows])
+    for numbers in ([], [24], [3, 3, 0, 24, 7, 13, 14]):
+        np.testing.assert_array_equal(pieces[np.array(numbers, np.int64)], whole[numbers])
+
+
+def test_rejected_rows_are_counted_once_by_all_workers(files, tmp_path):
+    shard = tmp_path / "bad.jsonl"
+    shard.write_text('{"query": "topic1-a", "document": "topic1-b"}\n{"query": 1}\n\n{"query": "topic2-a"\n')
+    counted = count_rows(
+        str(shard),
+        {"query": str, "document": str},
+        tmp_path / "rows.json",
+        tmp_path / "rejected.jsonl",
+        on_bad_row="skip",
+        progress=False,
+    )
+    assert (len(counted), counted.rejected) == (1, 2)
+    again = count_rows(
+        str(shard),
+        {"query": str, "document": str},
+        tmp_path / "rows.json",
+        tmp_path / "rejected.jsonl",
+        on_bad_row="skip",
+        progress=False,
+    )
+    list(again.read())
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert len(reasons) == 2 and "bad.jsonl:2" in reasons[0] and "bad.jsonl:4" in reasons[1]
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
+        count_rows(
+            str(shard),
+            {"query": str, "document": str},
+            tmp_path / "rows.json",
+            tmp_path / "rejected.jsonl",
+            on_bad_row="raise",
+            progress=False,
+        )

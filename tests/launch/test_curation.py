@@ -1,0 +1,159 @@
+"""launch.filter, launch.mine and launch.clean as a user types them: killed and restarted, several at once, on Ray."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from launch.teacher import open_teacher
+from nomic_jax import Embedder, EmbeddingConfig, EncoderConfig
+from nomic_jax.data.sources import write_rows
+from nomic_jax.hf import Checkpoint, write_checkpoint
+from nomic_jax.model import init_encoder
+
+ROOT = Path(__file__).parent.parent.parent
+FILTERED = ("kept.jsonl", "scores.jsonl", "summary.json", "report.md")
+MINED = ("triplets.jsonl", "summary.json", "report.md")
+
+
+@pytest.fixture(scope="module")
+def teacher(tokenizer, tmp_path_factory) -> Path:
+    """A tiny model of random weights, with nomic's prompts."""
+    folder = tmp_path_factory.mktemp("teacher")
+    encoder = EncoderConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
+    params = {"encoder": jax.device_get(init_encoder(jax.random.key(0), encoder))}
+    write_checkpoint(folder, Checkpoint(EmbeddingConfig(encoder), params, tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(minilm, tmp_path_factory) -> Path:
+    words = [word for word in (minilm / "vocab.txt").read_text(encoding="utf-8").split() if word.isalpha()]
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(600):
+        document = rng.choice(words, 8).tolist()
+        rows.append({"id": number, "query": " ".join(document[:5]), "document": " ".join(document)})
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    write_rows(file, rows)
+    return file
+
+
+def start(*arguments) -> subprocess.Popen:
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors[-3000:]
+    return out + errors
+
+
+def kill_after(process: subprocess.Popen, output: Path, pieces: int) -> None:
+    """As soon as so many pieces are there."""
+    while len(list((output / "work").rglob("[0-9]*.npy"))) < pieces:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert not (output / "summary.json").exists()
+
+
+def same(a: Path, b: Path, names) -> None:
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_the_commands_killed_and_restarted(teacher, pairs, tmp_path):
+    common = [f"--input={pairs}", f"--model={teacher}", "--prefixes"]
+    jobs = {
+        "filter": (["launch.filter", *common, "--block_size=60"], 3, FILTERED),
+        "mine": (["launch.mine", *common, "--k=30", "--too_few=random"], 1, MINED),
+    }
+    for kind, (command, pieces, names) in jobs.items():
+        # The whole run and the one to be killed go at the same time, on outputs of their own.
+        whole, killed = start(*command, f"--output={tmp_path / kind}"), tmp_path / f"{kind}-killed"
+        kill_after(start(*command, f"--output={killed}"), killed, pieces)
+        again = [start(*command, f"--output={killed}") for _ in range(2)]
+        for process in (whole, *again):
+            finish(process)
+        same(tmp_path / kind, killed, names)
+    scores = [json.loads(line) for line in (tmp_path / "filter" / "scores.jsonl").read_text().splitlines()]
+    embedder = Embedder.from_pretrained(teacher)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    queries = embedder.encode_query([row["query"] for row in rows]).astype(np.float64)
+    documents = embedder.encode_document([row["document"] for row in rows]).astype(np.float64)
+    np.testing.assert_allclose([line["score"] for line in scores], (queries * documents).sum(1), atol=3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs the extra "ray"')
+def test_ray_with_two_workers_killed_and_restarted(teacher, pairs, tmp_path):
+    common = [f"--input={pairs}", f"--model={teacher}"]
+    ray = ["--engine=ray", "--workers=2"]
+    filtering = ["launch.filter", *common, "--block_size=30"]
+    finish(start(*filtering, f"--output={tmp_path / 'local'}"))
+    kill_after(start(*filtering, *ray, f"--output={tmp_path / 'ray'}"), tmp_path / "ray", 2)
+    finish(start(*filtering, *ray, f"--output={tmp_path / 'ray'}"))
+    same(tmp_path / "local", tmp_path / "ray", FILTERED)
+    mining = ["launch.mine", *common, "--too_few=random"]
+    finish(start(*mining, f"--output={tmp_path / 'local_mined'}"))
+    finish(start(*mining, *ray, f"--output={tmp_path / 'ray_mined'}"))
+    same(tmp_path / "local_mined", tmp_path / "ray_mined", MINED)
+
+
+def test_every_local_device_embeds(teacher):
+    assert jax.local_device_count() == 8
+    texts = [f"text number {i}" for i in range(37)]
+    encoder = open_teacher(str(teacher), "float32", None, 4, ("search_query: ", ""))
+    embedder = Embedder.from_pretrained(teacher)
+    expected = embedder.encode(texts, prompt="search_query: ", batch_size=1)
+    np.testing.assert_allclose(encoder.query(texts), expected, atol=1e-6)
+    # Four texts for each of the eight devices.
+    assert encoder.query.keywords["batch_size"] == 32
+    own = open_teacher(str(teacher), "float32", None, None, None)
+    assert own.identity["query_prompt"] == "search_query: " and own.identity["document_prompt"] == "search_document: "
+
+
+def test_cleaning_against_a_task(pairs, tmp_path):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    task = tmp_path / "tasks" / "toy"
+    write_rows(task / "queries.jsonl", [{"_id": "q", "text": rows[3]["document"].upper()}])
+    write_rows(task / "corpus.jsonl", [{"_id": "d", "text": "nothing like it"}])
+    write_rows(task / "qrels.jsonl", [{"query_id": "q", "document_id": "d", "score": 1}])
+    command = ["launch.clean", f"--input={pairs}", f"--evaluation={task}", f"--output={tmp_path / 'out'}", "--ngram=6"]
+    out = finish(start(*command, "--remove_contaminated=queries", "--near=0.8"))
+    assert "kept 599 of 600 rows (removed: 1 contaminated)" in out
+    assert "toy: 1 rows overlap with 1 of 1 queries" in out
+    removed = json.loads((tmp_path / "out" / "removed.jsonl").read_text())
+    assert (removed["row"], removed["reason"], removed["of"]) == (3, "contaminated", ["toy"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["launch.filter", "--query_column=nowhere"], "pairs.jsonl:1: no column 'nowhere'"),
+        (["launch.mine", "--prefixes", "--query_prompt=x"], "--prefixes takes the teacher's own prompts"),
+        (["launch.clean", "--near=80"], "threshold of near-duplicates is 80.0"),
+        (["launch.clean", "--columns=query,body"], "pairs.jsonl:1: no column 'body'"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(teacher, pairs, tmp_path, command, message):
+    model = [] if command[0] == "launch.clean" else [f"--model={teacher}"]
+    errors = finish(start(command[0], f"--input={pairs}", *model, f"--output={tmp_path}", *command[1:]), code=2)
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last and "Traceback" not in errors
