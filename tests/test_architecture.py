@@ -15,7 +15,7 @@ ALLOWED = {
     "evals": {"data"},
     "embedder": {"model", "hf", "data", "train"},  # train: a run is opened like any other checkpoint
     "embed_files": {"embedder", "data"},
-    "integrations": {"embedder"},
+    "integrations": {"embedder", "evals"},
     "train": {"model", "hf", "data"},
 }
 FORBIDDEN_EVERYWHERE = {"torch", "sentence_transformers", "launch", "configs", "convert"}
