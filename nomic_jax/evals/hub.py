@@ -72,13 +72,13 @@ def explain(error: Exception, path: str = "") -> str:
         text += "" if reason in text else f" {reason}"
         cause = cause.__cause__ or cause.__context__
     of = f"the data set {path}" if path else "the data set"
-    if "GatedRepoError" in names or "gated" in text.lower():
+    if "GatedRepoError" in names or "is a gated dataset" in text:
         return (
             f"{of} is gated: accept its terms on the hub, then log in (`hf auth login`, or HF_TOKEN), "
             f"and run the same command again"
         )
     unreachable = {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "Timeout"}
-    if names & unreachable or "reach the Hugging Face Hub" in text or "offline" in text.lower():
+    if names & unreachable or "reach the Hugging Face Hub" in text:
         return (
             f"{of} cannot be reached and is not in the cache: go online and run the same command again, or fetch it on "
             f"another machine and copy the cache (HF_HOME), or name local files with --data where the suite takes them"

@@ -102,7 +102,12 @@ def score(encoder: "AbsEncoder", task: "AbsTask", folder: Path, batch_size: int)
         reasons = "; ".join(str(failed.exception) for failed in results.exceptions or ())
         raise TaskError(reasons or f"mteb gave no result for {task.metadata.name}")
     result = results.task_results[0]
-    return {"score": float(result.get_score()), "type": task.metadata.type, "metric": task.metadata.main_score}
+    # To as many digits as mteb's own file has.
+    return {
+        "score": round(float(result.get_score()), 6),
+        "type": task.metadata.type,
+        "metric": task.metadata.main_score,
+    }
 
 
 def _task(mteb: Any, name: str, of_benchmark: dict[str, "AbsTask"]) -> "AbsTask":
