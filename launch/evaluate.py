@@ -6,7 +6,7 @@
     --suite=mteb       MTEB(eng, v1), or the tasks of mteb that --tasks names; 512 tokens
     --suite=jina_long  the long-context set of Jina, by mteb; 128, 512 and 8191 tokens
     --suite=loco       LoCo, from the hub or --data=DIR; 2048, 4096 and 8192 tokens
-    --suite=glue       GLUE: finetunes the model, from the hub, --data=tfds, or --data=DIR (nomic_jax/evals/glue.py)
+    --suite=glue       GLUE, by finetuning; from the hub, --data=tfds:glue or --data=DIR (DIR/cola/train.jsonl, ...)
 
 A task of the suite local is a folder of jsonl; its kind follows from its files and columns:
 
@@ -23,16 +23,19 @@ figures yet; a task that fails is listed, the others go on, and the exit code is
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from launch import glue
 from launch.errors import run
 from nomic_jax.evals import local, loco, mteb
 from nomic_jax.evals.contract import Embed, TaskError
+from nomic_jax.evals.glue import cells as glue_cells
 from nomic_jax.evals.record import model_sha256, run_cells
 from nomic_jax.evals.report import table, write_report
 
@@ -90,8 +93,11 @@ def evaluate(
     truncate_dim: Sequence[int] = (),
     dtype: str = "float32",
     batch_size: int = 64,
+    glue_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Scores the model on every task that has no figures yet and returns the report, as written to ``output``.
+
+    Args are those of the command; ``glue_options``: learning_rates, batch_sizes, seeds, variant, mnli_checkpoint.
 
     Raises:
       ValueError, OSError: before the first task, of what could not work.
@@ -105,6 +111,8 @@ def evaluate(
     output = Path(output)
     dims: list[int | None] = [*truncate_dim] or [None]
     identity: dict[str, Any] = {"model": model, "model_sha256": model_sha256(model), "suite": suite}
+    if suite == "glue":
+        return _glue(model, name, output, identity, data, tasks, dtype, batch_size, **glue_options)
     if suite == "local":
         if not data:
             raise ValueError("--suite=local needs --data: task folders, or folders of task folders")
@@ -122,6 +130,41 @@ def evaluate(
     return report
 
 
+def _glue(
+    model: str,
+    name: str,
+    output: Path,
+    identity: dict[str, Any],
+    data: Sequence[str],
+    tasks: Sequence[str],
+    dtype: str,
+    batch_size: int,
+    *,
+    learning_rates: Sequence[float] = (),
+    batch_sizes: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    variant: str = "paper",
+    mnli_checkpoint: str = "",
+) -> dict[str, Any]:
+    given = "tfds" if [*data] in (["tfds"], ["tfds:glue"]) else ",".join(data)
+    if given not in ("", "tfds") and not Path(given).is_dir():
+        raise FileNotFoundError(f"--data: {given} is neither a folder nor tfds:glue")
+    report = glue.sweep(
+        model,
+        name,
+        output,
+        identity,
+        data=given,
+        cells=glue_cells(tasks, learning_rates, batch_sizes, seeds),
+        variant=variant,
+        mnli_checkpoint=mnli_checkpoint,
+        dtype=dtype,
+        batch_size=batch_size,
+    )
+    write_report(output)
+    return report
+
+
 def main(argv: list[str]) -> None:
     del argv
     report = evaluate(
@@ -135,6 +178,13 @@ def main(argv: list[str]) -> None:
         truncate_dim=_integers("truncate_dim"),
         dtype=FLAGS.dtype,
         batch_size=FLAGS.batch_size,
+        glue_options={
+            "learning_rates": [float(value) for value in FLAGS.learning_rates],
+            "batch_sizes": _integers("glue_batch_sizes"),
+            "seeds": _integers("seeds", least=0),
+            "variant": FLAGS.glue_variant,
+            "mnli_checkpoint": FLAGS.mnli_checkpoint,
+        },
     )
     print(table(report))
     print(f"wrote {Path(FLAGS.output) / 'report.md'}", file=sys.stderr)
@@ -142,10 +192,10 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def _integers(flag: str) -> list[int]:
+def _integers(flag: str, least: int = 1) -> list[int]:
     values: list[str] = FLAGS[flag].value or []
-    if wrong := [value for value in values if not value.isdecimal() or int(value) < 1]:
-        raise ValueError(f"--{flag}: {wrong[0]!r} is no positive number")
+    if wrong := [value for value in values if not value.isdecimal() or int(value) < least]:
+        raise ValueError(f"--{flag}: {wrong[0]!r} is no whole number of at least {least}")
     return [int(value) for value in values]
 
 
@@ -163,4 +213,11 @@ if __name__ == "__main__":
     flags.DEFINE_list("truncate_dim", [], "Components kept of an embedding (Matryoshka), or several such. [all]")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision the model computes in.")
     flags.DEFINE_integer("batch_size", 64, "Texts computed together.", lower_bound=1)
+    flags.DEFINE_list("learning_rates", [], "glue: only these. [1e-5, 2e-5, 3e-5]")
+    flags.DEFINE_list("glue_batch_sizes", [], "glue: only these. [16, 32]")
+    flags.DEFINE_list("seeds", [], "glue: only these; one of each of the three names a single run. [0 to 4]")
+    flags.DEFINE_string("glue_variant", "paper", "glue: of configs/glue.py.")
+    flags.DEFINE_string(
+        "mnli_checkpoint", "", 'glue: what rte, stsb and mrpc start from; "none": the model. [the best run on mnli]'
+    )
     run(main)

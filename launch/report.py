@@ -167,7 +167,8 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
                     f"{config['optim']['lr']:g}",
                     statistics.mean(line["loss"] for line in own[:tenth]),
                     statistics.mean(line["loss"] for line in own[-tenth:]),
-                    statistics.mean(line["accuracy"] for line in own[-tenth:]),
+                    # A regression has none.
+                    statistics.mean(line.get("accuracy", float("nan")) for line in own[-tenth:]),
                     f"{sum(line['real_tokens'] for line in own) / sum(line['padded_tokens'] for line in own):.1%}",
                 ]
             )

@@ -15,6 +15,7 @@ ALLOWED = {
     "evals": {"data"},
     "embedder": {"model", "hf", "data", "train"},  # train: a run is opened like any other checkpoint
     "embed_files": {"embedder", "data"},
+    "classifier": {"model", "data", "train"},
     "integrations": {"embedder", "evals"},
     "train": {"model", "hf", "data"},
 }

@@ -32,7 +32,7 @@ from orbax.checkpoint import v1 as ocp
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint, read_checkpoint
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
-from nomic_jax.model.heads import abstract_mlm_head
+from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.train import hosts
 from nomic_jax.train.config import CheckpointConfig
 from nomic_jax.train.manifest import find_damage, write_manifest
@@ -267,6 +267,8 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
     abstract = {"encoder": abstract_encoder(model.encoder)}
     if record["has_mlm_head"]:
         abstract["mlm_head"] = abstract_mlm_head(model.encoder)
+    if num_labels := record.get("num_labels", 0):
+        abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
     sharding = replicated(make_mesh(jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
     params = ocp.load_checkpointables(path, {"params": abstract})["params"]

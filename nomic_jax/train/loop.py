@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from nomic_jax.data.labelled import LabelledRows, LabelledStream
 from nomic_jax.data.loader import Stream, read_ahead
 from nomic_jax.data.mixture import Kind, read_mixture
 from nomic_jax.data.mlm import MlmStream
@@ -20,7 +21,7 @@ from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train import hosts
 from nomic_jax.train.checkpoint import Checkpoints, read_pretrained
-from nomic_jax.train.config import ConfigurationError, MlmData, TrainConfig
+from nomic_jax.train.config import ConfigurationError, LabelledData, MlmData, TrainConfig
 from nomic_jax.train.interruption import Interruption, Preempted
 from nomic_jax.train.metrics import MetricsWriter
 from nomic_jax.train.optim import learning_rate, make_optimizer
@@ -157,6 +158,10 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1) -> 
     its cache.
     """
     data = config.data
+    if isinstance(data, LabelledData):
+        name = Path(data.mixture).parent.name
+        rows = LabelledRows(data.mixture, data.columns, data.num_labels, tokenizer, data.seq_len, name)
+        return LabelledStream(rows, tokenizer, batch_size=config.batch_size, seq_len=data.seq_len, seed=config.seed)
     sources = read_mixture(data.mixture, ROW_KINDS[config.stage])
 
     def open_stores(fingerprints: list[str]) -> list[TokenStore]:

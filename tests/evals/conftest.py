@@ -46,3 +46,22 @@ def local_tasks(tmp_path_factory, words) -> Path:
         pairs.append({"sentence1": " ".join(first), "sentence2": " ".join(second), "score": i % 7})
     write_rows(folder / "sts" / "test.jsonl", pairs)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, minilm) -> Path:
+    """A tiny nomic-bert of random weights that was trained on 32 tokens and takes 256."""
+    import jax
+
+    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.hf import Checkpoint
+    from nomic_jax.hf.write import write_checkpoint
+    from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
+
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    config = EncoderConfig(**sizes, max_positions=256, max_trained_positions=32, vocab_size=30528)
+    params = jax.device_get(init_encoder(jax.random.key(0), config))
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = Tokenizer.from_directory(minilm)
+    write_checkpoint(folder, Checkpoint(EmbeddingConfig(config), {"encoder": params}, tokenizer))
+    return folder

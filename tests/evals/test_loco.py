@@ -55,38 +55,21 @@ def data(tmp_path_factory, words) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, minilm) -> Path:
-    """A tiny nomic-bert of random weights that was trained on 32 tokens and takes 256."""
-    import jax
-
-    from nomic_jax.data.tokenizer import Tokenizer
-    from nomic_jax.hf import Checkpoint
-    from nomic_jax.hf.write import write_checkpoint
-    from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
-
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
-    config = EncoderConfig(**sizes, max_positions=256, max_trained_positions=32, vocab_size=30528)
-    params = jax.device_get(init_encoder(jax.random.key(0), config))
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = Tokenizer.from_directory(minilm)
-    write_checkpoint(folder, Checkpoint(EmbeddingConfig(config), {"encoder": params}, tokenizer))
-    return folder
-
-
-def test_all_tasks_at_several_lengths(data, model, tmp_path):
-    report = evaluate(str(model), [str(data)], tmp_path, suite="loco", max_length=[32, 128])
+def test_all_tasks_at_several_lengths(data, tiny_model, tmp_path):
+    report = evaluate(str(tiny_model), [str(data)], tmp_path, suite="loco", max_length=[32, 128])
     assert not report["failed"] and len(report["tasks"]) == 10
     assert report["tasks"]["qmsum@32"]["documents"] == 6
     # Against cosine and ranks by hand, from the Embedder itself at that length.
     task = LocoTask.read("gov_report", data)
-    embedder = Embedder.from_pretrained(model, max_length=128)
+    embedder = Embedder.from_pretrained(tiny_model, max_length=128)
     query, document = embedder.encode_query(task.queries), embedder.encode_document(task.documents)
     cosine = unit_length(query) @ unit_length(document).T
     rank = (cosine > np.diag(cosine)[:, None]).sum(axis=1)
     assert report["tasks"]["gov_report@128"]["ndcg@10"] == pytest.approx(np.mean(1 / np.log2(rank + 2)))
     # Positions beyond the trained ones are stretched, so the length matters.
-    assert not np.allclose(document, Embedder.from_pretrained(model, max_length=32).encode_document(task.documents))
+    assert not np.allclose(
+        document, Embedder.from_pretrained(tiny_model, max_length=32).encode_document(task.documents)
+    )
     text = (tmp_path / "report.md").read_text()
     assert "| nomic-embed-text-v1 | 8192 | 85.50 |" in text and "| tiny | 128 |" in text
     assert (tmp_path / "loco.png").stat().st_size > 1000
@@ -140,8 +123,8 @@ def test_other_forms_are_said(tmp_path, rows, error, message):
         LocoTask.read("qmsum", tmp_path)
 
 
-def test_mistakes_are_said_before_anything_is_computed(data, model, tmp_path):
+def test_mistakes_are_said_before_anything_is_computed(data, tiny_model, tmp_path):
     with pytest.raises(ValueError, match="LoCo has no task 'qmsun'; it has summ_screen_fd"):
-        evaluate(str(model), [str(data)], tmp_path, suite="loco", tasks=["qmsun"])
+        evaluate(str(tiny_model), [str(data)], tmp_path, suite="loco", tasks=["qmsun"])
     with pytest.raises(ValueError, match="max_length 2048 is not within 2"):
-        evaluate(str(model), [str(data)], tmp_path, suite="loco")
+        evaluate(str(tiny_model), [str(data)], tmp_path, suite="loco")
