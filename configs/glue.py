@@ -29,4 +29,3 @@ def _debug(config: ConfigDict) -> None:
     config.model.update(dict(dtype="float32"))
     config.epochs = 2.0
     config.data.seq_len = 32
-    config.checkpoint.update(dict(every=10))

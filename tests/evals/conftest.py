@@ -58,7 +58,7 @@ def tiny_model(tmp_path_factory, minilm) -> Path:
     from nomic_jax.hf.write import write_checkpoint
     from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
 
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}
     config = EncoderConfig(**sizes, max_positions=256, max_trained_positions=32, vocab_size=30528)
     params = jax.device_get(init_encoder(jax.random.key(0), config))
     folder = tmp_path_factory.mktemp("model") / "tiny"

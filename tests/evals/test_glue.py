@@ -18,11 +18,11 @@ from nomic_jax.data.labelled import LabelledRows, LabelledStream, encode_rows
 from nomic_jax.data.sources import BadRow, write_rows
 from nomic_jax.evals import glue
 from nomic_jax.evals.contract import TaskError
-from nomic_jax.model import EmbeddingConfig, EncoderConfig
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, encode
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.stages import make_stage
 
-ROWS = 400
+ROWS = 320
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +108,13 @@ def test_the_loss_is_the_formula(num_labels):
     length = np.array([3, 7, 5, 4], np.int32)
     ids = np.where(np.arange(8) < length[:, None], rng.integers(1, 64, (4, 8)), 0).astype(np.int32)
     label = rng.normal(size=4).astype(np.float32) if num_labels == 1 else np.array([0, 2, 1, 1], np.int32)
-    sums = stage.loss(params, {"ids": ids, "length": length, "label": label})
+    sums = jax.jit(stage.loss)(params, {"ids": ids, "length": length, "label": label})
 
-    from nomic_jax.model import encode
-
-    # Row by row and without padding, in float64 from the hidden states on.
+    hidden = jax.jit(lambda ids, length: encode(params["encoder"], ids, encoder, length_B=length))(ids, length)
+    # Row by row, in float64 from the hidden states on.
     head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["classifier"])
     losses, correct = [], 0
-    for row, n, y in zip(ids, length, label):
-        first = np.asarray(encode(params["encoder"], row[None, :n], encoder), np.float64)[0, 0]
+    for first, y in zip(np.asarray(hidden[:, 0], np.float64), label):
         pooled = np.tanh(first @ head["pooler"]["kernel"] + head["pooler"]["bias"])
         logits = pooled @ head["out"]["kernel"] + head["out"]["bias"]
         losses.append((logits[0] - y) ** 2 if num_labels == 1 else np.log(np.exp(logits).sum()) - logits[y])
@@ -172,10 +170,10 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
 
     report = run(["rte"], [0])
     assert "run --tasks=mnli first" in report["failed"]["rte lr0.01-batch16-seed0"]
-    report = run(["mnli", "cola"], [0])
+    report = run(["mnli"], [0])
     assert not report["failed"] and report["tasks"]["mnli"]["score"] > 0.8, report
     folder = tmp_path / "glue" / "tiny"
-    assert (folder / "mnli" / "lr0.01-batch16-seed0" / "checkpoints").is_dir() and not list(folder.glob("cola/*/"))
+    assert (folder / "mnli" / "lr0.01-batch16-seed0" / "checkpoints").is_dir()
 
     # The kept run is a classifier to every client.
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -199,22 +197,20 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
 
     done = []
     original = launch.glue._run
-    monkeypatch.setattr(
-        launch.glue, "_run", lambda cell, start, *rest: done.append(cell) or original(cell, start, *rest)
-    )
-    report = run(["cola", "mnli", "rte", "stsb"], [0, 1])
-    assert [(cell.task, cell.seed) for cell in done] == [
-        ("mnli", 1), ("cola", 1), ("stsb", 0), ("stsb", 1), ("rte", 0), ("rte", 1)
-    ]  # fmt: skip
+    monkeypatch.setattr(launch.glue, "_run", lambda cell, *rest: done.append(cell) or original(cell, *rest))
+    run(["mnli"], [0, 1])
+    report = run(["rte", "stsb"], [0])
+    assert [f"{cell.task} {cell.seed}" for cell in done] == ["mnli 1", "stsb 0", "rte 0"]
     assert not report["failed"] and report["tasks"]["stsb"]["score"] > 0.5
-    assert report["tasks"]["cola"]["seeds"] and report["tasks"]["cola"]["runs"] == 2
+    assert len(report["tasks"]["mnli"]["seeds"]) == report["tasks"]["mnli"]["runs"] == 2
+    assert not list(folder.glob("rte/*/")), "what is finished needs no working directory"
     [start] = report["tasks"]["rte"]["starts"]
     kept = [path.name for path in (folder / "mnli").iterdir() if path.is_dir()]
     assert kept == [start], "of the runs on mnli only the best is kept"
     text = (tmp_path / "report.md").read_text()
-    assert "| nomic-bert-2048 | 0.840 | 0.500 |" in text and "4 of 8 tasks" in text and (tmp_path / "glue.png").exists()
+    assert "| nomic-bert-2048 | 0.840 | 0.500 |" in text and "3 of 8 tasks" in text and (tmp_path / "glue.png").exists()
     with pytest.raises(ValueError, match="was made with variant 'debug', this is 'paper'"):
-        run(["cola"], [0], variant="paper")
+        run(["rte"], [0], variant="paper")
 
 
 def test_data_that_cannot_be_had_fail_their_task_alone(data, tiny_model, tmp_path):
