@@ -146,8 +146,8 @@ def _glue(
     variant: str = "paper",
     mnli_checkpoint: str = "",
 ) -> dict[str, Any]:
-    given = "tfds" if [*data] in (["tfds"], ["tfds:glue"]) else ",".join(data)
-    if given not in ("", "tfds") and not Path(given).is_dir():
+    given = ",".join(data)
+    if given and not given.startswith("tfds:") and not Path(given).is_dir():
         raise FileNotFoundError(f"--data: {given} is neither a folder nor tfds:glue")
     report = glue.sweep(
         model,

@@ -36,7 +36,7 @@ def sweep(
 
     Args:
       identity: of the model, for the report.
-      data: a folder, "tfds", or "" for the hub.
+      data: see ``nomic_jax.evals.glue.find_data``.
       variant: of configs/glue.py.
       mnli_checkpoint: what rte, stsb and mrpc start from: "" for the best run on mnli, "none" for the model itself.
       batch_size: texts scored together.

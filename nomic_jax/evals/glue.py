@@ -1,6 +1,6 @@
 """GLUE's tasks, their data and metrics, and the sweep of the paper (section 4.1); the training comes in as a function.
 
-Data have the columns of GLUE on the hub (nyu-mll/glue), which are those of TFDS too. In files: DATA/<task>/ with
+Data have the columns of GLUE on the hub (nyu-mll/glue), which are those of TFDS. In files: DATA/<task>/ with
 train and validation (for mnli, validation or validation_matched) as .jsonl, .jsonl.gz, .parquet or, as the hub keeps
 them, <split>-*.parquet.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import statistics
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 
 from nomic_jax.data.sources import write_rows
 from nomic_jax.evals.contract import TaskError
-from nomic_jax.evals.hub import column, explain, load
+from nomic_jax.evals.hub import column, load
 from nomic_jax.evals.published import GLUE_TASKS
 
 HUB = "nyu-mll/glue"
@@ -94,21 +95,22 @@ def find_data(task: str, data: str, cache: Path) -> tuple[str, str]:
     """(training files, validation files) of a task.
 
     Args:
-      data: a folder, "tfds", or "" for the hub; what is not in files is written to ``cache`` once.
+      data: a folder; "tfds:glue" or "tfds:glue?data_dir=DIR", as TFDS prepares it (array_record or parquet); or "" for
+        the hub. What is not in files of these columns is written to ``cache`` once.
 
     Raises:
       TaskError: the data cannot be had, or have another form.
       FileNotFoundError: a folder has no such files.
     """
     splits = ("train", TASKS[task].validation)
-    if data not in ("", "tfds"):
+    if data and not data.startswith("tfds:"):
         train, validation = (_file(Path(data) / task, split) for split in splits)
         return train, validation
     files = [cache / task / f"{split}.jsonl" for split in splits]
     for split, file in zip(splits, files):
         if not file.exists():
             where = f"glue/{task} of TFDS" if data else f"{HUB} {task}"
-            rows = _of_tfds(task, split) if data else load(HUB, task, split)
+            rows = _of_tfds(data, task, split) if data else load(HUB, task, split)
             write_rows(file, _checked(rows, TASKS[task], where))
     return str(files[0]), str(files[1])
 
@@ -173,14 +175,32 @@ def _file(folder: Path, split: str) -> str:
     raise FileNotFoundError(f"{folder} has no {' or '.join(names)} (.jsonl, .jsonl.gz, .parquet or <split>-*.parquet)")
 
 
-def _of_tfds(task: str, split: str) -> Iterable[dict[str, Any]]:
+def _of_tfds(data: str, task: str, split: str) -> Iterable[dict[str, Any]]:
+    """Read from what lies prepared: to fetch and prepare it, TFDS wants TensorFlow."""
+    name, _, query = data.removeprefix("tfds:").partition("?")
+    options = dict(urllib.parse.parse_qsl(query))
+    if name.rstrip("/") != "glue" or options.keys() - {"data_dir"}:
+        raise TaskError(f"--data={data}: write tfds:glue, or tfds:glue?data_dir=DIR")
+    folder = Path(options.get("data_dir") or Path.home() / "tensorflow_datasets") / "glue" / task
+    versions = sorted(folder.glob("*/dataset_info.json"), key=lambda file: [*map(_number, file.parent.name.split("."))])
+    if not versions:
+        raise TaskError(
+            f"{folder} holds nothing that TFDS has prepared; with TensorFlow installed, "
+            f"`tfds build glue/{task} --file_format=array_record` prepares it"
+        )
     try:
         import tensorflow_datasets as tfds
 
-        rows = tfds.data_source(f"glue/{task}", split=split, download=True)
-    except Exception as error:  # of whatever fetches, unpacks and reads
-        raise TaskError(f"glue/{task} of TFDS cannot be had: {explain(error, f'glue/{task}')}") from error
-    return ({name: _plain(value) for name, value in row.items()} for row in rows)
+        rows = tfds.builder_from_directory(versions[-1].parent).as_data_source(split=split)
+        return ({name: _plain(value) for name, value in row.items()} for row in rows)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # of whatever it finds wrong with its files
+        raise TaskError(f"{versions[-1].parent}: split {split} cannot be read ({error})") from error
+
+
+def _number(part: str) -> int:
+    return int(part) if part.isdecimal() else -1
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
     {"model", "model_sha256", "suite", "max_length",
      "tasks":   {label: {metric: value, ..., "task", "type", "metric": name of the main one, and its settings}},
      "failed":  {label: what was wrong},
-     "average": {metric: mean over the tasks that have it}}
+     "average": {metric: mean over the tasks that have it, " @<max_length> dim <n>" behind it where there are several}}
 
 A label is the task's name, followed by "@<max_length>" and " dim <n>" where a suite has several of them.
 """
@@ -98,12 +98,15 @@ def run_cells(path: Path, identity: dict[str, Any], cells: Sequence[Cell]) -> di
 
 
 def average(tasks: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """metric -> its mean over the tasks that have it."""
+    """metric -> its mean over the tasks that have it; of several lengths or numbers of components, each by itself."""
+    tasks = list(tasks)
+    chosen = {(task.get("max_length"), task.get("dim")) for task in tasks}
     values: dict[str, list[float]] = {}
     for task in tasks:
+        setting = label(" ", task.get("max_length"), task.get("dim")) if len(chosen) > 1 else ""
         for metric, value in task.items():
             if isinstance(value, float):
-                values.setdefault(metric, []).append(value)
+                values.setdefault(metric + setting, []).append(value)
     return {metric: sum(column) / len(column) for metric, column in values.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from nomic_jax.data.sources import atomic_file
 from nomic_jax.evals import pictures, published
 from nomic_jax.evals.published import MTEB_TYPES, Published
+from nomic_jax.evals.record import label
 
 MTEB_TASKS = 56  # of MTEB(eng, v1)
 TITLES = {
@@ -56,24 +57,40 @@ def average_by_type(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report as text: for each type of task a line a task and their average, then the tasks that failed."""
+    """A report as text: for each type of task a line a task and averages, then the tasks that failed."""
     by_type: dict[str, dict[str, dict[str, Any]]] = {}
-    for label, figures in report["tasks"].items():
-        by_type.setdefault(figures.get("type", "Retrieval"), {})[label] = figures
-    width = max(map(len, ["average", *report["tasks"], *report["failed"], *by_type]))
-    lines = []
+    for name, figures in sorted(report["tasks"].items(), key=_place):
+        by_type.setdefault(figures.get("type", "Retrieval"), {})[name] = figures
+    lines: list[tuple[str, list[str]]] = []
     for kind, tasks in by_type.items():
-        columns = [key for key, value in next(iter(tasks.values())).items() if isinstance(value, float)]
-        lines.append(f"{kind:{width}}" + "".join(f"{column:>16}" for column in columns))
-        for label, figures in tasks.items():
-            lines.append(f"{label:{width}}" + "".join(f"{figures[column]:16.4f}" for column in columns))
-        if len(tasks) > 1:
-            means = [mean(figures[column] for figures in tasks.values()) for column in columns]
-            lines.append(f"{'average':{width}}" + "".join(f"{value:16.4f}" for value in means))
+        first = next(iter(tasks.values()))
+        columns = sorted((key for key, value in first.items() if isinstance(value, float)), key=first.get("metric", "").__ne__)
+        lines.append((kind, [f"{column:>16}" for column in columns]))
+        lines += [(name, [f"{figures[column]:16.4f}" for column in columns]) for name, figures in tasks.items()]
+        for setting, alike in _by_setting(tasks).items():
+            if len(alike) > 1:
+                means = [mean(figures[column] for figures in alike) for column in columns]
+                lines.append((f"average{setting}", [f"{value:16.4f}" for value in means]))
     if len(by_type) > 1:
-        overall = mean(main_score(figures) for figures in report["tasks"].values())
-        lines.append(f"{'all tasks':{width}}{overall:16.4f}  (mean of the main scores)")
-    return "\n".join(lines + [f"{name:{width}}  FAILED: {error}" for name, error in report["failed"].items()])
+        for setting, alike in _by_setting(report["tasks"]).items():
+            lines.append((f"all tasks{setting}", [f"{mean(map(main_score, alike)):16.4f}", "  (main scores)"]))
+    width = max(len(name) for name in [*(name for name, _ in lines), *report["failed"], ""])
+    failed = [f"{name:{width}}  FAILED: {error}" for name, error in report["failed"].items()]
+    return "\n".join([f"{name:{width}}{''.join(cells)}" for name, cells in lines] + failed)
+
+
+def _place(item: tuple[str, dict[str, Any]]) -> tuple[str, int, int]:
+    """Of a task in the table: by name, by length, the widest embeddings first."""
+    name, figures = item
+    return figures.get("task", name), figures.get("max_length", 0), -figures.get("dim", 0)
+
+
+def _by_setting(tasks: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """ " @<length> dim <n>" -> tasks; "" where all have the same."""
+    found: dict[tuple[int | None, int | None], list[dict[str, Any]]] = {}
+    for figures in tasks.values():
+        found.setdefault((figures.get("max_length"), figures.get("dim")), []).append(figures)
+    return {label(" ", *key) if len(found) > 1 else "": alike for key, alike in found.items()}
 
 
 def write_report(folder: str | Path) -> Path:
@@ -104,12 +121,12 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
 def runs_of(name: str, report: dict[str, Any]) -> list[Run]:
     name = name.removesuffix(f"-{report['suite']}")
     settings: dict[tuple[int | None, int | None], dict[str, dict[str, Any]]] = {}
-    for label, figures in report["tasks"].items():
+    for name_of_cell, figures in report["tasks"].items():
         key = (figures.get("max_length"), figures.get("dim"))
-        settings.setdefault(key, {})[figures.get("task", label)] = figures
-    return [
-        Run(name + (f", {dim} dims" if dim else ""), length, dim, tasks) for (length, dim), tasks in settings.items()
-    ]
+        settings.setdefault(key, {})[figures.get("task", name_of_cell)] = figures
+    # By length, and the widest first.
+    ordered = sorted(settings.items(), key=lambda item: (item[0][0] or 0, -(item[0][1] or 0)))
+    return [Run(name + (f", {dim} dims" if dim else ""), length, dim, tasks) for (length, dim), tasks in ordered]
 
 
 def _mteb(folder: Path, runs: list[Run]) -> str:
@@ -236,20 +253,21 @@ def _matryoshka(folder: Path, reports: dict[str, dict[str, Any]]) -> str:
     for name, report in reports.items():
         for run in runs_of(name, report):
             if run.dim is not None:
-                model = f"{run.model.partition(',')[0]}, {report['suite']}"
+                model = f"{name.removesuffix('-' + report['suite'])}, {report['suite']}"
+                model += f" @{run.max_length}" if run.max_length else ""
                 score = 100 * mean(run.scores.values())
                 lines.setdefault(model, {})[run.dim] = score
-                rows.append([model, run.max_length or "", run.dim, score, "this run"])
+                rows.append([model, run.dim, score, "this run"])
     if not rows:
         return ""
     if any(report["suite"] == "mteb" for report in reports.values()):
         lines["nomic-embed-text-v1.5, mteb"] = {int(dim): score for dim, score in published.MATRYOSHKA.items()}
         rows += [
-            ["nomic-embed-text-v1.5, mteb", "", dim, score, published.V15_CARD]
+            ["nomic-embed-text-v1.5, mteb", dim, score, published.V15_CARD]
             for dim, score in published.MATRYOSHKA.items()
         ]
     pictures.lines(folder / "matryoshka.png", lines, "components kept", "average score, per cent")
-    header = ["model, suite", "tokens", "components", "average", "source"]
+    header = ["model, suite", "components", "average", "source"]
     return f"## Components kept\n\n{markdown(header, rows)}\n![Score by components kept](matryoshka.png)\n"
 
 

@@ -213,6 +213,40 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
         run(["rte"], [0], variant="paper")
 
 
+def test_what_tfds_has_prepared(tmp_path):
+    """Read without TensorFlow; written as it writes it, in two shards."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    features = tfds.features.FeaturesDict(
+        {"sentence": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=2), "idx": np.int32}
+    )
+    rows = [{"sentence": f"caf\u00e9 {i}", "label": i % 2, "idx": i} for i in range(5)]
+    path = tmp_path / "glue" / "cola" / "2.0.0"
+    path.mkdir(parents=True)
+    splits = []
+    for split, own in (("train", rows[:3]), ("validation", rows[3:])):
+        for i, row in enumerate(own):
+            writer = ArrayRecordWriter(
+                str(path / f"glue-{split}.array_record-{i:05d}-of-{len(own):05d}"), "group_size:1"
+            )
+            writer.write(features.serialize_example(row))
+            writer.close()
+        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        splits.append({"name": split, "shardLengths": ["1"] * len(own), "filepathTemplate": template})
+    features.save_config(path)
+    info = {"name": "glue", "version": "2.0.0", "configName": "cola", "fileFormat": "array_record", "splits": splits}
+    (path / "dataset_info.json").write_text(json.dumps(info))
+
+    train, validation = glue.find_data("cola", f"tfds:glue?data_dir={tmp_path}", tmp_path / "cache")
+    read = [json.loads(line) for file in (train, validation) for line in Path(file).read_text().splitlines()]
+    assert read == [{"sentence": row["sentence"], "label": row["label"]} for row in rows]
+    with pytest.raises(TaskError, match="tfds build glue/sst2 --file_format=array_record"):
+        glue.find_data("sst2", f"tfds:glue?data_dir={tmp_path}", tmp_path / "cache")
+    with pytest.raises(TaskError, match="write tfds:glue"):
+        glue.find_data("sst2", "tfds:super_glue", tmp_path / "cache")
+
+
 def test_data_that_cannot_be_had_fail_their_task_alone(data, tiny_model, tmp_path):
     report = evaluate(
         str(tiny_model),
