@@ -31,6 +31,8 @@ setup(
         "pyarrow>=18.0",
         "pyyaml>=6.0",
         "safetensors>=0.5",
+        "scikit-learn>=1.4",
+        "scipy>=1.12",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.8",
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
@@ -43,7 +45,7 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
         # The GPU build replaces faiss-cpu: uninstall that one first.
         "faiss-gpu": ["faiss-gpu-cu12>=1.9"],
-        "eval": ["bm25s>=0.2", "mteb>=2.14.5", "scikit-learn>=1.4", "scipy>=1.12"],
+        "eval": ["bm25s>=0.2", "mteb>=2.14.5", "pytrec_eval-terrier>=0.5"],  # mteb brings torch
         "integrations": ["langchain-core>=0.3", "llama-index-core>=0.12", "mteb>=2.14.5"],
         "clean": ["rensa>=0.5"],
         "ray": ["ray[data]>=2.40"],
@@ -62,7 +64,6 @@ setup(
             "pytrec_eval-terrier>=0.5",
             "rensa>=0.5",
             "ruff>=0.9",
-            "scikit-learn>=1.4",
             "simple-icd-10-cm>=1.0",
         ],
     },

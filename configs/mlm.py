@@ -27,7 +27,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
 
 
 def _debug(config: ConfigDict) -> None:
-    config.model.update(DEBUG_MODEL | dict(dtype="float32"))
+    config.model.update(DEBUG_MODEL | dict(dtype="float32", recompute="none"))
     config.batch_size = 16
     config.accumulate = 1
     config.steps = 20
@@ -37,7 +37,8 @@ def _debug(config: ConfigDict) -> None:
 
 def _quickstart(config: ConfigDict) -> None:
     """A few minutes on 2 CPU cores, float32."""
-    config.model.update(dict(hidden_size=256, num_layers=4, num_heads=4, intermediate_size=768, dtype="float32"))
+    config.model.update(dict(hidden_size=256, num_layers=4, num_heads=4, intermediate_size=768))
+    config.model.update(dict(dtype="float32", recompute="none"))
     config.batch_size = 16
     config.accumulate = 1
     config.steps = 250

@@ -1,176 +1,168 @@
-"""Scores a model on evaluation tasks and writes the figures to OUTPUT/<name>.json.
+"""Scores a model and writes the figures to OUTPUT, with a report and pictures.
 
-    python -m launch.evaluate --model=DIR|bm25 --suite=local --data=DIR[,DIR...] --output=DIR
+    python -m launch.evaluate --model=DIR_OR_HUB_ID --suite=SUITE --output=DIR
 
---data names retrieval task folders (nomic_jax/evals/retrieval.py says what is in one) or folders of them. Run again, it
-goes on with the tasks that have no figures yet.
+    --suite=local      your own tasks, from --data=DIR[,DIR...]: task folders, or folders of task folders
+    --suite=mteb       MTEB(eng, v1), or the tasks of mteb that --tasks names; 512 tokens
+    --suite=jina_long  the long-context set of Jina, by mteb; 128, 512 and 8191 tokens
+    --suite=loco       LoCo, from the hub or --data=DIR; 2048, 4096 and 8192 tokens
+    --suite=glue       GLUE, by finetuning; from the hub, --data=tfds:glue or --data=DIR (DIR/cola/train.jsonl, ...)
+
+A task of the suite local is a folder of jsonl; its kind follows from its files and columns:
+
+    queries.jsonl {"_id", "text"}, corpus.jsonl {"_id", "title", "text"} and
+      qrels.jsonl {"query_id", "document_id", "score"}          retrieval (nDCG@10, recall, MRR)
+    train.jsonl and test.jsonl {"text", "label"}                classification (accuracy, F1)
+    test.jsonl {"text", "label"}                                clustering (V-measure)
+    test.jsonl {"sentence1", "sentence2", "score"}              semantic similarity (Spearman, Pearson)
+
+Prompts follow from the type of task; task.json in the folder names others ({"query_prompt", "document_prompt"} or
+{"prompt"}). Figures go to OUTPUT/<name>.json (local) or OUTPUT/<name>-<suite>.json, mteb's own result files below
+OUTPUT/results, everything in OUTPUT to OUTPUT/report.md. Run again, the command goes on with the tasks that have no
+figures yet; a task that fails is listed, the others go on, and the exit code is 1.
 """
 
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from absl import flags
 
+from launch import glue
 from launch.errors import run
-from nomic_jax.data.sources import write_json
-from nomic_jax.evals import bm25
-from nomic_jax.evals.retrieval import FILES, Embed, RetrievalTask, task_sha256
-
-if TYPE_CHECKING:
-    from nomic_jax.embedder import Embedder
+from nomic_jax.evals import local, loco, mteb
+from nomic_jax.evals.contract import Embed, TaskError
+from nomic_jax.evals.glue import cells as glue_cells
+from nomic_jax.evals.record import model_sha256, run_cells
+from nomic_jax.evals.report import table, write_report
 
 FLAGS = flags.FLAGS
-SUITES = ("local",)
-# Files of a model folder that decide its vectors.
-MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "vocab.txt")
+SUITES = ("local", "mteb", "jina_long", "loco", "glue")
 
 
-def find_tasks(data: Iterable[str]) -> dict[str, Path]:
-    """Task name -> folder, of task folders and folders of task folders.
+class LazyEncoders:
+    """The model, read once and only when something is to be computed: ``nomic_jax.evals.contract.Encoders``."""
 
-    Raises:
-      FileNotFoundError: a folder does not exist or holds no task.
-      ValueError: two tasks have one name.
-    """
-    tasks: dict[str, Path] = {}
-    for given in map(Path, data):
-        if not given.is_dir():
-            raise FileNotFoundError(f"--data: there is no folder {given}")
-        folders = [
-            folder
-            for folder in (given, *sorted(given.iterdir()))
-            # One of the files is enough: what is missing is then reported, not overlooked.
-            if any((folder / file).is_file() for file in FILES)
-        ]
-        if not folders:
-            raise FileNotFoundError(f"--data: neither {given} nor its folders are a task ({', '.join(FILES)})")
-        for folder in folders:
-            name = folder.resolve().name
-            if tasks.setdefault(name, folder) != folder:
-                raise ValueError(f"--data: {tasks[name]} and {folder} are both named {name!r}; rename one")
-    return tasks
+    def __init__(self, model: str, dtype: str, batch_size: int):
+        self.model, self.dtype, self.batch_size = model, dtype, batch_size
+        self._embedder: Any = None
+
+    def at(self, max_length: int | None) -> Any:
+        """The Embedder. Raises ValueError if the model does not take so many tokens."""
+        if self._embedder is None:
+            from nomic_jax.embedder import Embedder  # jax and a model: not for --help, BM25 or a wrong --data
+
+            self._embedder = Embedder.from_pretrained(self.model, dtype=self.dtype)
+        return self._embedder.with_settings(max_length=max_length)
+
+    def embed(self, max_length: int | None, normalize: bool) -> Embed:
+        return embed_with(self.at(max_length), normalize, self.batch_size)
+
+    def for_mteb(self, max_length: int, dim: int | None, name: str) -> Any:
+        from nomic_jax.integrations import mteb_encoder
+
+        return mteb_encoder(self.at(max_length), name, unnormalized_types=mteb.UNNORMALIZED, truncate_dim=dim)
 
 
-def scorer(
-    model: str, max_length: int | None, batch_size: int
-) -> Callable[[RetrievalTask], Iterable[tuple[str, float]]]:
-    """What turns a task into (metric, value): BM25, or the model, read once."""
-    if model == "bm25":
-        return bm25.run
-    from nomic_jax.embedder import Embedder  # jax and a model: not for --help, BM25 or a wrong --data
-
-    embed = embed_with(Embedder.from_pretrained(model, max_length=max_length), batch_size)
-    return lambda task: task.run(embed)
-
-
-def embed_with(embedder: "Embedder", batch_size: int = 64) -> Embed:
+def embed_with(embedder: Any, normalize: bool, batch_size: int = 64) -> Embed:
     """What tasks call to have texts embedded under one of the model's prompts."""
 
     def embed(texts: list[str], prompt: str) -> np.ndarray:
         if embedder.prompts and prompt not in embedder.prompts:
-            raise ValueError(f"the model has no prompt {prompt!r} (but {', '.join(embedder.prompts)}); see task.json")
+            known = ", ".join(embedder.prompts)
+            raise TaskError(f"the model has no prompt {prompt!r} (but {known}); see task.json in --help")
         # A model without prompts was trained without: its texts go in as they are.
-        return embedder.encode(texts, prompt=embedder.prompts.get(prompt, ""), batch_size=batch_size)
+        prefix = embedder.prompts.get(prompt, "")
+        return embedder.encode(texts, prompt=prefix, batch_size=batch_size, normalize_embeddings=normalize)
 
     return embed
 
 
-def model_sha256(model: str) -> str:
-    """Identifies a model folder's content; of BM25 and of hub names "" (their name is all there is to go by)."""
-    digest = hashlib.sha256()
-    files = [file for pattern in MODEL_FILES for file in sorted(Path(model).rglob(pattern))]
-    for file in files:
-        with file.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest() if files else ""
-
-
-def open_report(path: Path, identity: dict, tasks: dict[str, Path]) -> dict:
-    """The report at ``path``, or a new one.
-
-    Raises:
-      ValueError: the report holds figures of another model, length or task content.
-    """
-    if not path.exists():
-        return identity | {"tasks": {}}
-    report = json.loads(path.read_text(encoding="utf-8"))
-    advice = "give another --name, or delete the file"
-    for field, value in identity.items():
-        if report.get(field) != value:
-            raise ValueError(f"{path} was made with {field} {report.get(field)!r}, this is {value!r}; {advice}")
-    for name, folder in tasks.items():
-        if name in report["tasks"] and report["tasks"][name]["sha256"] != task_sha256(folder):
-            raise ValueError(f"{path} holds figures of another content of task {name!r} ({folder}); {advice}")
-    return report
-
-
 def evaluate(
     model: str,
-    data: Iterable[str],
-    output: str | Path,
+    data: Sequence[str] = (),
+    output: str | Path = ".",
     *,
     suite: str = "local",
     name: str | None = None,
-    max_length: int | None = None,
+    tasks: Sequence[str] = (),
+    max_length: int | Sequence[int] | None = None,
+    truncate_dim: Sequence[int] = (),
+    dtype: str = "float32",
     batch_size: int = 64,
-) -> dict:
-    """Scores the model on every task that has no figures yet and returns the report, as written to OUTPUT/<name>.json.
+    glue_options: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Scores the model on every task that has no figures yet and returns the report, as written to ``output``.
 
-    A task that fails is listed under "failed" with its error, and the others go on.
+    Args are those of the command; ``glue_options``: learning_rates, batch_sizes, seeds, variant, mnli_checkpoint.
+
+    Raises:
+      ValueError, OSError: before the first task, of what could not work.
+      ModuleNotFoundError: the suite needs a library that is not installed.
     """
     if suite not in SUITES:
         raise ValueError(f"--suite={suite} does not exist; write one of: {', '.join(SUITES)}")
-    tasks = find_tasks(data)
-    path = Path(output) / f"{name or Path(model).resolve().name}.json"
-    identity = {"model": model, "model_sha256": model_sha256(model), "suite": suite, "max_length": max_length}
-    report = open_report(path, identity, tasks) | {"failed": {}}
-    score = None
-    for i, (task_name, folder) in enumerate(tasks.items(), 1):
-        if task_name in report["tasks"]:
-            continue
-        print(f"task {i} of {len(tasks)}: {task_name}", file=sys.stderr)
-        # Outside the try, with no task read yet: a model that cannot be read fails the run, not each task.
-        score = score or scorer(model, max_length, batch_size)
-        try:
-            sha256 = task_sha256(folder)
-            task = RetrievalTask.read(folder)
-            figures = dict(score(task))
-        except ModuleNotFoundError:
-            raise  # would fail every task alike
-        except Exception as error:
-            report["failed"][task_name] = f"{type(error).__name__}: {error}"
-        else:
-            counts = {"queries": len(task.queries), "documents": len(task.documents), "sha256": sha256}
-            report["tasks"][task_name] = figures | counts
-        report["average"] = average(report["tasks"])
-        write_json(path, report)
+    lengths = [max_length] if isinstance(max_length, int) else list(max_length or ())
+    encoders = LazyEncoders(model, dtype, batch_size)
+    name = name or Path(model).resolve().name
+    output = Path(output)
+    dims: list[int | None] = [*truncate_dim] or [None]
+    identity: dict[str, Any] = {"model": model, "model_sha256": model_sha256(model), "suite": suite}
+    if suite == "glue":
+        return _glue(model, name, output, identity, data, tasks, dtype, batch_size, **glue_options)
+    if suite == "local":
+        if not data:
+            raise ValueError("--suite=local needs --data: task folders, or folders of task folders")
+        identity["max_length"] = lengths[0] if len(lengths) == 1 else None
+        cells = local.cells(encoders, local.find_tasks(data, tasks), lengths, dims)
+    elif suite == "loco":
+        cells = loco.cells(encoders, data, tasks, lengths or loco.LENGTHS, dims)
+    else:
+        names = tasks or (mteb.JINA_TASKS if suite == "jina_long" else ())
+        default = mteb.JINA_LENGTHS if suite == "jina_long" else (mteb.MTEB_LENGTH,)
+        cells = mteb.cells(encoders, mteb.find_tasks(names), lengths or default, dims, name, output)
+    path = output / (f"{name}.json" if suite == "local" else f"{name}-{suite}.json")
+    report = run_cells(path, identity, cells)
+    write_report(output)
     return report
 
 
-def average(tasks: dict[str, dict]) -> dict[str, float]:
-    """metric -> its mean over the tasks that have figures."""
-    metrics = [key for key, value in next(iter(tasks.values()), {}).items() if isinstance(value, float)]
-    return {metric: sum(figures[metric] for figures in tasks.values()) / len(tasks) for metric in metrics}
-
-
-def table(report: dict) -> str:
-    """The report as text: a line a task, then the average, then the tasks that failed."""
-    metrics = list(report["average"])
-    width = max(map(len, [*report["tasks"], *report["failed"], "average"]))
-    lines = [f"{'':{width}}  queries  documents" + "".join(f"{metric:>12}" for metric in metrics)]
-    for name, figures in report["tasks"].items():
-        cells = "".join(f"{figures[metric]:12.4f}" for metric in metrics)
-        lines.append(f"{name:{width}}  {figures['queries']:7}  {figures['documents']:9}{cells}")
-    if metrics:
-        lines.append(
-            f"{'average':{width}}{'':20}" + "".join(f"{report['average'][metric]:12.4f}" for metric in metrics)
-        )
-    return "\n".join(lines + [f"{name:{width}}  FAILED: {error}" for name, error in report["failed"].items()])
+def _glue(
+    model: str,
+    name: str,
+    output: Path,
+    identity: dict[str, Any],
+    data: Sequence[str],
+    tasks: Sequence[str],
+    dtype: str,
+    batch_size: int,
+    *,
+    learning_rates: Sequence[float] = (),
+    batch_sizes: Sequence[int] = (),
+    seeds: Sequence[int] = (),
+    variant: str = "paper",
+    mnli_checkpoint: str = "",
+) -> dict[str, Any]:
+    given = ",".join(data)
+    if given and not given.startswith("tfds:") and not Path(given).is_dir():
+        raise FileNotFoundError(f"--data: {given} is neither a folder nor tfds:glue")
+    report = glue.sweep(
+        model,
+        name,
+        output,
+        identity,
+        data=given,
+        cells=glue_cells(tasks, learning_rates, batch_sizes, seeds),
+        variant=variant,
+        mnli_checkpoint=mnli_checkpoint,
+        dtype=dtype,
+        batch_size=batch_size,
+    )
+    write_report(output)
+    return report
 
 
 def main(argv: list[str]) -> None:
@@ -181,21 +173,51 @@ def main(argv: list[str]) -> None:
         FLAGS.output,
         suite=FLAGS.suite,
         name=FLAGS.name,
-        max_length=FLAGS.max_length,
+        tasks=FLAGS.tasks,
+        max_length=_integers("max_length"),
+        truncate_dim=_integers("truncate_dim"),
+        dtype=FLAGS.dtype,
         batch_size=FLAGS.batch_size,
+        glue_options={
+            "learning_rates": [float(value) for value in FLAGS.learning_rates],
+            "batch_sizes": _integers("glue_batch_sizes"),
+            "seeds": _integers("seeds", least=0),
+            "variant": FLAGS.glue_variant,
+            "mnli_checkpoint": FLAGS.mnli_checkpoint,
+        },
     )
     print(table(report))
+    print(f"wrote {Path(FLAGS.output) / 'report.md'}", file=sys.stderr)
     if report["failed"]:
         sys.exit(1)
 
 
+def _integers(flag: str, least: int = 1) -> list[int]:
+    values: list[str] = FLAGS[flag].value or []
+    if wrong := [value for value in values if not value.isdecimal() or int(value) < least]:
+        raise ValueError(f"--{flag}: {wrong[0]!r} is no whole number of at least {least}")
+    return [int(value) for value in values]
+
+
 if __name__ == "__main__":
     # Flags belong to the command, not to the module: imported together, two commands may use one name.
-    flags.DEFINE_string("model", None, 'A checkpoint directory, a hub name, or "bm25".', required=True)
-    flags.DEFINE_string("suite", "local", f"One of: {', '.join(SUITES)}.")
-    flags.DEFINE_list("data", None, "Task folders, or folders of task folders.", required=True)
-    flags.DEFINE_string("output", None, "Where <name>.json goes.", required=True)
-    flags.DEFINE_string("name", None, "Name of the report; by default the model's last path component.")
-    flags.DEFINE_integer("max_length", None, "Tokens kept of a text; by default what the checkpoint says.")
-    flags.DEFINE_integer("batch_size", 64, "Texts computed together.")
+    flags.DEFINE_string(
+        "model", None, 'A checkpoint directory, a hub name, or, for local retrieval, "bm25".', required=True
+    )
+    flags.DEFINE_enum("suite", "local", SUITES, "Which tasks.")
+    flags.DEFINE_list("data", [], "Where tasks are read from instead of the hub; needed by the suite local.")
+    flags.DEFINE_string("output", None, "Where figures, report and pictures go.", required=True)
+    flags.DEFINE_list("tasks", [], "Names of the tasks to run. [all of the suite]")
+    flags.DEFINE_string("name", None, "Name of the model in reports. [its last path component]")
+    flags.DEFINE_list("max_length", [], "Tokens kept of a text, or several such numbers. [as the suite is published]")
+    flags.DEFINE_list("truncate_dim", [], "Components kept of an embedding (Matryoshka), or several such. [all]")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision the model computes in.")
+    flags.DEFINE_integer("batch_size", 64, "Texts computed together.", lower_bound=1)
+    flags.DEFINE_list("learning_rates", [], "glue: only these. [1e-5, 2e-5, 3e-5]")
+    flags.DEFINE_list("glue_batch_sizes", [], "glue: only these. [16, 32]")
+    flags.DEFINE_list("seeds", [], "glue: only these; one of each of the three names a single run. [0 to 4]")
+    flags.DEFINE_string("glue_variant", "paper", "glue: of configs/glue.py.")
+    flags.DEFINE_string(
+        "mnli_checkpoint", "", 'glue: what rte, stsb and mrpc start from; "none": the model. [the best run on mnli]'
+    )
     run(main)

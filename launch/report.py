@@ -61,8 +61,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
-    files = {path.stem: path for path in (folder / "eval").glob("*.json")}
-    return {name: read_json(files[name]) for name in sorted(files, key=rank)}
+    """Evaluations of local retrieval tasks; other suites have a report of their own beside them."""
+    scores = {path.stem: read_json(path) for path in (folder / "eval").glob("*.json")}
+    for score in scores.values():
+        score["tasks"] = {task: figures for task, figures in score["tasks"].items() if METRIC in figures}
+    return {name: scores[name] for name in sorted(scores, key=rank) if METRIC in scores[name]["average"]}
 
 
 def check_gain(scores: dict[str, dict[str, Any]], least: float) -> None:
@@ -164,7 +167,8 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
                     f"{config['optim']['lr']:g}",
                     statistics.mean(line["loss"] for line in own[:tenth]),
                     statistics.mean(line["loss"] for line in own[-tenth:]),
-                    statistics.mean(line["accuracy"] for line in own[-tenth:]),
+                    # A regression has none.
+                    statistics.mean(line.get("accuracy", float("nan")) for line in own[-tenth:]),
                     f"{sum(line['real_tokens'] for line in own) / sum(line['padded_tokens'] for line in own):.1%}",
                 ]
             )

@@ -15,8 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch.errors import run
-from launch.evaluate import embed_with, find_tasks
+from launch.evaluate import embed_with
 from nomic_jax.embedder import Embedder
+from nomic_jax.evals.local import find_tasks, read_task
 from nomic_jax.evals.retrieval import RetrievalTask
 from nomic_jax.hf import Checkpoint
 from nomic_jax.train import hosts
@@ -59,11 +60,14 @@ def main(_: list[str]) -> None:
 
 def make_evaluation(tasks: str) -> Evaluate:
     """Scores on local tasks; they are read now, so that a fault in them is not found an hour later."""
-    read = {name: RetrievalTask.read(folder) for name, folder in find_tasks(tasks.split(",")).items()}
+    read = {name: read_task(folder) for name, folder in find_tasks(tasks.split(",")).items()}
 
     def evaluate(model: Checkpoint) -> dict[str, dict[str, float]]:
         embedder = Embedder.from_checkpoint(model)
-        return {name: dict(task.run(embed_with(embedder))) for name, task in read.items()}
+        return {
+            name: dict(task.run(embed_with(embedder, normalize=isinstance(task, RetrievalTask))))
+            for name, task in read.items()
+        }
 
     return evaluate
 

@@ -154,6 +154,19 @@ class Embedder:
             max_length=max_length or checkpoint.max_length,
         )
 
+    def with_settings(self, *, max_length: int | None = None, normalize: bool | None = None) -> "Embedder":
+        """The same weights, which are not copied, with another length or without (with) normalisation; None keeps."""
+        config = self.config if normalize is None else dataclasses.replace(self.config, normalize=normalize)
+        return Embedder(
+            self.params,
+            config,
+            self.tokenizer,
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            similarity_fn_name=self.similarity_fn_name,
+            max_length=max_length or self.max_length,
+        )
+
     @property
     def dim(self) -> int:
         """Components of a vector."""

@@ -7,13 +7,14 @@ all three. The adapters hold no state of their own: they hand texts to the ``Emb
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from nomic_jax.embedder import Embedder
+from nomic_jax.evals.contract import PROMPTS
 
 if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
@@ -21,42 +22,28 @@ if TYPE_CHECKING:
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.types import PromptType
 
-# mteb's task type, or the side of a text -> nomic's prompt. mteb asks for the type first, so that both sides of a
-# reranking task are "classification", as in the paper; the sides are left for retrieval of every kind.
-MTEB_PROMPTS = {
-    "query": "search_query",
-    "document": "search_document",
-    "Clustering": "clustering",
-    "BitextMining": "classification",
-    "Classification": "classification",
-    "MultilabelClassification": "classification",
-    "PairClassification": "classification",
-    "Regression": "classification",
-    "Reranking": "classification",
-    "STS": "classification",
-    "Summarization": "classification",
-    "ZeroShotClassification": "classification",
-}
-
 
 def mteb_encoder(
     embedder: Embedder,
     name: str | None = None,
     *,
     normalize_embeddings: bool = True,
+    unnormalized_types: Collection[str] = (),
     truncate_dim: int | None = None,
 ) -> "AbsEncoder":
     """A model for ``mteb.evaluate(model, tasks)``, mteb 2.
 
     A text gets the prompt that the model has under mteb's own names (task name, task type, "query" and "document");
-    else, in a model with nomic's prompts, the one of MTEB_PROMPTS; else none.
+    else, in a model with nomic's prompts, the one of ``nomic_jax.evals.contract.PROMPTS``; else none.
 
     Args:
       embedder: its prompts and ``max_length`` are those of the evaluation. The published scores are at 512 tokens:
         ``Embedder.from_pretrained(..., max_length=512)``.
       name: what mteb files the results under, "organisation/model"; "nomic_jax/embedder" if None, and "nomic_jax/" goes
         in front of a name without a "/".
-      normalize_embeddings: see ``Embedder.encode``; the same for all tasks.
+      normalize_embeddings: see ``Embedder.encode``; the same for all tasks but those of the next argument.
+      unnormalized_types: mteb's types of tasks whose embeddings are not normalised, not even where the model has a
+        Normalize module. The published scores are without it for "Classification".
       truncate_dim: see ``Embedder.encode``.
 
     Raises:
@@ -67,13 +54,15 @@ def mteb_encoder(
         from mteb.models.abs_encoder import AbsEncoder
 
     options = {"normalize_embeddings": normalize_embeddings, "truncate_dim": truncate_dim}
-    theirs = {key: embedder.prompts[prompt] for key, prompt in MTEB_PROMPTS.items() if prompt in embedder.prompts}
+    identity = options | ({"unnormalized_types": sorted(unnormalized_types)} if unnormalized_types else {})
+    raw = embedder.with_settings(normalize=False) if unnormalized_types else embedder
+    theirs = {key: embedder.prompts[prompt] for key, prompt in PROMPTS.items() if prompt in embedder.prompts}
     prompts = theirs | embedder.prompts
     # mteb wants every field said, and None for what is not known: date, licence, training data and the like.
     unknown = {field: None for field, info in ModelMeta.model_fields.items() if info.is_required()}
     known = {
         "name": _full_name(name),
-        "revision": _fingerprint(embedder, options),
+        "revision": _fingerprint(embedder, identity),
         "n_parameters": sum(leaf.size for leaf in jax.tree.leaves(embedder.params)),
         "max_tokens": embedder.max_length,
         "embed_dim": truncate_dim or embedder.config.output_dim,
@@ -100,9 +89,12 @@ def mteb_encoder(
             """Embeddings, float32 [N, dim], of the "text" of batches; ``kwargs`` are options of ``Embedder.encode``."""
             texts = [text for batch in inputs for text in batch["text"]]
             key = self.get_prompt_name(task_metadata, prompt_type)
-            by_side = {"query": embedder.encode_query, "document": embedder.encode_document}
-            encode = by_side.get(prompt_type or "", embedder.encode)
-            return encode(texts, prompt=None if key is None else prompts[key], **options | kwargs)
+            is_raw = task_metadata.type in unnormalized_types
+            source = raw if is_raw else embedder
+            by_side = {"query": source.encode_query, "document": source.encode_document}
+            encode = by_side.get(prompt_type or "", source.encode)
+            given = options | ({"normalize_embeddings": False} if is_raw else {}) | kwargs
+            return encode(texts, prompt=None if key is None else prompts[key], **given)
 
     return Encoder()
 

@@ -16,7 +16,8 @@ ALLOWED = {
     "embedder": {"model", "hf", "data", "train"},  # train: a run is opened like any other checkpoint
     "embed_files": {"embedder", "data"},
     "device_ranks": set(),
-    "integrations": {"embedder"},
+    "classifier": {"model", "data", "train"},
+    "integrations": {"embedder", "evals"},
     "train": {"model", "hf", "data"},
 }
 FORBIDDEN_EVERYWHERE = {"torch", "sentence_transformers", "launch", "configs", "convert"}

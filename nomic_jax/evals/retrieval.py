@@ -9,28 +9,22 @@ A task is a folder in BEIR's shape:
 """
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nomic_jax.data.sources import read_rows
+from nomic_jax.evals import contract
+from nomic_jax.evals.contract import Embed, TaskError, embedded
 
-# (texts, name of a prompt) -> embeddings [N, E], to be compared by inner product
-Embed = Callable[[list[str], str], np.ndarray]
-
-PROMPTS = {"query_prompt": "search_query", "document_prompt": "search_document"}
+PROMPTS = {f"{side}_prompt": contract.PROMPTS[side] for side in ("query", "document")}
 FILES = ("queries.jsonl", "corpus.jsonl", "qrels.jsonl")
 RECALL_AT = (1, 10, 100)
 DEPTH = max(RECALL_AT)
 QUERY_BLOCK, DOCUMENT_BLOCK = 256, 16384  # 50 MB of scores and keys at a time
-
-
-class TaskError(ValueError):
-    """A task folder that cannot be used; the message names the file and what is wrong with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +32,8 @@ class RetrievalTask:
     """Queries, documents and which of them belong together.
 
     Attributes:
-      queries: those with a relevant document; trec_eval leaves the others out of its means.
+      queries: those judged in qrels. As in pytrec_eval and mteb, one that is judged without a relevant document scores
+        0 in everything, and one that is not judged at all is left out.
       documents: by descending id, the order in which trec_eval ranks documents of equal score.
       relevance: for every query, its relevant documents' indices -> gain (> 0).
       query_prompt, document_prompt: names in the model's prompts.
@@ -50,6 +45,7 @@ class RetrievalTask:
     relevance: tuple[dict[int, int], ...]
     query_prompt: str = PROMPTS["query_prompt"]
     document_prompt: str = PROMPTS["document_prompt"]
+    type = "Retrieval"
 
     @classmethod
     def read(cls, folder: str | Path) -> "RetrievalTask":
@@ -77,9 +73,10 @@ class RetrievalTask:
                 raise TaskError(f"{where}: corpus.jsonl has no such document")
             if not isinstance(score, int):
                 raise TaskError(f"{where}: score is {score!r}; write an integer, 0 for not relevant")
+            gains = relevance.setdefault(query_id, {})
             if score > 0:
-                relevance.setdefault(query_id, {})[index[document_id]] = score
-        if not relevance:
+                gains[index[document_id]] = score
+        if not any(relevance.values()):
             raise TaskError(f"{qrels}: no query has a relevant document (a score above 0)")
         return cls(
             name=folder.name,
@@ -89,10 +86,14 @@ class RetrievalTask:
             **_prompts(folder / "task.json"),
         )
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"queries": len(self.queries), "documents": len(self.documents)}
+
     def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
         """(metric, mean over the queries), with vectors of ``embed`` compared by inner product."""
-        query_QE = _embedded(embed, self.queries, self.query_prompt)
-        document_NE = _embedded(embed, self.documents, self.document_prompt)
+        query_QE = embedded(embed, list(self.queries), self.query_prompt)
+        document_NE = embedded(embed, list(self.documents), self.document_prompt)
         return self.score(search(query_QE, document_NE, DEPTH))
 
     def score(self, ranking_QK: np.ndarray) -> Iterator[tuple[str, float]]:
@@ -104,22 +105,14 @@ class RetrievalTask:
         for best_K, gains in zip(best_QK, self.relevance):
             top = sorted(gains.values(), reverse=True)[:10]
             best_K[: len(top)] = top
-        yield "ndcg@10", float(np.mean(_dcg(gain_QK[:, :10]) / _dcg(best_QK)))
+        # Above an ideal of 0 the gain is 0 too.
+        yield "ndcg@10", float(np.mean(_dcg(gain_QK[:, :10]) / np.maximum(_dcg(best_QK), 1e-9)))
         hit_QK = gain_QK > 0
-        relevant_Q = np.array([len(gains) for gains in self.relevance])
+        relevant_Q = np.maximum([len(gains) for gains in self.relevance], 1)
         for k in RECALL_AT:
             yield f"recall@{k}", float(np.mean(hit_QK[:, :k].sum(axis=1) / relevant_Q))
         first_Q = hit_QK[:, :10].argmax(axis=1)
         yield "mrr@10", float(np.mean(hit_QK[:, :10].any(axis=1) / (first_Q + 1)))
-
-
-def task_sha256(folder: str | Path) -> str:
-    """Identifies a task's content: figures of two runs can be compared if it is equal."""
-    digest = hashlib.sha256()
-    for name in (*FILES, "task.json"):
-        content = (Path(folder) / name).read_bytes() if (Path(folder) / name).is_file() else b""
-        digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()
 
 
 def search(query_QE: np.ndarray, document_NE: np.ndarray, k: int) -> np.ndarray:
@@ -157,15 +150,6 @@ def top_k(score_blocks: Iterable[np.ndarray], k: int) -> np.ndarray:
 
 def _dcg(gain_QK: np.ndarray) -> np.ndarray:
     return gain_QK @ (1 / np.log2(np.arange(gain_QK.shape[1]) + 2))
-
-
-def _embedded(embed: Embed, texts: tuple[str, ...], prompt: str) -> np.ndarray:
-    x_NE = np.asarray(embed(list(texts), prompt), np.float32)
-    if x_NE.ndim != 2 or len(x_NE) != len(texts):
-        raise ValueError(f"embed gave shape {x_NE.shape} for {len(texts)} texts; expected [{len(texts)}, E]")
-    if not np.isfinite(x_NE).all():
-        raise ValueError(f"embed gave NaN or infinity under the prompt {prompt!r}")
-    return x_NE
 
 
 def _texts(file: Path) -> dict[str, str]:

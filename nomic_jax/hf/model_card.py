@@ -126,7 +126,10 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
 def _evaluation(suite: str, report: Mapping[str, Any]) -> str:
     """A report has ``tasks``: name -> figures, and ``average``: metric -> figure."""
     metrics = list(report["average"])
-    rows = [[task, *(f"{figures[metric]:.4f}" for metric in metrics)] for task, figures in report["tasks"].items()]
+    rows = [
+        [task, *(f"{figures[metric]:.4f}" if metric in figures else "" for metric in metrics)]
+        for task, figures in report["tasks"].items()
+    ]
     rows.append(["average", *(f"{report['average'][metric]:.4f}" for metric in metrics)])
     return f"## Evaluation: {suite}\n\n{_table(['task', *metrics], rows)}"
 

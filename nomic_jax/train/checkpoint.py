@@ -35,7 +35,7 @@ from orbax.checkpoint import v1 as ocp
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint, read_checkpoint
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
-from nomic_jax.model.heads import abstract_mlm_head
+from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.train import hosts
 from nomic_jax.train.config import CheckpointConfig
 from nomic_jax.train.loss import init_temperature
@@ -304,6 +304,8 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         abstract["mlm_head"] = abstract_mlm_head(model.encoder)
     if record.get("config", {}).get("loss", {}).get("learn_temperature"):
         abstract["temperature"] = jax.eval_shape(lambda: init_temperature(1.0))
+    if num_labels := record.get("num_labels", 0):
+        abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
     sharding = replicated(make_mesh(jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
     params = ocp.load_checkpointables(path, {"params": abstract})["params"]

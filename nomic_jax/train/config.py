@@ -68,6 +68,24 @@ class PairData:
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelledData:
+    """Labelled texts, or pairs of texts, for a classifier; fields that are not explained here are those of MlmData.
+
+    Attributes:
+      mixture: jsonl or parquet files with these columns and "label".
+      columns: the text, or the two texts of a pair.
+      num_labels: labels are 0 ... num_labels - 1; 1 for a regression, whose labels are numbers.
+      seq_len: tokens kept of a text or pair.
+    """
+
+    mixture: str
+    tokenizer: str
+    columns: tuple[str, ...]
+    num_labels: int
+    seq_len: int
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its schedule.
 
@@ -175,7 +193,7 @@ class TrainConfig:
     """One run of one stage.
 
     Attributes:
-      stage: "mlm", "contrastive" or "finetune".
+      stage: "mlm", "contrastive" or "finetune"; or "classify", a classifier on top of the encoder.
       init_from: a run's working directory, one of its checkpoints, or a Hugging Face directory; empty for random
         weights. Its architecture then replaces ``model``, of which only dtype, attention and recompute still count.
       batch_size: rows, pairs or queries of an optimizer step, over all devices.
@@ -191,7 +209,7 @@ class TrainConfig:
       profile: "first:last" steps of which a trace is written to <workdir>/profile; empty for none.
     """
 
-    stage: Literal["mlm", "contrastive", "finetune"]
+    stage: Literal["mlm", "contrastive", "finetune", "classify"]
     seed: int
     init_from: str
     batch_size: int
@@ -201,7 +219,7 @@ class TrainConfig:
     log_every: int
     loss: LossConfig
     model: EncoderConfig
-    data: MlmData | PairData
+    data: MlmData | PairData | LabelledData
     optim: OptimConfig
     checkpoint: CheckpointConfig
     sharding: Literal["replicated", "zero1", "fsdp"] = "replicated"
@@ -233,8 +251,8 @@ class TrainConfig:
         Raises:
           ConfigurationError: an unknown, missing or impossible field.
         """
-        data_class = MlmData if values.get("stage") == "mlm" else PairData
-        return _build(cls, values, "config", {"data": data_class})
+        data_classes = {"mlm": MlmData, "classify": LabelledData}
+        return _build(cls, values, "config", {"data": data_classes.get(str(values.get("stage")), PairData)})
 
     def check(self, device_count: int) -> None:
         """Raises ConfigurationError for values that cannot work together on so many devices."""
@@ -246,12 +264,17 @@ class TrainConfig:
                 f"config.batch_size {self.batch_size} cannot be dealt to {device_count} devices"
                 f"{f' x {self.accumulate} micro-batches' if self.accumulate > 1 else ''}; write {suggestion}"
             )
-        if self.accumulate > 1 and self.stage != "mlm":
+        if self.accumulate > 1 and self.stage not in ("mlm", "classify"):
             raise ConfigurationError(
                 "config.accumulate must be 1 here: the batch is what a query is compared with; "
                 "to save memory, write config.data.layout=bucketed, whose chunks are computed one at a time"
             )
-        if self.data.cache_dir == "":
+        if isinstance(self.data, LabelledData):
+            if self.data.num_labels < 1 or len(self.data.columns) not in (1, 2):
+                raise ConfigurationError(
+                    "config.data.num_labels must be at least 1, and config.data.columns name one text or two"
+                )
+        elif self.data.cache_dir == "":
             raise ConfigurationError("config.data.cache_dir is empty; name a directory for the tokenised text")
         if self.evaluation.every < 0 or (self.evaluation.every > 0) != bool(self.evaluation.tasks):
             raise ConfigurationError(
@@ -290,7 +313,8 @@ class TrainConfig:
         """Raises ConfigurationError if rows are longer, or embeddings cut wider, than the model was built for."""
         if self.stage != "mlm":
             self.loss.check(model.hidden_size)
-        lengths = ("seq_len",) if isinstance(self.data, MlmData) else ("query_length", "document_length")
+        rows_have_one_length = isinstance(self.data, MlmData | LabelledData)
+        lengths = ("seq_len",) if rows_have_one_length else ("query_length", "document_length")
         for field in lengths:
             length = getattr(self.data, field)
             if not 3 <= length <= model.max_trained_positions:

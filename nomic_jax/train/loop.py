@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from nomic_jax.data.labelled import LabelledRows, LabelledStream
 from nomic_jax.data.loader import Stream, read_ahead
 from nomic_jax.data.mixture import ROW_KINDS, read_mixture
 from nomic_jax.data.mlm import MlmStream
@@ -18,7 +19,7 @@ from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train import hosts
 from nomic_jax.train.checkpoint import Checkpoints, identify, read_pretrained
-from nomic_jax.train.config import ConfigurationError, MlmData, TrainConfig
+from nomic_jax.train.config import ConfigurationError, LabelledData, MlmData, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, Evaluations
 from nomic_jax.train.interruption import Interruption, Preempted
 from nomic_jax.train.optim import learning_rate, make_optimizer
@@ -150,6 +151,10 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1) -> 
     its cache.
     """
     data = config.data
+    if isinstance(data, LabelledData):
+        name = Path(data.mixture).parent.name
+        rows = LabelledRows(data.mixture, data.columns, data.num_labels, tokenizer, data.seq_len, name)
+        return LabelledStream(rows, tokenizer, batch_size=config.batch_size, seq_len=data.seq_len, seed=config.seed)
     sources = read_mixture(data.mixture, ROW_KINDS[config.stage])
 
     def open_stores(fingerprints: list[str]) -> list[TokenStore]:

@@ -89,8 +89,6 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         }
         if self._peak is not None:
             line["mfu"] = self._window_flops / seconds / self._peak
-        self._accuracy[batch.source] = self.last["accuracy"]
-        mean = statistics.fmean(self._accuracy.values())
         if self._writer is not None:
             self._writer.write(step, line)
         shown = {
@@ -100,9 +98,12 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             "tokens/s": f"{line['tokens_per_second']:,.0f}",
             **({"mfu": f"{line['mfu']:.1%}"} if "mfu" in line else {}),
             "real/padded": f"{self._window_real / self._window_padded:.0%}",
-            f"accuracy {batch.source}": f"{self.last['accuracy']:.0%}",
-            **({f"of {len(self._accuracy)} sources": f"{mean:.0%}"} if len(self._accuracy) > 1 else {}),
         }
+        if "accuracy" in self.last:
+            self._accuracy[batch.source] = self.last["accuracy"]
+            shown[f"accuracy {batch.source}"] = f"{self.last['accuracy']:.0%}"
+            if len(self._accuracy) > 1:
+                shown[f"of {len(self._accuracy)} sources"] = f"{statistics.fmean(self._accuracy.values()):.0%}"
         self._bar.set_postfix(shown, refresh=False)
         self._begin_window()
 

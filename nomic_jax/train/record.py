@@ -17,7 +17,7 @@ import numpy as np
 from nomic_jax.data.loader import Stream
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.model import EmbeddingConfig
-from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.config import LabelledData, TrainConfig
 
 FORMAT = 2
 _PACKAGES = ("nomic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
@@ -51,6 +51,7 @@ def make_record(
         "model": dataclasses.asdict(model),
         "has_mlm_head": config.stage == "mlm",
         "parent": parent,
+        "num_labels": config.data.num_labels if isinstance(config.data, LabelledData) else 0,
         "earlier": earlier or [],
         "sources": [
             {

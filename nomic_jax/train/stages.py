@@ -1,4 +1,4 @@
-"""The three stages: what the parameters are, and the loss of a device's rows.
+"""The stages: what the parameters are, and the loss of a device's rows.
 
 A stage's loss runs on every device inside ``jax.shard_map`` and returns sums; the step adds them up over micro-batches
 and devices and divides once, so the gradient is that of the global mean for any number of devices.
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from nomic_jax.data.packing import Layout
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, embed, encode, init_encoder, init_mlm_head, mlm_logits
+from nomic_jax.model.heads import classifier_logits, init_classifier
 from nomic_jax.train.chunks import embed_chunks
-from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.config import LabelledData, TrainConfig
 from nomic_jax.train.loss import contrastive_loss, init_temperature, masked_cross_entropy, temperature_of
 from nomic_jax.train.sharding import DATA
 
@@ -51,6 +52,8 @@ def make_stage(
     config: TrainConfig, model: EmbeddingConfig, layout: Layout | None = None, guide: Checkpoint | None = None
 ) -> Stage:
     """The stage of the configuration; ``layout`` is that of the stream, ``guide`` what ``config.loss.guide`` names."""
+    if isinstance(config.data, LabelledData):
+        return _classify(model, config.data.num_labels)
     return _mlm(model) if config.stage == "mlm" else _contrastive(config, model, layout, guide)
 
 
@@ -80,6 +83,28 @@ def _mlm(model: EmbeddingConfig) -> Stage:
             )
             loss, correct = jnp.sum(loss_B), jnp.sum(correct_B)
         weight = jnp.sum(rows["target"] >= 0).astype(jnp.float32)
+        return LossSums(loss, weight, {"accuracy": correct})
+
+    return Stage(init, loss, frozen={})
+
+
+def _classify(model: EmbeddingConfig, num_labels: int) -> Stage:
+    encoder = model.encoder
+
+    def init(key: jax.Array) -> dict:
+        encoder_key, head_key = jax.random.split(key)
+        return {
+            "encoder": init_encoder(encoder_key, encoder),
+            "classifier": init_classifier(head_key, encoder, num_labels),
+        }
+
+    def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
+        hidden_BLD = encode(params["encoder"], rows["ids"], encoder, length_B=rows["length"])
+        logits = classifier_logits(params["classifier"], hidden_BLD, encoder)
+        weight = jnp.sum(jnp.ones_like(rows["length"], jnp.float32))
+        if num_labels == 1:
+            return LossSums(jnp.sum((logits[:, 0] - rows["label"]) ** 2), weight, {})
+        loss, correct = masked_cross_entropy(logits, rows["label"])
         return LossSums(loss, weight, {"accuracy": correct})
 
     return Stage(init, loss, frozen={})

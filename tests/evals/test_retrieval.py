@@ -9,7 +9,9 @@ import pytest
 from launch.evaluate import evaluate, table
 from nomic_jax.data.sources import BadRow, write_rows
 from nomic_jax.evals import bm25, retrieval
-from nomic_jax.evals.retrieval import RetrievalTask, TaskError, search, task_sha256, top_k
+from nomic_jax.evals.contract import TaskError
+from nomic_jax.evals.local import task_sha256
+from nomic_jax.evals.retrieval import RetrievalTask, search, top_k
 
 
 def write_task(folder: Path, queries: dict, corpus: dict, qrels: dict[tuple[str, str], int]) -> Path:
@@ -35,7 +37,7 @@ def test_metrics_are_those_of_trec_eval(tmp_path):
     queries = [f"q{i}" for i in range(40)]
     documents = [f"d{i}" for i in rng.permutation(150)]
     qrels = {(q, str(d)): int(rng.integers(-1, 4)) for q in queries for d in rng.choice(documents, 25, replace=False)}
-    # Not relevant to anything: left out of the means.
+    # Judged, with nothing that is relevant: 0.
     qrels |= {("q7", d): 0 for d in documents}
     # Small whole numbers: many documents of equal score.
     vectors = {text: rng.integers(-1, 2, 4) for text in queries + documents}
@@ -46,11 +48,10 @@ def test_metrics_are_those_of_trec_eval(tmp_path):
     judged: dict[str, dict[str, int]] = {}
     for (q, d), score in qrels.items():
         judged.setdefault(q, {})[d] = score
-    judged = {q: scores for q, scores in judged.items() if max(scores.values()) > 0}
     run = {q: {d: float(vectors[q] @ vectors[d]) for d in documents} for q in judged}
     measures = {"ndcg_cut.10", "recall.1,10,100", "recip_rank"}
     want = list(pytrec_eval.RelevanceEvaluator(judged, measures).evaluate(run).values())
-    assert len(want) == 39
+    assert len(want) == 40
     for name, key in (("ndcg@10", "ndcg_cut_10"), ("recall@1", "recall_1"), ("recall@100", "recall_100")):
         assert got[name] == pytest.approx(np.mean([w[key] for w in want]), abs=1e-9)
     assert got["recall@10"] == pytest.approx(np.mean([w["recall_10"] for w in want]), abs=1e-9)
@@ -86,7 +87,7 @@ def test_prompts_and_titles_reach_the_encoder(tmp_path):
         return np.ones((len(texts), 2))
 
     dict(RetrievalTask.read(folder).run(embed))
-    # q3 has no relevant document and costs nothing.
+    # q3 is not judged and costs nothing.
     assert seen == {"classification": ["barks", "sleeping cat"], "search_document": ["", "Cats sleep"]}
 
 
@@ -168,8 +169,8 @@ def test_evaluate_refuses_to_mix_figures(tmp_path):
 
 def test_evaluate_says_what_it_cannot_do(tmp_path):
     folder = animals(tmp_path / "a" / "animals")
-    with pytest.raises(ValueError, match="--suite=mteb does not exist; write one of: local"):
-        evaluate("bm25", [str(folder)], tmp_path, suite="mteb")
+    with pytest.raises(ValueError, match="--suite=beir does not exist; write one of: local"):
+        evaluate("bm25", [str(folder)], tmp_path, suite="beir")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         evaluate("bm25", [str(tmp_path / "nowhere")], tmp_path)
     with pytest.raises(ValueError, match="both named 'animals'"):

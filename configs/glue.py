@@ -1,0 +1,31 @@
+"""Finetuning a classifier on a task of GLUE (paper section 4.1): variants :paper (default), :debug.
+
+The whole sweep, with data from the hub, TFDS or files, is ``python -m launch.evaluate --suite=glue``. One run alone:
+
+python -m launch.train --config=configs/glue.py --workdir=runs/rte --config.init_from=runs/mlm \\
+    --config.data.mixture=rte/train.jsonl --config.data.columns="('sentence1', 'sentence2')" --config.data.num_labels=2
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import base_config, choose_variant
+
+
+def get_config(variant: str = "paper") -> ConfigDict:
+    config = base_config("classify")
+    config.batch_size = 16
+    config.epochs = 10.0
+    config.data = ConfigDict(dict(mixture="", tokenizer="", columns=("sentence",), num_labels=2, seq_len=128))
+    config.optim = ConfigDict(
+        dict(lr=3e-5, b1=0.9, b2=0.98, eps=1e-6, weight_decay=1e-6, clip_norm=0.0, warmup=0.06, decay="linear")
+    )
+    config.log_every = 10
+    config.checkpoint.update(dict(keep=1))
+    choose_variant({"paper": lambda c: None, "debug": _debug}, variant)(config)
+    return config
+
+
+def _debug(config: ConfigDict) -> None:
+    config.model.update(dict(dtype="float32"))
+    config.epochs = 2.0
+    config.data.seq_len = 32

@@ -1,0 +1,264 @@
+"""GLUE: rows as transformers tokenizes them, the loss by hand, metrics by their formulas, and a small sweep."""
+
+import json
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import launch.glue
+from configs.glue import get_config
+from launch.evaluate import evaluate
+from nomic_jax.classifier import Classifier
+from nomic_jax.data.labelled import LabelledRows, LabelledStream, encode_rows
+from nomic_jax.data.sources import BadRow, write_rows
+from nomic_jax.evals import glue
+from nomic_jax.evals.contract import TaskError
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, encode
+from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.stages import make_stage
+
+ROWS = 320
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, words) -> Path:
+    """mnli, rte, cola and stsb in small, whose labels a bag of words tells."""
+    folder = tmp_path_factory.mktemp("glue")
+    rng = random.Random(2)
+    topics = [rng.sample(words, 2) for _ in range(3)]
+
+    def rows(task, n):
+        for i in range(n):
+            label = rng.randrange(2 if task.num_labels == 2 else 3)
+            texts = [" ".join(rng.choices(topics[label], k=4) + rng.choices(words, k=2)) for _ in task.columns]
+            yield dict(zip(task.columns, texts)) | {"label": label / 2 if task.num_labels == 1 else label, "idx": i}
+
+    for name in ("mnli", "rte", "cola", "stsb"):
+        task = glue.TASKS[name]
+        if name == "rte":  # as the hub keeps it
+            (folder / name).mkdir()
+            for split, n in (("train", ROWS), ("validation", 32)):
+                table = pa.Table.from_pylist(list(rows(task, n)))
+                pq.write_table(table, folder / name / f"{split}-00000-of-00001.parquet")
+        else:
+            write_rows(folder / name / "train.jsonl", rows(task, ROWS))
+            write_rows(folder / name / f"{task.validation}.jsonl", rows(task, 32))
+    return folder
+
+
+def test_rows_are_those_of_transformers(minilm, tokenizer, words):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(minilm)
+    rng = random.Random(3)
+    pairs = [[" ".join(rng.choices(words, k=rng.randint(0, 30))) for _ in range(2)] for _ in range(60)]
+    expected = theirs([a for a, _ in pairs], [b for _, b in pairs], truncation=True, max_length=32)["input_ids"]
+    assert [ids.tolist() for ids in encode_rows(tokenizer, pairs, 32)] == expected
+    expected = theirs([a for a, _ in pairs], truncation=True, max_length=16)["input_ids"]
+    assert [ids.tolist() for ids in encode_rows(tokenizer, [pair[:1] for pair in pairs], 16)] == expected
+    # The tokenizer itself stays without truncation.
+    assert len(tokenizer.encode([" ".join(words[:300])])[0]) > 300
+
+
+def test_the_stream_is_a_function_of_the_step(data, tokenizer):
+    rows = LabelledRows(str(data / "cola" / "train.jsonl"), ["sentence"], 2, tokenizer, 32)
+    stream = LabelledStream(rows, tokenizer, batch_size=24, seq_len=32, seed=1)
+    steps = stream.steps_per_epoch
+    assert steps == ROWS // 24
+    for epoch in range(2):
+        seen = np.concatenate([stream.rows_of_step(epoch * steps + slot) for slot in range(steps)])
+        assert len(set(seen.tolist())) == steps * 24
+    assert not np.array_equal(stream.rows_of_step(0), stream.rows_of_step(steps))
+    whole = stream.batch(3)
+    halves = [stream.batch(3, shard, 2) for shard in range(2)]
+    for name, array in whole.arrays.items():
+        np.testing.assert_array_equal(array, np.concatenate([half.arrays[name] for half in halves]))
+    row = stream.rows_of_step(3)[5]
+    np.testing.assert_array_equal(whole.arrays["ids"][5, : whole.arrays["length"][5]], rows.ids[row])
+    assert whole.arrays["label"][5] == rows.labels[row]
+
+
+@pytest.mark.parametrize(
+    ("label", "num_labels", "message"),
+    [
+        (-1, 2, "row 1: the label is -1; write 0 to 1"),
+        (2, 2, "write 0 to 1"),
+        ("yes", 1, "the label is 'yes'; write a"),
+    ],
+)
+def test_bad_labels_are_said(tmp_path, tokenizer, label, num_labels, message):
+    write_rows(tmp_path / "train.jsonl", [{"sentence": "a", "label": label}])
+    with pytest.raises(BadRow, match=message):
+        LabelledRows(str(tmp_path / "train.jsonl"), ["sentence"], num_labels, tokenizer, 32)
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_the_loss_is_the_formula(num_labels):
+    encoder = EncoderConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, vocab_size=64)
+    values = get_config("debug").to_dict()
+    values["data"] |= {"num_labels": num_labels}
+    stage = make_stage(TrainConfig.from_mapping(values), EmbeddingConfig(encoder))
+    params = stage.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    length = np.array([3, 7, 5, 4], np.int32)
+    ids = np.where(np.arange(8) < length[:, None], rng.integers(1, 64, (4, 8)), 0).astype(np.int32)
+    label = rng.normal(size=4).astype(np.float32) if num_labels == 1 else np.array([0, 2, 1, 1], np.int32)
+    sums = jax.jit(stage.loss)(params, {"ids": ids, "length": length, "label": label})
+
+    hidden = jax.jit(lambda ids, length: encode(params["encoder"], ids, encoder, length_B=length))(ids, length)
+    # Row by row, in float64 from the hidden states on.
+    head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["classifier"])
+    losses, correct = [], 0
+    for first, y in zip(np.asarray(hidden[:, 0], np.float64), label):
+        pooled = np.tanh(first @ head["pooler"]["kernel"] + head["pooler"]["bias"])
+        logits = pooled @ head["out"]["kernel"] + head["out"]["bias"]
+        losses.append((logits[0] - y) ** 2 if num_labels == 1 else np.log(np.exp(logits).sum()) - logits[y])
+        correct += int(logits.argmax() == y)
+    assert float(sums.loss) == pytest.approx(sum(losses), abs=1e-5) and float(sums.weight) == 4
+    if num_labels > 1:
+        assert float(sums.metrics["accuracy"]) == correct
+
+
+def test_metrics_by_their_formulas():
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(50, 2)), rng.integers(0, 2, 50)
+    found = logits.argmax(axis=1)
+    tp, tn = ((found == y) & (labels == y) for y in (1, 0))
+    fp, fn = (found > labels), (found < labels)
+    tp, tn, fp, fn = (x.sum() for x in (tp, tn, fp, fn))
+    mcc = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert glue.score("cola", logits, labels) == pytest.approx(mcc, abs=1e-12)
+    assert glue.score("mrpc", logits, labels) == (found == labels).mean()
+    values = rng.normal(size=50)
+    assert glue.score("stsb", logits[:, :1], values) == pytest.approx(
+        np.corrcoef(logits[:, 0], values)[0, 1], abs=1e-12
+    )
+
+
+def test_the_sweep_is_that_of_the_paper():
+    cells = glue.cells((), (), (), ())
+    assert len(cells) == 8 * 3 * 2 * 5 and cells[0].task == "mnli"
+    values = get_config()
+    assert (values.epochs, values.optim.warmup, values.optim.decay, values.data.seq_len) == (10.0, 0.06, "linear", 128)
+    with pytest.raises(ValueError, match="GLUE has no task 'wnli'; it has cola"):
+        glue.cells(["wnli"], (), (), ())
+
+
+def test_medians_over_the_seeds_at_the_best_settings():
+    def result(lr, batch, seed, score):
+        return {"task": "cola", "learning_rate": lr, "batch_size": batch, "seed": seed, "score": score, "start": "m"}
+
+    results = [result(1e-5, 16, seed, score) for seed, score in enumerate([0.1, 0.5, 0.9])]
+    results += [result(2e-5, 16, seed, score) for seed, score in enumerate([0.6, 0.55, 0.0])]
+    summary = glue.summarize(results)["cola"]
+    assert (summary["score"], summary["learning_rate"], summary["seeds"]) == (0.55, "2e-05", [0.6, 0.55, 0.0])
+
+
+def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path, monkeypatch):
+    options = {"learning_rates": [1e-2], "batch_sizes": [16], "variant": "debug"}
+
+    def run(tasks, seeds, **more):
+        given = options | {"seeds": seeds} | more
+        return evaluate(
+            str(tiny_model), [str(data)], tmp_path, suite="glue", name="tiny", tasks=tasks, glue_options=given
+        )
+
+    report = run(["rte"], [0])
+    assert "run --tasks=mnli first" in report["failed"]["rte lr0.01-batch16-seed0"]
+    report = run(["mnli"], [0])
+    assert not report["failed"] and report["tasks"]["mnli"]["score"] > 0.8, report
+    folder = tmp_path / "glue" / "tiny"
+    assert (folder / "mnli" / "lr0.01-batch16-seed0" / "checkpoints").is_dir()
+
+    # The kept run is a classifier to every client.
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from nomic_jax.hf.write import write_checkpoint
+    from nomic_jax.train.checkpoint import read_pretrained
+
+    workdir = folder / "mnli" / "lr0.01-batch16-seed0"
+    write_checkpoint(tmp_path / "hf", read_pretrained(workdir))
+    rows = [json.loads(line) for line in (data / "mnli" / "validation_matched.jsonl").read_text().splitlines()]
+    pairs = [(row["premise"], row["hypothesis"]) for row in rows]
+    ours = Classifier.from_pretrained(workdir, max_length=32).logits(pairs)
+    assert (ours.argmax(axis=1) == [row["label"] for row in rows]).mean() == report["tasks"]["mnli"]["score"]
+    import torch
+
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    batch = tokenizer(*map(list, zip(*pairs)), truncation=True, max_length=32, padding=True, return_tensors="pt")
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])  # always 0 here
+    np.testing.assert_allclose(ours, theirs(**batch).logits.detach().numpy(), atol=1e-5)
+
+    done = []
+    original = launch.glue._run
+    monkeypatch.setattr(launch.glue, "_run", lambda cell, *rest: done.append(cell) or original(cell, *rest))
+    run(["mnli"], [0, 1])
+    report = run(["rte", "stsb"], [0])
+    assert [f"{cell.task} {cell.seed}" for cell in done] == ["mnli 1", "stsb 0", "rte 0"]
+    assert not report["failed"] and report["tasks"]["stsb"]["score"] > 0.5
+    assert len(report["tasks"]["mnli"]["seeds"]) == report["tasks"]["mnli"]["runs"] == 2
+    assert not list(folder.glob("rte/*/")), "what is finished needs no working directory"
+    [start] = report["tasks"]["rte"]["starts"]
+    kept = [path.name for path in (folder / "mnli").iterdir() if path.is_dir()]
+    assert kept == [start], "of the runs on mnli only the best is kept"
+    text = (tmp_path / "report.md").read_text()
+    assert "| nomic-bert-2048 | 0.840 | 0.500 |" in text and "3 of 8 tasks" in text and (tmp_path / "glue.png").exists()
+    with pytest.raises(ValueError, match="was made with variant 'debug', this is 'paper'"):
+        run(["rte"], [0], variant="paper")
+
+
+def test_what_tfds_has_prepared(tmp_path):
+    """Read without TensorFlow; written as it writes it, in two shards."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    features = tfds.features.FeaturesDict(
+        {"sentence": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=2), "idx": np.int32}
+    )
+    rows = [{"sentence": f"caf\u00e9 {i}", "label": i % 2, "idx": i} for i in range(5)]
+    path = tmp_path / "glue" / "cola" / "2.0.0"
+    path.mkdir(parents=True)
+    splits = []
+    for split, own in (("train", rows[:3]), ("validation", rows[3:])):
+        for i, row in enumerate(own):
+            writer = ArrayRecordWriter(
+                str(path / f"glue-{split}.array_record-{i:05d}-of-{len(own):05d}"), "group_size:1"
+            )
+            writer.write(features.serialize_example(row))
+            writer.close()
+        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        splits.append({"name": split, "shardLengths": ["1"] * len(own), "filepathTemplate": template})
+    features.save_config(path)
+    info = {"name": "glue", "version": "2.0.0", "configName": "cola", "fileFormat": "array_record", "splits": splits}
+    (path / "dataset_info.json").write_text(json.dumps(info))
+
+    train, validation = glue.find_data("cola", f"tfds:glue?data_dir={tmp_path}", tmp_path / "cache")
+    read = [json.loads(line) for file in (train, validation) for line in Path(file).read_text().splitlines()]
+    assert read == [{"sentence": row["sentence"], "label": row["label"]} for row in rows]
+    with pytest.raises(TaskError, match="tfds build glue/sst2 --file_format=array_record"):
+        glue.find_data("sst2", f"tfds:glue?data_dir={tmp_path}", tmp_path / "cache")
+    with pytest.raises(TaskError, match="write tfds:glue"):
+        glue.find_data("sst2", "tfds:super_glue", tmp_path / "cache")
+
+
+def test_data_that_cannot_be_had_fail_their_task_alone(data, tiny_model, tmp_path):
+    report = evaluate(
+        str(tiny_model),
+        [str(data)],
+        tmp_path,
+        suite="glue",
+        name="t",
+        tasks=["sst2"],
+        glue_options={"learning_rates": [1e-2], "batch_sizes": [16], "seeds": [0], "variant": "debug"},
+    )
+    assert "sst2 has no train (.jsonl" in report["failed"]["sst2 lr0.01-batch16-seed0"]
+    with pytest.raises(FileNotFoundError, match="neither a folder nor tfds:glue"):
+        evaluate(str(tiny_model), ["nowhere"], tmp_path, suite="glue", name="t")
+    with pytest.raises(TaskError, match="no column 'label'"):
+        list(glue._checked([{"sentence": "a"}], glue.TASKS["cola"], "glue"))

@@ -1,0 +1,223 @@
+"""Local tasks of every type: figures against mteb's of the same weights in sentence-transformers, and every mistake."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from launch.evaluate import evaluate, table
+from nomic_jax.data.sources import BadRow, write_rows
+from nomic_jax.evals.classification import ClassificationTask
+from nomic_jax.evals.clustering import ClusteringTask
+from nomic_jax.evals.contract import TaskError
+from nomic_jax.evals.local import read_task
+from nomic_jax.evals.retrieval import RetrievalTask
+from nomic_jax.evals.sts import StsTask
+
+MAX_LENGTH = 48
+ONE = '{"text": "a", "label": 1}'
+MAIN = {"retrieval": "ndcg@10", "classification": "accuracy", "clustering": "v_measure", "sts": "spearman"}
+
+
+def as_mteb_tasks(folder):
+    """The same data as tasks of mteb, as its documentation has them."""
+    from datasets import Dataset, DatasetDict
+    from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
+    from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    def rows(name):
+        return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+    def make(base, name, kind, score, dataset, **attributes):
+        metadata = TaskMetadata(
+            name=name,
+            description="local",
+            dataset={"path": "nowhere", "revision": "1"},
+            type=kind,
+            eval_langs=["eng-Latn"],
+            main_score=score,
+        )
+        task = type(name, (base,), {"metadata": metadata, "load_data": lambda self, **_: None} | attributes)()
+        task.dataset, task.data_loaded = dataset, True
+        return task
+
+    relevant: dict = {}
+    for row in rows("retrieval/qrels.jsonl"):
+        relevant.setdefault(row["query_id"], {})[row["document_id"]] = row["score"]
+    retrieval = {
+        "corpus": Dataset.from_list([{"id": row.pop("_id")} | row for row in rows("retrieval/corpus.jsonl")]),
+        "queries": Dataset.from_list([{"id": row.pop("_id")} | row for row in rows("retrieval/queries.jsonl")]),
+        "relevant_docs": relevant,
+        "top_ranked": None,
+    }
+    labelled = {split: Dataset.from_list(rows(f"classification/{split}.jsonl")) for split in ("train", "test")}
+    clusters = rows("clustering/test.jsonl")
+    cluster_set = Dataset.from_dict(
+        {"sentences": [[row["text"] for row in clusters]], "labels": [[row["label"] for row in clusters]]}
+    )
+    pairs = Dataset.from_list(rows("sts/test.jsonl"))
+    return {
+        "retrieval": make(AbsTaskRetrieval, "R", "Retrieval", "ndcg_at_10", {"default": {"test": retrieval}}),
+        "classification": make(AbsTaskClassification, "C", "Classification", "accuracy", DatasetDict(**labelled)),
+        "clustering": make(AbsTaskClusteringLegacy, "K", "Clustering", "v_measure", DatasetDict(test=cluster_set)),
+        "sts": make(AbsTaskSTS, "S", "STS", "cosine_spearman", DatasetDict(test=pairs), min_score=0, max_score=6),
+    }
+
+
+@pytest.fixture(scope="module")
+def report(local_tasks, minilm, tmp_path_factory):
+    output = tmp_path_factory.mktemp("out")
+    found = evaluate(str(minilm), [str(local_tasks)], output, name="minilm", max_length=MAX_LENGTH)
+    return found, output
+
+
+def test_scores_are_those_of_mteb_and_sentence_transformers(report, local_tasks, minilm):
+    import mteb
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(minilm), device="cpu")
+    model.max_seq_length = MAX_LENGTH
+    theirs = {}
+    for name, task in as_mteb_tasks(local_tasks).items():
+        [result] = mteb.evaluate(model, task, cache=None, show_progress_bar=False).task_results
+        theirs[name] = result.scores["test"][0]
+    ours = report[0]["tasks"]
+    assert ours.keys() == MAIN.keys() and not report[0]["failed"]
+    for name, figures in ours.items():
+        assert figures["metric"] == MAIN[name] and 0.1 < figures[MAIN[name]] < 0.99, "a task that tells nothing"
+        assert figures[MAIN[name]] == pytest.approx(theirs[name]["main_score"], abs=1e-4), name
+    for ours_name, theirs_name in (("recall@10", "recall_at_10"), ("mrr@10", "mrr_at_10"), ("recall@1", "recall_at_1")):
+        assert ours["retrieval"][ours_name] == pytest.approx(theirs["retrieval"][theirs_name], abs=1e-4)
+    for metric in ("f1", "f1_weighted"):
+        assert ours["classification"][metric] == pytest.approx(theirs["classification"][metric], abs=1e-4)
+    assert ours["sts"]["pearson"] == pytest.approx(theirs["sts"]["cosine_pearson"], abs=1e-4)
+    # One of them is judged without a relevant document, which counts as 0 for both.
+    assert ours["retrieval"]["queries"] == 20
+
+
+def test_report_and_pictures(report):
+    found, output = report
+    text = (output / "report.md").read_text()
+    for kind in ("Retrieval, ndcg@10", "Classification, accuracy", "Clustering, v_measure", "STS, spearman"):
+        assert kind in text
+    assert f"| minilm | {MAX_LENGTH} | {found['tasks']['sts']['spearman']:.4f} |" in text
+    assert (output / "local.png").stat().st_size > 1000
+    assert f"{found['tasks']['clustering']['v_measure']:.4f}" in table(found)
+
+
+def test_matryoshka_dims_are_cut_before_normalisation(local_tasks, minilm, tmp_path):
+    found = evaluate(str(minilm), [str(local_tasks)], tmp_path, name="m", max_length=MAX_LENGTH, truncate_dim=[384, 64])
+    from nomic_jax import Embedder
+
+    embedder = Embedder.from_pretrained(minilm, max_length=MAX_LENGTH)
+    task = RetrievalTask.read(local_tasks / "retrieval")
+    want = dict(task.run(lambda texts, prompt: embedder.encode(texts, truncate_dim=64)))
+    assert found["tasks"]["retrieval dim 64"]["ndcg@10"] == want["ndcg@10"]
+    whole = evaluate(str(minilm), [str(local_tasks)], tmp_path, name="whole", max_length=MAX_LENGTH)
+    for name, metric in MAIN.items():
+        assert found["tasks"][f"{name} dim 384"][metric] == pytest.approx(whole["tasks"][name][metric], abs=1e-6)
+    text = (tmp_path / "report.md").read_text()
+    assert "## Components kept" in text and (tmp_path / "matryoshka.png").exists()
+
+
+def test_known_answers(tmp_path):
+    """Embeddings that give the label away are worth 1; those that say nothing are worth what chance is."""
+    rows = [{"text": f"{label} {i}", "label": label} for i in range(20) for label in ("yes", "no")]
+    write_rows(tmp_path / "c" / "train.jsonl", rows)
+    write_rows(tmp_path / "c" / "test.jsonl", rows[:10])
+    write_rows(tmp_path / "k" / "test.jsonl", rows)
+    write_rows(
+        tmp_path / "s" / "test.jsonl",
+        [{"sentence1": "0", "sentence2": str(i), "score": -i} for i in range(1, 9)],
+    )
+    tasks = [read_task(tmp_path / name) for name in "cks"]
+    assert [type(task) for task in tasks] == [ClassificationTask, ClusteringTask, StsTask]
+    seen = []
+
+    def telling(texts, prompt):
+        seen.append(prompt)
+        return np.array([[1.0, 0.0] if text.startswith("yes") else [0.0, 1.0] for text in texts])
+
+    def angles(texts, prompt):
+        seen.append(prompt)
+        return np.array([[np.cos(int(text) / 10), np.sin(int(text) / 10)] for text in texts])
+
+    assert dict(tasks[0].run(telling)) == {"accuracy": 1.0, "f1": 1.0, "f1_weighted": 1.0}
+    assert dict(tasks[1].run(telling)) == {"v_measure": 1.0}
+    assert dict(tasks[2].run(angles))["spearman"] == pytest.approx(1.0)
+    assert seen == ["classification"] * 2 + ["clustering"] + ["classification"] * 2
+    same = lambda texts, prompt: np.ones((len(texts), 2))  # noqa: E731
+    assert dict(tasks[0].run(same))["accuracy"] == 0.5
+    assert dict(tasks[1].run(same))["v_measure"] == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({"train.jsonl": '{"text": "a", "label": 1}'}, TaskError, "has no test.jsonl"),
+        ({"test.jsonl": '{"query": "a"}'}, TaskError, "has the columns query; write text and label"),
+        ({"test.jsonl": '{"text": "a", "label": 1}'}, TaskError, "all rows have the label 1"),
+        (
+            {"test.jsonl": '{"text": "a", "label": 1}\n{"text": "a", "label": "x"}'},
+            TaskError,
+            "row 2 has the label .x",
+        ),
+        (
+            {"test.jsonl": '{"text": "a", "label": 1}\n{"text": "a", "label": 0.5}'},
+            TaskError,
+            "row 2 has the label 0.5",
+        ),
+        ({"test.jsonl": '{"text": "a", "label": 1}\n{"text": 3, "label": 2}'}, BadRow, "test.jsonl:2: column 'text'"),
+        (
+            {
+                "train.jsonl": '{"text": "a", "label": 1}\n{"text": "b", "label": 2}',
+                "test.jsonl": '{"text": "a", "label": 3}',
+            },
+            TaskError,
+            "no row of train.jsonl has the label 3",
+        ),
+        (
+            {"test.jsonl": '{"sentence1": "a", "sentence2": "b", "score": "high"}'},
+            TaskError,
+            "row 1 has the score 'high'",
+        ),
+        (
+            {"test.jsonl": '{"sentence1": "a", "sentence2": "b", "score": 1}'},
+            TaskError,
+            "every pair has the same score",
+        ),
+        ({"test.jsonl": '{"text": "a", "label": 1}', "task.json": '{"promt": "x"}'}, TaskError, "task.json: expected"),
+    ],
+)
+def test_a_broken_task_says_what_is_wrong(tmp_path, files, error, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(error, match=message):
+        read_task(tmp_path)
+
+
+def test_a_failing_task_leaves_the_others(local_tasks, minilm, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sts").symlink_to(local_tasks / "sts")
+    write_rows(tmp_path / "tasks" / "broken" / "test.jsonl", [{"wrong": "columns"}])
+    found = evaluate(str(minilm), [str(tmp_path / "tasks")], tmp_path / "out", name="m")
+    assert list(found["tasks"]) == ["sts"] and "has the columns wrong" in found["failed"]["broken"]
+    assert "FAILED: TaskError" in table(found)
+    assert "| m | broken | TaskError" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_it_needs_neither_mteb_nor_torch(local_tasks, minilm, tmp_path):
+    import subprocess
+
+    code = (
+        "import sys; sys.meta_path.insert(0, type('No', (), {'find_spec': staticmethod(lambda name, *_: "
+        "exec('raise ModuleNotFoundError(name)') if name.split('.')[0] in "
+        "('torch', 'mteb', 'sentence_transformers', 'pytrec_eval') else None)}));"
+        "from launch.evaluate import evaluate;"
+        f"found = evaluate({str(minilm)!r}, [{str(local_tasks)!r}], {str(tmp_path)!r});"
+        "assert len(found['tasks']) == 4 and not found['failed'], found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
