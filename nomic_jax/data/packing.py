@@ -21,7 +21,7 @@ import numpy as np
 
 from nomic_jax.data.batching import Shape, flat_places
 
-LENGTH_STEP = 16  # lengths of buckets are its multiples: matrix units and cuDNN want no odd ones
+LENGTH_STEP = 8  # lengths of buckets are its multiples: matrix units and cuDNN want no odd ones
 # What a chunk costs besides its tokens, as a share of the budget: keeps the plan from many tiny chunks.
 CHUNK_OVERHEAD = 1 / 64
 
@@ -58,6 +58,11 @@ class Layout:
         return max(shape.length for shape in self.shapes)
 
 
+def segments_for(lengths: np.ndarray, row_length: int) -> int:
+    """Most texts of a row, such that rows of texts like these fill up before they run out of segments; 128 at most."""
+    return min(max(32, -(-int(1.5 * row_length / lengths.mean()) // 8) * 8), 128)
+
+
 def packed_layout(row_length: int, budget: int, *, segments: int = 32, parts: Sequence[int] = (1, 4)) -> Layout:
     """Rows of ``row_length`` tokens, chunks of ``budget`` tokens, and of ``budget / part`` for what is left over.
 
@@ -73,7 +78,7 @@ def packed_layout(row_length: int, budget: int, *, segments: int = 32, parts: Se
 
 
 def bucketed_layout(
-    lengths: np.ndarray, max_length: int, budget: int, *, buckets: int = 16, parts: Sequence[int] = (1,)
+    lengths: np.ndarray, max_length: int, budget: int, *, buckets: int = 24, parts: Sequence[int] = (1,)
 ) -> Layout:
     """Chunks of about ``budget`` tokens in the ``buckets`` lengths that pad texts of such lengths least.
 

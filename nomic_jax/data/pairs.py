@@ -9,7 +9,7 @@ import numpy as np
 from nomic_jax.data.batching import flat_places, hash_texts, pad_flat, padded_length
 from nomic_jax.data.loader import Batch, share
 from nomic_jax.data.mixing import Mixing, Sampling
-from nomic_jax.data.packing import Layout, bucketed_layout, fill_chunks, packed_layout, plan_chunks
+from nomic_jax.data.packing import Layout, bucketed_layout, fill_chunks, packed_layout, plan_chunks, segments_for
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import TokenStore, check_tokenizer
 
@@ -46,7 +46,7 @@ def make_layout(
     by_rule = min(int(tokens_per_row * rows_per_device / 8), MAX_CHUNK_TOKENS)
     budget = max(chunk_tokens or by_rule, longest)
     if kind == "packed":
-        return packed_layout(longest, budget)
+        return packed_layout(longest, budget, segments=segments_for(np.concatenate(lengths), longest))
     return bucketed_layout(np.concatenate(lengths), longest, budget, parts=(1, 4))
 
 
