@@ -99,6 +99,7 @@ def train(
         tokenizer,
         device_count=mesh.size,
         parent=identify(config.init_from) if config.init_from else None,
+        guide=identify(config.loss.guide) if config.loss.guide else None,
         earlier=list(pretrained.training) if pretrained is not None else [],
     )
     with contextlib.ExitStack() as stack:
@@ -118,6 +119,7 @@ def train(
 
         skipped = SkippedSteps(workdir, start, stream)
         evaluations = Evaluations(config.evaluation, workdir, start, evaluate)
+        checkpoints.best_step = evaluations.best_step
         progress = stack.enter_context(Progress(config, model.encoder, workdir, start, steps, schedule))
         batches = read_ahead(stream, start, end, jax.process_index(), jax.process_count())
         for step, batch in enumerate(batches, start + 1):

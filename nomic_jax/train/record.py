@@ -35,6 +35,7 @@ def make_record(
     *,
     device_count: int,
     parent: dict[str, Any] | None = None,
+    guide: dict[str, Any] | None = None,
     earlier: list[dict] | None = None,
 ) -> dict:
     """What a checkpoint says of itself, as JSON.
@@ -42,7 +43,8 @@ def make_record(
     Args:
       config, model, stream, tokenizer: of the run.
       device_count: devices of the run, over all processes.
-      parent: what it started from, see ``nomic_jax.train.checkpoint.identify``; None for random weights.
+      parent, guide: what it started from, None for random weights, and the guide of its loss; see
+        ``nomic_jax.train.checkpoint.identify``.
       earlier: the records of the stages before it, see ``Checkpoint.training``.
     """
     return {
@@ -51,6 +53,7 @@ def make_record(
         "model": dataclasses.asdict(model),
         "has_mlm_head": config.stage == "mlm",
         "parent": parent,
+        "guide": guide,
         "num_labels": config.data.num_labels if isinstance(config.data, LabelledData) else 0,
         "earlier": earlier or [],
         "sources": [

@@ -89,7 +89,7 @@ def test_the_best_checkpoint_is_kept(corpus, minilm, tmp_path):
         minilm,
         steps=8,
         sharding="fsdp",
-        checkpoint=dict(every=8, keep=1),
+        checkpoint=dict(every=1, keep=1),
         evaluation=dict(every=2, tasks="some", metric="ndcg@10"),
     )
     figures = Figures([0.1, 0.7])
