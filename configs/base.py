@@ -47,6 +47,9 @@ def base_config(stage: str) -> ConfigDict:
         )
     )
     config.data = ConfigDict(dict(mixture="", tokenizer="", cache_dir="token_cache", on_bad_row="raise"))
+    if stage != "mlm":
+        config.data.update(dict(sampling="rows", sampling_temperature=1.0, remainder="drop"))
+        config.data.update(dict(layout="padded", chunk_tokens=16_384))
     config.sharding = "replicated"
     config.checkpoint = ConfigDict(dict(every=500, keep=3, keep_every=0, allow_changed=""))
     return config
