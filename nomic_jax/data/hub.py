@@ -6,9 +6,12 @@
 The hub's data are downloaded once, to the cache of ``datasets``; those of TensorFlow Datasets must be prepared already.
 """
 
+import json
 import os
 import urllib.parse
 from typing import Any
+
+from nomic_jax.data.rows import BadRow
 
 PREFIXES = ("hf:", "tfds:")
 
@@ -83,6 +86,10 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
     try:
         source: Any = tfds.data_source(path, split=options["split"], data_dir=options.get("data_dir"), download=False)
         instructions = file_instructions(source.dataset_info, options["split"])
+    except json.JSONDecodeError as error:
+        raise BadRow(
+            f"{name}: features.json or dataset_info.json of the prepared data set is broken ({error}); prepare it again"
+        ) from error
     except (ImportError, AssertionError, NotImplementedError, OSError, ValueError) as error:
         # Of a data set that it would have to prepare it asks for TensorFlow, at length.
         raise FileNotFoundError(
