@@ -22,7 +22,9 @@ class ArrowRows(FileRows):
         yield from numbered_rows(self.file, self._batches(), start, stop, self.wanted)
 
     def scan(self, piece_bytes: int) -> Scan:
-        rows, marks = marks_of_sizes(((len(batch), batch.nbytes) for batch in self._batches()), piece_bytes)
+        rows, marks = marks_of_sizes(
+            ((len(batch), batch.get_total_buffer_size()) for batch in self._batches()), piece_bytes
+        )
         return Scan(sha256_of_file(self.file), rows, marks)
 
     def _batches(self) -> Iterator["pa.RecordBatch"]:
@@ -68,6 +70,8 @@ def numbered_rows(
     first: int = 0,
 ) -> Iterator[tuple[str, RawRow]]:
     """The rows start ... stop - 1 of batches whose first row is number ``first`` of the file."""
+    import pyarrow as pa
+
     for batch in batches:
         if stop is not None and first >= stop:
             return
@@ -77,6 +81,11 @@ def numbered_rows(
             chosen = batch.slice(skipped, end - skipped)
             if wanted is not None:
                 chosen = chosen.select(wanted)
+            try:
+                _check_buffers(chosen)
+            except pa.ArrowInvalid as error:
+                rows = f"{first + skipped} and {first + end - 1} (counted from 0)"
+                raise BadRow(f"{file}: broken between the rows {rows} ({error}); write or fetch it again") from error
             for number, row in enumerate(_python_rows(chosen), first + skipped):
                 yield f"{file}: row {number} (counted from 0)", row
         first += len(batch)
@@ -105,6 +114,28 @@ def _holds_texts(found: "pa.DataType", kind: type) -> bool:
     if types.is_dictionary(found):
         found = found.value_type
     return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
+
+
+def _check_buffers(batch: "pa.RecordBatch") -> None:
+    """Raises ArrowInvalid where values would lie outside the memory that holds them: pyarrow looks there unasked."""
+    for column in batch.columns:
+        # As bytes, because texts that are not UTF-8 are faults of their rows.
+        column.view(_as_bytes(column.type)).validate(full=True)
+
+
+def _as_bytes(kind: "pa.DataType") -> "pa.DataType":
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_string(kind):
+        return pa.binary()
+    if types.is_large_string(kind):
+        return pa.large_binary()
+    if types.is_list(kind):
+        return pa.list_(_as_bytes(kind.value_type))
+    if types.is_large_list(kind):
+        return pa.large_list(_as_bytes(kind.value_type))
+    return kind
 
 
 def _python_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]]:
