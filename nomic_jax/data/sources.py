@@ -35,13 +35,13 @@ __all__ = [
     "write_rows",
 ]
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet", ".arrow")
 
 
 def expand_files(pattern: str | os.PathLike) -> list[str]:
     """The files of what is named, in a fixed order.
 
-    A path, a glob, a brace range or list, a folder (its .jsonl, .jsonl.gz, .parquet and .arrow files; the shards of
+    A path, a glob, a brace range or list, a folder (its files that end in one of SUFFIXES; the shards of
     what ``datasets`` saved with save_to_disk), any fsspec URL of these (s3://, gs://), or a data set of the Hugging
     Face hub or of TensorFlow Datasets (``nomic_jax.data.hub``). ``shard-{00000..00538}.jsonl.gz`` names every file of
     the range, so a missing one is an error; a glob takes what is there.
