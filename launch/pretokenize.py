@@ -8,6 +8,7 @@ command goes on with the pieces of about 32 MB of text that are not done.
 """
 
 import os
+import sys
 import time
 
 from absl import flags
@@ -21,6 +22,13 @@ FLAGS = flags.FLAGS
 
 def main(argv: list[str]) -> None:
     del argv
+    try:
+        _pretokenize()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with what is not done")
+
+
+def _pretokenize() -> None:
     sources = read_mixture(FLAGS.mixture, ROW_KINDS[FLAGS.stage])
     tokenizer = Tokenizer.from_pretrained(FLAGS.tokenizer)
     began, all_tokens = time.monotonic(), 0
