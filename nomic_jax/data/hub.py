@@ -11,6 +11,7 @@ import os
 import urllib.parse
 from typing import Any
 
+from nomic_jax.data.array_record import ArrayRecordRows, is_array_record
 from nomic_jax.data.rows import BadRow
 
 PREFIXES = ("hf:", "tfds:")
@@ -96,7 +97,12 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
             f"{name}: {_first_line(error)} (looked for it in {options.get('data_dir') or '~/tensorflow_datasets'}; "
             f'it must be prepared there, with file_format="array_record" or "parquet")'
         ) from error
-    return [os.fspath(instruction.filename) for instruction in instructions]
+    files = [os.fspath(instruction.filename) for instruction in instructions]
+    for file, instruction in zip(files, instructions):
+        expected = instruction.examples_in_shard
+        if is_array_record(file) and (found := len(ArrayRecordRows(file, {}, ()))) != expected:
+            raise BadRow(f"{file}: has {found} rows, dataset_info.json says {expected}; prepare the data set again")
+    return files
 
 
 def _first_line(error: BaseException) -> str:
