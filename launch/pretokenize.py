@@ -2,7 +2,7 @@
 
     python -m launch.pretokenize --stage=contrastive --mixture=pairs.yaml --tokenizer=runs/mlm --cache_dir=token_cache
 
-Give the training run the same mixture, tokenizer and cache (config.data.mixture, .tokenizer, .cache_dir): it takes what
+Give the run the same mixture, tokenizer, cache and on_bad_row (config.data.mixture, .tokenizer ...): it takes what
 is in the cache, and tokenises what is not. What is written does not depend on --workers. Killed at any moment, the same
 command goes on with the pieces of about 32 MB of text that are not done.
 """
