@@ -1,7 +1,8 @@
 """Rows of Arrow files as Hugging Face ``datasets`` writes them, and what all columnar formats share."""
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+import functools
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -27,43 +28,53 @@ class ArrowRows(FileRows):
         )
         return Scan(sha256_of_file(self.file), rows, marks)
 
-    def _batches(self) -> Iterator["pa.RecordBatch"]:
-        import pyarrow as pa
-
-        with self._opened() as f:
-            try:
-                try:
-                    reader = pa.ipc.open_stream(f)
-                except pa.ArrowInvalid:  # the other of Arrow's two formats
-                    f.seek(0)
-                    file_reader = pa.ipc.open_file(f)
-                    check_schema(file_reader.schema, self.columns, self.others or (), self.file)
-                    for i in range(file_reader.num_record_batches):
-                        yield file_reader.get_batch(i)
-                else:
-                    check_schema(reader.schema, self.columns, self.others or (), self.file)
-                    yield from reader
-            except (pa.ArrowException, OSError) as error:
-                raise BadRow(f"{self.file}: not a readable Arrow file ({error}); write or fetch it again") from error
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
-        import pyarrow as pa
-
+    def _batches(self) -> Iterable["pa.RecordBatch"]:
         fs, path = fsspec.core.url_to_fs(self.file)
-        if "file" in fs.protocol:
-            if fs.size(path) == 0:
+        return self._mapped if "file" in fs.protocol else self._streamed(fs, path)
+
+    @functools.cached_property
+    def _mapped(self) -> list["pa.RecordBatch"]:
+        """Their values stay in the file until they are looked at."""
+        import pyarrow as pa
+
+        try:
+            if os.path.getsize(self.file) == 0:
                 raise BadRow(f"{self.file}: the file is empty; write or fetch it again")
-            with pa.memory_map(path) as f:
-                yield f
-        else:
+            return list(self._read(pa.memory_map(self.file)))
+        except (pa.ArrowException, OSError) as error:
+            raise self._broken(error) from error
+
+    def _streamed(self, fs: fsspec.AbstractFileSystem, path: str) -> Iterator["pa.RecordBatch"]:
+        import pyarrow as pa
+
+        try:
             with fs.open(path, "rb") as f:
-                yield pa.PythonFile(f, "r")
+                yield from self._read(pa.PythonFile(f, "r"))
+        except (pa.ArrowException, OSError) as error:
+            raise self._broken(error) from error
+
+    def _read(self, f: "pa.NativeFile") -> Iterator["pa.RecordBatch"]:
+        import pyarrow as pa
+
+        try:
+            reader = pa.ipc.open_stream(f)
+        except pa.ArrowInvalid:  # the other of Arrow's two formats
+            f.seek(0)
+            file_reader = pa.ipc.open_file(f)
+            check_schema(file_reader.schema, self.columns, self.others or (), self.file)
+            for i in range(file_reader.num_record_batches):
+                yield file_reader.get_batch(i)
+        else:
+            check_schema(reader.schema, self.columns, self.others or (), self.file)
+            yield from reader
+
+    def _broken(self, error: Exception) -> BadRow:
+        return BadRow(f"{self.file}: not a readable Arrow file ({error}); write or fetch it again")
 
 
 def numbered_rows(
     file: str,
-    batches: Iterator["pa.RecordBatch"],
+    batches: Iterable["pa.RecordBatch"],
     start: int,
     stop: int | None,
     wanted: list[str] | None,
