@@ -33,7 +33,7 @@ def test_published_mixtures():
     shards = [expand_braces(source.files) for source in pairs]
     assert sum(map(len, shards)) == 2412
     assert shards[1][-1] == "s3://contrastive-index-filtered/paq_full/shard-00538.jsonl.gz"
-    # No file holds more rows than a shard of the published size, 100,000 rows, can.
+    # Rows and shards go together: a range that is too short would leave more than 100,000 rows for each file.
     for source, files in zip(pairs, shards):
         assert source.rows <= 100_000 * len(files)
     prefixes = {source.name: (source.query_prefix, source.document_prefix) for source in pairs}
