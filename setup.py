@@ -48,6 +48,9 @@ setup(
         "eval": ["bm25s>=0.2", "mteb>=2.14.5", "pytrec_eval-terrier>=0.5"],  # mteb brings torch
         "integrations": ["langchain-core>=0.3", "llama-index-core>=0.12", "mteb>=2.14.5"],
         "clean": ["rensa>=0.5"],
+        # File systems behind s3:// and gs://.
+        "s3": ["s3fs>=2024.6"],
+        "gcs": ["gcsfs>=2024.6"],
         "ray": ["ray[data]>=2.40"],
         "quickstart": ["bm25s>=0.2", "simple-icd-10-cm>=1.0"],
         # torch is a reference to compare with, never a dependency; one exact version, so that pip looks no further.

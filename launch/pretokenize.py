@@ -2,12 +2,13 @@
 
     python -m launch.pretokenize --stage=contrastive --mixture=pairs.yaml --tokenizer=runs/mlm --cache_dir=token_cache
 
-Give the training run the same mixture, tokenizer and cache (config.data.mixture, .tokenizer, .cache_dir): it takes what
+Give the run the same mixture, tokenizer, cache and on_bad_row (config.data.mixture, .tokenizer ...): it takes what
 is in the cache, and tokenises what is not. What is written does not depend on --workers. Killed at any moment, the same
 command goes on with the pieces of about 32 MB of text that are not done.
 """
 
 import os
+import sys
 import time
 
 from absl import flags
@@ -21,6 +22,13 @@ FLAGS = flags.FLAGS
 
 def main(argv: list[str]) -> None:
     del argv
+    try:
+        _pretokenize()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with what is not done")
+
+
+def _pretokenize() -> None:
     sources = read_mixture(FLAGS.mixture, ROW_KINDS[FLAGS.stage])
     tokenizer = Tokenizer.from_pretrained(FLAGS.tokenizer)
     began, all_tokens = time.monotonic(), 0

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -59,6 +60,10 @@ class ArrayRecordRows(FileRows):
         groups = ((min(ROWS_AT_ONCE, len(self) - i), ROWS_AT_ONCE * size) for i in range(0, len(self), ROWS_AT_ONCE))
         rows, marks = marks_of_sizes(((count, int(held)) for count, held in groups), piece_bytes)
         return Scan(sha256_of_file(self.file), rows, marks)
+
+
+def is_array_record(file: str) -> bool:
+    return re.search(r"\.array_record(-\d+-of-\d+)?$", file) is not None
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,7 +1,8 @@
 """Rows of Arrow files as Hugging Face ``datasets`` writes them, and what all columnar formats share."""
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+import functools
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -22,52 +23,66 @@ class ArrowRows(FileRows):
         yield from numbered_rows(self.file, self._batches(), start, stop, self.wanted)
 
     def scan(self, piece_bytes: int) -> Scan:
-        rows, marks = marks_of_sizes(((len(batch), batch.nbytes) for batch in self._batches()), piece_bytes)
+        rows, marks = marks_of_sizes(
+            ((len(batch), batch.get_total_buffer_size()) for batch in self._batches()), piece_bytes
+        )
         return Scan(sha256_of_file(self.file), rows, marks)
 
-    def _batches(self) -> Iterator["pa.RecordBatch"]:
-        import pyarrow as pa
-
-        with self._opened() as f:
-            try:
-                try:
-                    reader = pa.ipc.open_stream(f)
-                except pa.ArrowInvalid:  # the other of Arrow's two formats
-                    f.seek(0)
-                    file_reader = pa.ipc.open_file(f)
-                    check_schema(file_reader.schema, self.columns, self.others or (), self.file)
-                    for i in range(file_reader.num_record_batches):
-                        yield file_reader.get_batch(i)
-                else:
-                    check_schema(reader.schema, self.columns, self.others or (), self.file)
-                    yield from reader
-            except (pa.ArrowException, OSError) as error:
-                raise BadRow(f"{self.file}: not a readable Arrow file ({error}); write or fetch it again") from error
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
-        import pyarrow as pa
-
+    def _batches(self) -> Iterable["pa.RecordBatch"]:
         fs, path = fsspec.core.url_to_fs(self.file)
-        if "file" in fs.protocol:
-            if fs.size(path) == 0:
+        return self._mapped if "file" in fs.protocol else self._streamed(fs, path)
+
+    @functools.cached_property
+    def _mapped(self) -> list["pa.RecordBatch"]:
+        """Their values stay in the file until they are looked at."""
+        import pyarrow as pa
+
+        try:
+            if os.path.getsize(self.file) == 0:
                 raise BadRow(f"{self.file}: the file is empty; write or fetch it again")
-            with pa.memory_map(path) as f:
-                yield f
-        else:
+            return list(self._read(pa.memory_map(self.file)))
+        except (pa.ArrowException, OSError) as error:
+            raise self._broken(error) from error
+
+    def _streamed(self, fs: fsspec.AbstractFileSystem, path: str) -> Iterator["pa.RecordBatch"]:
+        import pyarrow as pa
+
+        try:
             with fs.open(path, "rb") as f:
-                yield pa.PythonFile(f, "r")
+                yield from self._read(pa.PythonFile(f, "r"))
+        except (pa.ArrowException, OSError) as error:
+            raise self._broken(error) from error
+
+    def _read(self, f: "pa.NativeFile") -> Iterator["pa.RecordBatch"]:
+        import pyarrow as pa
+
+        try:
+            reader = pa.ipc.open_stream(f)
+        except pa.ArrowInvalid:  # the other of Arrow's two formats
+            f.seek(0)
+            file_reader = pa.ipc.open_file(f)
+            check_schema(file_reader.schema, self.columns, self.others or (), self.file)
+            for i in range(file_reader.num_record_batches):
+                yield file_reader.get_batch(i)
+        else:
+            check_schema(reader.schema, self.columns, self.others or (), self.file)
+            yield from reader
+
+    def _broken(self, error: Exception) -> BadRow:
+        return BadRow(f"{self.file}: not a readable Arrow file ({error}); write or fetch it again")
 
 
 def numbered_rows(
     file: str,
-    batches: Iterator["pa.RecordBatch"],
+    batches: Iterable["pa.RecordBatch"],
     start: int,
     stop: int | None,
     wanted: list[str] | None,
     first: int = 0,
 ) -> Iterator[tuple[str, RawRow]]:
     """The rows start ... stop - 1 of batches whose first row is number ``first`` of the file."""
+    import pyarrow as pa
+
     for batch in batches:
         if stop is not None and first >= stop:
             return
@@ -77,6 +92,11 @@ def numbered_rows(
             chosen = batch.slice(skipped, end - skipped)
             if wanted is not None:
                 chosen = chosen.select(wanted)
+            try:
+                _check_buffers(chosen)
+            except pa.ArrowInvalid as error:
+                rows = f"{first + skipped} and {first + end - 1} (counted from 0)"
+                raise BadRow(f"{file}: broken between the rows {rows} ({error}); write or fetch it again") from error
             for number, row in enumerate(_python_rows(chosen), first + skipped):
                 yield f"{file}: row {number} (counted from 0)", row
         first += len(batch)
@@ -105,6 +125,28 @@ def _holds_texts(found: "pa.DataType", kind: type) -> bool:
     if types.is_dictionary(found):
         found = found.value_type
     return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
+
+
+def _check_buffers(batch: "pa.RecordBatch") -> None:
+    """Raises ArrowInvalid where values would lie outside the memory that holds them: pyarrow looks there unasked."""
+    for column in batch.columns:
+        # As bytes, because texts that are not UTF-8 are faults of their rows.
+        column.view(_as_bytes(column.type)).validate(full=True)
+
+
+def _as_bytes(kind: "pa.DataType") -> "pa.DataType":
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_string(kind):
+        return pa.binary()
+    if types.is_large_string(kind):
+        return pa.large_binary()
+    if types.is_list(kind):
+        return pa.list_(_as_bytes(kind.value_type))
+    if types.is_large_list(kind):
+        return pa.large_list(_as_bytes(kind.value_type))
+    return kind
 
 
 def _python_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]]:

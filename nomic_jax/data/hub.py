@@ -6,9 +6,13 @@
 The hub's data are downloaded once, to the cache of ``datasets``; those of TensorFlow Datasets must be prepared already.
 """
 
+import json
 import os
 import urllib.parse
 from typing import Any
+
+from nomic_jax.data.array_record import ArrayRecordRows, is_array_record
+from nomic_jax.data.rows import BadRow
 
 PREFIXES = ("hf:", "tfds:")
 
@@ -83,13 +87,22 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
     try:
         source: Any = tfds.data_source(path, split=options["split"], data_dir=options.get("data_dir"), download=False)
         instructions = file_instructions(source.dataset_info, options["split"])
+    except json.JSONDecodeError as error:
+        raise BadRow(
+            f"{name}: features.json or dataset_info.json of the prepared data set is broken ({error}); prepare it again"
+        ) from error
     except (ImportError, AssertionError, NotImplementedError, OSError, ValueError) as error:
         # Of a data set that it would have to prepare it asks for TensorFlow, at length.
         raise FileNotFoundError(
             f"{name}: {_first_line(error)} (looked for it in {options.get('data_dir') or '~/tensorflow_datasets'}; "
             f'it must be prepared there, with file_format="array_record" or "parquet")'
         ) from error
-    return [os.fspath(instruction.filename) for instruction in instructions]
+    files = [os.fspath(instruction.filename) for instruction in instructions]
+    for file, instruction in zip(files, instructions):
+        expected = instruction.examples_in_shard
+        if is_array_record(file) and (found := len(ArrayRecordRows(file, {}, ()))) != expected:
+            raise BadRow(f"{file}: has {found} rows, dataset_info.json says {expected}; prepare the data set again")
+    return files
 
 
 def _first_line(error: BaseException) -> str:

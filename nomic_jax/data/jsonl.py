@@ -112,7 +112,9 @@ class JsonlRows(FileRows):
     def _errors(self, lines_read: Any) -> Iterator[None]:
         try:
             yield
-        except _BROKEN as error:
+        except (*_BROKEN, OSError) as error:
+            if isinstance(error, OSError) and (error.errno is not None or not is_compressed(self.file)):
+                raise  # of the file system; decompressors give no number
             # Skipping would hide that the rest of the file is lost, so this is raised under either policy.
             raise BadRow(
                 f"{self.file}: the compressed file breaks off after line {lines_read()} ({error}); fetch it again"
@@ -156,6 +158,10 @@ class _HashingReader(io.RawIOBase):
         """A decompressor may stop before the end of the file."""
         while self.read(1 << 20):
             pass
+
+
+def is_compressed(file: str) -> bool:
+    return fsspec.utils.infer_compression(file) is not None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ What is written does not depend on the number of processes: the files decide whe
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import glob
@@ -100,7 +101,8 @@ def pretokenize(
             if not _is_made(directory):
                 check_shards(files, scans)
                 job = functools.partial(Piece, source, on_bad_row, str(pieces))
-                _make(directory, files, scans, job, tokenizer, identity | {"fingerprint": found}, pool, progress)
+                with _full_disk_explained(cache_dir, source.name):
+                    _make(directory, files, scans, job, tokenizer, identity | {"fingerprint": found}, pool, progress)
             shutil.rmtree(pieces, ignore_errors=True)
     store = TokenStore(directory)
     seen = store.rows + store.manifest["rejected"]
@@ -195,6 +197,19 @@ def _lock(work: Path, doing: str) -> Iterator[Path]:
             for left in work.parent.glob(f"{glob.escape(work.name)}.*.pieces"):
                 shutil.rmtree(left, ignore_errors=True)
             yield work.with_name(f"{work.name}.pieces")
+
+
+@contextlib.contextmanager
+def _full_disk_explained(cache_dir: str | Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"{cache_dir} is full ({error.strerror}) while {name!r} is tokenised; what is done stays. Tokens take "
+            f"about half the space of the text, and twice that until they are complete"
+        ) from error
 
 
 def _make(

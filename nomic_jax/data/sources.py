@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 
 from nomic_jax.data import hub
-from nomic_jax.data.array_record import ArrayRecordRows
+from nomic_jax.data.array_record import ArrayRecordRows, is_array_record
 from nomic_jax.data.arrow import ArrowRows
 from nomic_jax.data.jsonl import JsonlRows
 from nomic_jax.data.parquet import ParquetRows, read_parquet_footer
@@ -35,13 +35,13 @@ __all__ = [
     "write_rows",
 ]
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet", ".arrow")
 
 
 def expand_files(pattern: str | os.PathLike) -> list[str]:
     """The files of what is named, in a fixed order.
 
-    A path, a glob, a brace range or list, a folder (its .jsonl, .jsonl.gz, .parquet and .arrow files; the shards of
+    A path, a glob, a brace range or list, a folder (its files that end in one of SUFFIXES; the shards of
     what ``datasets`` saved with save_to_disk), any fsspec URL of these (s3://, gs://), or a data set of the Hugging
     Face hub or of TensorFlow Datasets (``nomic_jax.data.hub``). ``shard-{00000..00538}.jsonl.gz`` names every file of
     the range, so a missing one is an error; a glob takes what is there.
@@ -49,11 +49,23 @@ def expand_files(pattern: str | os.PathLike) -> list[str]:
     Raises:
       FileNotFoundError: nothing matches, or a file of a brace range is missing.
       ValueError: a file is named twice.
+      ModuleNotFoundError, OSError: a remote file system needs a package, or cannot be reached.
     """
     pattern = os.fspath(pattern)
     if hub.is_named(pattern):
         return hub.files_of(pattern)
-    fs, path = fsspec.core.url_to_fs(pattern)
+    try:
+        fs, path = fsspec.core.url_to_fs(pattern)
+        return _expand(fs, path, pattern)
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{pattern}: {error}") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # every remote file system has exceptions of its own
+        raise OSError(f"{pattern}: cannot be reached ({type(error).__name__}: {error})") from error
+
+
+def _expand(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[str]:
     names = expand_braces(path)
     existing = _existing(fs, names)
     files: list[str] = []
@@ -142,7 +154,7 @@ def open_file(
         return ParquetRows(file, columns, others)
     if file.endswith(".arrow"):
         return ArrowRows(file, columns, others)
-    if re.search(r"\.array_record(-\d+-of-\d+)?$", file):
+    if is_array_record(file):
         return ArrayRecordRows(file, columns, others)
     return JsonlRows(file, columns, others, marks)
 

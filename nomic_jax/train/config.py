@@ -23,7 +23,7 @@ class MlmData:
     """Text for masked-LM.
 
     Attributes:
-      mixture: a mixture .yaml, or jsonl files with a column "text" (path, folder, glob, brace range, URL).
+      mixture: a mixture .yaml, or files with a column "text": path, folder, glob, brace range, URL, hf:NAME, tfds:NAME.
       tokenizer: directory or hub name; empty for that of ``init_from``.
       cache_dir: where tokenised text is kept for later runs.
       on_bad_row: "raise" or "skip" (skipped rows are kept in a side file and counted).
@@ -46,10 +46,16 @@ class PairData:
     """Pairs or triplets; fields that are not explained here are those of MlmData.
 
     Attributes:
-      mixture: a mixture .yaml, or jsonl files with the columns "query" and "document" (and "negatives").
+      mixture: a mixture .yaml, or files with the columns "query" and "document" (and "negatives").
       query_length, document_length: tokens kept of each.
       num_negatives: negatives drawn of each row at every visit; 0 for pairs.
       too_few_negatives: "error", or "random" to fill up with other rows' documents.
+      sampling: what decides how often a source is drawn from (nomic_jax/data/mixing.py). "rows": every row once an
+        epoch; "shards": so too, but any file with batches left is as likely as any other at every step, and a batch
+        holds rows of one file; "temperature" or "weights" (of the mixture's sources): an epoch has as many steps as
+        with "rows", small sources may come several times in it and large ones not completely.
+      sampling_temperature: with "temperature", sources are drawn in proportion to rows ** (1 / temperature).
+      remainder: rows that fill no batch at the end of a source: "drop" them in this pass, or "carry" them to the next.
       layout: "padded": all texts of a batch to its longest; "bucketed": chunks of texts of similar length; "packed":
         several texts a row (nomic_jax/data/packing.py).
       chunk_tokens: tokens of a chunk of the last two; 0 for an eighth of a device's share, at most 16,384.
@@ -63,6 +69,9 @@ class PairData:
     num_negatives: int
     on_bad_row: Literal["raise", "skip"] = "raise"
     too_few_negatives: Literal["error", "random"] = "error"
+    sampling: Literal["rows", "shards", "temperature", "weights"] = "rows"
+    sampling_temperature: float = 1.0
+    remainder: Literal["drop", "carry"] = "drop"
     layout: Literal["padded", "bucketed", "packed"] = "padded"
     chunk_tokens: int = 0
 
@@ -304,6 +313,10 @@ class TrainConfig:
             )
         if isinstance(self.data, MlmData) and not 0 < self.data.mask_rate < 1:
             raise ConfigurationError(f"config.data.mask_rate is {self.data.mask_rate}; it must lie between 0 and 1")
+        if isinstance(self.data, PairData) and not self.data.sampling_temperature > 0:
+            raise ConfigurationError(
+                f"config.data.sampling_temperature is {self.data.sampling_temperature}; it must be positive"
+            )
         if isinstance(self.data, PairData) and (self.stage == "finetune") != (self.data.num_negatives > 0):
             raise ConfigurationError(
                 "config.data.num_negatives must be 0 in the contrastive stage and positive in the finetune stage"

@@ -8,6 +8,7 @@ import jax
 
 from nomic_jax.data.labelled import LabelledRows, LabelledStream
 from nomic_jax.data.loader import Stream, read_ahead
+from nomic_jax.data.mixing import Sampling
 from nomic_jax.data.mixture import ROW_KINDS, read_mixture
 from nomic_jax.data.mlm import MlmStream
 from nomic_jax.data.pairs import PairStream, make_layout
@@ -185,6 +186,12 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1) -> 
         document_length=data.document_length,
         num_negatives=data.num_negatives,
         too_few_negatives=data.too_few_negatives,
+        sampling=Sampling(
+            data.sampling,
+            data.sampling_temperature if data.sampling == "temperature" else 1.0,
+            tuple(source.weight for source in sources) if data.sampling == "weights" else (),
+            data.remainder,
+        ),
         layout=make_layout(
             data.layout,
             stores,

@@ -247,6 +247,32 @@ def test_a_data_set_that_cannot_be_reached_is_named_at_once(monkeypatch):
         expand_files("hf:nobody/nothing")
 
 
+def test_a_remote_file_system_that_is_not_there():
+    class Unreachable(fsspec.AbstractFileSystem):
+        protocol = "unreachable"
+
+        def _fail(self, *_, **__):
+            raise RuntimeError("connection refused")
+
+        exists = ls = info = glob = _fail
+
+    message = "Install no_such_package to access it"
+    fsspec.register_implementation("missing", "no_such_package.FileSystem", clobber=True, errtxt=message)
+    with pytest.raises(ModuleNotFoundError, match=r"missing://x\.jsonl: Install no_such_package"):
+        expand_files("missing://x.jsonl")
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    with pytest.raises(OSError, match=r"unreachable://b/x-\{0\.\.9\}\.jsonl: cannot be reached .*connection refused"):
+        expand_files("unreachable://b/x-{0..9}.jsonl")
+
+
+def test_a_tfds_shard_of_another_size(tmp_path):
+    name = write_tfds(tmp_path, ROWS[:4])
+    info = tmp_path / "toy/pairs/1.0.0/dataset_info.json"
+    info.write_text(info.read_text().replace('["2", "2"]', '["2", "3"]'))
+    with pytest.raises(BadRow, match=r"00001-of-00002: has 2 rows, dataset_info\.json says 3"):
+        expand_files(name)
+
+
 def test_splits_of_a_saved_dataset_dict(tmp_path):
     whole = datasets.Dataset.from_list(ROWS[:10])
     datasets.DatasetDict(train=whole, test=whole).save_to_disk(tmp_path / "saved")

@@ -139,9 +139,9 @@ def test_what_cannot_be_sampled_is_explained():
     with pytest.raises(ValueError, match=r"'b' has 22 rows, fewer than config.batch_size 30"):
         Mixing(STORES, 30, 0, Sampling())
     with pytest.raises(ValueError, match=r"'b' has 22 rows, fewer"):
-        Mixing(STORES, 30, 0, Sampling("shards"))
-    with pytest.raises(ValueError, match=r"'c' has 17 rows in 2 files, the largest has 9"), pytest.warns():
-        Mixing(STORES, 10, 0, Sampling("shards"))
+        Mixing(STORES[1:], 30, 0, Sampling("shards"))
+    with pytest.raises(ValueError, match=r"'c' has 17 rows in 2 files, the largest has 9"):
+        Mixing(STORES[2:], 10, 0, Sampling("shards"))
     with pytest.raises(ValueError, match=r"'a' has a file of 7 rows, .* cannot be carried"):
         Mixing(STORES, 8, 0, Sampling("shards", remainder="carry"))
     with pytest.warns(UserWarning, match=r"'a': 7 rows in 1 files that are smaller than a batch"):

@@ -1,6 +1,7 @@
 """Stores made in pieces: the same bytes however they are made, and nothing is done twice."""
 
 import dataclasses
+import errno
 import gzip
 import json
 import os
@@ -94,6 +95,18 @@ def test_finished_pieces_are_not_made_again(shards, tokenizer, tmp_path, monkeyp
     store = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
     assert content(store.directory) == content(expected.directory)
     assert len(texts) == 2 * (expected.rows - sum(counts["rows"] for counts in done))
+
+
+def test_a_full_disk_is_explained(shards, tokenizer, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pieces, "_append", full)
+    with pytest.raises(
+        OSError, match=r"cache is full \(No space left .* while 'data' is tokenised; what is done stays"
+    ):
+        pretokenize(source_of(shards), tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    assert len(list((tmp_path / "cache").glob(".*.pieces/*/counts.json"))) == 5
 
 
 def test_files_are_read_once_until_they_change(shards, tokenizer, tmp_path, monkeypatch):

@@ -237,13 +237,3 @@ def test_prefixes_of_a_mixture(tmp_path):
     assert (c.query_prefix, c.document_prefix, c.files) == ("classification", "", "s3://c/x.jsonl")
     assert with_prefix(b.query_prefix, "text") == "clustering: text"
     assert [source.columns for source in read_mixture(str(path), "pair")] == [("query", "document")] * 3
-
-
-def test_published_mixtures_are_readable():
-    pairs = read_mixture("configs/data/contrastive.yaml", "pair")
-    triplets = read_mixture("configs/data/finetune.yaml", "triplet")
-    assert (len(pairs), len(triplets)) == (29, 10)
-    by_name = {source.name: source for source in pairs + triplets}
-    assert by_name["reddit_title_body"].columns == ("title", "body")
-    assert by_name["paq"].document_prefix == "search_document" and by_name["quora"].document_prefix == "classification"
-    assert by_name["medi_wiki"].columns == ("query", "pos", "neg")
