@@ -149,6 +149,7 @@ def _write(
     content = yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
     entries: Iterable[dict] = content["datasets"] if isinstance(content, dict) else content
     for entry in entries:
+        entry.pop("rows", None)  # how many there were before
         entry.update({"bucket": f"{entry['name']}/{file}", **changes.get(str(entry["name"]), {})})
     with alone(output / ".mixture.lock"):
         for name, text in (

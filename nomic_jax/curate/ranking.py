@@ -7,7 +7,7 @@ import numpy as np
 
 from nomic_jax.curate.embed import Encoder, embed_texts
 from nomic_jax.curate.index import ApproximateIndex, own_ranks
-from nomic_jax.curate.rows import Rows, equal_blocks
+from nomic_jax.curate.rows import CountedRows, equal_blocks
 from nomic_jax.curate.texts import distinct_texts
 from nomic_jax.data.sources import write_json
 
@@ -23,7 +23,7 @@ class ScoreBlocks:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: CountedRows,
         work: Path,
         columns: tuple[str, str],
         *,

@@ -346,6 +346,14 @@ datasets:
         assert (np.diff(store.negative_rows) >= 2).all()
 
 
+def test_rows_that_declare_their_columns_declare_triplets(files, tmp_path):
+    declared = {"id": "x", "objective": {"self": [], "paired": [["query", "document"]], "triplet": []}}
+    write_rows(tmp_path / "declared.jsonl", [row | {"metadata": declared} for row in make_rows()])
+    _, triplets = mine(str(tmp_path / "declared.jsonl"), tmp_path / "out", num_negatives=1)
+    objective = {"self": [], "paired": [["query", "document"]], "triplet": [["query", "document", "negatives"]]}
+    assert triplets and all(triplet["metadata"] == {"id": "x", "objective": objective} for triplet in triplets)
+
+
 def test_texts_come_back_from_their_file(tmp_path):
     texts = ["ein", "zwei ", "drei\nvier", "日本語", "zwei", "𝒳" * 1000, " ein"]
     writer = TextFileWriter(tmp_path / "texts.txt")
