@@ -80,7 +80,7 @@ class SearchQueries:
 
     @functools.cached_property
     def index(self) -> ApproximateIndex:
-        return ApproximateIndex(self.document_DE, self.work / "index.faiss")
+        return ApproximateIndex(self.query_QE, self.document_DE, self.work / "index.faiss")
 
     def make(self, piece: int, encoder: Encoder | None) -> np.ndarray:
         start = piece * QUERIES_PER_FILE
