@@ -5,6 +5,8 @@
 writes kept.jsonl, removed.jsonl (every row that went, and why), summary.json and report.md.
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from launch.errors import run
@@ -26,11 +28,12 @@ def main(argv: list[str]) -> None:
         remove_contaminated=FLAGS.remove_contaminated,
     )
     tasks: dict[str, EvaluationTexts] = {}
-    for folder in FLAGS.evaluation:
-        task = RetrievalTask.read(folder)
-        if task.name in tasks:
-            raise ValueError(f"--evaluation names two tasks {task.name!r}; rename one folder")
-        tasks[task.name] = EvaluationTexts(task.queries, task.documents)
+    for folder in map(Path, FLAGS.evaluation):
+        inside = sorted(path.parent for path in folder.glob("*/queries.jsonl"))
+        for task in map(RetrievalTask.read, inside or [folder]):
+            if task.name in tasks:
+                raise ValueError(f"--evaluation names two tasks {task.name!r}; rename one folder")
+            tasks[task.name] = EvaluationTexts(task.queries, task.documents)
     summary = clean_rows(FLAGS.input, FLAGS.output, FLAGS.columns, options, tasks, on_bad_row=FLAGS.on_bad_row)
     removed = ", ".join(f"{count:,} {reason}" for reason, count in summary["removed"].items() if count) or "none"
     print(
@@ -56,7 +59,9 @@ if __name__ == "__main__":
         None,
         "Remove a row this similar to an earlier one, such as 0.8: Jaccard of word 3-grams. [no such step]",
     )
-    flags.DEFINE_multi_string("evaluation", [], "Folder of a retrieval task to look for in the rows; may be repeated.")
+    flags.DEFINE_multi_string(
+        "evaluation", [], "Folder of a retrieval task, or of such folders, to look for in the rows; may be repeated."
+    )
     flags.DEFINE_integer("ngram", NGRAM, "Words in a row that make an overlap with an evaluation text.", lower_bound=1)
     flags.DEFINE_enum(
         "remove_contaminated",

@@ -3,8 +3,9 @@
     python -m launch.mine --input=pairs.jsonl --output=mined --model=thenlper/gte-base
     python -m launch.mine --input=labelled.jsonl --output=random --random
 
-writes triplets.jsonl (the rows with `negatives` added), summary.json and report.md. Embeddings stay in --output,
-so other options on the same pairs take no new ones.
+writes triplets.jsonl (the rows with `negatives` added), summary.json and report.md. A query has several positives if it
+stands on several rows, or if --document_column holds a list. Embeddings stay in --output, so other options on the same
+pairs take no new ones.
 """
 
 from typing import Any
@@ -22,7 +23,9 @@ _K = flags.DEFINE_integer("k", 20, "Candidates a query: its k nearest documents,
 _CORPUS = flags.DEFINE_string("corpus", None, "Files of more documents to find negatives in, as for --input.")
 _CORPUS_COLUMN = flags.DEFINE_string("corpus_column", None, "Column of --corpus with the text. [--document_column]")
 _MARGIN = flags.DEFINE_float(
-    "margin", 0.95, "Keep candidates that score less than this share of the positive's score; 0 keeps all."
+    "margin",
+    0.95,
+    "Keep candidates that score less than this share of the positive's score, of several the lowest; 0 keeps all.",
 )
 _RANGE_MIN = flags.DEFINE_integer("range_min", 0, "First rank to keep, counted from 0 without positives.")
 _RANGE_MAX = flags.DEFINE_integer("range_max", None, "Rank to stop before. [--k]")

@@ -42,7 +42,7 @@ DOCUMENT_PROMPT = flags.DEFINE_string("document_prompt", None, "Text in front of
 MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens the teacher reads of a text. [what its checkpoint says]")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision the teacher computes in.")
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Texts the teacher embeds at once on each device. [64 on a CPU, 1024 elsewhere]", lower_bound=1
+    "batch_size", None, "Texts the teacher embeds at once on each device. [64 on a CPU, 256 elsewhere]", lower_bound=1
 )
 APPROXIMATE_ABOVE = flags.DEFINE_integer(
     "approximate_above",
@@ -105,7 +105,7 @@ def open_teacher(
     """The checkpoint as an encoder.
 
     Args:
-      batch_size: texts at once on each device; None for 64 on a CPU, 1024 elsewhere.
+      batch_size: texts at once on each device; None for 64 on a CPU, 256 elsewhere.
       prompts: text in front of queries and of documents; None for the checkpoint's own.
     """
     import jax
@@ -120,7 +120,7 @@ def open_teacher(
         if not any(found):
             raise ValueError(f"{model} names no prompts for queries and documents: leave --prefixes out")
         prompts = (found[0], found[1])
-    at_once = (batch_size or (64 if jax.default_backend() == "cpu" else 1024)) * jax.local_device_count()
+    at_once = (batch_size or (64 if jax.default_backend() == "cpu" else 256)) * jax.local_device_count()
     encode = functools.partial(embedder.encode, batch_size=at_once, show_progress_bar=False)
     return Encoder(
         query=functools.partial(encode, prompt=prompts[0]),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from nomic_jax.curate.arrays import Matrix, Pieces, cached_array
 
-TEXTS_PER_FILE = 2048  # embeddings are saved this often: a minute or two of a base-size teacher on a CPU
+TEXTS_PER_FILE = 2048  # at least: a minute or two of a base-size teacher on a CPU
 
 Encode = Callable[[list[str]], np.ndarray]
 
@@ -33,18 +33,28 @@ class Encoder:
     count_above: Callable[[Matrix, Matrix, np.ndarray], np.ndarray] | None = None
 
 
+def texts_per_file(count: int) -> int:
+    """Of ``count`` texts, how many are embedded between two saves: a 64th, as a power of two, but 2048 to 16384.
+
+    The encoder sorts so many by length, so of many texts it pads few. The number depends on nothing else, so that every
+    process and every restart finds the same files.
+    """
+    return min(max(TEXTS_PER_FILE, 1 << (count // 64).bit_length()), 8 * TEXTS_PER_FILE)
+
+
 def embed_texts(texts: Sequence[str], encode: Encode, folder: Path, *, label: str, progress: bool = True) -> Pieces:
-    """Embeddings [N, E], float32, in files of TEXTS_PER_FILE in ``folder``; those found there are not made again.
+    """Embeddings [N, E], float32, in files of ``texts_per_file`` in ``folder``; those found there are not made again.
 
     Raises:
       ValueError: the encoder returns something else than a vector of length 1 for every text.
     """
+    per_file = texts_per_file(len(texts))
     with tqdm(total=len(texts), desc=label, unit=" texts", leave=False, disable=not progress) as bar:
-        for number, start in enumerate(range(0, len(texts), TEXTS_PER_FILE)):
-            piece = list(texts[start : start + TEXTS_PER_FILE])
+        for number, start in enumerate(range(0, len(texts), per_file)):
+            piece = list(texts[start : start + per_file])
             cached_array(Pieces.file(folder, number), functools.partial(encode_checked, encode, piece))
             bar.update(len(piece))
-    return Pieces(folder, len(texts), TEXTS_PER_FILE)
+    return Pieces(folder, len(texts), per_file)
 
 
 def encode_checked(encode: Encode, texts: list[str]) -> np.ndarray:

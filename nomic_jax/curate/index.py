@@ -20,6 +20,7 @@ QUERIES_PER_BATCH = 4096
 DOCUMENTS_PER_BATCH = 8192
 PAIRS_PER_BATCH = 4096
 GPU_MOST = 2048  # results a query that faiss finds on a GPU
+RECALL, RECALL_AT = 0.95, 20  # aimed at by an approximate index
 RANK_DEPTH = 100  # ranks that are told apart in an approximate search
 
 # The same dot product of unit vectors comes out of a float32 matrix product about 1e-7 apart, depending on where in the
@@ -119,24 +120,26 @@ def _best_of(queries_QE: np.ndarray, documents_NE: Matrix, id_QF: np.ndarray, k:
 class ApproximateIndex:
     """Inverted lists (IVF) of vectors in 8 bits a component: a quarter of their memory, and a fraction of the work.
 
-    Documents are put into nlist = 4 sqrt(N) cells (as a power of two), by the k-means of at most 64 of them a cell;
-    a query looks into the nearest max(16, nlist / 32). What it finds is scored exactly and put in order, so only what
-    is found is approximate.
+    Documents are put into nlist = 4 sqrt(N) cells (as a power of two), by the k-means of at most 64 of them a cell.
+    A query looks into the nearest nprobe: 16, doubled until the index finds RECALL of the RECALL_AT nearest of a sample
+    of the queries. What it finds is scored exactly and put in order, so only what is found is approximate.
 
     Args:
-      documents_NE: float32, rows of length 1; kept, and read in parts.
+      queries_QE, documents_NE: float32, rows of length 1; the documents are kept, and read in parts.
       file: where the index is kept, or was: a search after a restart is the same.
     """
 
-    def __init__(self, documents_NE: Matrix, file: Path):
+    def __init__(self, queries_QE: Matrix, documents_NE: Matrix, file: Path):
         self.documents_NE = documents_NE
+        self.index: Any = None
         with alone(file.with_name(f".{file.name}.lock")):
             if not file.exists():
+                self.index = self._build()
+                while self.index.nprobe < self.index.nlist and self.recall(queries_QE, RECALL_AT)["recall"] < RECALL:
+                    self.index.nprobe = min(2 * self.index.nprobe, self.index.nlist)
                 with atomic_file(file) as part:
-                    faiss.write_index(self._build(), str(part))
-        index: Any = faiss.read_index(str(file))
-        self.index = index
-        self.index.nprobe = min(self.index.nlist, max(16, self.index.nlist // 32))
+                    faiss.write_index(self.index, str(part))
+        self.index = faiss.read_index(str(file))
 
     def _build(self) -> faiss.Index:
         count, width = self.documents_NE.shape
@@ -149,6 +152,7 @@ class ApproximateIndex:
         index.train(self.documents_NE[np.sort(sample)])
         for first in range(0, count, DOCUMENTS_PER_BATCH):
             index.add(np.ascontiguousarray(self.documents_NE[first : first + DOCUMENTS_PER_BATCH]))
+        index.nprobe = min(nlist, 16)
         return index
 
     def top_k(self, queries_QE: Matrix, k: int, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -120,7 +120,7 @@ def mine_negatives(
     Args:
       encoder: the teacher, or None for ``options.k`` random documents a row (fewer if there are no more).
       corpus: files of more documents, in ``corpus_column``.
-      engine: where texts are search and searched.
+      engine: where texts are embedded and searched.
 
     Raises:
       ValueError: ``output`` holds embeddings of other files or columns, or of another encoder; no usable row; a row
@@ -194,6 +194,7 @@ def _write_triplets(
                 dropped.add((number, query, row[document_column], len(negatives)))
                 continue
             triplet = row | {"negatives": [pairs.documents[document] for document, _ in negatives]}
+            _declare(triplet, [query_column, document_column, "negatives"])
             if search:
                 triplet["negative_scores"] = [round(score, 6) for _, score in negatives]
                 triplet["document_score"] = round(candidates.score, 6)
@@ -215,6 +216,13 @@ def _write_triplets(
         "negatives": [{"negatives": size, "rows": count} for size, count in sorted(sizes.items())],
         "samples": (written, dropped),
     }
+
+
+def _declare(row: dict[str, Any], columns: list[str]) -> None:
+    """Rows in the original's format say in metadata.objective of which columns they consist."""
+    metadata = row.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("objective"), dict):
+        row["metadata"] = metadata | {"objective": metadata["objective"] | {"triplet": [columns]}}
 
 
 def _candidates(pairs: Pairs, search: SearchQueries | None) -> Iterator[Candidates]:

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nomic_jax.curate import embed
 from nomic_jax.curate.arrays import Pieces
-from nomic_jax.curate.embed import Encoder, encode_checked
+from nomic_jax.curate.embed import Encoder, encode_checked, texts_per_file
 from nomic_jax.curate.index import ApproximateIndex, top_k
 from nomic_jax.curate.pairs import Pairs
 from nomic_jax.curate.texts import TextFile
@@ -20,22 +19,23 @@ NEAR = np.dtype([("document", np.int64), ("score", np.float32)])
 
 
 class EmbedTexts:
-    """The task of embedding texts: float32 [TEXTS_PER_FILE, E] a file."""
+    """The task of embedding texts: float32 [``texts_per_file``, E] a file."""
 
     def __init__(self, texts: TextFile, role: Literal["query", "document"], folder: Path, progress: bool):
         self.label = f"embedding {'queries' if role == 'query' else 'documents'}"
         self.texts, self.role, self.folder, self.progress = texts, role, folder, progress
+        self.per_file = texts_per_file(len(texts))
 
     def __len__(self) -> int:
-        return -(-len(self.texts) // embed.TEXTS_PER_FILE)
+        return -(-len(self.texts) // self.per_file)
 
     def file(self, piece: int) -> Path:
         return Pieces.file(self.folder, piece)
 
     def make(self, piece: int, encoder: Encoder | None) -> np.ndarray:
         assert encoder is not None
-        start = piece * embed.TEXTS_PER_FILE
-        texts = [self.texts[i] for i in range(start, min(start + embed.TEXTS_PER_FILE, len(self.texts)))]
+        start = piece * self.per_file
+        texts = [self.texts[i] for i in range(start, min(start + self.per_file, len(self.texts)))]
         return encode_checked(getattr(encoder, self.role), texts)
 
     def tidy(self, piece: int) -> None:
@@ -67,11 +67,11 @@ class SearchQueries:
 
     @functools.cached_property
     def query_QE(self) -> Pieces:
-        return Pieces(self.work / "queries", self.queries, embed.TEXTS_PER_FILE)
+        return Pieces(self.work / "queries", self.queries, texts_per_file(self.queries))
 
     @functools.cached_property
     def document_DE(self) -> Pieces:
-        return Pieces(self.work / "documents", self.documents, embed.TEXTS_PER_FILE)
+        return Pieces(self.work / "documents", self.documents, texts_per_file(self.documents))
 
     @functools.cached_property
     def near(self) -> Pieces:
@@ -80,7 +80,7 @@ class SearchQueries:
 
     @functools.cached_property
     def index(self) -> ApproximateIndex:
-        return ApproximateIndex(self.document_DE, self.work / "index.faiss")
+        return ApproximateIndex(self.query_QE, self.document_DE, self.work / "index.faiss")
 
     def make(self, piece: int, encoder: Encoder | None) -> np.ndarray:
         start = piece * QUERIES_PER_FILE

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from nomic_jax.curate.embed import Encoder, embed_texts
-from nomic_jax.curate.index import ApproximateIndex, own_ranks
-from nomic_jax.curate.rows import Rows, equal_blocks
+from nomic_jax.curate.index import RECALL_AT, ApproximateIndex, own_ranks
+from nomic_jax.curate.rows import CountedRows, equal_blocks
 from nomic_jax.curate.texts import distinct_texts
 from nomic_jax.data.sources import write_json
 
@@ -23,7 +23,7 @@ class ScoreBlocks:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: CountedRows,
         work: Path,
         columns: tuple[str, str],
         *,
@@ -62,8 +62,8 @@ class ScoreBlocks:
         )
         index = None
         if self.approximate_above is not None and len(texts) > self.approximate_above:
-            index = ApproximateIndex(document_DE, folder / "index.faiss")
-            write_json(self.recall_file(piece), index.recall(query_NE, k=10))
+            index = ApproximateIndex(query_NE, document_DE, folder / "index.faiss")
+            write_json(self.recall_file(piece), index.recall(query_NE, RECALL_AT))
         scores = np.empty(len(queries), SCORES)
         scores["rank"], scores["score"] = own_ranks(
             query_NE, document_DE, own_N, index=index, count=encoder.count_above, progress=self.progress

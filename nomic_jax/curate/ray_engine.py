@@ -65,7 +65,8 @@ def _make(pending: list[int], task: Task, load: Callable[[], Encoder] | None, wo
     nodes = sum(node["Alive"] for node in ray.nodes())
     count = min(workers or gpus or nodes, len(pending))
     # One processor stays free for Ray's own tasks; an actor's are what numpy and faiss compute with.
-    cpus = max(1, (int(resources.get("CPU", 1)) - 1) // count)
+    processors = resources.get("CPU", 1.0)
+    cpus = max((processors - 1) // count, min(1.0, processors / count))
     pieces = ray.data.from_items([{"piece": piece} for piece in pending], override_num_blocks=len(pending))
     rows = pieces.map(
         _Worker,  # type: ignore[arg-type]

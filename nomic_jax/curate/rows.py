@@ -1,4 +1,4 @@
-"""Rows of an input by number, in blocks, so that workers can share them without copies of the data."""
+"""CountedRows of an input by number, in blocks, so that workers can share them without copies of the data."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ class RejectedBefore(RejectedRows):
         self.count += 1
 
 
-class Rows:
+class CountedRows:
     """The usable rows of files, numbered from 0 over all of them.
 
     Attributes:
@@ -47,7 +47,7 @@ class Rows:
                     yield file, row
 
     def block(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """Rows start ... stop - 1, with the columns that are checked.
+        """CountedRows start ... stop - 1, with the columns that are checked.
 
         Called with rising numbers it reads every file once; going back, it reads from the beginning of a file.
 
@@ -85,7 +85,7 @@ class Rows:
 
 def count_rows(
     files: str, columns: Mapping[str, type], record: Path, side_file: Path, *, on_bad_row: str, progress: bool = True
-) -> Rows:
+) -> CountedRows:
     """Reads all rows once, before anything is embedded, so that a bad row is known early. ``record`` remembers it.
 
     Raises:
@@ -95,7 +95,7 @@ def count_rows(
     if record.exists():
         held = json.loads(record.read_text(encoding="utf-8"))
         if on_bad_row == "skip" or not held["rejected"]:
-            return Rows(held["rows"], held["rejected"], columns)
+            return CountedRows(held["rows"], held["rejected"], columns)
     rejected = RejectedRows(side_file)
     counts: dict[str, int] = {}
     with tqdm(desc="reading", unit=" rows", disable=not progress) as bar:
@@ -107,7 +107,7 @@ def count_rows(
     if not any(counts.values()):
         raise ValueError(f"{files} has no usable row; {rejected.count} rejected ones are in {rejected.side_file}")
     write_json(record, {"rows": counts, "rejected": rejected.count})
-    return Rows(counts, rejected.count, columns)
+    return CountedRows(counts, rejected.count, columns)
 
 
 def equal_blocks(rows: int, block_size: int) -> list[tuple[int, int]]:

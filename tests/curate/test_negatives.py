@@ -12,8 +12,7 @@ from nomic_jax.curate.mixtures import mine_mixture
 from nomic_jax.curate.negatives import MiningOptions, mine_negatives
 from nomic_jax.curate.texts import TextFile, TextFileWriter
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.data.sources import BadRow, write_rows
-from nomic_jax.data.tokens import pretokenize
+from nomic_jax.data.sources import BadRow, read_rows, write_rows
 
 OUTPUTS = ("triplets.jsonl", "summary.json", "report.md")
 
@@ -304,7 +303,7 @@ def test_adversarial_rows_are_brute_force(tmp_path, seed):
 
 def test_approximate_search_reports_its_recall_and_keeps_the_rules(files, tmp_path):
     summary, triplets = mine(files, tmp_path / "out", approximate_above=10, num_negatives=1, margin=0)
-    assert 0.8 < summary["search"]["recall"] <= 1
+    assert 0.95 <= summary["search"]["recall"] <= 1
     assert "search was approximate" in (tmp_path / "out" / "report.md").read_text()
     rows = make_rows()
     for triplet in triplets:
@@ -315,7 +314,7 @@ def test_approximate_search_reports_its_recall_and_keeps_the_rules(files, tmp_pa
     assert exact["search"] == "exact"
 
 
-def test_a_mixture_is_mined_by_source_and_feeds_the_finetune_stage(tmp_path, tokenizer):
+def test_a_mixture_is_mined_by_source_and_feeds_the_finetune_stage(tmp_path):
     rows = make_rows()
     write_rows(tmp_path / "a.jsonl", rows[:30])
     write_rows(tmp_path / "b.jsonl", [{"title": row["query"], "body": row["document"]} for row in rows[30:]])
@@ -341,9 +340,17 @@ datasets:
         for text in triplet["negatives"]
     )
     for source, mined in zip(sources, summary["sources"]):
-        store = pretokenize(source, tokenizer, tmp_path / "tokens", progress=False)
-        assert len(store.columns["query"]) == mined["written"]
-        assert (np.diff(store.negative_rows) >= 2).all()
+        rows_of_source = list(read_rows(source.files, dict(zip(source.columns, (str, str, list)))))
+        assert len(rows_of_source) == mined["written"] > 0
+        assert all(len(row["negatives"]) >= 2 for row in rows_of_source)
+
+
+def test_rows_that_declare_their_columns_declare_triplets(files, tmp_path):
+    declared = {"id": "x", "objective": {"self": [], "paired": [["query", "document"]], "triplet": []}}
+    write_rows(tmp_path / "declared.jsonl", [row | {"metadata": declared} for row in make_rows()])
+    _, triplets = mine(str(tmp_path / "declared.jsonl"), tmp_path / "out", num_negatives=1)
+    objective = {"self": [], "paired": [["query", "document"]], "triplet": [["query", "document", "negatives"]]}
+    assert triplets and all(triplet["metadata"] == {"id": "x", "objective": objective} for triplet in triplets)
 
 
 def test_texts_come_back_from_their_file(tmp_path):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from nomic_jax.curate.arrays import Pieces, save_array
-from nomic_jax.curate.rows import Rows, count_rows, equal_blocks
+from nomic_jax.curate.embed import texts_per_file
+from nomic_jax.curate.rows import CountedRows, count_rows, equal_blocks
 from nomic_jax.curate.work import claim, hold_settings
 from nomic_jax.data.sources import write_rows
 
@@ -152,9 +153,14 @@ def test_rows_are_read_by_number_in_any_order(files, tmp_path):
 def test_a_file_that_changed_meanwhile_is_named(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"query": "x"}] * 5)
     for counted in (4, 6):
-        rows = Rows({str(tmp_path / "a.jsonl"): counted}, 0, {"query": str})
+        rows = CountedRows({str(tmp_path / "a.jsonl"): counted}, 0, {"query": str})
         with pytest.raises(ValueError, match=rf"a\.jsonl has 5 rows where {counted} were counted"):
             list(rows.read())
+
+
+def test_files_of_embeddings_depend_on_the_number_of_texts_alone():
+    sizes = {count: texts_per_file(count) for count in (1, 2048, 100_000, 150_000, 1_000_000, 10_000_000)}
+    assert list(sizes.values()) == [2048, 2048, 2048, 4096, 16384, 16384]
 
 
 def test_pieces_are_one_array(tmp_path):

@@ -135,7 +135,13 @@ def test_cleaning_against_a_task(pairs, tmp_path):
     write_rows(task / "queries.jsonl", [{"_id": "q", "text": rows[3]["document"].upper()}])
     write_rows(task / "corpus.jsonl", [{"_id": "d", "text": "nothing like it"}])
     write_rows(task / "qrels.jsonl", [{"query_id": "q", "document_id": "d", "score": 1}])
-    command = ["launch.clean", f"--input={pairs}", f"--evaluation={task}", f"--output={tmp_path / 'out'}", "--ngram=6"]
+    command = [
+        "launch.clean",
+        f"--input={pairs}",
+        f"--evaluation={task.parent}",
+        f"--output={tmp_path / 'out'}",
+        "--ngram=6",
+    ]
     out = finish(start(*command, "--remove_contaminated=queries", "--near=0.8"))
     assert "kept 599 of 600 rows (removed: 1 contaminated)" in out
     assert "toy: 1 rows overlap with 1 of 1 queries" in out
