@@ -14,7 +14,7 @@ from nomic_jax.curate.negatives import MiningOptions, mine_negatives
 from nomic_jax.curate.report import table
 from nomic_jax.curate.selection import threshold_text, write_selection
 from nomic_jax.curate.work import Engine, alone, run_here
-from nomic_jax.data.mixture import COLUMNS, MixtureError, Source, read_mixture
+from nomic_jax.data.mixture import COLUMNS, read_mixture
 from nomic_jax.data.sources import atomic_file, write_json
 
 
@@ -41,7 +41,7 @@ def filter_mixture(
     summaries = {}
     with contextlib.ExitStack() as stack:
         tasks = {}
-        for source in _sources(mixture):
+        for source in read_mixture(mixture, "pair"):
             columns = (source.columns[0], source.columns[1])
             task = stack.enter_context(
                 scoring(
@@ -102,7 +102,7 @@ def mine_mixture(
     output = Path(output)
     fields = ("rows", "pairs", "written", "dropped_too_few", "filled_with_random", "rejected")
     sources, objectives = [], {}
-    for source in _sources(mixture):
+    for source in read_mixture(mixture, "pair"):
         query_column, document_column = source.columns[:2]
         summary = mine_negatives(
             source.files,
@@ -126,16 +126,6 @@ def mine_mixture(
     summary = {**total, "sources": sources}
     _write(mixture, output, "triplets.jsonl", objectives, summary, report)
     return summary
-
-
-def _sources(mixture: str) -> tuple[Source, ...]:
-    sources = read_mixture(mixture, "pair")
-    for source in sources:
-        if Path(source.name).name != source.name:
-            raise MixtureError(
-                f"{mixture}: source {source.name!r} gets a folder of its name; give it one without a slash"
-            )
-    return sources
 
 
 def _write(
