@@ -33,7 +33,7 @@ from absl import flags
 
 from launch import glue
 from launch.errors import run
-from nomic_jax.evals import local, loco, mteb
+from nomic_jax.evals import hub, local, loco, mteb
 from nomic_jax.evals.contract import Embed, TaskError
 from nomic_jax.evals.glue import cells as glue_cells
 from nomic_jax.evals.record import model_sha256, run_cells
@@ -56,6 +56,9 @@ class LazyEncoders:
             from nomic_jax.embedder import Embedder  # jax and a model: not for --help, BM25 or a wrong --data
 
             self._embedder = Embedder.from_pretrained(self.model, dtype=self.dtype)
+        most = self._embedder.config.encoder.max_positions
+        if max_length is not None and max_length > most:
+            raise ValueError(f"{self.model} takes at most {most} tokens; {max_length} were asked for (--max_length)")
         return self._embedder.with_settings(max_length=max_length)
 
     def embed(self, max_length: int | None, normalize: bool) -> Embed:
@@ -109,6 +112,10 @@ def evaluate(
     encoders = LazyEncoders(model, dtype, batch_size)
     name = name or Path(model).resolve().name
     output = Path(output)
+    if model == "bm25" and suite != "local":
+        raise ValueError("--model=bm25 is for --suite=local: it ranks documents and has no embeddings")
+    if data and suite in ("mteb", "jina_long"):
+        raise ValueError(f"--suite={suite} takes its data from mteb, not from --data; --suite=local takes your own")
     dims: list[int | None] = [*truncate_dim] or [None]
     identity: dict[str, Any] = {"model": model, "model_sha256": model_sha256(model), "suite": suite}
     if suite == "glue":
@@ -117,15 +124,25 @@ def evaluate(
         if not data:
             raise ValueError("--suite=local needs --data: task folders, or folders of task folders")
         identity["max_length"] = lengths[0] if len(lengths) == 1 else None
+        wanted: list[int | None] = [*lengths] or [None]
         cells = local.cells(encoders, local.find_tasks(data, tasks), lengths, dims)
     elif suite == "loco":
+        wanted = [*(lengths or loco.LENGTHS)]
         cells = loco.cells(encoders, data, tasks, lengths or loco.LENGTHS, dims)
     else:
         names = tasks or (mteb.JINA_TASKS if suite == "jina_long" else ())
         default = mteb.JINA_LENGTHS if suite == "jina_long" else (mteb.MTEB_LENGTH,)
+        wanted = [*(lengths or default)]
         cells = mteb.cells(encoders, mteb.find_tasks(names), lengths or default, dims, name, output)
+
+    def prepare() -> None:
+        for length in wanted if model != "bm25" else ():
+            encoders.at(length)
+        if not data:
+            hub.is_reachable()
+
     path = output / (f"{name}.json" if suite == "local" else f"{name}-{suite}.json")
-    report = run_cells(path, identity, cells)
+    report = run_cells(path, identity, cells, prepare)
     write_report(output)
     return report
 

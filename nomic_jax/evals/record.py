@@ -11,6 +11,7 @@ A label is the task's name, followed by "@<max_length>" and " dim <n>" where a s
 import hashlib
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -69,17 +70,24 @@ def open_report(path: Path, identity: dict[str, Any], cells: Sequence[Cell] = ()
     return report
 
 
-def run_cells(path: Path, identity: dict[str, Any], cells: Sequence[Cell]) -> dict[str, Any]:
+def run_cells(
+    path: Path, identity: dict[str, Any], cells: Sequence[Cell], prepare: Callable[[], object]
+) -> dict[str, Any]:
     """Computes what the report at ``path`` does not have yet, writing it after every task, and returns it.
 
     A task that fails is listed under "failed", and the others go on; only what would fail every task alike, such as a
     library that is not installed, ends the run.
+
+    Args:
+      prepare: called once, before the first task that has no figures; what it raises ends the run.
     """
     report = open_report(path, identity, cells) | {"failed": {}}
-    for number, cell in enumerate(cells, 1):
-        if cell.label in report["tasks"]:
-            continue
+    missing = [cell for cell in cells if cell.label not in report["tasks"]]
+    if missing:
+        prepare()
+    for number, cell in enumerate(missing, len(cells) - len(missing) + 1):
         print(f"task {number} of {len(cells)}: {cell.label}", file=sys.stderr)
+        started = time.monotonic()
         try:
             found = cell.score()
         except ModuleNotFoundError:
@@ -91,10 +99,17 @@ def run_cells(path: Path, identity: dict[str, Any], cells: Sequence[Cell]) -> di
                 traceback.print_exc()
         else:
             report["tasks"][cell.label] = found | ({"sha256": cell.sha256} if cell.sha256 else {})
+            seconds = time.monotonic() - started
+            print(f"    {found['metric']} {main_score(found):.4f}, {seconds:.0f} s", file=sys.stderr)
         report["average"] = average(report["tasks"].values())
         write_json(path, report)
     report["average"] = average(report["tasks"].values())
     return report
+
+
+def main_score(figures: dict[str, Any]) -> float:
+    """The one figure that a task's averages are made of."""
+    return figures["score"] if "score" in figures else figures[figures.get("metric", "ndcg@10")]
 
 
 def average(tasks: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from nomic_jax.data.sources import atomic_file
 from nomic_jax.evals import pictures, published
 from nomic_jax.evals.published import MTEB_TYPES, Published
-from nomic_jax.evals.record import label
+from nomic_jax.evals.record import label, main_score
 
 MTEB_TASKS = 56  # of MTEB(eng, v1)
 TITLES = {
@@ -39,10 +39,6 @@ class Run(NamedTuple):
         return {name: main_score(figures) for name, figures in self.tasks.items()}
 
 
-def main_score(figures: dict[str, Any]) -> float:
-    return figures["score"] if "score" in figures else figures[figures.get("metric", "ndcg@10")]
-
-
 def mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values) if values else float("nan")
@@ -64,7 +60,9 @@ def table(report: dict[str, Any]) -> str:
     lines: list[tuple[str, list[str]]] = []
     for kind, tasks in by_type.items():
         first = next(iter(tasks.values()))
-        columns = sorted((key for key, value in first.items() if isinstance(value, float)), key=first.get("metric", "").__ne__)
+        columns = sorted(
+            (key for key, value in first.items() if isinstance(value, float)), key=first.get("metric", "").__ne__
+        )
         lines.append((kind, [f"{column:>16}" for column in columns]))
         lines += [(name, [f"{figures[column]:16.4f}" for column in columns]) for name, figures in tasks.items()]
         for setting, alike in _by_setting(tasks).items():

@@ -208,6 +208,17 @@ def test_a_failing_task_leaves_the_others(local_tasks, minilm, tmp_path):
     assert "| m | broken | TaskError" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_model_that_cannot_be_read_fails_the_run(local_tasks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="is neither a directory nor could it be fetched"):
+        evaluate(str(tmp_path / "nowhere"), [str(local_tasks)], tmp_path)
+    for suite, data, message in (("loco", [], "is for --suite=local"), ("mteb", ["x"], "is for --suite=local")):
+        with pytest.raises(ValueError, match=message):
+            evaluate("bm25", data, tmp_path, suite=suite)
+    with pytest.raises(ValueError, match="takes its data from mteb"):
+        evaluate("model", ["x"], tmp_path, suite="jina_long")
+
+
 def test_it_needs_neither_mteb_nor_torch(local_tasks, minilm, tmp_path):
     import subprocess
 

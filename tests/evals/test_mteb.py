@@ -38,7 +38,6 @@ def mock_tasks():
 def only(monkeypatch, mock_tasks):
     monkeypatch.setattr(mteb, "find_tasks", lambda names=(): mock_tasks)
     monkeypatch.setattr(hub, "is_reachable", lambda: False)
-    monkeypatch.setattr(mteb, "is_reachable", lambda: False)
     return mock_tasks
 
 
@@ -129,7 +128,7 @@ def test_jina_lengths_are_cells_of_their_own(minilm, only, tmp_path):
     mteb_find, mteb.find_tasks = mteb.find_tasks, lambda names=(): only
     try:
         report = evaluate(str(minilm), output=tmp_path, suite="jina_long", name="m", max_length=[16, 128])
-        with pytest.raises(ValueError, match=r"max_length 8191 is not within 2\.\.512"):
+        with pytest.raises(ValueError, match="takes at most 512 tokens; 8191 were asked for"):
             evaluate(str(minilm), output=tmp_path, suite="jina_long", name="m")
     finally:
         mteb.find_tasks = mteb_find
