@@ -48,18 +48,20 @@ class LazyEncoders:
 
     def __init__(self, model: str, dtype: str, batch_size: int):
         self.model, self.dtype, self.batch_size = model, dtype, batch_size
-        self._embedder: Any = None
+        self._by_length: dict[int | None, Any] = {}
+        self._for_mteb: dict[tuple[int, int | None], Any] = {}
 
     def at(self, max_length: int | None) -> Any:
         """The Embedder. Raises ValueError if the model does not take so many tokens."""
-        if self._embedder is None:
+        if None not in self._by_length:
             from nomic_jax.embedder import Embedder  # jax and a model: not for --help, BM25 or a wrong --data
 
-            self._embedder = Embedder.from_pretrained(self.model, dtype=self.dtype)
-        most = self._embedder.config.encoder.max_positions
+            self._by_length[None] = Embedder.from_pretrained(self.model, dtype=self.dtype)
+        embedder = self._by_length[None]
+        most = embedder.config.encoder.max_positions
         if max_length is not None and max_length > most:
             raise ValueError(f"{self.model} takes at most {most} tokens; {max_length} were asked for (--max_length)")
-        return self._embedder.with_settings(max_length=max_length)
+        return self._by_length.setdefault(max_length, embedder.with_settings(max_length=max_length))
 
     def embed(self, max_length: int | None, normalize: bool) -> Embed:
         embedder = self.at(max_length)
@@ -81,7 +83,12 @@ class LazyEncoders:
     def for_mteb(self, max_length: int, dim: int | None, name: str) -> Any:
         from nomic_jax.integrations import mteb_encoder
 
-        return mteb_encoder(self.at(max_length), name, unnormalized_types=mteb.UNNORMALIZED, truncate_dim=dim)
+        key = (max_length, dim)
+        if key not in self._for_mteb:  # it hashes the weights
+            self._for_mteb[key] = mteb_encoder(
+                self.at(max_length), name, unnormalized_types=mteb.UNNORMALIZED, truncate_dim=dim
+            )
+        return self._for_mteb[key]
 
 
 def evaluate(
