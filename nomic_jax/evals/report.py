@@ -143,14 +143,11 @@ def _mteb(folder: Path, runs: list[Run]) -> str:
     ]
     groups |= {row.model: row.by for row in published.MTEB if row.by}
     pictures.bars(folder / "mteb.png", groups, MTEB_TYPES, "average score, per cent")
-    caution = (
-        ""
-        if all(len(run.tasks) == MTEB_TASKS for run in runs)
-        else "A run with fewer tasks has averages over those alone, which do not compare with the others.\n\n"
-    )
+    caution = "A run with fewer tasks has averages over those alone, which do not compare with the others.\n\n"
+    caution = caution if any(len(run.tasks) < MTEB_TASKS for run in runs) else ""
     header = ["model", "average", *MTEB_TYPES, "source"]
     return (
-        f"Main scores, per cent; averages by type of task, and over all tasks. {caution}{markdown(header, rows)}\n"
+        f"Main scores, per cent; averages by type of task, and over all tasks.\n\n{caution}{markdown(header, rows)}\n"
         f"![Score by type of task](mteb.png)\n\n{_by_task(runs)}"
     )
 

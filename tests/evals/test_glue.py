@@ -20,7 +20,11 @@ from nomic_jax.evals import glue
 from nomic_jax.evals.contract import TaskError
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, encode
 from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.loop import make_stream
+from nomic_jax.train.optim import learning_rate, make_optimizer
+from nomic_jax.train.sharding import make_mesh, put_rows
 from nomic_jax.train.stages import make_stage
+from nomic_jax.train.state import init_state, make_train_step
 
 ROWS = 320
 
@@ -122,6 +126,31 @@ def test_the_loss_is_the_formula(num_labels):
     assert float(sums.loss) == pytest.approx(sum(losses), abs=1e-5) and float(sums.weight) == 4
     if num_labels > 1:
         assert float(sums.metrics["accuracy"]) == correct
+
+
+def test_one_device_and_eight_take_the_same_steps(data, tokenizer):
+    values = get_config("debug").to_dict()
+    values["data"] |= {"mixture": str(data / "cola" / "train.jsonl")}
+    values["model"] |= {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}
+    config = TrainConfig.from_mapping(values)
+
+    def three_steps(devices: int, sharding: str):
+        mesh = make_mesh(jax.devices()[:devices])
+        stream, stage = make_stream(config, tokenizer), make_stage(config, EmbeddingConfig(config.model))
+        optimizer = make_optimizer(config.optim, learning_rate(config.optim, 3))
+        state = init_state(jax.random.key(0), stage, optimizer, mesh, {}, sharding)
+        step = make_train_step(stage, optimizer, mesh, 1, sharding)
+        losses = []
+        for i in range(3):
+            state, metrics = step(state, put_rows(stream.batch(i).arrays, mesh))
+            losses.append(float(metrics["loss"]))
+        return losses, jax.device_get(state.params)
+
+    (one, params), (eight, others) = three_steps(1, "replicated"), three_steps(8, "fsdp")
+    assert one[0] != one[2]
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(others)):
+        assert np.linalg.norm(a - b) <= 1e-4 * max(np.linalg.norm(a), 1e-12)
 
 
 def test_metrics_by_their_formulas():

@@ -1,6 +1,7 @@
 """Local tasks of every type: figures against mteb's of the same weights in sentence-transformers, and every mistake."""
 
 import json
+import random
 import sys
 
 import numpy as np
@@ -95,6 +96,52 @@ def test_scores_are_those_of_mteb_and_sentence_transformers(report, local_tasks,
     assert ours["sts"]["pearson"] == pytest.approx(theirs["sts"]["cosine_pearson"], abs=1e-4)
     # One of them is judged without a relevant document, which counts as 0 for both.
     assert ours["retrieval"]["queries"] == 20
+
+
+def test_classification_of_the_suite_mteb_is_that_of_a_model_without_normalisation(local_tasks, minilm, tmp_path):
+    import mteb
+    from sentence_transformers import SentenceTransformer
+
+    from nomic_jax import Embedder
+    from nomic_jax.evals.mteb import UNNORMALIZED, score
+    from nomic_jax.integrations import mteb_encoder
+
+    model = SentenceTransformer(str(minilm), device="cpu")
+    model = SentenceTransformer(modules=[model[0], model[1]], device="cpu")
+    model.max_seq_length = MAX_LENGTH
+    task = as_mteb_tasks(local_tasks)["classification"]
+    [theirs] = mteb.evaluate(model, task, cache=None, show_progress_bar=False).task_results
+    encoder = mteb_encoder(Embedder.from_pretrained(minilm, max_length=MAX_LENGTH), unnormalized_types=UNNORMALIZED)
+    assert score(encoder, task, tmp_path, 32)["score"] == pytest.approx(theirs.get_score(), abs=1e-4)
+
+
+def test_long_texts_are_cut_where_sentence_transformers_cuts(minilm, words):
+    from sentence_transformers import SentenceTransformer
+
+    from nomic_jax import Embedder
+
+    rng = random.Random(4)
+    odd = [
+        "e\u0301",
+        "\u4e2d\u6587",
+        "\U0001f600",
+        "#tag",
+        "o'clock",
+        "\u00df",
+        "x" * 150,
+        "[SEP]",
+        "a\tb\n c",
+        "\u200b",
+    ]
+    texts = ["classification: " + " ".join(rng.choices(words + odd * 3000, k=k)) for k in (3, 14, 15, 16, 17, 40, 400)]
+    model = SentenceTransformer(str(minilm), device="cpu")
+    model.max_seq_length = 32
+    theirs = [model.tokenize([text])["input_ids"][0].tolist() for text in texts]
+    ours, cut = Embedder.from_pretrained(minilm, max_length=32)._tokenize(
+        [text.removeprefix("classification: ") for text in texts], "classification: "
+    )
+    assert [ids.tolist() for ids in ours] == theirs
+    assert cut >= 2 and max(map(len, theirs)) == 32
 
 
 def test_report_and_pictures(report):
