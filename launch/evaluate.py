@@ -124,7 +124,12 @@ def evaluate(
     if data and suite in ("mteb", "jina_long"):
         raise ValueError(f"--suite={suite} takes its data from mteb, not from --data; --suite=local takes your own")
     dims: list[int | None] = [*truncate_dim] or [None]
-    identity: dict[str, Any] = {"model": model, "model_sha256": model_sha256(model), "suite": suite}
+    identity: dict[str, Any] = {
+        "model": model,
+        "model_sha256": model_sha256(model),
+        "suite": suite,
+        "dtype": dtype,
+    }
     if suite == "glue":
         return _glue(model, name, output, identity, data, tasks, dtype, batch_size, **glue_options)
     if suite == "local":

@@ -1,6 +1,6 @@
 """The figures of one model on one suite, in one JSON file that a killed run goes on with.
 
-    {"model", "model_sha256", "suite", "max_length",
+    {"model", "model_sha256", "suite", "dtype", "max_length",
      "tasks":   {label: {metric: value, ..., "task", "type", "metric": name of the main one, and its settings}},
      "failed":  {label: what was wrong},
      "average": {metric: mean over the tasks that have it, " @<max_length> dim <n>" behind it where there are several}}
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from nomic_jax.data.sources import write_json
 
-# Files of a model folder that decide its vectors.
-MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "vocab.txt")
+# Files of a model folder that decide its vectors; of a run, the hashes of its checkpoints' files stand for them.
+MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "vocab.txt", "manifest.sha256.json")
 
 
 class Cell(NamedTuple):
@@ -42,7 +42,10 @@ def label(task: str, max_length: int | None = None, dim: int | None = None) -> s
 
 
 def model_sha256(model: str) -> str:
-    """Identifies a model folder's content; of BM25 and of hub names "" (their name is all there is to go by)."""
+    """Identifies what a model folder, a run or a checkpoint of one holds.
+
+    Of BM25 and of hub names "": their name is all there is to go by.
+    """
     digest = hashlib.sha256()
     files = [file for pattern in MODEL_FILES for file in sorted(Path(model).rglob(pattern))]
     for file in files:
