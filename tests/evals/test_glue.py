@@ -16,7 +16,7 @@ from launch.evaluate import evaluate
 from nomic_jax.classifier import Classifier
 from nomic_jax.data.labelled import LabelledRows, LabelledStream, encode_rows
 from nomic_jax.data.sources import BadRow, write_rows
-from nomic_jax.evals import glue
+from nomic_jax.evals import glue, hub
 from nomic_jax.evals.contract import TaskError
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, encode
 from nomic_jax.train.config import TrainConfig
@@ -240,6 +240,31 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     assert "| nomic-bert-2048 | 0.840 | 0.500 |" in text and "3 of 8 tasks" in text and (tmp_path / "glue.png").exists()
     with pytest.raises(ValueError, match="was made with variant 'debug', this is 'paper'"):
         run(["rte"], [0], variant="paper")
+
+
+def test_the_form_of_the_hub(tmp_path, monkeypatch):
+    """A folder as nyu-mll/glue is on the hub, read by the client that reads the hub."""
+    import datasets
+
+    rows = [{"sentence": "a b", "label": 1, "idx": 0}, {"sentence": "", "label": 0, "idx": 1}]
+    (tmp_path / "hub" / "cola").mkdir(parents=True)
+    files = []
+    for split in ("train", "validation"):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / "cola" / f"{split}-00000-of-00001.parquet")
+        files.append(f"  - split: {split}\n    path: cola/{split}-*\n")
+    front = f"---\nconfigs:\n- config_name: cola\n  data_files:\n{''.join(files)}---\n"
+    (tmp_path / "hub" / "README.md").write_text(front)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(glue, "HUB", str(tmp_path / "hub"))
+    train, validation = glue.find_data("cola", "", tmp_path / "data")
+    read = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    assert read == [{"sentence": row["sentence"], "label": row["label"]} for row in rows]
+    assert Path(validation).read_text() == Path(train).read_text()
+
+    (tmp_path / "qasper").mkdir()
+    (tmp_path / "qasper" / "qasper.py").write_text("raise SystemExit('nobody runs this')")
+    with pytest.raises(TaskError, match="is published as a loading script"):
+        hub.load(str(tmp_path / "qasper"), None, "test")
 
 
 def test_what_tfds_has_prepared(tmp_path):
