@@ -33,7 +33,7 @@ from absl import flags
 
 from launch import glue
 from launch.errors import run
-from nomic_jax.evals import local, loco, mteb
+from nomic_jax.evals import hub, local, loco, mteb
 from nomic_jax.evals.contract import Embed, TaskError
 from nomic_jax.evals.glue import cells as glue_cells
 from nomic_jax.evals.record import model_sha256, run_cells
@@ -48,15 +48,20 @@ class LazyEncoders:
 
     def __init__(self, model: str, dtype: str, batch_size: int):
         self.model, self.dtype, self.batch_size = model, dtype, batch_size
-        self._embedder: Any = None
+        self._by_length: dict[int | None, Any] = {}
+        self._for_mteb: dict[tuple[int, int | None], Any] = {}
 
     def at(self, max_length: int | None) -> Any:
         """The Embedder. Raises ValueError if the model does not take so many tokens."""
-        if self._embedder is None:
+        if None not in self._by_length:
             from nomic_jax.embedder import Embedder  # jax and a model: not for --help, BM25 or a wrong --data
 
-            self._embedder = Embedder.from_pretrained(self.model, dtype=self.dtype)
-        return self._embedder.with_settings(max_length=max_length)
+            self._by_length[None] = Embedder.from_pretrained(self.model, dtype=self.dtype)
+        embedder = self._by_length[None]
+        most = embedder.config.encoder.max_positions
+        if max_length is not None and max_length > most:
+            raise ValueError(f"{self.model} takes at most {most} tokens; {max_length} were asked for (--max_length)")
+        return self._by_length.setdefault(max_length, embedder.with_settings(max_length=max_length))
 
     def embed(self, max_length: int | None, normalize: bool) -> Embed:
         return embed_with(self.at(max_length), normalize, self.batch_size)
@@ -64,7 +69,12 @@ class LazyEncoders:
     def for_mteb(self, max_length: int, dim: int | None, name: str) -> Any:
         from nomic_jax.integrations import mteb_encoder
 
-        return mteb_encoder(self.at(max_length), name, unnormalized_types=mteb.UNNORMALIZED, truncate_dim=dim)
+        key = (max_length, dim)
+        if key not in self._for_mteb:  # it hashes the weights
+            self._for_mteb[key] = mteb_encoder(
+                self.at(max_length), name, unnormalized_types=mteb.UNNORMALIZED, truncate_dim=dim
+            )
+        return self._for_mteb[key]
 
 
 def embed_with(embedder: Any, normalize: bool, batch_size: int = 64) -> Embed:
@@ -109,23 +119,42 @@ def evaluate(
     encoders = LazyEncoders(model, dtype, batch_size)
     name = name or Path(model).resolve().name
     output = Path(output)
+    if model == "bm25" and suite != "local":
+        raise ValueError("--model=bm25 is for --suite=local: it ranks documents and has no embeddings")
+    if data and suite in ("mteb", "jina_long"):
+        raise ValueError(f"--suite={suite} takes its data from mteb, not from --data; --suite=local takes your own")
     dims: list[int | None] = [*truncate_dim] or [None]
-    identity: dict[str, Any] = {"model": model, "model_sha256": model_sha256(model), "suite": suite}
+    identity: dict[str, Any] = {
+        "model": model,
+        "model_sha256": model_sha256(model),
+        "suite": suite,
+        "dtype": dtype,
+    }
     if suite == "glue":
         return _glue(model, name, output, identity, data, tasks, dtype, batch_size, **glue_options)
     if suite == "local":
         if not data:
             raise ValueError("--suite=local needs --data: task folders, or folders of task folders")
         identity["max_length"] = lengths[0] if len(lengths) == 1 else None
+        wanted: list[int | None] = [*lengths] or [None]
         cells = local.cells(encoders, local.find_tasks(data, tasks), lengths, dims)
     elif suite == "loco":
+        wanted = [*(lengths or loco.LENGTHS)]
         cells = loco.cells(encoders, data, tasks, lengths or loco.LENGTHS, dims)
     else:
         names = tasks or (mteb.JINA_TASKS if suite == "jina_long" else ())
         default = mteb.JINA_LENGTHS if suite == "jina_long" else (mteb.MTEB_LENGTH,)
+        wanted = [*(lengths or default)]
         cells = mteb.cells(encoders, mteb.find_tasks(names), lengths or default, dims, name, output)
+
+    def prepare() -> None:
+        for length in wanted if model != "bm25" else ():
+            encoders.at(length)
+        if not data:
+            hub.is_reachable()
+
     path = output / (f"{name}.json" if suite == "local" else f"{name}-{suite}.json")
-    report = run_cells(path, identity, cells)
+    report = run_cells(path, identity, cells, prepare)
     write_report(output)
     return report
 

@@ -48,7 +48,7 @@ def sweep(
     for number, cell in enumerate(cells, 1):
         result = folder / cell.task / f"{cell.name}.json"
         label = f"{cell.task} {cell.name}"
-        settings = {"model_sha256": identity["model_sha256"], "model": model, "variant": variant}
+        settings = {"model_sha256": identity["model_sha256"], "model": model, "variant": variant, "dtype": dtype}
         if result.exists():
             _check_same(result, settings)
             continue

@@ -25,7 +25,7 @@ from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.evaluation import Evaluate
 from nomic_jax.train.loop import train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/mlm.py, contrastive.py or finetune.py")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/mlm.py, contrastive.py, finetune.py or glue.py")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics and the resolved configuration go.", required=True
 )

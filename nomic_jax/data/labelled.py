@@ -44,7 +44,7 @@ class LabelledRows(TokenStore):
         content.update(self.labels.tobytes())
         self.fingerprint = content.hexdigest()
         self.columns = {}
-        self.manifest = {"source": {"query_prefix": "", "document_prefix": ""}}
+        self.manifest = {"source": {"query_prefix": "", "document_prefix": ""}, "tokenizer": tokenizer.sha256}
 
 
 class LabelledStream:

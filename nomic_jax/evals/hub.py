@@ -83,6 +83,11 @@ def explain(error: Exception, path: str = "") -> str:
             f"{of} cannot be reached and is not in the cache: go online and run the same command again, or fetch it on "
             f"another machine and copy the cache (HF_HOME), or name local files with --data where the suite takes them"
         )
+    if "scripts are no longer supported" in text:
+        return (
+            f"{of} is published as a loading script, which `datasets` no longer runs, and the hub has no conversion of "
+            f"it; fetch the data elsewhere and name them with --data, or install datasets<4"
+        )
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"}:
         return f"{of} does not exist on the hub, or is private: {text[:300]}"
     if isinstance(error, KeyError) or "column" in text.lower() or names & {"CastError", "DatasetGenerationCastError"}:

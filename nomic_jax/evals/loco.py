@@ -17,7 +17,7 @@ import numpy as np
 
 from nomic_jax.data.sources import read_rows
 from nomic_jax.evals.contract import PROMPTS, Cut, Embed, Encoders, TaskError, embedded, unit_length
-from nomic_jax.evals.hub import column, download, is_reachable, load
+from nomic_jax.evals.hub import column, download, load
 from nomic_jax.evals.record import Cell, figures, label
 
 LENGTHS = (2048, 4096, 8192)
@@ -117,16 +117,12 @@ def cells(
       data: one folder, or nothing for the hub.
 
     Raises:
-      ValueError, FileNotFoundError: an unknown task; more than one folder, or none there; a length beyond the model's.
+      ValueError, FileNotFoundError: an unknown task; more than one folder, or none there.
     """
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"--tasks: LoCo has no task {unknown[0]!r}; it has {', '.join(TASKS)}")
     if len(data) > 1 or (data and not Path(data[0]).is_dir()):
         raise FileNotFoundError(f"--data: {','.join(data)} is not one folder")
-    for length in lengths:
-        encoders.at(length)
-    if not data:
-        is_reachable()
 
     def compute(name: str, length: int, dim: int | None, cut: Cut) -> dict[str, Any]:
         task = LocoTask.read(name, data[0] if data else None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nomic_jax.evals.contract import Encoders, TaskError
-from nomic_jax.evals.hub import explain, is_reachable
+from nomic_jax.evals.hub import explain
 from nomic_jax.evals.record import Cell, label, settings
 
 if TYPE_CHECKING:
@@ -51,15 +51,7 @@ def cells(
     name: str,
     folder: Path,
 ) -> list[Cell]:
-    """A cell for each task, length and number of components (None for all); mteb files the model under ``name``.
-
-    Raises:
-      ValueError: a length beyond the model's.
-    """
-    for length in lengths:
-        encoders.at(length)
-    if not all(task.data_loaded for task in tasks):
-        is_reachable()
+    """A cell for each task, length and number of components (None for all); mteb files the model under ``name``."""
 
     def compute(task: "AbsTask", length: int, dim: int | None) -> dict[str, Any]:
         encoder = encoders.for_mteb(length, dim, name)

@@ -1,6 +1,6 @@
 """The figures of one model on one suite, in one JSON file that a killed run goes on with.
 
-    {"model", "model_sha256", "suite", "max_length",
+    {"model", "model_sha256", "suite", "dtype", "max_length",
      "tasks":   {label: {metric: value, ..., "task", "type", "metric": name of the main one, and its settings}},
      "failed":  {label: what was wrong},
      "average": {metric: mean over the tasks that have it, " @<max_length> dim <n>" behind it where there are several}}
@@ -11,6 +11,7 @@ A label is the task's name, followed by "@<max_length>" and " dim <n>" where a s
 import hashlib
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any, NamedTuple
 
 from nomic_jax.data.sources import write_json
 
-# Files of a model folder that decide its vectors.
-MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "vocab.txt")
+# Files of a model folder that decide its vectors; of a run, the hashes of its checkpoints' files stand for them.
+MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "vocab.txt", "manifest.sha256.json")
 
 
 class Cell(NamedTuple):
@@ -41,7 +42,10 @@ def label(task: str, max_length: int | None = None, dim: int | None = None) -> s
 
 
 def model_sha256(model: str) -> str:
-    """Identifies a model folder's content; of BM25 and of hub names "" (their name is all there is to go by)."""
+    """Identifies what a model folder, a run or a checkpoint of one holds.
+
+    Of BM25 and of hub names "": their name is all there is to go by.
+    """
     digest = hashlib.sha256()
     files = [file for pattern in MODEL_FILES for file in sorted(Path(model).rglob(pattern))]
     for file in files:
@@ -69,17 +73,24 @@ def open_report(path: Path, identity: dict[str, Any], cells: Sequence[Cell] = ()
     return report
 
 
-def run_cells(path: Path, identity: dict[str, Any], cells: Sequence[Cell]) -> dict[str, Any]:
+def run_cells(
+    path: Path, identity: dict[str, Any], cells: Sequence[Cell], prepare: Callable[[], object]
+) -> dict[str, Any]:
     """Computes what the report at ``path`` does not have yet, writing it after every task, and returns it.
 
     A task that fails is listed under "failed", and the others go on; only what would fail every task alike, such as a
     library that is not installed, ends the run.
+
+    Args:
+      prepare: called once, before the first task that has no figures; what it raises ends the run.
     """
     report = open_report(path, identity, cells) | {"failed": {}}
-    for number, cell in enumerate(cells, 1):
-        if cell.label in report["tasks"]:
-            continue
+    missing = [cell for cell in cells if cell.label not in report["tasks"]]
+    if missing:
+        prepare()
+    for number, cell in enumerate(missing, len(cells) - len(missing) + 1):
         print(f"task {number} of {len(cells)}: {cell.label}", file=sys.stderr)
+        started = time.monotonic()
         try:
             found = cell.score()
         except ModuleNotFoundError:
@@ -91,10 +102,17 @@ def run_cells(path: Path, identity: dict[str, Any], cells: Sequence[Cell]) -> di
                 traceback.print_exc()
         else:
             report["tasks"][cell.label] = found | ({"sha256": cell.sha256} if cell.sha256 else {})
+            seconds = time.monotonic() - started
+            print(f"    {found['metric']} {main_score(found):.4f}, {seconds:.0f} s", file=sys.stderr)
         report["average"] = average(report["tasks"].values())
         write_json(path, report)
     report["average"] = average(report["tasks"].values())
     return report
+
+
+def main_score(figures: dict[str, Any]) -> float:
+    """The one figure that a task's averages are made of."""
+    return figures["score"] if "score" in figures else figures[figures.get("metric", "ndcg@10")]
 
 
 def average(tasks: Iterable[dict[str, Any]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from nomic_jax.data.sources import atomic_file
 from nomic_jax.evals import pictures, published
 from nomic_jax.evals.published import MTEB_TYPES, Published
-from nomic_jax.evals.record import label
+from nomic_jax.evals.record import label, main_score
 
 MTEB_TASKS = 56  # of MTEB(eng, v1)
 TITLES = {
@@ -37,10 +37,6 @@ class Run(NamedTuple):
     @property
     def scores(self) -> dict[str, float]:
         return {name: main_score(figures) for name, figures in self.tasks.items()}
-
-
-def main_score(figures: dict[str, Any]) -> float:
-    return figures["score"] if "score" in figures else figures[figures.get("metric", "ndcg@10")]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -147,14 +143,11 @@ def _mteb(folder: Path, runs: list[Run]) -> str:
     ]
     groups |= {row.model: row.by for row in published.MTEB if row.by}
     pictures.bars(folder / "mteb.png", groups, MTEB_TYPES, "average score, per cent")
-    caution = (
-        ""
-        if all(len(run.tasks) == MTEB_TASKS for run in runs)
-        else "A run with fewer tasks has averages over those alone, which do not compare with the others.\n\n"
-    )
+    caution = "A run with fewer tasks has averages over those alone, which do not compare with the others.\n\n"
+    caution = caution if any(len(run.tasks) < MTEB_TASKS for run in runs) else ""
     header = ["model", "average", *MTEB_TYPES, "source"]
     return (
-        f"Main scores, per cent; averages by type of task, and over all tasks. {caution}{markdown(header, rows)}\n"
+        f"Main scores, per cent; averages by type of task, and over all tasks.\n\n{caution}{markdown(header, rows)}\n"
         f"![Score by type of task](mteb.png)\n\n{_by_task(runs)}"
     )
 

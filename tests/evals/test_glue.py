@@ -16,11 +16,15 @@ from launch.evaluate import evaluate
 from nomic_jax.classifier import Classifier
 from nomic_jax.data.labelled import LabelledRows, LabelledStream, encode_rows
 from nomic_jax.data.sources import BadRow, write_rows
-from nomic_jax.evals import glue
+from nomic_jax.evals import glue, hub
 from nomic_jax.evals.contract import TaskError
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, encode
 from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.loop import make_stream
+from nomic_jax.train.optim import learning_rate, make_optimizer
+from nomic_jax.train.sharding import make_mesh, put_rows
 from nomic_jax.train.stages import make_stage
+from nomic_jax.train.state import init_state, make_train_step
 
 ROWS = 320
 
@@ -124,6 +128,31 @@ def test_the_loss_is_the_formula(num_labels):
         assert float(sums.metrics["accuracy"]) == correct
 
 
+def test_one_device_and_eight_take_the_same_steps(data, tokenizer):
+    values = get_config("debug").to_dict()
+    values["data"] |= {"mixture": str(data / "cola" / "train.jsonl")}
+    values["model"] |= {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}
+    config = TrainConfig.from_mapping(values)
+
+    def three_steps(devices: int, sharding: str):
+        mesh = make_mesh(jax.devices()[:devices])
+        stream, stage = make_stream(config, tokenizer), make_stage(config, EmbeddingConfig(config.model))
+        optimizer = make_optimizer(config.optim, learning_rate(config.optim, 3))
+        state = init_state(jax.random.key(0), stage, optimizer, mesh, {}, sharding)
+        step = make_train_step(stage, optimizer, mesh, 1, sharding)
+        losses = []
+        for i in range(3):
+            state, metrics = step(state, put_rows(stream.batch(i).arrays, mesh))
+            losses.append(float(metrics["loss"]))
+        return losses, jax.device_get(state.params)
+
+    (one, params), (eight, others) = three_steps(1, "replicated"), three_steps(8, "fsdp")
+    assert one[0] != one[2]
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(others)):
+        assert np.linalg.norm(a - b) <= 1e-4 * max(np.linalg.norm(a), 1e-12)
+
+
 def test_metrics_by_their_formulas():
     rng = np.random.default_rng(1)
     logits, labels = rng.normal(size=(50, 2)), rng.integers(0, 2, 50)
@@ -211,6 +240,31 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     assert "| nomic-bert-2048 | 0.840 | 0.500 |" in text and "3 of 8 tasks" in text and (tmp_path / "glue.png").exists()
     with pytest.raises(ValueError, match="was made with variant 'debug', this is 'paper'"):
         run(["rte"], [0], variant="paper")
+
+
+def test_the_form_of_the_hub(tmp_path, monkeypatch):
+    """A folder as nyu-mll/glue is on the hub, read by the client that reads the hub."""
+    import datasets
+
+    rows = [{"sentence": "a b", "label": 1, "idx": 0}, {"sentence": "", "label": 0, "idx": 1}]
+    (tmp_path / "hub" / "cola").mkdir(parents=True)
+    files = []
+    for split in ("train", "validation"):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub" / "cola" / f"{split}-00000-of-00001.parquet")
+        files.append(f"  - split: {split}\n    path: cola/{split}-*\n")
+    front = f"---\nconfigs:\n- config_name: cola\n  data_files:\n{''.join(files)}---\n"
+    (tmp_path / "hub" / "README.md").write_text(front)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(glue, "HUB", str(tmp_path / "hub"))
+    train, validation = glue.find_data("cola", "", tmp_path / "data")
+    read = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    assert read == [{"sentence": row["sentence"], "label": row["label"]} for row in rows]
+    assert Path(validation).read_text() == Path(train).read_text()
+
+    (tmp_path / "qasper").mkdir()
+    (tmp_path / "qasper" / "qasper.py").write_text("raise SystemExit('nobody runs this')")
+    with pytest.raises(TaskError, match="is published as a loading script"):
+        hub.load(str(tmp_path / "qasper"), None, "test")
 
 
 def test_what_tfds_has_prepared(tmp_path):

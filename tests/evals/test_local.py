@@ -1,6 +1,7 @@
 """Local tasks of every type: figures against mteb's of the same weights in sentence-transformers, and every mistake."""
 
 import json
+import random
 import sys
 
 import numpy as np
@@ -97,6 +98,52 @@ def test_scores_are_those_of_mteb_and_sentence_transformers(report, local_tasks,
     assert ours["retrieval"]["queries"] == 20
 
 
+def test_classification_of_the_suite_mteb_is_that_of_a_model_without_normalisation(local_tasks, minilm, tmp_path):
+    import mteb
+    from sentence_transformers import SentenceTransformer
+
+    from nomic_jax import Embedder
+    from nomic_jax.evals.mteb import UNNORMALIZED, score
+    from nomic_jax.integrations import mteb_encoder
+
+    model = SentenceTransformer(str(minilm), device="cpu")
+    model = SentenceTransformer(modules=[model[0], model[1]], device="cpu")
+    model.max_seq_length = MAX_LENGTH
+    task = as_mteb_tasks(local_tasks)["classification"]
+    [theirs] = mteb.evaluate(model, task, cache=None, show_progress_bar=False).task_results
+    encoder = mteb_encoder(Embedder.from_pretrained(minilm, max_length=MAX_LENGTH), unnormalized_types=UNNORMALIZED)
+    assert score(encoder, task, tmp_path, 32)["score"] == pytest.approx(theirs.get_score(), abs=1e-4)
+
+
+def test_long_texts_are_cut_where_sentence_transformers_cuts(minilm, words):
+    from sentence_transformers import SentenceTransformer
+
+    from nomic_jax import Embedder
+
+    rng = random.Random(4)
+    odd = [
+        "e\u0301",
+        "\u4e2d\u6587",
+        "\U0001f600",
+        "#tag",
+        "o'clock",
+        "\u00df",
+        "x" * 150,
+        "[SEP]",
+        "a\tb\n c",
+        "\u200b",
+    ]
+    texts = ["classification: " + " ".join(rng.choices(words + odd * 3000, k=k)) for k in (3, 14, 15, 16, 17, 40, 400)]
+    model = SentenceTransformer(str(minilm), device="cpu")
+    model.max_seq_length = 32
+    theirs = [model.tokenize([text])["input_ids"][0].tolist() for text in texts]
+    ours, cut = Embedder.from_pretrained(minilm, max_length=32)._tokenize(
+        [text.removeprefix("classification: ") for text in texts], "classification: "
+    )
+    assert [ids.tolist() for ids in ours] == theirs
+    assert cut >= 2 and max(map(len, theirs)) == 32
+
+
 def test_report_and_pictures(report):
     found, output = report
     text = (output / "report.md").read_text()
@@ -107,16 +154,18 @@ def test_report_and_pictures(report):
     assert f"{found['tasks']['clustering']['v_measure']:.4f}" in table(found)
 
 
-def test_matryoshka_dims_are_cut_before_normalisation(local_tasks, minilm, tmp_path):
-    found = evaluate(str(minilm), [str(local_tasks)], tmp_path, name="m", max_length=MAX_LENGTH, truncate_dim=[384, 64])
+def test_matryoshka_dims_are_cut_before_normalisation(report, local_tasks, minilm, tmp_path):
+    settings = {"max_length": MAX_LENGTH, "tasks": ["retrieval", "clustering"]}
+    found = evaluate(str(minilm), [str(local_tasks)], tmp_path, name="m", truncate_dim=[384, 64], **settings)
     from nomic_jax import Embedder
 
     embedder = Embedder.from_pretrained(minilm, max_length=MAX_LENGTH)
     task = RetrievalTask.read(local_tasks / "retrieval")
     want = dict(task.run(lambda texts, prompt: embedder.encode(texts, truncate_dim=64)))
     assert found["tasks"]["retrieval dim 64"]["ndcg@10"] == want["ndcg@10"]
-    whole = evaluate(str(minilm), [str(local_tasks)], tmp_path, name="whole", max_length=MAX_LENGTH)
-    for name, metric in MAIN.items():
+    whole = report[0]
+    for name in settings["tasks"]:
+        metric = MAIN[name]
         assert found["tasks"][f"{name} dim 384"][metric] == pytest.approx(whole["tasks"][name][metric], abs=1e-6)
     text = (tmp_path / "report.md").read_text()
     assert "## Components kept" in text and (tmp_path / "matryoshka.png").exists()
@@ -208,6 +257,17 @@ def test_a_failing_task_leaves_the_others(local_tasks, minilm, tmp_path):
     assert "| m | broken | TaskError" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_model_that_cannot_be_read_fails_the_run(local_tasks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="is neither a directory nor could it be fetched"):
+        evaluate(str(tmp_path / "nowhere"), [str(local_tasks)], tmp_path)
+    for suite, data, message in (("loco", [], "is for --suite=local"), ("mteb", ["x"], "is for --suite=local")):
+        with pytest.raises(ValueError, match=message):
+            evaluate("bm25", data, tmp_path, suite=suite)
+    with pytest.raises(ValueError, match="takes its data from mteb"):
+        evaluate("model", ["x"], tmp_path, suite="jina_long")
+
+
 def test_it_needs_neither_mteb_nor_torch(local_tasks, minilm, tmp_path):
     import subprocess
 
@@ -216,7 +276,7 @@ def test_it_needs_neither_mteb_nor_torch(local_tasks, minilm, tmp_path):
         "exec('raise ModuleNotFoundError(name)') if name.split('.')[0] in "
         "('torch', 'mteb', 'sentence_transformers', 'pytrec_eval') else None)}));"
         "from launch.evaluate import evaluate;"
-        f"found = evaluate({str(minilm)!r}, [{str(local_tasks)!r}], {str(tmp_path)!r});"
+        f"found = evaluate({str(minilm)!r}, [{str(local_tasks)!r}], {str(tmp_path)!r}, max_length=16);"
         "assert len(found['tasks']) == 4 and not found['failed'], found"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

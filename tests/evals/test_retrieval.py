@@ -167,6 +167,21 @@ def test_evaluate_refuses_to_mix_figures(tmp_path):
         evaluate("bm25", [str(folder)], tmp_path)
 
 
+def test_a_run_that_went_on_is_another_model(tmp_path):
+    from nomic_jax.evals.record import model_sha256
+    from nomic_jax.train.manifest import write_manifest
+
+    (tmp_path / "config.json").write_text("{}")
+    hashes = set()
+    for step in (1, 2):
+        checkpoint = tmp_path / "checkpoints" / str(step)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "params").write_text(f"weights of step {step}")
+        write_manifest(checkpoint)
+        hashes.add(model_sha256(str(tmp_path)))
+    assert len(hashes) == 2
+
+
 def test_evaluate_says_what_it_cannot_do(tmp_path):
     folder = animals(tmp_path / "a" / "animals")
     with pytest.raises(ValueError, match="--suite=beir does not exist; write one of: local"):
