@@ -7,11 +7,12 @@ their lengths log-normal as those of real pairs. Both sides take turns, step by 
 medians. The losses of the first step must agree, or nothing is printed.
 
 torch pads every batch to its longest text, and makes the masked-LM head's logits where something is predicted, as ours
-does. Ours runs with `--layout` (contrastive and finetune), packed rows by default.
+does. `--layout` is that of our contrastive and finetune batches.
 """
 
 import argparse
 import dataclasses
+import gc
 import statistics
 import tempfile
 import time
@@ -155,52 +156,56 @@ def theirs(config: TrainConfig, load: Load, directory: Path) -> Callable[[], flo
     return step
 
 
+def measure(name: str, args: argparse.Namespace) -> str:
+    """A line of the table; the models of one stage are gone before the next one's are made."""
+    on_gpu = jax.default_backend() == "gpu"
+    layout = args.layout or ("packed" if on_gpu else "padded")
+    config = CONFIGS[name].get_config("paper")
+    config.model.num_layers = args.layers
+    config.model.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    config.model.recompute = "attention" if on_gpu else "none"
+    # Small enough that the steps before the last do not matter for what is compared.
+    config.optim.lr = 1e-6
+    config.kept_chunks = 1.0 if name != "mlm" and layout == "packed" else 0.0
+    config.data.update(dict(layout=layout) if name != "mlm" else {})
+    settings = TrainConfig.from_mapping(config.to_dict())
+    load = Load(name, *(ON_GPU if on_gpu else ON_CPU)[name], layout)
+    our_step, params = ours(settings, load)
+    with tempfile.TemporaryDirectory() as directory:
+        model = EmbeddingConfig(dataclasses.replace(settings.model, dtype="float32"))
+        write_checkpoint(Path(directory), Checkpoint(model, params, bert_tokenizer()))
+        their_step = theirs(settings, load, Path(directory))
+    started = time.perf_counter()
+    losses = our_step(), their_step()
+    first = time.perf_counter() - started
+    np.testing.assert_allclose(*losses, rtol=2e-2 if settings.model.dtype == "bfloat16" else 1e-4)
+    seconds: dict[Callable, list[float]] = {our_step: [], their_step: []}
+    for _ in range(args.steps):
+        for step, times in seconds.items():
+            started = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - started)
+    us, them = (statistics.median(times) for times in seconds.values())
+    return (
+        f"| {name} | {load.real_tokens:,} | {us:.2f} | {them:.2f} | {them / us:.2f} | {load.real_tokens / us:,.0f} "
+        f"| {first:.0f} | {losses[0]:.5f} {losses[1]:.5f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="mlm,contrastive,finetune")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="[float32 on a CPU, bfloat16 on a GPU]")
-    parser.add_argument("--layout", choices=["packed", "padded"], default="packed")
+    parser.add_argument("--layout", choices=["packed", "padded"], help="[padded on a CPU, packed on a GPU]")
     args = parser.parse_args()
-    on_gpu = jax.default_backend() == "gpu"
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, torch {torch.__version__}, {args.layers} layers\n")
     print("| stage | real tokens a step | nomic_jax s | torch s | ratio | nomic_jax tokens/s | first call s | losses |")
     print("|---|---|---|---|---|---|---|---|")
     for name in args.stages.split(","):
-        config = CONFIGS[name].get_config("paper")
-        config.model.num_layers = args.layers
-        config.model.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-        config.model.recompute = "attention" if on_gpu else "none"
-        # Small enough that the steps before the last do not matter for what is compared.
-        config.optim.lr = 1e-6
-        config.kept_chunks = 1.0 if name != "mlm" and args.layout == "packed" else 0.0
-        config.data.update(dict(layout=args.layout) if name != "mlm" else {})
-        settings = TrainConfig.from_mapping(config.to_dict())
-        load = Load(name, *(ON_GPU if on_gpu else ON_CPU)[name], args.layout)
-        our_step, params = ours(settings, load)
-        with tempfile.TemporaryDirectory() as directory:
-            model = EmbeddingConfig(dataclasses.replace(settings.model, dtype="float32"))
-            write_checkpoint(Path(directory), Checkpoint(model, params, bert_tokenizer()))
-            their_step = theirs(settings, load, Path(directory))
-        started = time.perf_counter()
-        losses = our_step(), their_step()
-        first = time.perf_counter() - started
-        # torch starts without a masked-LM head: encoders are what is exported.
-        if name != "mlm" or "mlm_head" in params:
-            np.testing.assert_allclose(*losses, rtol=2e-2 if settings.model.dtype == "bfloat16" else 1e-4)
-        seconds: dict[Callable, list[float]] = {our_step: [], their_step: []}
-        for _ in range(args.steps):
-            for step, times in seconds.items():
-                started = time.perf_counter()
-                step()
-                times.append(time.perf_counter() - started)
-        us, them = (statistics.median(times) for times in seconds.values())
-        print(
-            f"| {name} | {load.real_tokens:,} | {us:.2f} | {them:.2f} | {them / us:.2f} | {load.real_tokens / us:,.0f} "
-            f"| {first:.0f} | {losses[0]:.5f} {losses[1]:.5f} |",
-            flush=True,
-        )
+        print(measure(name, args), flush=True)
+        gc.collect()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def _quickstart(config: ConfigDict) -> None:
     """A few minutes on 2 CPU cores, float32; a small batch wants a softer temperature."""
     config.model.update(dict(dtype="float32"))
     config.batch_size = 128
+    config.data.layout = "padded"
     config.epochs = 2.0
     config.loss.temperature = 0.05
     config.data.query_length = 32

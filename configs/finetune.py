@@ -39,6 +39,7 @@ def _quickstart(config: ConfigDict) -> None:
     """A few minutes on 2 CPU cores, float32."""
     config.model.update(dict(dtype="float32"))
     config.batch_size = 32
+    config.data.layout = "padded"
     config.epochs = 1.0
     config.loss.temperature = 0.05
     config.data.query_length = 32
