@@ -30,7 +30,9 @@ _MARGIN = flags.DEFINE_float(
 _RANGE_MIN = flags.DEFINE_integer("range_min", 0, "First rank to keep, counted from 0 without positives.")
 _RANGE_MAX = flags.DEFINE_integer("range_max", None, "Rank to stop before. [--k]")
 _NUM_NEGATIVES = flags.DEFINE_integer(
-    "num_negatives", None, "Negatives that training needs of each row. [7, or all that --k and --range_... leave]"
+    "num_negatives",
+    None,
+    "Negatives that training needs of each row. [7, or fewer if --k and the range of ranks leave fewer]",
 )
 _TOO_FEW = flags.DEFINE_enum(
     "too_few", "drop", ["drop", "random", "error"], "What becomes of a row with fewer: left out, filled up, or refused."
@@ -43,7 +45,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of random negatives.")
 
 def main(argv: list[str]) -> None:
     del argv
-    ranks = (_K.value if _RANGE_MAX.value is None else _RANGE_MAX.value) - _RANGE_MIN.value
+    # Of k candidates one is most often the positive.
+    end = _K.value - (not _RANDOM.value)
+    ranks = (end if _RANGE_MAX.value is None else min(end, _RANGE_MAX.value)) - _RANGE_MIN.value
     options = MiningOptions(
         k=_K.value,
         margin=_MARGIN.value,
