@@ -29,7 +29,11 @@ _MARGIN = flags.DEFINE_float(
 )
 _RANGE_MIN = flags.DEFINE_integer("range_min", 0, "First rank to keep, counted from 0 without positives.")
 _RANGE_MAX = flags.DEFINE_integer("range_max", None, "Rank to stop before. [--k]")
-_NUM_NEGATIVES = flags.DEFINE_integer("num_negatives", 7, "Negatives that training needs of each row.")
+_NUM_NEGATIVES = flags.DEFINE_integer(
+    "num_negatives",
+    None,
+    "Negatives that training needs of each row. [7, or fewer if --k and the range of ranks leave fewer]",
+)
 _TOO_FEW = flags.DEFINE_enum(
     "too_few", "drop", ["drop", "random", "error"], "What becomes of a row with fewer: left out, filled up, or refused."
 )
@@ -41,12 +45,15 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of random negatives.")
 
 def main(argv: list[str]) -> None:
     del argv
+    # Of k candidates one is most often the positive.
+    end = _K.value - (not _RANDOM.value)
+    ranks = (end if _RANGE_MAX.value is None else min(end, _RANGE_MAX.value)) - _RANGE_MIN.value
     options = MiningOptions(
         k=_K.value,
         margin=_MARGIN.value,
         range_min=_RANGE_MIN.value,
         range_max=_RANGE_MAX.value,
-        num_negatives=_NUM_NEGATIVES.value,
+        num_negatives=max(1, min(7, ranks)) if _NUM_NEGATIVES.value is None else _NUM_NEGATIVES.value,
         too_few=_TOO_FEW.value,
         seed=_SEED.value,
         approximate_above=teacher.APPROXIMATE_ABOVE.value,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from nomic_jax.curate.report import Sample, table
 from nomic_jax.curate.texts import text_key
 from nomic_jax.curate.words import words_of
 from nomic_jax.curate.work import alone
-from nomic_jax.data.sources import RejectedRows, atomic_file, expand_files, read_rows, write_json, write_rows
+from nomic_jax.data.sources import RejectedRows, atomic_file, expand_files, json_line, read_rows, write_json, write_rows
 
 ROWS_AT_ONCE = 1024
 REASONS = ("empty", "short", "exact duplicate", "near duplicate", "contaminated")
@@ -97,9 +96,9 @@ def clean_rows(
                 counts[reason] += 1
                 samples[reason].add((number, str(of), *(row[column] for column in columns)))
                 line = {"row": number, "reason": reason, "of": of, "removed": row}
-                removed_file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                removed_file.write(json_line(line))
 
-        with atomic_file(output / "removed.jsonl") as part, part.open("w", encoding="utf-8") as removed_file:
+        with atomic_file(output / "removed.jsonl") as part, part.open("wb") as removed_file:
             stayed = write_rows(output / "kept.jsonl", kept(removed_file))
         if not counts["rows"]:
             raise ValueError(f"{files} has no usable row; {rejected.count} rejected ones are in {rejected.side_file}")

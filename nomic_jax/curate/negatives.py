@@ -54,11 +54,12 @@ class MiningOptions:
         end = self.k if self.range_max is None else self.range_max
         if not 0 <= self.range_min < end <= self.k:
             raise ValueError(
-                f"range_min {self.range_min} and range_max {end} must be a range of ranks below k, {self.k}"
+                f"range_min {self.range_min} and range_max {end} must be a range of ranks below k, {self.k}; raise k"
             )
         if not 1 <= self.num_negatives <= end - self.range_min:
             raise ValueError(
-                f"num_negatives is {self.num_negatives}; at most {end - self.range_min} can be found: raise k"
+                f"num_negatives is {self.num_negatives}; at most {end - self.range_min} can be found: raise k, or "
+                f"lower num_negatives"
             )
         if not 0 <= self.margin <= 1:
             raise ValueError(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nomic_jax.curate.rows import RejectedBefore
 from nomic_jax.curate.texts import TextFile, TextFileWriter
-from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, read_rows, write_json
+from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, json_line, read_rows, write_json
 
 
 class Pairs:
@@ -139,4 +139,4 @@ def _rows(
             )
             if on_bad_row == "raise":
                 raise error
-            rejected.add(error, json.dumps(row, ensure_ascii=False).encode())
+            rejected.add(error, json_line(row))

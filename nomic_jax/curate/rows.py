@@ -1,4 +1,4 @@
-"""CountedRows of an input by number, in blocks, so that workers can share them without copies of the data."""
+"""Rows of an input by number, in blocks, so that workers can share them without copies of the data."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,9 +14,13 @@ class RejectedBefore(RejectedRows):
     """For rows that are met again, and stand in the side file since they were met first."""
 
     def __init__(self):
-        self.count = 0
+        self.count = self.broken = 0
 
     def add(self, error: BadRow, raw: bytes) -> None:
+        self.count += 1
+
+    def add_rest(self, error: BadRow) -> None:
+        self.broken += 1
         self.count += 1
 
 
@@ -47,7 +51,7 @@ class CountedRows:
                     yield file, row
 
     def block(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """CountedRows start ... stop - 1, with the columns that are checked.
+        """Rows start ... stop - 1, with the columns that are checked.
 
         Called with rising numbers it reads every file once; going back, it reads from the beginning of a file.
 
@@ -95,7 +99,7 @@ def count_rows(
     if record.exists():
         held = json.loads(record.read_text(encoding="utf-8"))
         if on_bad_row == "skip" or not held["rejected"]:
-            return CountedRows(held["rows"], held["rejected"], columns)
+            return CountedRows(dict(zip(expand_files(files), held["rows"])), held["rejected"], columns)
     rejected = RejectedRows(side_file)
     counts: dict[str, int] = {}
     with tqdm(desc="reading", unit=" rows", disable=not progress) as bar:
@@ -106,7 +110,7 @@ def count_rows(
                 bar.update()
     if not any(counts.values()):
         raise ValueError(f"{files} has no usable row; {rejected.count} rejected ones are in {rejected.side_file}")
-    write_json(record, {"rows": counts, "rejected": rejected.count})
+    write_json(record, {"rows": list(counts.values()), "rejected": rejected.count})
     return CountedRows(counts, rejected.count, columns)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -12,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import fsspec
 import numpy as np
 from tqdm import tqdm
 
 from nomic_jax.curate import embed
 from nomic_jax.curate.arrays import save_array
 from nomic_jax.curate.embed import Encoder
+from nomic_jax.data.inventory import check_distinct
+from nomic_jax.data.rows import sha256_of_file
 from nomic_jax.data.sources import write_json
 
 WAIT_SECONDS = 1.0  # between two looks at what other processes are making
@@ -144,13 +144,18 @@ def hold_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     record = work / "settings.json"
     settings = {"texts_per_file": embed.TEXTS_PER_FILE, **settings}
     with (work / ".settings.lock").open("a+") as lock:
-        # A run that failed before it finished a piece (a mistyped column, say) must not bind the next one.
-        if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) and not any(work.rglob("[0-9]*.npy")):
-            for path in work.iterdir():
-                if path.name != ".settings.lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            write_json(record, settings)
-        _lock(lock, fcntl.LOCK_SH)
+        wait = fcntl.LOCK_NB
+        while True:
+            # A run that failed before it finished a piece (a mistyped column, say) must not bind the next one.
+            if _lock(lock, fcntl.LOCK_EX | wait) and not any(work.rglob("[0-9]*.npy")):
+                for path in work.iterdir():
+                    if path.name not in (".settings.lock", record.name):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                write_json(record, settings)
+            _lock(lock, fcntl.LOCK_SH)
+            if record.exists() or any(work.rglob("[0-9]*.npy")):
+                break
+            wait = 0  # whoever was about to write it has been killed
         # Now that nobody can replace it.
         _compare_settings(work, record, settings)
         yield
@@ -188,9 +193,14 @@ def _lock(file: IO[str], kind: int) -> bool:
 
 
 def fingerprints(label: str, files: Iterable[str]) -> dict[str, str]:
-    """{"label file": SHA-256 of its content}, for ``hold_settings``."""
-    hashes = {}
-    for file in files:
-        with fsspec.open(file, "rb") as f:
-            hashes[f"{label} {file}"] = hashlib.file_digest(f, "sha256").hexdigest()
-    return hashes
+    """{"label number: name": SHA-256 of its content}, for ``hold_settings``.
+
+    Without the folder, which may be spelled in another way, or move.
+
+    Raises:
+      ValueError: two files of the input are the same.
+    """
+    hashes = [(file, sha256_of_file(file)) for file in files]
+    if label == "input":
+        check_distinct(hashes)
+    return {f"{label} {i}: {file.rsplit('/', 1)[-1]}": sha256 for i, (file, sha256) in enumerate(hashes, 1)}

@@ -4,14 +4,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 
 import fsspec
 from tqdm import tqdm
 
-from nomic_jax.data.rows import Mark, Scan
+from nomic_jax.data.rows import BadRow, Mark, Scan, sha256_of_file
 from nomic_jax.data.sources import open_file
 
 PIECE_BYTES = 1 << 25  # of uncompressed rows: what one worker tokenises between two points of restart
@@ -24,6 +24,7 @@ def scan_files(
     columns: Mapping[str, type],
     cache_dir: str | Path,
     *,
+    on_bad_row: str = "raise",
     executor: Executor | None = None,
     progress: bool = True,
 ) -> list[Scan]:
@@ -32,10 +33,11 @@ def scan_files(
     Args:
       columns: what the files' rows should have.
       cache_dir: where results are kept; a file that has the size and the time of change of last time is not read again.
+      on_bad_row: "raise", or "skip" to take a file that is broken as one that has the rows before the break.
       executor: reads several files at once.
 
     Raises:
-      BadRow: a file that is broken as a whole, or has not the columns.
+      BadRow: a file that is broken, or has not the columns, under on_bad_row="raise".
       ValueError: two files that are the same, byte for byte.
     """
     memory = [_Memory(Path(cache_dir), file) for file in files]
@@ -45,19 +47,30 @@ def scan_files(
         run: Callable = map if executor is None else executor.map
         found = run(_scan, *zip(*((files[i], dict(columns), PIECE_BYTES) for i in unknown)))
         for i, scan in zip(unknown, tqdm(found, "reading", len(unknown), unit=" files", disable=not progress)):
+            if scan.broken and on_bad_row == "raise":
+                raise BadRow(scan.broken)
             scans[i] = scan
-            memory[i].write(scan)
+            if not scan.broken:  # perhaps for other columns it is not
+                memory[i].write(scan)
     complete = [scan for scan in scans if scan is not None]
-    first: dict[str, str] = {}
-    for file, scan in zip(files, complete):
-        if scan.sha256 in first:
-            raise ValueError(f"{first[scan.sha256]} and {file} are the same, byte for byte; remove one of the two")
-        first[scan.sha256] = file
+    check_distinct((file, scan.sha256) for file, scan in zip(files, complete) if not scan.broken)
     return complete
 
 
+def check_distinct(hashes: Iterable[tuple[str, str]]) -> None:
+    """Raises ValueError if two files have the same content: their rows would count double."""
+    first: dict[str, str] = {}
+    for file, sha256 in hashes:
+        if sha256 in first:
+            raise ValueError(f"{first[sha256]} and {file} are the same, byte for byte; remove one of the two")
+        first[sha256] = file
+
+
 def _scan(file: str, columns: Mapping[str, type], piece_bytes: int) -> Scan:
-    return open_file(file, columns, ()).scan(piece_bytes)
+    try:
+        return open_file(file, columns, ()).scan(piece_bytes)
+    except BadRow as error:
+        return Scan(sha256_of_file(file), 0, (), broken=str(error))
 
 
 class _Memory:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import lzma
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any
 
 import fsspec
@@ -43,11 +43,15 @@ class JsonlRows(FileRows):
 
     def __len__(self) -> int:
         if self._rows is None:
-            self._rows, marks = self.scan(INDEX_BYTES)[1:3]
-            self.marks = list(marks)
+            scan = self.scan(INDEX_BYTES)
+            if scan.broken:
+                raise BadRow(scan.broken)
+            self._rows, self.marks = scan.rows, list(scan.marks)
         return self._rows
 
     def numbered(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, RawRow]]:
+        if stop is not None and stop <= start:
+            return
         mark = max((mark for mark in self.marks if mark.row <= start), default=Mark(0))
         row, line = mark.row, mark.line
         found_any = line > 0
@@ -59,11 +63,11 @@ class JsonlRows(FileRows):
                 found_any = True
                 if not raw.strip():
                     continue
-                if stop is not None and row >= stop:
-                    return
                 if row >= start:
                     yield f"{self.file}:{line}", raw
                 row += 1
+                if row == stop:  # the file may be broken behind it
+                    return
         if not found_any:
             raise self._empty()
 
@@ -72,12 +76,12 @@ class JsonlRows(FileRows):
         marks: list[Mark] = []
         row = line = 0
         byte = 0  # where the line that begins ``rest`` starts
-        rest = b""
-        with self._errors(lambda: line), fsspec.open(self.file, "rb") as stored:
+        rest, broken = b"", ""
+        with fsspec.open(self.file, "rb") as stored:
             hashing = _HashingReader(stored, sha256)
-            with _decompressed(self.file, hashing) as f:
-                while True:
-                    chunk = f.read(CHUNK)
+            chunks = self._chunks(hashing, lambda: line)
+            try:
+                for chunk in chunks:
                     text = rest + chunk
                     if not chunk:
                         starts, ends = _lines(text, ends_with_file=True)
@@ -98,24 +102,40 @@ class JsonlRows(FileRows):
                         i = int(later[0])
                         marks.append(Mark(first_row + int(is_row[:i].sum()), first_line + i, byte + int(starts[i])))
                         candidates = later[1:]
-                    if not chunk:
-                        break
                     done = int(ends[-1]) if len(ends) else 0
                     byte += done
                     rest = text[done:]
+            except BadRow as error:
+                broken = str(error)
             hashing.drain()
-        if line == 0:
+        if line == 0 and not broken:
             raise self._empty()
-        return Scan(sha256.hexdigest(), row, tuple(marks), ends_sha256.hexdigest())
+        return Scan(sha256.hexdigest(), row, tuple(marks), ends_sha256.hexdigest(), broken)
+
+    def _chunks(self, stored: io.RawIOBase, lines_read: Callable[[], int]) -> Iterator[bytes]:
+        """CHUNK bytes at a time, at the end b""; of a broken file all that comes before the break, then a BadRow."""
+        with self._errors(lines_read), _decompressed(self.file, stored) as f:
+            while True:
+                parts, missing = [], CHUNK
+                try:
+                    while missing and (part := f.read1(missing)):
+                        parts.append(part)
+                        missing -= len(part)
+                except (*_BROKEN, OSError):
+                    if parts:
+                        yield b"".join(parts)
+                    raise
+                yield b"".join(parts)
+                if missing == CHUNK:
+                    return
 
     @contextlib.contextmanager
-    def _errors(self, lines_read: Any) -> Iterator[None]:
+    def _errors(self, lines_read: Callable[[], int]) -> Iterator[None]:
         try:
             yield
         except (*_BROKEN, OSError) as error:
             if isinstance(error, OSError) and (error.errno is not None or not is_compressed(self.file)):
                 raise  # of the file system; decompressors give no number
-            # Skipping would hide that the rest of the file is lost, so this is raised under either policy.
             raise BadRow(
                 f"{self.file}: the compressed file breaks off after line {lines_read()} ({error}); fetch it again"
             ) from error
@@ -165,7 +185,7 @@ def is_compressed(file: str) -> bool:
 
 
 @contextlib.contextmanager
-def _decompressed(file: str, f: io.RawIOBase) -> Iterator[IO[bytes]]:
+def _decompressed(file: str, f: io.RawIOBase) -> Iterator[Any]:
     name = fsspec.utils.infer_compression(file)
     buffered = io.BufferedReader(f, 1 << 20)
     try:

@@ -20,14 +20,14 @@ LENGTH = np.dtype("<u4")
 
 
 class Piece(NamedTuple):
-    """Rows of a file that are tokenised together."""
+    """Rows of a file that are tokenised together; without a ``stop``, all up to where the file breaks off."""
 
     source: Source
     on_bad_row: str
     folder: str
     file: str
     mark: Mark
-    stop: int
+    stop: int | None
     name: str  # of the folder of what is done
 
     @property
@@ -79,7 +79,8 @@ def tokenise_piece(piece: Piece, tokenizer: Tokenizer, advance: Callable[[int], 
             count += len(batch)
             advance(count + rejected.count - seen)
             seen = count + rejected.count
-    if count + rejected.count != piece.stop - piece.mark.row:
+    is_whole = piece.stop is not None and count + rejected.count == piece.stop - piece.mark.row
+    if not is_whole and not rejected.broken:
         raise BadRow(f"{piece.file}: changed while it was read; start again")
     counts = {"rows": count, "rejected": rejected.count, "tokens": tokens}
     write_json(part / "counts.json", counts)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from nomic_jax.data.inventory import scan_files
 from nomic_jax.data.mixture import COLUMNS, Source
 from nomic_jax.data.pieces import Piece, ids_dtype, join_pieces, kinds_of_columns, tokenise_piece
-from nomic_jax.data.rows import Scan
+from nomic_jax.data.rows import Mark, Scan
 from nomic_jax.data.shards import check_shards
 from nomic_jax.data.sources import check_policy, expand_files
 from nomic_jax.data.tokenizer import Tokenizer
@@ -72,7 +72,9 @@ def pretokenize(
         return TokenStore(known)
     check_policy(on_bad_row)
     files = expand_files(source.files)
-    scans = scan_files(files, kinds_of_columns(source), cache_dir, executor=pool, progress=progress)
+    scans = scan_files(
+        files, kinds_of_columns(source), cache_dir, on_bad_row=on_bad_row, executor=pool, progress=progress
+    )
     settings = {
         "format": FORMAT,
         "source": {
@@ -224,8 +226,8 @@ def _make(
 ) -> None:
     pieces = [
         [
-            job(file, mark, stop, f"{scan.sha256[:32]}-{mark.row}-{stop}")
-            for mark, stop in zip(scan.marks, [*(mark.row for mark in scan.marks[1:]), scan.rows])
+            job(file, mark, stop, f"{scan.sha256[:32]}-{mark.row}-{'end' if stop is None else stop}")
+            for mark, stop in _bounds(scan)
         ]
         for file, scan in zip(files, scans)
     ]
@@ -264,6 +266,12 @@ def _make(
             file=sys.stderr,
         )
     join_pieces([piece.path for piece in in_order], COLUMNS[kind], ids_dtype(tokenizer), identity | totals, directory)
+
+
+def _bounds(scan: Scan) -> list[tuple[Mark, int | None]]:
+    """Where its pieces begin and end; the last one of a broken file goes on to where that breaks off."""
+    marks = scan.marks or ((Mark(0),) if scan.broken else ())
+    return list(zip(marks, [*(mark.row for mark in marks[1:]), None if scan.broken else scan.rows]))
 
 
 def _tokenise_in_worker(piece: Piece) -> dict[str, Any]:

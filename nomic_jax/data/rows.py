@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from tqdm import tqdm
 
 # A row as the file has it: of jsonl the line, of the other formats the values.
 RawRow = bytes | dict[str, Any]
@@ -20,11 +22,16 @@ class BadRow(ValueError):
 
 
 class RejectedRows:
-    """Counts rows that were skipped and keeps them, with the reason, in a side file next to the output."""
+    """Counts rows that were skipped and keeps them, with the reason, in a side file next to the output.
+
+    Attributes:
+      count: rows, and files that broke off.
+      broken: files that broke off.
+    """
 
     def __init__(self, side_file: str | os.PathLike):
         self.side_file = Path(side_file)
-        self.count = 0
+        self.count = self.broken = 0
         # Left by a run that was killed: this run meets the same rows again.
         self.side_file.unlink(missing_ok=True)
 
@@ -33,6 +40,12 @@ class RejectedRows:
         self.side_file.parent.mkdir(parents=True, exist_ok=True)
         with self.side_file.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"reason": str(error), "row": raw.decode("utf-8", "replace")}) + "\n")
+
+    def add_rest(self, error: BadRow) -> None:
+        """A file that cannot be read any further: one entry, because nobody knows how many rows are lost."""
+        self.broken += 1
+        self.add(error, b"")
+        tqdm.write(f"{error}; what follows is left out", file=sys.stderr)
 
 
 class Mark(NamedTuple):
@@ -51,12 +64,14 @@ class Scan(NamedTuple):
       rows: of the file, bad ones included.
       marks: where the pieces of the file begin, the first one at row 0.
       ends_sha256: of jsonl, the digest of all rows' ends (int64 bytes), to compare the original's offsets with.
+      broken: why the file cannot be read beyond these rows; empty if it can.
     """
 
     sha256: str
     rows: int
     marks: tuple[Mark, ...]
     ends_sha256: str = ""
+    broken: str = ""
 
 
 class FileRows(abc.ABC):

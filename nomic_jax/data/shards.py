@@ -30,7 +30,7 @@ def check_shards(files: Sequence[str], scans: Sequence[Scan]) -> None:
     """
     folders: dict[str, dict[str, tuple[str, Scan]]] = {}
     for file, scan in zip(files, scans):
-        if scan.ends_sha256:
+        if scan.ends_sha256 and not scan.broken:  # what is wrong with a broken one is said already
             folder, _, name = file.rpartition("/")
             folders.setdefault(folder, {})[name] = (file, scan)
     for folder, shards in folders.items():

@@ -3,8 +3,11 @@
 What is named is expanded to files; every file has a format; every format has the interface of ``FileRows``.
 """
 
+import base64
 import bisect
 import contextlib
+import datetime
+import errno
 import itertools
 import json
 import os
@@ -28,6 +31,7 @@ __all__ = [
     "Rows",
     "atomic_file",
     "expand_files",
+    "json_line",
     "open_file",
     "read_parquet_footer",
     "read_rows",
@@ -214,8 +218,8 @@ def read_rows(
       rejected: required for "skip".
 
     Raises:
-      BadRow: broken JSON or UTF-8, a missing column, a wrong type, an empty text; and, under either policy because rows
-        would be lost uncounted: a cut gzip, a broken parquet file, one without the columns or with other types.
+      BadRow: broken JSON or UTF-8, a missing column, a wrong type, an empty text; a cut gzip, a broken or empty file, a
+        parquet file without the columns. Skipped, a file that cannot be read any further is one entry in ``rejected``.
     """
     check_policy(on_bad_row)
     if on_bad_row == "skip" and rejected is None:
@@ -244,7 +248,7 @@ def usable_rows(
     Args:
       further_check: (row, where) -> None; raises BadRow.
     """
-    for where, raw in numbered:
+    for where, raw in numbered if on_bad_row == "raise" else _up_to_break(numbered, rejected):
         try:
             row = parse_row(raw, where)
             check_row(row, columns, allow_empty, where)
@@ -258,6 +262,14 @@ def usable_rows(
         yield _chosen(row, columns, others)
 
 
+def _up_to_break(numbered: Iterator[tuple[str, RawRow]], rejected: RejectedRows | None) -> Iterator[tuple[str, RawRow]]:
+    try:
+        yield from numbered
+    except BadRow as error:
+        assert rejected is not None
+        rejected.add_rest(error)
+
+
 def _chosen(row: dict[str, Any], columns: Mapping[str, type], others: Collection[str] | None) -> dict[str, Any]:
     return row if others is None else {name: row[name] for name in row if name in columns or name in others}
 
@@ -265,11 +277,26 @@ def _chosen(row: dict[str, Any], columns: Mapping[str, type], others: Collection
 def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes rows as jsonl and returns their number; the file appears complete or not at all."""
     count = 0
-    with atomic_file(path) as part, open(part, "w", encoding="utf-8") as f:
+    with atomic_file(path) as part, open(part, "wb") as f:
         for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            f.write(json_line(row))
             count += 1
     return count
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A row as jsonl. What parquet has and JSON has not: times in ISO 8601, bytes in base64, all else as text."""
+    try:
+        line = json.dumps(row, ensure_ascii=False, default=_json_value).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, in a column nobody checked: only an escape can hold it
+        line = json.dumps(row, default=_json_value).encode()
+    return line + b"\n"
+
+
+def _json_value(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 @contextlib.contextmanager
@@ -278,9 +305,15 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    yield part
-    with part.open("rb") as f:
-        os.fsync(f.fileno())
+    try:
+        yield part
+        with part.open("rb") as f:
+            os.fsync(f.fileno())
+    except OSError as error:
+        # Python does not say what could not be written, numpy ("8 requested and 0 written") not even why.
+        if error.errno == errno.ENOSPC or (error.errno is None and "requested and" in str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     part.replace(path)
 
 

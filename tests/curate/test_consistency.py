@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -215,6 +216,22 @@ def test_bad_rows_are_skipped_and_counted_after_a_stop(pairs, tmp_path):
     summary = filter_pairs(files, output, FakeTeacher().encoder(), block_size=40, on_bad_row="skip", **COLUMNS)
     assert (summary["rows"], summary["rejected"]) == (90, 1)
     assert len(read(output / "rejected.jsonl")) == 1
+
+
+def test_a_restart_knows_its_input_by_content(pairs, tmp_path):
+    files, rows = pairs
+    output = tmp_path / "out"
+    filter_pairs(files, output, FakeTeacher().encoder(), **COLUMNS)
+    teacher = FakeTeacher()
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copy(files, tmp_path / "moved")
+    for name in (f"file://{files}", str(moved)):
+        filter_pairs(name, output, teacher.encoder(), k=1, **COLUMNS)
+        assert [line["row"] for line in read(output / "scores.jsonl")] == list(range(len(rows)))
+    assert not teacher.texts
+    shutil.copy(files, f"{files[:-6]}-again.jsonl")
+    with pytest.raises(ValueError, match="are the same, byte for byte; remove one of the two"):
+        filter_pairs(f"{files[:-6]}*.jsonl", tmp_path / "twice", teacher.encoder(), **COLUMNS)
 
 
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "length nan"), (0.0, r"length 0\.0"), (2.0, r"length 2\.0")])

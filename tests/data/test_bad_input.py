@@ -168,15 +168,28 @@ FILE_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FILE_FAULTS)
-def test_a_bad_file_is_an_error_under_either_policy(tmp_path, tokenizer, fault):
+def test_a_bad_file(tmp_path, tokenizer, fault):
+    """An error, or skipped from the break on: one entry, and the rows before it and of the other files are there."""
     form, damage, message = FILE_FAULTS[fault]
     name, _ = write(form, tmp_path, MANY)
     damage(tmp_path)
-    for policy in ("raise", "skip"):
-        with pytest.raises(BadRow) as error:
-            pretokenize(source(name), tokenizer, tmp_path / "cache", on_bad_row=policy, progress=False)
-        assert str(tmp_path) in str(error.value) and message in str(error.value)
+    with pytest.raises(BadRow) as error:
+        pretokenize(source(name), tokenizer, tmp_path / "cache", progress=False)
+    assert str(tmp_path) in str(error.value) and message in str(error.value)
     assert not list((tmp_path / "cache").glob("pairs-*"))
+    if form == "tfds":  # one data set: what is wrong with a shard is found before its rows are read
+        return
+    (tmp_path / "whole.jsonl").write_bytes(b"".join(map(line, GOOD)))
+    both = f"{tmp_path}/{{rows.{form},whole.jsonl}}"
+    store = pretokenize(source(both), tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    entries = (store.directory / "rejected.jsonl").read_text().splitlines()
+    assert message in json.loads(entries[-1])["reason"] and store.manifest["rejected"] == len(entries)
+    assert len(entries) == 1 or fault == "damaged gzip"  # which decompresses to broken lines, up to the checksum
+    before, whole = store.file_rows
+    assert whole == len(GOOD) and 0 <= before < len(MANY)
+    assert before > 500 or fault not in ("cut gzip", "damaged gzip")
+    expected = tokenizer.encode([row["query"] for row in [*MANY[:before], *GOOD]])
+    assert [store.columns["query"][i].tolist() for i in range(store.rows)] == [ids.tolist() for ids in expected]
 
 
 def test_sets_of_files(tmp_path, tokenizer):

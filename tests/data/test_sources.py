@@ -1,5 +1,7 @@
 """Rows in files: every fault names its file and line, and nothing is lost unseen."""
 
+import datetime
+import decimal
 import gzip
 import json
 
@@ -47,12 +49,20 @@ def test_skipped_rows_are_counted_and_kept(tmp_path):
     assert len(kept) == len(FAULTS) and all(str(path) in row["reason"] for row in kept)
 
 
-def test_a_cut_gzip_is_an_error_under_either_policy(tmp_path):
+def test_the_rest_of_a_cut_gzip_is_one_rejected_entry(tmp_path, capfd):
     whole = gzip.compress((json.dumps(GOOD) + "\n").encode() * 50_000)
-    (tmp_path / "rows.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    rejected = RejectedRows(tmp_path / "rejected.jsonl")
+    (tmp_path / "0.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "1.jsonl").touch()
+    lines(tmp_path / "2.jsonl", json.dumps(GOOD).encode())
     with pytest.raises(BadRow, match="breaks off after line"):
-        list(read_rows(tmp_path / "rows.jsonl.gz", {"query": str}, on_bad_row="skip", rejected=rejected))
+        list(read_rows(tmp_path, {"query": str}))
+    rejected = RejectedRows(tmp_path / "rejected.json")
+    rows = list(read_rows(tmp_path, {"query": str}, on_bad_row="skip", rejected=rejected))
+    assert 20_000 < len(rows) < 30_000 and rejected.count == rejected.broken == 2
+    reasons = [json.loads(line)["reason"] for line in rejected.side_file.read_text(encoding="utf-8").splitlines()]
+    assert f"{tmp_path}/0.jsonl.gz: the compressed file breaks off after line {len(rows) - 1} " in reasons[0]
+    assert f"{tmp_path}/1.jsonl: the file is empty" in reasons[1]
+    assert f"{reasons[0]}; what follows is left out" in capfd.readouterr().err
 
 
 def test_an_empty_file_is_an_error(tmp_path):
@@ -137,12 +147,11 @@ FILE_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FILE_FAULTS)
-def test_a_parquet_file_of_another_kind_is_an_error_under_either_policy(tmp_path, fault):
+def test_a_parquet_file_of_another_kind_is_named(tmp_path, fault):
     table, kind, message = FILE_FAULTS[fault]
     pq.write_table(table, tmp_path / "rows.parquet")
-    rejected = RejectedRows(tmp_path / "rejected.jsonl")
     for read in (
-        lambda: next(read_rows(tmp_path / "rows.parquet", {"text": kind}, on_bad_row="skip", rejected=rejected)),
+        lambda: next(read_rows(tmp_path / "rows.parquet", {"text": kind})),
         lambda: read_parquet_footer(str(tmp_path / "rows.parquet"), {"text": kind}),
     ):
         with pytest.raises(BadRow, match=message) as error:
@@ -185,6 +194,17 @@ def test_brace_ranges_globs_and_folders(tmp_path):
         expand_files(tmp_path / "shard-{00000..00003}.jsonl")
     with pytest.raises(FileNotFoundError, match="no file matches"):
         expand_files(tmp_path / "*.parquet")
+
+
+def test_rows_that_json_cannot_hold_are_written(tmp_path):
+    day = datetime.datetime(2026, 11, 21, 11, 0, tzinfo=datetime.UTC)
+    table = {"text": ["x"], "at": [day], "price": [decimal.Decimal("1.50")], "image": [b"\xff\x00"]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    (row,) = read_rows(tmp_path / "rows.parquet", {"text": str})
+    write_rows(tmp_path / "rows.jsonl", [row, {"text": "日本", "other": "\ud800"}])
+    written, half = read_rows(tmp_path / "rows.jsonl", {"text": str})
+    assert written == {"text": "x", "at": "2026-11-21T11:00:00+00:00", "price": "1.50", "image": "/wA="}
+    assert half == {"text": "日本", "other": "\ud800"}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
