@@ -123,6 +123,8 @@ def evaluate(
         raise ValueError("--model=bm25 is for --suite=local: it ranks documents and has no embeddings")
     if data and suite in ("mteb", "jina_long"):
         raise ValueError(f"--suite={suite} takes its data from mteb, not from --data; --suite=local takes your own")
+    if suite == "glue" and (lengths or truncate_dim):
+        raise ValueError("--suite=glue has neither --max_length nor --truncate_dim: it finetunes on 128 tokens")
     dims: list[int | None] = [*truncate_dim] or [None]
     identity: dict[str, Any] = {
         "model": model,
