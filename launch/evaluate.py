@@ -60,7 +60,9 @@ class LazyEncoders:
         embedder = self._by_length[None]
         most = embedder.config.encoder.max_positions
         if max_length is not None and max_length > most:
-            raise ValueError(f"{self.model} takes at most {most} tokens; {max_length} were asked for (--max_length)")
+            raise ValueError(
+                f"{self.model} takes at most {most} tokens, not {max_length}; write --max_length={most} or less"
+            )
         return self._by_length.setdefault(max_length, embedder.with_settings(max_length=max_length))
 
     def embed(self, max_length: int | None, normalize: bool) -> Embed:

@@ -40,7 +40,7 @@ def _figure(width: float):
     figure = Figure(figsize=(width, 3.8))
     axes = figure.subplots()
     # Twenty of them, the strong ones first.
-    axes.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
+    axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))])
     return figure, axes
 
 
