@@ -60,7 +60,9 @@ class LazyEncoders:
         embedder = self._by_length[None]
         most = embedder.config.encoder.max_positions
         if max_length is not None and max_length > most:
-            raise ValueError(f"{self.model} takes at most {most} tokens; {max_length} were asked for (--max_length)")
+            raise ValueError(
+                f"{self.model} takes at most {most} tokens, not {max_length}; write --max_length={most} or less"
+            )
         return self._by_length.setdefault(max_length, embedder.with_settings(max_length=max_length))
 
     def embed(self, max_length: int | None, normalize: bool) -> Embed:
@@ -123,6 +125,8 @@ def evaluate(
         raise ValueError("--model=bm25 is for --suite=local: it ranks documents and has no embeddings")
     if data and suite in ("mteb", "jina_long"):
         raise ValueError(f"--suite={suite} takes its data from mteb, not from --data; --suite=local takes your own")
+    if suite == "glue" and (lengths or truncate_dim):
+        raise ValueError("--suite=glue has neither --max_length nor --truncate_dim: it finetunes on 128 tokens")
     dims: list[int | None] = [*truncate_dim] or [None]
     identity: dict[str, Any] = {
         "model": model,

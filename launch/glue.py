@@ -1,13 +1,16 @@
-"""The sweep over GLUE: finetunes a model on every task, scores each run on the development set, keeps the figures.
+"""The sweep of ``launch.evaluate --suite=glue``: finetunes a model on every task and scores each run on its development
+set.
 
 Below OUTPUT/glue/<name>/ lie data/ (what was fetched), <task>/<run>.json (the score of a finished run) and, while it is
 being trained or where others start from it, <task>/<run>/ (its working directory). Several processes may share them:
 each takes the runs that its flags name, those on mnli before the tasks that start from them.
 """
 
+import itertools
 import json
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from nomic_jax.data.sources import read_rows, write_json
 from nomic_jax.evals import glue, hub
 from nomic_jax.evals.glue import Cell
 from nomic_jax.evals.record import average
+from nomic_jax.train.checkpoint import read_pretrained
+from nomic_jax.train.interruption import Preempted
 
 
 def sweep(
@@ -43,32 +48,55 @@ def sweep(
     """
     folder = output / "glue" / name
     failed: dict[str, str] = {}
-    if not data:
-        hub.is_reachable()
-    for number, cell in enumerate(cells, 1):
-        result = folder / cell.task / f"{cell.name}.json"
-        label = f"{cell.task} {cell.name}"
-        settings = {"model_sha256": identity["model_sha256"], "model": model, "variant": variant, "dtype": dtype}
-        if result.exists():
-            _check_same(result, settings)
-            continue
-        print(f"run {number} of {len(cells)}: {label}", file=sys.stderr)
+    settings = {"model_sha256": identity["model_sha256"], "model": model, "variant": variant, "dtype": dtype}
+    for cell in cells:
+        _check_same(_result(folder, cell), settings)
+    numbers = {cell: number for number, cell in enumerate(cells, 1)}
+    missing = [cell for cell in cells if not _result(folder, cell).exists()]
+    if missing:
+        read_pretrained(model)  # what would fail every run alike is said now
+        if not data:
+            hub.is_reachable()
+    for task, runs in itertools.groupby(missing, key=lambda cell: cell.task):
         try:
-            start = _start(model, folder, cell, mnli_checkpoint)
-            score = _run(cell, start, folder, data, variant, dtype, batch_size)
+            files = glue.find_data(task, data, folder / "data")
+            start = _start(model, folder, task, mnli_checkpoint)
         except ModuleNotFoundError:
             raise
-        except (ValueError, OSError) as error:
-            failed[label] = f"{type(error).__name__}: {error}"
-            print(f"{label} failed: {failed[label]}", file=sys.stderr)
+        except Exception as error:
+            failed[task] = _explained(task, error)
             continue
-        figures = {"task": cell.task, "learning_rate": cell.learning_rate, "batch_size": cell.batch_size}
-        write_json(result, figures | {"seed": cell.seed, "score": score, "start": start} | settings)
-        _remove_workdirs(result, folder)
+        for cell in runs:
+            result, label = _result(folder, cell), f"{cell.task} {cell.name}"
+            if result.exists():  # by now, by another process
+                continue
+            print(f"run {numbers[cell]} of {len(cells)}: {label}", file=sys.stderr)
+            try:
+                score = _run(cell, start, folder, files, variant, dtype, batch_size)
+            except (ModuleNotFoundError, Preempted):
+                raise
+            except Exception as error:
+                failed[label] = _explained(label, error)
+                continue
+            figures = {"task": cell.task, "learning_rate": cell.learning_rate, "batch_size": cell.batch_size}
+            write_json(result, figures | {"seed": cell.seed, "score": score, "start": start} | settings)
+            _remove_workdirs(result, folder)
     tasks = glue.summarize(glue.read_results(folder))
     report = identity | {"tasks": tasks, "failed": failed, "average": average(tasks.values())}
     write_json(output / f"{name}-glue.json", report)
     return report
+
+
+def _result(folder: Path, cell: Cell) -> Path:
+    return folder / cell.task / f"{cell.name}.json"
+
+
+def _explained(label: str, error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    print(f"{label} failed: {text}", file=sys.stderr)
+    if not isinstance(error, (ValueError, OSError)):  # a defect, of ours or of a library: where it came from
+        traceback.print_exception(error)
+    return text
 
 
 def _remove_workdirs(result: Path, folder: Path) -> None:
@@ -79,27 +107,37 @@ def _remove_workdirs(result: Path, folder: Path) -> None:
             shutil.rmtree(file.with_suffix(""), ignore_errors=True)
 
 
-def _start(model: str, folder: Path, cell: Cell, mnli_checkpoint: str) -> str:
-    """What the run starts from."""
-    if not glue.TASKS[cell.task].from_mnli or mnli_checkpoint == "none":
+def _start(model: str, folder: Path, task: str, mnli_checkpoint: str) -> str:
+    """What the runs of a task start from."""
+    if not glue.TASKS[task].from_mnli or mnli_checkpoint == "none":
         return model
-    if mnli_checkpoint:
-        return mnli_checkpoint
-    return str(glue.best_mnli_run(folder))
+    return mnli_checkpoint or str(glue.best_mnli_run(folder).resolve())
 
 
-def _run(cell: Cell, start: str, folder: Path, data: str, variant: str, dtype: str, batch_size: int) -> float:
+def _discard_other_start(workdir: Path, start: str) -> None:
+    """Of a run that was cut off, and began from what is no longer the best run on mnli: it cannot be gone on with."""
+    config = workdir / "config.json"
+    if config.exists() and json.loads(config.read_text(encoding="utf-8"))["init_from"] != start:
+        print(f"{workdir}: begun from another checkpoint; starting again", file=sys.stderr)
+        shutil.rmtree(workdir)
+
+
+def _run(
+    cell: Cell, start: str, folder: Path, files: tuple[str, str], variant: str, dtype: str, batch_size: int
+) -> float:
     from nomic_jax.classifier import Classifier  # jax: not for --help or a wrong flag
     from nomic_jax.train.config import TrainConfig
     from nomic_jax.train.loop import train
 
     task = glue.TASKS[cell.task]
-    training, validation = glue.find_data(cell.task, data, folder / "data")
+    training, validation = files
     config = get_config(variant)
     config.init_from, config.batch_size, config.seed = start, cell.batch_size, cell.seed
     config.optim.lr, config.model.dtype = cell.learning_rate, dtype
     config.data.update(dict(mixture=training, columns=task.columns, num_labels=task.num_labels))
     workdir = folder / cell.task / cell.name
+    if task.from_mnli:
+        _discard_other_start(workdir, start)
     train(TrainConfig.from_mapping(config.to_dict()), workdir)
     rows = list(read_rows(validation, dict.fromkeys(task.columns, str), others=("label",), allow_empty=True))
     texts = [tuple(row[column] for column in task.columns) for row in rows]
@@ -108,6 +146,8 @@ def _run(cell: Cell, start: str, folder: Path, data: str, variant: str, dtype: s
 
 
 def _check_same(result: Path, settings: dict[str, Any]) -> None:
+    if not result.exists():
+        return
     found = json.loads(result.read_text(encoding="utf-8"))
     for field, value in settings.items():
         if found[field] != value:

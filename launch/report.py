@@ -63,6 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
     """Evaluations of local retrieval tasks; other suites have a report of their own beside them."""
     scores = {path.stem: read_json(path) for path in (folder / "eval").glob("*.json")}
+    scores = {name: score for name, score in scores.items() if score.get("suite", "local") == "local"}
     for score in scores.values():
         score["tasks"] = {task: figures for task, figures in score["tasks"].items() if METRIC in figures}
     return {name: scores[name] for name in sorted(scores, key=rank) if METRIC in scores[name]["average"]}
@@ -83,13 +84,14 @@ def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
         return ""
     tasks = sorted({task for score in scores.values() for task in score["tasks"]})
     rows = [
-        [name, *(score["tasks"][task][METRIC] for task in tasks), score["average"][METRIC]]
+        [name, *(of_task(score, task, "") for task in tasks), score["average"][METRIC]]
         for name, score in scores.items()
     ]
     figure, axes = plt.subplots(figsize=(8, 3.5))
     stages = [name for name in scores if name not in BASELINES]
     for task in tasks:
-        axes.plot(stages, [scores[name]["tasks"][task][METRIC] for name in stages], "o--", label=task, alpha=0.6)
+        values = [of_task(scores[name], task, float("nan")) for name in stages]
+        axes.plot(stages, values, "o--", label=task, alpha=0.6)
     axes.plot(stages, [scores[name]["average"][METRIC] for name in stages], "ko-", label="average")
     for baseline, style in zip(BASELINES, ("dotted", "dashdot")):
         if baseline in scores:
@@ -98,14 +100,19 @@ def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
     axes.grid(alpha=0.3)
     axes.legend()
     save(figure, folder / "ndcg.png")
-    first = next(iter(scores.values()))["tasks"]
+    sizes = {task: figures for score in scores.values() for task, figures in score["tasks"].items()}
     pools = ", ".join(
-        f"{task}: {first[task]['queries']} queries, {first[task]['documents']} documents" for task in tasks
+        f"{task}: {sizes[task]['queries']} queries, {sizes[task]['documents']} documents" for task in tasks
     )
     return (
         f"## Quality\n\n{METRIC} on held-out queries ({pools}).\n\n{table(['', *tasks, 'average'], rows)}"
         f"\n![nDCG@10 by stage](ndcg.png)\n"
     )
+
+
+def of_task(score: dict[str, Any], task: str, otherwise: Any) -> Any:
+    """``otherwise`` for a task that failed, or was not asked for."""
+    return score["tasks"].get(task, {}).get(METRIC, otherwise)
 
 
 def data(folder: Path) -> str:

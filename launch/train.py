@@ -21,8 +21,8 @@ from nomic_jax.evals.local import find_tasks, read_task
 from nomic_jax.evals.retrieval import RetrievalTask
 from nomic_jax.hf import Checkpoint
 from nomic_jax.train import hosts
-from nomic_jax.train.config import TrainConfig
-from nomic_jax.train.evaluation import Evaluate
+from nomic_jax.train.config import EvaluationConfig, TrainConfig
+from nomic_jax.train.evaluation import Evaluate, check_metric
 from nomic_jax.train.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/mlm.py, contrastive.py, finetune.py or glue.py")
@@ -48,7 +48,7 @@ def main(_: list[str]) -> None:
     if hosts.is_first():
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         print(f"{config.stage}: {jax.device_count()} device(s){processes}, {jax.devices()[0].device_kind}")
-    evaluate = make_evaluation(config.evaluation.tasks) if config.evaluation.every else None
+    evaluate = make_evaluation(config.evaluation) if config.evaluation.every else None
     last = train(config, _WORKDIR.value, evaluate=evaluate)
     if not hosts.is_first():
         return
@@ -58,9 +58,10 @@ def main(_: list[str]) -> None:
         print(f"{config.stage}: {_WORKDIR.value} is at its last step")
 
 
-def make_evaluation(tasks: str) -> Evaluate:
+def make_evaluation(config: EvaluationConfig) -> Evaluate:
     """Scores on local tasks; they are read now, so that a fault in them is not found an hour later."""
-    read = {name: read_task(folder) for name, folder in find_tasks(tasks.split(",")).items()}
+    read = {name: read_task(folder) for name, folder in find_tasks(config.tasks.split(",")).items()}
+    check_metric(config.metric, [task.metrics for task in read.values()])
 
     def evaluate(model: Checkpoint) -> dict[str, dict[str, float]]:
         embedder = Embedder.from_checkpoint(model)

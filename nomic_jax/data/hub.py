@@ -15,6 +15,8 @@ from nomic_jax.data.array_record import ArrayRecordRows, is_array_record
 from nomic_jax.data.rows import BadRow
 
 PREFIXES = ("hf:", "tfds:")
+# Where the hub keeps its own conversion of data sets whose authors wrote a loading script, which nobody runs any more.
+CONVERTED = "refs/convert/parquet"
 
 
 def is_named(pattern: str) -> bool:
@@ -41,6 +43,21 @@ def files_of(name: str) -> list[str]:
     return _hub_files(name, path, options) if scheme == "hf" else _tfds_files(name, path, options)
 
 
+def load_split(path: str, config: str | None, split: str, revision: str | None = None) -> Any:
+    """What ``datasets`` loads; the hub's own conversion where the authors published a loading script."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, config, split=split, revision=revision)
+    except RuntimeError as error:
+        if "script" not in str(error) or revision:
+            raise
+        try:
+            return datasets.load_dataset(path, config, split=split, revision=CONVERTED)
+        except Exception as of_conversion:
+            raise error from of_conversion
+
+
 def _hub_files(name: str, path: str, options: dict[str, str]) -> list[str]:
     import datasets
 
@@ -48,10 +65,8 @@ def _hub_files(name: str, path: str, options: dict[str, str]) -> list[str]:
     if not os.path.exists(path):
         _check_reachable(name, path)
     try:
-        found = datasets.load_dataset(
-            path, options.get("config"), split=options["split"], revision=options.get("revision")
-        )
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+        found = load_split(path, options.get("config"), options["split"], options.get("revision"))
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise FileNotFoundError(f"{name}: cannot be loaded ({_first_line(error)})") from error
     except ValueError as error:
         raise ValueError(f"{name}: {_first_line(error)}") from error

@@ -28,6 +28,7 @@ class ClassificationTask:
     test_labels: tuple[Label, ...]
     prompt: str = PROMPTS["Classification"]
     type = "Classification"
+    metrics = ("accuracy", "f1", "f1_weighted")
 
     @classmethod
     def read(cls, folder: str | Path, prompt: str | None = None) -> "ClassificationTask":

@@ -23,6 +23,7 @@ class ClusteringTask:
     labels: tuple[Label, ...]
     prompt: str = PROMPTS["Clustering"]
     type = "Clustering"
+    metrics = ("v_measure",)
 
     @classmethod
     def read(cls, folder: str | Path, prompt: str | None = None) -> "ClusteringTask":

@@ -40,8 +40,13 @@ class Evaluation(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Their names, the main one first."""
+        ...
+
     def run(self, embed: Embed) -> Iterable[tuple[str, float]]:
-        """(metric, value), the main metric first."""
+        """(metric, value), in that order."""
         ...
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nomic_jax.data.sources import write_rows
+from nomic_jax.data.sources import read_rows, write_rows
 from nomic_jax.evals.contract import TaskError
 from nomic_jax.evals.hub import column, load
 from nomic_jax.evals.published import GLUE_TASKS
@@ -176,35 +176,12 @@ def _file(folder: Path, split: str) -> str:
 
 
 def _of_tfds(data: str, task: str, split: str) -> Iterable[dict[str, Any]]:
-    """Read from what lies prepared: to fetch and prepare it, TFDS wants TensorFlow."""
     name, _, query = data.removeprefix("tfds:").partition("?")
     options = dict(urllib.parse.parse_qsl(query))
     if name.rstrip("/") != "glue" or options.keys() - {"data_dir"}:
         raise TaskError(f"--data={data}: write tfds:glue, or tfds:glue?data_dir=DIR")
-    folder = Path(options.get("data_dir") or Path.home() / "tensorflow_datasets") / "glue" / task
-    versions = sorted(folder.glob("*/dataset_info.json"), key=lambda file: [*map(_number, file.parent.name.split("."))])
-    if not versions:
-        raise TaskError(
-            f"{folder} holds nothing that TFDS has prepared; with TensorFlow installed, "
-            f"`tfds build glue/{task} --file_format=array_record` prepares it"
-        )
-    try:
-        import tensorflow_datasets as tfds
-
-        rows = tfds.builder_from_directory(versions[-1].parent).as_data_source(split=split)
-        return ({name: _plain(value) for name, value in row.items()} for row in rows)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # of whatever it finds wrong with its files
-        raise TaskError(f"{versions[-1].parent}: split {split} cannot be read ({error})") from error
-
-
-def _number(part: str) -> int:
-    return int(part) if part.isdecimal() else -1
-
-
-def _plain(value: Any) -> Any:
-    return value.decode("utf-8") if isinstance(value, bytes) else value.item() if hasattr(value, "item") else value
+    named = f"tfds:glue/{task}?{urllib.parse.urlencode(options | {'split': split})}"
+    return read_rows(named, dict.fromkeys(TASKS[task].columns, str), others=("label",), allow_empty=True)
 
 
 def _checked(rows: Iterable[dict[str, Any]], task: GlueTask, where: str) -> Iterator[dict[str, Any]]:

@@ -4,11 +4,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from nomic_jax.data.hub import load_split
 from nomic_jax.evals.contract import TaskError
 
 TIMEOUT_SECONDS = 10.0
-# Where the hub keeps its own conversion of data sets whose authors wrote a loading script, which nobody runs any more.
-CONVERTED = "refs/convert/parquet"
 
 
 def is_reachable() -> bool:
@@ -38,15 +37,8 @@ def load(path: str, name: str | None, split: str) -> Any:
     Raises:
       TaskError: it cannot be had; the message says why and what to do.
     """
-    import datasets
-
     try:
-        try:
-            return datasets.load_dataset(path, name, split=split)
-        except RuntimeError as error:
-            if "script" not in str(error):
-                raise
-            return datasets.load_dataset(path, name, split=split, revision=CONVERTED)
+        return load_split(path, name, split)
     except Exception as error:
         raise TaskError(explain(error, path)) from error
 

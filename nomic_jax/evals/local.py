@@ -20,6 +20,7 @@ from typing import Any
 
 from nomic_jax.data.sources import read_rows
 from nomic_jax.evals import bm25
+from nomic_jax.evals.classification import FILES as LABELLED_FILES
 from nomic_jax.evals.classification import ClassificationTask
 from nomic_jax.evals.clustering import ClusteringTask
 from nomic_jax.evals.contract import Cut, Encoders, TaskError
@@ -29,7 +30,6 @@ from nomic_jax.evals.retrieval import RetrievalTask
 from nomic_jax.evals.sts import StsTask
 
 LocalTask = RetrievalTask | ClassificationTask | ClusteringTask | StsTask
-LABELLED_FILES = ("train.jsonl", "test.jsonl")
 FORMS = "queries, corpus and qrels.jsonl; train and test.jsonl; or test.jsonl alone"
 
 

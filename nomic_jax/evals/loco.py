@@ -55,6 +55,7 @@ class LocoTask:
     queries: tuple[str, ...]
     documents: tuple[str, ...]
     type = "LoCo"
+    metrics = ("ndcg@10", "recall@10")
 
     @classmethod
     def read(cls, name: str, folder: str | Path | None = None) -> "LocoTask":

@@ -127,6 +127,12 @@ def runs_of(name: str, report: dict[str, Any]) -> list[Run]:
     return [Run(name + (f", {dim} dims" if dim else ""), length, dim, tasks) for (length, dim), tasks in ordered]
 
 
+def _in_picture(run: Run, runs: list[Run]) -> str:
+    """The model's name, with the length where it was run at several."""
+    is_one_of_several = sum(other.model == run.model for other in runs) > 1
+    return f"{run.model} @{run.max_length}" if is_one_of_several else run.model
+
+
 def _mteb(folder: Path, runs: list[Run]) -> str:
     rows: list[list[Any]] = []
     groups: dict[str, dict[str, float]] = {}
@@ -135,7 +141,7 @@ def _mteb(folder: Path, runs: list[Run]) -> str:
         is_whole = len(run.tasks) == MTEB_TASKS
         note = f"this run, {run.max_length} tokens" + ("" if is_whole else f"; {len(run.tasks)} of {MTEB_TASKS} tasks")
         percent = {kind: 100 * score for kind, score in types.items()}
-        groups[run.model] = percent
+        groups[_in_picture(run, runs)] = percent
         cells = [percent.get(kind, "") for kind in MTEB_TYPES]
         rows.append([run.model, 100 * mean(run.scores.values()), *cells, note])
     rows += [
@@ -224,7 +230,7 @@ def _local(folder: Path, runs: list[Run]) -> str:
             for run, tasks in own
         ]
         text += f"{kind}, {metric}:\n\n{markdown(['model', 'tokens', 'average', *names], rows, digits=4)}\n"
-    groups = {run.model: average_by_type(run.tasks) for run in runs if run.dim is None}
+    groups = {_in_picture(run, runs): average_by_type(run.tasks) for run in runs if run.dim is None}
     if groups:
         pictures.bars(folder / "local.png", groups, tuple(types), "average of the main metric")
         text += "![Score by type of task](local.png)\n"

@@ -46,6 +46,7 @@ class RetrievalTask:
     query_prompt: str = PROMPTS["query_prompt"]
     document_prompt: str = PROMPTS["document_prompt"]
     type = "Retrieval"
+    metrics = ("ndcg@10", *(f"recall@{k}" for k in RECALL_AT), "mrr@10")
 
     @classmethod
     def read(cls, folder: str | Path) -> "RetrievalTask":

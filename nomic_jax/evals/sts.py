@@ -21,6 +21,7 @@ class StsTask:
     scores: tuple[float, ...]
     prompt: str = PROMPTS["STS"]
     type = "STS"
+    metrics = ("spearman", "pearson")
 
     @classmethod
     def read(cls, folder: str | Path, prompt: str | None = None) -> "StsTask":

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from nomic_jax.hf import Checkpoint
@@ -25,7 +25,8 @@ class Evaluations:
         self._path = Path(workdir) / "evaluation.jsonl"
         self._figures: dict[int, float] = {}
         if hosts.is_first() and self._path.exists():
-            self._figures = {line["step"]: line["figure"] for line in keep_until(self._path, start_step)}
+            lines = keep_until(self._path, start_step)
+            self._figures = {line["step"]: _comparable(line["figure"]) for line in lines}
 
     @property
     def best_step(self) -> int | None:
@@ -48,18 +49,25 @@ class Evaluations:
 
         tasks: dict[str, dict[str, float]] = hosts.of_first(scores)
         values = [metrics[self._config.metric] for metrics in tasks.values() if self._config.metric in metrics]
-        if not values:
-            known = sorted({metric for metrics in tasks.values() for metric in metrics})
-            raise ConfigurationError(
-                f"config.evaluation.metric is {self._config.metric!r}; the tasks have {', '.join(known)}"
-            )
+        check_metric(self._config.metric, tasks.values())
         figure = statistics.fmean(values)
-        # A model that has diverged must not be the best one.
-        self._figures[step] = figure if math.isfinite(figure) else -math.inf
+        self._figures[step] = _comparable(figure)
         if hosts.is_first():
             with self._path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, "figure": figure, "tasks": tasks}) + "\n")
         return {f"{task}/{name}": value for task, metrics in tasks.items() for name, value in metrics.items()}
+
+
+def check_metric(metric: str, tasks: Iterable[Iterable[str]]) -> None:
+    """Raises ConfigurationError unless one of the tasks, of which the metrics are given, has this one."""
+    known = {name for metrics in tasks for name in metrics}
+    if metric not in known:
+        raise ConfigurationError(f"config.evaluation.metric is {metric!r}; the tasks have {', '.join(sorted(known))}")
+
+
+def _comparable(figure: float) -> float:
+    """A model that has diverged must not be the best one."""
+    return figure if math.isfinite(figure) else -math.inf
 
 
 def read_evaluations(workdir: Path) -> list[dict]:

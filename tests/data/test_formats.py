@@ -223,7 +223,10 @@ def test_names_that_lead_nowhere(tmp_path):
     write_tfds(tmp_path, ROWS[:4])
     folder = tmp_path / "folder"
     write("jsonl", folder, ROWS[:4])
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("raise SystemExit('nobody runs this')")
     for name, message in {
+        f"hf:{tmp_path}/scripted": "scripts are no longer supported",
         f"tfds:toy/pairs:1.0.0?data_dir={tmp_path}&split=test": "Unknown split 'test'",
         f"tfds:nothing:1.0.0?data_dir={tmp_path}": "Dataset nothing not found",
         "tfds:toy?splits=train": "unknown option 'splits'",

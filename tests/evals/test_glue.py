@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import jax
@@ -198,7 +199,7 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
         )
 
     report = run(["rte"], [0])
-    assert "run --tasks=mnli first" in report["failed"]["rte lr0.01-batch16-seed0"]
+    assert "run --tasks=mnli first" in report["failed"]["rte"]
     report = run(["mnli"], [0])
     assert not report["failed"] and report["tasks"]["mnli"]["score"] > 0.8, report
     folder = tmp_path / "glue" / "tiny"
@@ -227,6 +228,8 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     done = []
     original = launch.glue._run
     monkeypatch.setattr(launch.glue, "_run", lambda cell, *rest: done.append(cell) or original(cell, *rest))
+    # A run that was cut off, begun from what is no longer the best.
+    shutil.copytree(workdir, folder / "rte" / workdir.name)
     run(["mnli"], [0, 1])
     report = run(["rte", "stsb"], [0])
     assert [f"{cell.task} {cell.seed}" for cell in done] == ["mnli 1", "stsb 0", "rte 0"]
@@ -295,7 +298,7 @@ def test_what_tfds_has_prepared(tmp_path):
     train, validation = glue.find_data("cola", f"tfds:glue?data_dir={tmp_path}", tmp_path / "cache")
     read = [json.loads(line) for file in (train, validation) for line in Path(file).read_text().splitlines()]
     assert read == [{"sentence": row["sentence"], "label": row["label"]} for row in rows]
-    with pytest.raises(TaskError, match="tfds build glue/sst2 --file_format=array_record"):
+    with pytest.raises(FileNotFoundError, match=r"sst2.* it must be prepared there"):
         glue.find_data("sst2", f"tfds:glue?data_dir={tmp_path}", tmp_path / "cache")
     with pytest.raises(TaskError, match="write tfds:glue"):
         glue.find_data("sst2", "tfds:super_glue", tmp_path / "cache")
@@ -311,8 +314,12 @@ def test_data_that_cannot_be_had_fail_their_task_alone(data, tiny_model, tmp_pat
         tasks=["sst2"],
         glue_options={"learning_rates": [1e-2], "batch_sizes": [16], "seeds": [0], "variant": "debug"},
     )
-    assert "sst2 has no train (.jsonl" in report["failed"]["sst2 lr0.01-batch16-seed0"]
+    assert "sst2 has no train (.jsonl" in report["failed"]["sst2"], "once, not for each of its runs"
     with pytest.raises(FileNotFoundError, match="neither a folder nor tfds:glue"):
         evaluate(str(tiny_model), ["nowhere"], tmp_path, suite="glue", name="t")
+    with pytest.raises(FileNotFoundError):
+        evaluate(str(tmp_path / "no_model"), [str(data)], tmp_path, suite="glue", name="u")
+    with pytest.raises(ValueError, match="neither --max_length nor --truncate_dim"):
+        evaluate(str(tiny_model), [str(data)], tmp_path, suite="glue", name="t", max_length=64)
     with pytest.raises(TaskError, match="no column 'label'"):
         list(glue._checked([{"sentence": "a"}], glue.TASKS["cola"], "glue"))

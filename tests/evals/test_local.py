@@ -1,5 +1,6 @@
 """Local tasks of every type: figures against mteb's of the same weights in sentence-transformers, and every mistake."""
 
+import dataclasses
 import json
 import random
 import sys
@@ -162,6 +163,7 @@ def test_matryoshka_dims_are_cut_before_normalisation(report, local_tasks, minil
     embedder = Embedder.from_pretrained(minilm, max_length=MAX_LENGTH)
     task = RetrievalTask.read(local_tasks / "retrieval")
     want = dict(task.run(lambda texts, prompt: embedder.encode(texts, truncate_dim=64)))
+    assert tuple(want) == task.metrics
     assert found["tasks"]["retrieval dim 64"]["ndcg@10"] == want["ndcg@10"]
     whole = report[0]
     for name in settings["tasks"]:
@@ -193,6 +195,8 @@ def test_known_answers(tmp_path):
         seen.append(prompt)
         return np.array([[np.cos(int(text) / 10), np.sin(int(text) / 10)] for text in texts])
 
+    assert all(tuple(dict(task.run(embed))) == task.metrics for task, embed in zip(tasks, (telling, telling, angles)))
+    seen.clear()
     assert dict(tasks[0].run(telling)) == {"accuracy": 1.0, "f1": 1.0, "f1_weighted": 1.0}
     assert dict(tasks[1].run(telling)) == {"v_measure": 1.0}
     assert dict(tasks[2].run(angles))["spearman"] == pytest.approx(1.0)
@@ -245,6 +249,19 @@ def test_a_broken_task_says_what_is_wrong(tmp_path, files, error, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(error, match=message):
         read_task(tmp_path)
+
+
+def test_scores_while_training_are_those_of_the_command(local_tasks, tiny_model, tmp_path):
+    from launch.train import make_evaluation
+    from nomic_jax.hf.read import read_checkpoint
+    from nomic_jax.train.config import ConfigurationError, EvaluationConfig
+
+    config = EvaluationConfig(every=1, tasks=str(local_tasks))
+    scores = make_evaluation(config)(read_checkpoint(tiny_model))
+    tasks = evaluate(str(tiny_model), [str(local_tasks)], tmp_path)["tasks"]
+    assert scores == {name: {metric: tasks[name][metric] for metric in scores[name]} for name in MAIN}
+    with pytest.raises(ConfigurationError, match="'ndcg'; the tasks have accuracy, f1, f1_weighted, mrr@10, ndcg@10"):
+        make_evaluation(dataclasses.replace(config, metric="ndcg"))
 
 
 def test_a_failing_task_leaves_the_others(local_tasks, minilm, tmp_path):

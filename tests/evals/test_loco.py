@@ -126,5 +126,5 @@ def test_other_forms_are_said(tmp_path, rows, error, message):
 def test_mistakes_are_said_before_anything_is_computed(data, tiny_model, tmp_path):
     with pytest.raises(ValueError, match="LoCo has no task 'qmsun'; it has summ_screen_fd"):
         evaluate(str(tiny_model), [str(data)], tmp_path, suite="loco", tasks=["qmsun"])
-    with pytest.raises(ValueError, match="takes at most 256 tokens; 2048 were asked for"):
+    with pytest.raises(ValueError, match="takes at most 256 tokens, not 2048; write --max_length=256"):
         evaluate(str(tiny_model), [str(data)], tmp_path, suite="loco")

@@ -55,6 +55,18 @@ def test_figures_pictures_and_order(folder):
     assert json.loads((folder / "report.json").read_text())["finetune"] == {"ndcg@10": 0.46}
 
 
+def test_other_suites_and_tasks_that_failed_beside(folder):
+    other = json.loads((folder / "eval" / "mlm.json").read_text())
+    content = {"suite": "loco", "tasks": {"gov_report@2048": {"ndcg@10": 0.9}}, "average": {"ndcg@10": 0.9}}
+    (folder / "eval" / "mlm-loco.json").write_text(json.dumps(content))
+    other["tasks"]["u"] = {"ndcg@10": 0.123, "queries": 5, "documents": 6}
+    (folder / "eval" / "mlm.json").write_text(json.dumps(other))
+    done = report(folder, 0.1)
+    assert done.returncode == 0, done.stderr
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "loco" not in text and "| mlm | 0.200 | 0.123 | 0.200 |" in text and "| random | 0.300 |  | 0.300 |" in text
+
+
 def test_too_little_gain_fails(folder):
     done = report(folder, 0.2)
     assert done.returncode == 2 and "the stages did not do what they should" in done.stderr
