@@ -36,12 +36,12 @@ def init_state(
         params = stage.init(key) | pretrained
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    specs = _state_specs(jax.eval_shape(init, key, pretrained), mesh, sharding)
+    specs = state_specs(jax.eval_shape(init, key, pretrained), mesh, sharding)
     out_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return jax.jit(init, out_shardings=out_shardings)(key, jax.device_put(pretrained, replicated(mesh)))
 
 
-def _state_specs(state: TrainState, mesh: Mesh, sharding: Sharding) -> Any:
+def state_specs(state: TrainState, mesh: Mesh, sharding: Sharding) -> Any:
     """The state with a PartitionSpec in the place of every array."""
     params = divided(state.params, mesh) if sharding == "fsdp" else whole(state.params)
     opt_state = whole(state.opt_state) if sharding == "replicated" else divided(state.opt_state, mesh)
@@ -102,7 +102,7 @@ def make_train_step(
         updated = TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
-        specs = _state_specs(state, mesh, sharding)
+        specs = state_specs(state, mesh, sharding)
         state = jax.tree.map(
             lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), state, specs
         )
