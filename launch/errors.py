@@ -71,6 +71,9 @@ def _exit(error: Exception) -> NoReturn:
     message = str(error)
     if isinstance(error, (AttributeError, KeyError)):
         # A KeyError's text in quotes, with escapes.
+        name = message.strip("'\"")
+        if name.isidentifier():
+            message = f"there is no field {name!r}; nomic_jax/train/config.py explains those that there are"
         message = "--config: " + message.strip("'").replace("\\n", ". ").replace("\\'", "'")
     if "Traceback" in message:
         # An error inside a configuration file: its own last line says it.
