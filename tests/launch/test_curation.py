@@ -65,7 +65,8 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 def kill_after(process: subprocess.Popen, output: Path, pieces: int) -> None:
     """As soon as so many pieces are there."""
-    while len(list((output / "work").rglob("[0-9]*.npy"))) < pieces:
+    # os.walk, not rglob: a finished block takes its folder of pieces away while we look.
+    while sum(name[0].isdigit() for _, _, names in os.walk(output / "work") for name in names) < pieces:
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.02)
     process.kill()
