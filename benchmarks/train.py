@@ -159,7 +159,7 @@ def theirs(config: TrainConfig, load: Load, directory: Path) -> Callable[[], flo
 def measure(name: str, args: argparse.Namespace) -> str:
     """A line of the table; the models of one stage are gone before the next one's are made."""
     on_gpu = jax.default_backend() == "gpu"
-    layout = args.layout or ("packed" if on_gpu else "padded")
+    layout = args.layout
     config = CONFIGS[name].get_config("paper")
     config.model.num_layers = args.layers
     config.model.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="[float32 on a CPU, bfloat16 on a GPU]")
-    parser.add_argument("--layout", choices=["packed", "padded"], help="[padded on a CPU, packed on a GPU]")
+    parser.add_argument("--layout", choices=["packed", "padded"], default="packed")
     args = parser.parse_args()
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, torch {torch.__version__}, {args.layers} layers\n")
     print("| stage | real tokens a step | nomic_jax s | torch s | ratio | nomic_jax tokens/s | first call s | losses |")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nomic_jax.data.batching import length_sorted_batches, pad_right
@@ -83,4 +84,6 @@ class Classifier:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _logits(params: dict, ids_BL: jax.Array, length_B: jax.Array, config: EncoderConfig) -> jax.Array:
-    return classifier_logits(params["classifier"], encode(params["encoder"], ids_BL, config, length_B=length_B), config)
+    first_B1 = jnp.zeros((len(ids_BL), 1), jnp.int32)
+    hidden_B1D = encode(params["encoder"], ids_BL, config, length_B=length_B, wanted_BP=first_B1)
+    return classifier_logits(params["classifier"], hidden_B1D, config)

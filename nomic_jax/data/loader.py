@@ -41,7 +41,7 @@ class Stream(Protocol):
       steps_per_epoch: after so many steps the rows come again, in another order.
       rows: rows of all sources.
       stores: the tokens of each source.
-      layout: the chunks that texts lie in; None where a row of the arrays is a row of tokens.
+      layout: the chunks that texts lie in, or the rows of documents told apart by segment ids; else None.
     """
 
     stores: Sequence[TokenStore]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nomic_jax.data.batching import Shape
 from nomic_jax.data.loader import Batch, share
 from nomic_jax.data.mixing import shuffled
 from nomic_jax.data.packing import Layout
@@ -37,8 +38,9 @@ class MlmStream:
     ):
         self.stores: Sequence[TokenStore] = list(stores)
         check_tokenizer(self.stores, tokenizer)
-        self.layout: Layout | None = None  # rows are full
         self.texts = [store.columns["text"] for store in self.stores]
+        # Rows are full.
+        self.layout = Layout((Shape(1, seq_len),), self._most_documents(seq_len)) if document_mask else None
         self.row_ends = np.cumsum([len(texts.ids) // seq_len for texts in self.texts])
         self.rows = int(self.row_ends[-1])
         if self.rows < batch_size:
@@ -77,6 +79,11 @@ class MlmStream:
         # With a document mask fewer count; they are not looked up for that.
         return Batch(arrays, "text", tokens, tokens, token_pairs=tokens * self.seq_len)
 
+    def _most_documents(self, seq_len: int) -> int:
+        """Of a row, with the one that goes on from the row before."""
+        ends = [np.searchsorted(x.offsets, np.arange(0, len(x.ids) + 1, seq_len)) for x in self.texts]
+        return 1 + max(int(np.diff(end).max(initial=0)) for end in ends)
+
     def _locate(self, row: int) -> tuple[int, int]:
         """(index of the source, row in it) of a row counted through all sources."""
         source = int(np.searchsorted(self.row_ends, row, side="right"))
@@ -94,8 +101,8 @@ class MlmStream:
         position_P[: len(chosen)], target_P[: len(chosen)] = chosen, ids_L[chosen]
         out = {"position": position_P, "target": target_P}
         if self.document_mask:
-            # Every document starts with [CLS]; a row may start inside one, so segments count from 1.
-            out["segment"] = 1 + np.cumsum(ids_L == self._cls_id, dtype=np.int32)
+            # Every document starts with [CLS]; a row may start inside one.
+            out["segment"] = np.cumsum(ids_L == self._cls_id, dtype=np.int32) + np.int32(ids_L[0] != self._cls_id)
         draw = rng.random(len(chosen))
         replacement = np.where(draw < 0.8, self._mask_id, rng.integers(0, self.tokenizer.vocab_size, len(chosen)))
         ids_L[chosen] = np.where(draw < 0.9, replacement, ids_L[chosen])

@@ -8,6 +8,8 @@ Shape letters used in every array name of this project (``x_BLD`` is [B, L, D]):
 import dataclasses
 from typing import Any, Literal
 
+from nomic_jax.model.attention import IMPLEMENTATIONS
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -54,7 +56,7 @@ class EncoderConfig:
             "position": ("rope", "absolute"),
             "activation": ("swiglu", "gelu"),
             "dtype": ("float32", "bfloat16", "float16"),
-            "attention": ("auto", "cudnn", "xla", "cpu"),
+            "attention": IMPLEMENTATIONS,
             "recompute": ("none", "elementwise", "attention", "layer"),
         }
         for field, allowed in choices.items():

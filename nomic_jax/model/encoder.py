@@ -9,13 +9,14 @@ the checkpoints and the converters see:
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from nomic_jax.model.attention import attention
+from nomic_jax.model.attention import FUSED_PRIMITIVE, attention
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.rope import apply_rope, rope_cos_sin
 
@@ -27,6 +28,14 @@ KEPT = {
     "attention": ("qkv", "attention"),
     "layer": (),
 }
+
+
+class Texts(NamedTuple):
+    """Where the texts of a row lie, see ``encode``."""
+
+    length_B: jax.Array | None
+    segment_BL: jax.Array | None
+    max_segments: int | None
 
 
 class Linear(nnx.Linear):
@@ -95,7 +104,7 @@ class Attention(nnx.Module):
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, config, rngs)
         self.out = Linear(config.hidden_size, config.hidden_size, config, rngs)
 
-    def __call__(self, x_BLD: jax.Array, rope, length_B, segment_BL) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, rope, texts: Texts, wanted_BP: jax.Array | None) -> jax.Array:
         B, L, D = x_BLD.shape
         H, K = self.config.num_heads, self.config.head_dim
         qkv_BL3D = checkpoint_name(self.qkv(x_BLD), "qkv")
@@ -106,12 +115,10 @@ class Attention(nnx.Module):
             q_BLHK,
             k_BLHK,
             v_BLHK,
-            length_B=length_B,
-            segment_BL=segment_BL,
+            **texts._asdict(),
             implementation=self.config.attention,
         )
-        out_BLD = checkpoint_name(out_BLHK.reshape(B, L, D), "attention")
-        return checkpoint_name(self.out(out_BLD), "out")
+        return checkpoint_name(self.out(_only(out_BLHK.reshape(B, L, D), wanted_BP)), "out")
 
 
 class GatedMlp(nnx.Module):
@@ -146,9 +153,13 @@ class Block(nnx.Module):
         self.mlp = GatedMlp(config, rngs) if config.activation == "swiglu" else GeluMlp(config, rngs)
         self.norm2 = LayerNorm(config, rngs)
 
-    def __call__(self, x_BLD: jax.Array, rope, length_B, segment_BL) -> jax.Array:
-        x_BLD = self.norm1(x_BLD + self.attention(x_BLD, rope, length_B, segment_BL))
-        return self.norm2(x_BLD + self.mlp(x_BLD))
+    def __call__(self, x_BLD: jax.Array, rope, texts: Texts, wanted_BP: jax.Array | None = None) -> jax.Array:
+        x_BPD = self.norm1(_only(x_BLD, wanted_BP) + self.attention(x_BLD, rope, texts, wanted_BP))
+        return self.norm2(x_BPD + self.mlp(x_BPD))
+
+
+def _only(x_BLD: jax.Array, wanted_BP: jax.Array | None) -> jax.Array:
+    return x_BLD if wanted_BP is None else jnp.take_along_axis(x_BLD, wanted_BP[:, :, None], axis=1)
 
 
 class Encoder(nnx.Module):
@@ -157,18 +168,35 @@ class Encoder(nnx.Module):
         self.embeddings = Embeddings(config, rngs)
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
 
-    def __call__(self, ids_BL: jax.Array, length_B=None, segment_BL=None) -> jax.Array:
-        position_BL, own_length_BL = _positions(ids_BL, length_B, segment_BL, self.config)
+    def __call__(self, ids_BL: jax.Array, texts: Texts, wanted_BP: jax.Array | None) -> jax.Array:
+        position_BL, own_length_BL = _positions(ids_BL, texts.length_B, texts.segment_BL, self.config)
         rope = rope_cos_sin(position_BL, own_length_BL, self.config) if self.config.position == "rope" else None
         x_BLD = self.embeddings(ids_BL, position_BL)
-        for block in self.layers:
-            x_BLD = self._recomputed(block)(x_BLD, rope, length_B, segment_BL)
-        return x_BLD
+        for block in self.layers[:-1]:
+            x_BLD = self._recomputed(block, texts)(x_BLD, rope)
+        # What nobody asks for, nobody sees after the last attention.
+        return self._recomputed(self.layers[-1], texts, wanted_BP)(x_BLD, rope)
 
-    def _recomputed(self, block: Block) -> Callable[..., jax.Array]:
+    def _recomputed(
+        self, block: Block, texts: Texts, wanted_BP: jax.Array | None = None
+    ) -> Callable[[jax.Array, Any], jax.Array]:
+        def of_texts(x_BLD: jax.Array, rope) -> jax.Array:
+            return block(x_BLD, rope, texts, wanted_BP)
+
         if self.config.recompute == "none":
-            return block
-        return jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[self.config.recompute]))
+            return of_texts
+        return jax.checkpoint(of_texts, policy=_keeps(KEPT[self.config.recompute]))
+
+
+def _keeps(names: tuple[str, ...]) -> Callable[..., bool]:
+    is_kept = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive, *arguments, **parameters) -> bool:
+        # Without the kernel's own outputs, its forward pass would be run again, whatever has a name.
+        is_fused = "attention" in names and primitive.name == FUSED_PRIMITIVE
+        return is_fused or is_kept(primitive, *arguments, **parameters)
+
+    return policy
 
 
 def _positions(ids_BL: jax.Array, length_B, segment_BL, config: EncoderConfig):
@@ -217,8 +245,10 @@ def encode(
     *,
     length_B: jax.Array | None = None,
     segment_BL: jax.Array | None = None,
+    max_segments: int | None = None,
+    wanted_BP: jax.Array | None = None,
 ) -> jax.Array:
-    """Last hidden states [B, L, D] in ``config.dtype``.
+    """Last hidden states [B, L, D] in ``config.dtype``, or [B, P, D] of the tokens ``wanted_BP``.
 
     Args:
       params: the tree made by ``init_encoder`` or read from a checkpoint.
@@ -227,8 +257,11 @@ def encode(
       length_B: number of real tokens of each row, where a row is one padded text.
       segment_BL: 1, 2, ... for the texts of a packed row and 0 for its padding. Positions restart with every text and
         attention stays inside it. Give at most one of the two; with neither, every token of the row is one text.
+      max_segments: the most texts of a packed row, where that is known: flash attention of packed rows needs it.
+      wanted_BP: places in the row of the tokens whose hidden states are wanted; all are by default. For few of them
+        the last layer does less (masked-LM: 5 % of the arithmetic of 12 layers), with the same result.
 
     Raises:
       ValueError: rows longer than the positions of the encoder.
     """
-    return nnx.merge(_graphdef(config), params)(ids_BL, length_B, segment_BL)
+    return nnx.merge(_graphdef(config), params)(ids_BL, Texts(length_B, segment_BL, max_segments), wanted_BP)

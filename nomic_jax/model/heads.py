@@ -163,6 +163,9 @@ def abstract_classifier(config: EncoderConfig, num_labels: int) -> dict:
 
 
 def classifier_logits(classifier_params: dict, hidden_BLD: jax.Array, config: EncoderConfig) -> jax.Array:
-    """Logits [B, labels], float32, of hidden states [B, L, D]; one label is a regression (GLUE's STS-B)."""
+    """Logits [B, labels], float32, of hidden states [B, L, D], of which the first token's count.
+
+    One label is a regression (GLUE's STS-B).
+    """
     num_labels = classifier_params["out"]["bias"].shape[0]
     return nnx.merge(_classifier_graphdef(config, num_labels), classifier_params)(hidden_BLD).astype(jnp.float32)

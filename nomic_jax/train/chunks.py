@@ -81,5 +81,5 @@ def _embed_chunk(
         length_B = jnp.maximum(chunk["length"][: shape.rows], 1)
         return embed(params, {"ids": ids_BL, "length": length_B}, model)
     segment_BL = chunk["segment"][:tokens].reshape(shape)
-    hidden_BLD = encode(params, ids_BL, model.encoder, segment_BL=segment_BL)
+    hidden_BLD = encode(params, ids_BL, model.encoder, segment_BL=segment_BL, max_segments=layout.segments)
     return pool_segments(hidden_BLD, segment_BL, layout.segments, model).reshape(-1, model.output_dim)

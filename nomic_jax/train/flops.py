@@ -41,6 +41,8 @@ def training_flops(config: EncoderConfig, batch: Batch) -> float:
     forward = 2.0 * batch.real_tokens * N * (4 * D * D + mlp_matrices * D * F)
     forward += 4.0 * batch.token_pairs * N * D
     if "target" in batch.arrays:
-        # The masked-LM head, on this process's share of the predictions.
-        forward += 2.0 * batch.arrays["target"].size * jax.process_count() * D * (D + config.vocab_size)
+        # The masked-LM head, on this process's share of the predictions; elsewhere the last layer ends with attention.
+        predictions = batch.arrays["target"].size * jax.process_count()
+        forward += 2.0 * predictions * D * (D + config.vocab_size)
+        forward -= 2.0 * (batch.real_tokens - predictions) * (D * D + mlp_matrices * D * F)
     return 3 * forward

@@ -54,10 +54,10 @@ def make_stage(
     """The stage of the configuration; ``layout`` is that of the stream, ``guide`` what ``config.loss.guide`` names."""
     if isinstance(config.data, LabelledData):
         return _classify(model, config.data.num_labels)
-    return _mlm(model) if config.stage == "mlm" else _contrastive(config, model, layout, guide)
+    return _mlm(model, layout) if config.stage == "mlm" else _contrastive(config, model, layout, guide)
 
 
-def _mlm(model: EmbeddingConfig) -> Stage:
+def _mlm(model: EmbeddingConfig, layout: Layout | None) -> Stage:
     encoder = model.encoder
 
     def init(key: jax.Array) -> dict:
@@ -65,9 +65,15 @@ def _mlm(model: EmbeddingConfig) -> Stage:
         return {"encoder": init_encoder(encoder_key, encoder), "mlm_head": init_mlm_head(head_key, encoder)}
 
     def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
-        hidden_BLD = encode(params["encoder"], rows["ids"], encoder, segment_BL=rows.get("segment"))
-        # The head, and its 30528 logits, only where something is to be predicted.
-        chosen_BPD = jnp.take_along_axis(hidden_BLD, rows["position"][:, :, None], axis=1)
+        # Most of the last layer, and the head with its 30528 logits, only where something is to be predicted.
+        chosen_BPD = encode(
+            params["encoder"],
+            rows["ids"],
+            encoder,
+            segment_BL=rows.get("segment"),
+            max_segments=None if layout is None else layout.segments,
+            wanted_BP=rows["position"],
+        )
 
         def of_rows(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             chosen_PD, target_P = row
@@ -99,8 +105,9 @@ def _classify(model: EmbeddingConfig, num_labels: int) -> Stage:
         }
 
     def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
-        hidden_BLD = encode(params["encoder"], rows["ids"], encoder, length_B=rows["length"])
-        logits = classifier_logits(params["classifier"], hidden_BLD, encoder)
+        first_B1 = jnp.zeros_like(rows["length"])[:, None]
+        hidden_B1D = encode(params["encoder"], rows["ids"], encoder, length_B=rows["length"], wanted_BP=first_B1)
+        logits = classifier_logits(params["classifier"], hidden_B1D, encoder)
         weight = jnp.sum(jnp.ones_like(rows["length"], jnp.float32))
         if num_labels == 1:
             return LossSums(jnp.sum((logits[:, 0] - rows["label"]) ** 2), weight, {})

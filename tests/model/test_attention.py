@@ -1,11 +1,15 @@
 """Every attention implementation, in values and gradients, against the dense formula in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+import nomic_jax.model.attention as attention_module
+from nomic_jax.model import EncoderConfig, abstract_encoder, encode, init_encoder
 from nomic_jax.model.attention import attention
 
 B, H, K = 3, 2, 8
@@ -52,6 +56,101 @@ def test_against_float64(implementation, kind, L, monkeypatch):
     np.testing.assert_allclose(np.asarray(out)[real], expected[0][real], atol=2e-6)
     for ours, theirs in zip(pullback(cotangent), expected[1:]):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def packed_kernel(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale):
+    """What `jax._src.cudnn...dot_product_attention` says that it does with packed rows; NaN where it says nothing."""
+    assert q_offsets.shape == (len(q), q_seqlen.shape[1] + 1) and q_offsets.dtype == q_seqlen.dtype == jnp.int32
+    # Lists of offsets and lengths of all rows, without the entries below 0, go together one by one.
+    offset = np.concatenate([row[row >= 0] + i * q.shape[1] for i, row in enumerate(np.asarray(q_offsets))])
+    lengths = np.asarray(q_seqlen)[np.asarray(q_seqlen) >= 0]
+    text = np.full(q.shape[:2], -1)
+    for number, (start, length) in enumerate(zip(offset, lengths, strict=True)):
+        text.reshape(-1)[start : start + length] = number
+    allowed, real = text[:, :, None] == text[:, None], (text >= 0)[:, :, None, None]
+
+    def formula(q, k, v):
+        scores = jnp.where(allowed[:, None], scale * jnp.einsum("bqhk,blhk->bhql", q, k), -1e30)
+        return jnp.einsum("bhql,blhk->bqhk", jax.nn.softmax(scores), v)
+
+    @jax.custom_vjp
+    def kernel(q, k, v):
+        return jnp.where(real, formula(q, k, v), jnp.nan)
+
+    def backward(residuals, cotangent):
+        gradients = jax.vjp(formula, *residuals)[1](jnp.where(real, cotangent, 0))
+        return tuple(jnp.where(real, gradient, jnp.nan) for gradient in gradients)
+
+    kernel.defvjp(lambda *qkv: (kernel(*qkv), qkv), backward)
+    return kernel(q, k, v)
+
+
+@pytest.mark.parametrize("max_segments", [1, 3, 5])
+def test_packed_rows_reach_cudnn_in_its_form(max_segments, monkeypatch):
+    monkeypatch.setattr(attention_module.cudnn, "dot_product_attention", packed_kernel)
+    L = 40
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (rng.normal(size=(B, L, H, K)).astype(np.float32) for _ in range(4))
+    lengths = [[L], [0], [7]] if max_segments == 1 else [[20, 20], [1, 30, 2], [7]]
+    segment = np.zeros((B, L), np.int32)
+    for row, own in zip(segment, lengths):
+        row[: sum(own)] = np.repeat(np.arange(1, len(own) + 1), own)
+    real = (segment > 0)[:, :, None, None]
+    expected = reference(q, k, v, segment[:, :, None] == segment[:, None], cotangent * real)
+
+    def function(q, k, v):
+        return attention(
+            q, k, v, segment_BL=jnp.array(segment), max_segments=max_segments, implementation="cudnn_packed"
+        )
+
+    out, pullback = jax.vjp(function, q, k, v)
+    np.testing.assert_allclose(out, expected[0] * real, atol=2e-6)
+    for ours, theirs in zip(pullback(cotangent), expected[1:]):
+        np.testing.assert_allclose(ours, theirs * real, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_programs_for_gpus_call_the_kernel_once_a_layer_and_pass(packed, monkeypatch):
+    """Down to what XLA gets: cuDNN itself, and the compiler's part, are for a machine with a GPU (tests/gpu)."""
+    monkeypatch.setattr(attention_module.cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(attention_module.cudnn, "check_compute_capability", lambda capability: True)
+    config = EncoderConfig(
+        hidden_size=128, num_heads=2, num_layers=3, intermediate_size=256, dtype="bfloat16",
+        attention="cudnn_packed" if packed else "cudnn",
+    )  # fmt: skip
+    texts = (
+        {"segment_BL": jnp.ones((2, 64), jnp.int32), "max_segments": 4} if packed else {"length_B": jnp.array([9, 2])}
+    )
+
+    def calls(recompute):
+        def loss(params):
+            own = dataclasses.replace(config, recompute=recompute)
+            return jnp.sum(encode(params, jnp.ones((2, 64), jnp.int32), own, **texts).astype(jnp.float32) ** 2)
+
+        program = jax.jit(jax.grad(loss)).trace(abstract_encoder(config)).lower(lowering_platforms=("cuda",)).as_text()
+        return program.count("@__cudnn$fmhaSoftmax("), program.count("@__cudnn$fmhaSoftmaxBackward(")
+
+    assert calls("none") == calls("elementwise") == calls("attention") == (3, 3)
+    assert calls("layer") == (6, 3)
+
+
+def test_wanted_positions_are_those_of_all():
+    config = EncoderConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128)
+    params = init_encoder(jax.random.key(0), config)
+    rng = np.random.default_rng(0)
+    ids, wanted = rng.integers(1, 30000, (3, 20)).astype(np.int32), rng.integers(0, 20, (3, 6)).astype(np.int32)
+    direction = rng.normal(size=(3, 6, 64)).astype(np.float32)
+
+    def of_all(params):
+        hidden = encode(params, ids, config)
+        return jnp.sum(jnp.take_along_axis(hidden, wanted[:, :, None], axis=1) * direction)
+
+    def of_wanted(params):
+        return jnp.sum(encode(params, ids, config, wanted_BP=wanted) * direction)
+
+    (expected, gradient), (ours, own) = (jax.value_and_grad(f)(params) for f in (of_all, of_wanted))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * np.linalg.norm(y)), own, gradient)
 
 
 def test_both_ways_of_saying_where_texts_end_are_refused():
