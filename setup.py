@@ -58,6 +58,7 @@ setup(
             "torch==2.13.0",
             "sentence-transformers>=6.0",
             "bm25s>=0.2",
+            "hypothesis>=6.100",
             "langchain-core>=0.3",
             "llama-index-core>=0.12",
             "mteb>=2.26",

@@ -18,6 +18,7 @@ All but name, bucket and objective may be left out. Paths are relative to the YA
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
 }
 ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}  # of the stages
 _OBJECTIVE_KIND: dict[str, Kind] = {"self": "text", "paired": "pair", "triplet": "triplet"}
+LARGEST_YAML = 1_000_000  # values; a few lines of aliases to aliases stand for billions
 _KIND_OBJECTIVE = {kind: objective for objective, kind in _OBJECTIVE_KIND.items()}
 
 
@@ -76,7 +78,7 @@ class Source:
                 raise MixtureError(
                     f"{self.name}: unknown prefix {prefix!r}; write one of {', '.join(PREFIXES)}, or an instruction"
                 )
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not self.name or "/" in self.name or re.search(r"^\.|[\0-\x1f\x7f\ud800-\udfff]", self.name):
             raise MixtureError(f"the source name {self.name!r} cannot be that of a folder; use letters and digits")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise MixtureError(f"{self.name}: weight is {self.weight}; write a positive number")
@@ -87,14 +89,20 @@ class Source:
         objective = metadata.get("objective") if isinstance(metadata, dict) else None
         if not isinstance(objective, dict):
             return
-        declared = objective.get(_KIND_OBJECTIVE[self.kind]) or []
+        declared = _lists(objective.get(_KIND_OBJECTIVE[self.kind]))
         if self.kind == "pair":  # what a triplet has besides its negatives
-            declared = [*declared, *(columns[:2] for columns in objective.get("triplet") or [])]
-        if list(self.columns) not in [list(columns) for columns in declared]:
+            declared += [columns[:2] for columns in _lists(objective.get("triplet"))]
+        if list(self.columns) not in declared:
             raise BadRow(
                 f"{where}: metadata.objective names {objective}, the mixture asks for "
                 f"{_KIND_OBJECTIVE[self.kind]} rows with the columns {list(self.columns)}"
             )
+
+
+def _lists(value: Any) -> list[list]:
+    """Those in what should be a list of lists; in a self objective a column may stand by itself."""
+    items = value if isinstance(value, list) else []
+    return [item if isinstance(item, list) else [item] for item in items]
 
 
 def with_prefix(prefix: str, text: str) -> str:
@@ -116,10 +124,7 @@ def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
     if not path.endswith((".yaml", ".yml")):
         prefixes = ("", "") if kind == "text" else ("search_query", "search_document")
         return (Source("data", path, kind, COLUMNS[kind], *prefixes),)
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MixtureError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
+    content = _load_yaml(path)
     entries = content.get("datasets") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
         raise MixtureError(f"{path}: expected a list of sources under `datasets`")
@@ -136,16 +141,56 @@ def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
     return sources
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes no field twice: the first one would be lost unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the field {twice[0]!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(path: str) -> Any:
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        if _expanded_size(content, {}) > LARGEST_YAML:
+            raise ValueError(f"its aliases stand for more than {LARGEST_YAML:,} values")
+        return content
+    except RecursionError as error:
+        raise MixtureError(f"{path}: broken YAML (nested too deep, or within itself)") from error
+    except (yaml.YAMLError, ValueError) as error:  # of dates that are none, ValueErrors
+        raise MixtureError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
+
+
+def _expanded_size(value: Any, known: dict[int, int]) -> int:
+    """Values in it, those that aliases (*name) stand for counted each time; ``known``: of the ids met before."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded_size(item, known) for item in inner)
+    return known[id(value)]
+
+
 def _source(entry: dict, where: str, folder: Path) -> Source:
     fields = {"name", "bucket", "objective", "query_prefix", "document_prefix", "query_only", "in_batch_negatives"}
     fields |= {"weight", "rows", "kd_loss"}
     if not isinstance(entry, dict) or not {"name", "bucket", "objective"} <= entry.keys():
         raise MixtureError(f"{where}: needs the fields name, bucket and objective")
     if unknown := entry.keys() - fields:
-        raise MixtureError(f"{where}: unknown field {sorted(unknown)[0]!r}; the fields are {', '.join(sorted(fields))}")
+        raise MixtureError(
+            f"{where}: unknown field {sorted(map(str, unknown))[0]!r}; the fields are {', '.join(sorted(fields))}"
+        )
+    for field in ("name", "bucket", "query_prefix", "document_prefix"):
+        if not isinstance(entry.get(field, ""), str | int | None) or (field == "bucket" and not entry[field]):
+            raise MixtureError(f"{where}: {field} is a text, found {entry[field]!r}")
     objective = entry["objective"]
     kind = _OBJECTIVE_KIND.get(str(objective.get("type"))) if isinstance(objective, dict) else None
-    if kind is None or not isinstance(objective.get("columns", []), list):
+    columns = objective.get("columns") or [] if isinstance(objective, dict) else []
+    if kind is None or not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
         raise MixtureError(f"{where}: objective is {{type: self | paired | triplet, columns: [...]}}")
     query_prefix, document_prefix = (
         str(entry.get(field) or "").strip().removesuffix(":") for field in ("query_prefix", "document_prefix")
@@ -157,6 +202,8 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
     for field, kinds in (("weight", int | float), ("rows", int)):
         if not isinstance(entry.get(field, 1), kinds) or isinstance(entry.get(field), bool):
             raise MixtureError(f"{where}: {field} is a number, found {entry[field]!r}")
+        if abs(entry.get(field, 1)) > 2**53 or (field == "rows" and entry.get(field, 0) < 0):
+            raise MixtureError(f"{where}: {field} is {entry[field]!r}, which is out of range")
     files = str(entry["bucket"])
     if "://" not in files and not is_named(files):
         files = str(folder / files)
@@ -165,7 +212,7 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
             name=str(entry["name"]),
             files=files,
             kind=kind,
-            columns=tuple(objective.get("columns") or COLUMNS[kind]),
+            columns=tuple(columns or COLUMNS[kind]),
             query_prefix=query_prefix,
             document_prefix="" if entry.get("query_only") else document_prefix or query_prefix,
             in_batch_negatives=entry.get("in_batch_negatives", True),

@@ -119,7 +119,7 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
         row = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"{where}: not valid UTF-8 ({error})") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also of a number with too many digits
         raise BadRow(f"{where}: broken JSON ({error})") from error
     except RecursionError:
         raise BadRow(f"{where}: broken JSON (nested too deep)") from None

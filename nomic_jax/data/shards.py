@@ -9,6 +9,7 @@ Nothing here is needed for reading; but where they differ from the files, one of
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,8 +51,10 @@ def _check_counts(file: str, shards: dict[str, tuple[str, Scan]]) -> None:
     try:
         with fsspec.open(file, "rt", encoding="utf-8") as f:
             content = json.load(f)
-        counts = {str(name).rsplit("/", 1)[-1]: int(n) for name, n in content.get("count_per_file", content).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        counts = {name.rsplit("/", 1)[-1]: n for name, n in content.get("count_per_file", content).items()}
+        if wrong := [n for name, n in counts.items() if type(n) is not int and name in shards]:
+            raise ValueError(f"{wrong[0]!r} is no number of rows")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadRow(f'{file}: not of the form {{"file": rows}} ({error}); write it again, or delete it') from error
     for name, (shard, scan) in shards.items():
         if name not in counts:
@@ -105,7 +108,7 @@ def _read_offsets(file: str) -> Iterator[tuple[str, np.ndarray]]:
                 pairs = [rows[str(i)] for i in range(len(rows))]
                 yield name, np.array(pairs, np.int64).reshape(len(pairs), 2)
                 place = entry.end()
-    except (KeyError, ValueError, TypeError, EOFError, OSError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, BadRow | FileNotFoundError):
             raise
         raise broken(error) from error

@@ -39,6 +39,7 @@ __all__ = [
     "write_rows",
 ]
 
+MOST_FILES = 1_000_000
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet", ".arrow")
 
 
@@ -58,6 +59,8 @@ def expand_files(pattern: str | os.PathLike) -> list[str]:
     pattern = os.fspath(pattern)
     if hub.is_named(pattern):
         return hub.files_of(pattern)
+    if re.search(r"[\0\ud800-\udb7f]", pattern):
+        raise ValueError(f"{pattern!r} names no files: it holds characters that no name has")
     try:
         fs, path = fsspec.core.url_to_fs(pattern)
         return _expand(fs, path, pattern)
@@ -96,19 +99,41 @@ def _expand(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[str]
 
 
 def expand_braces(text: str) -> list[str]:
-    """Every text that ``{0..12}``, ``{00..12}`` (of equal width, as in a shell) and ``{a,b}`` stand for."""
-    brace = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
+    """Every text that ``{0..12}``, ``{00..12}`` (of equal width, as in a shell) and ``{a,b}`` stand for.
+
+    Raises:
+      ValueError: they are more than MOST_FILES.
+    """
+    texts, is_expanded = [text], False
+    while not is_expanded:
+        further: list[str] = []
+        is_expanded = True
+        for one in texts:
+            parts = _expand_first_brace(one)
+            is_expanded &= parts is None
+            further += parts or [one]
+            if len(further) > MOST_FILES:
+                raise ValueError(f"{text}: its braces name more than {MOST_FILES:,} files")
+        texts = further
+    return texts
+
+
+def _expand_first_brace(text: str) -> list[str] | None:
+    """None if there is none."""
+    brace = re.search(r"\{(?:([0-9]{1,20})\.\.([0-9]{1,20})|([^{}]*,[^{}]*))\}", text)
     if brace is None:
-        return [text]
+        return None
     first, last, names = brace.groups()
     if names is None:
         width = max(len(first), len(last)) if first[0] == "0" or last[0] == "0" else 0
         step = 1 if int(first) <= int(last) else -1
-        parts = [f"{i:0{width}d}" for i in range(int(first), int(last) + step, step)]
+        numbers = range(int(first), int(last) + step, step)
+        if max(len(first), len(last)) > 18 or len(numbers) > MOST_FILES:
+            raise ValueError(f"{text}: the range {brace[0]} names more than {MOST_FILES:,} files")
+        parts = [f"{i:0{width}d}" for i in numbers]
     else:
         parts = names.split(",")
-    before, after = text[: brace.start()], text[brace.end() :]
-    return [expanded for part in parts for expanded in expand_braces(before + part + after)]
+    return [text[: brace.start()] + part + text[brace.end() :] for part in parts]
 
 
 def _existing(fs: fsspec.AbstractFileSystem, names: list[str]) -> set[str]:
@@ -126,14 +151,27 @@ def _files_of_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
     folder = folder.rstrip("/")
     names = {file.rsplit("/", 1)[-1] for file in fs.ls(folder, detail=False)}
     if "dataset_dict.json" in names:
-        splits = json.loads(fs.cat_file(f"{folder}/dataset_dict.json"))["splits"]
+        splits = _listed(fs, f"{folder}/dataset_dict.json", lambda content: list(content["splits"]))
         raise FileNotFoundError(f"{folder} holds the splits {', '.join(splits)}; name one: {folder}/{splits[0]}")
     if "state.json" in names:  # what save_to_disk writes; it says which shards there are, and their order
-        shards = [shard["filename"] for shard in json.loads(fs.cat_file(f"{folder}/state.json"))["_data_files"]]
+        shards = _listed(
+            fs, f"{folder}/state.json", lambda content: [shard["filename"] for shard in content["_data_files"]]
+        )
         if missing := [shard for shard in shards if shard not in names]:
             raise FileNotFoundError(f"{folder}: {len(missing)} of {len(shards)} files are missing, first {missing[:1]}")
         return [f"{folder}/{shard}" for shard in shards]
     return [f"{folder}/{name}" for name in sorted(names) if name.endswith(SUFFIXES)]
+
+
+def _listed(fs: fsspec.AbstractFileSystem, file: str, names_of: Callable[[Any], list]) -> list[str]:
+    """Names from a file that ``datasets`` wrote."""
+    try:
+        names = names_of(json.loads(fs.cat_file(file)))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadRow(f"{file}: not as `datasets` writes it ({error!r}); save the data set again") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BadRow(f"{file}: names no files; save the data set again")
+    return names
 
 
 def _hub_hint(pattern: str) -> str:

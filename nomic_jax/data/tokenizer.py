@@ -25,7 +25,8 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        self.vocab_size = max(self.vocabulary.values()) + 1
+        # The ids of [CLS] and [SEP] stand in the file a second time, and may be others there.
+        self.vocab_size = max(*self.vocabulary.values(), *backend.encode("a").ids) + 1
 
     @property
     def vocabulary(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ checkpoints, which text-embeddings-inference and llama.cpp read. transformers ig
 only those silently becomes the 137M default there. We write both, read either, and refuse a file where they disagree.
 """
 
+import math
 from typing import Any
 
 from nomic_jax.model.config import EncoderConfig
@@ -40,7 +41,17 @@ _FIXED = {
 # Fields of other models of these families, which would change what is computed: refused when set.
 _UNSUPPORTED = ("moe_every_n_layers", "num_experts", "rope_scaling", "attention_bias", "mlp_bias", "is_decoder")
 # Sizes beyond any checkpoint's: a broken file, not worth building a model of.
-_LARGEST = {"num_layers": 512, "hidden_size": 2**16, "intermediate_size": 2**18, "vocab_size": 2**24}
+_LARGEST = {
+    "num_layers": 512,
+    "num_heads": 2**16,
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "vocab_size": 2**24,
+    "type_vocab_size": 2**10,
+    "max_trained_positions": 2**20,
+    "pad_token_id": 2**24,
+}
+_LARGEST_FLOAT = 1e30  # of float32, with room to compute
 
 
 class ConfigError(ValueError):
@@ -55,7 +66,7 @@ def encoder_config(content: dict[str, Any], where: str = "config.json") -> Encod
     """
     readers = {"nomic_bert": _nomic_config, "bert": _bert_config}
     model_type = content.get("model_type")
-    if model_type not in readers:
+    if not isinstance(model_type, str) or model_type not in readers:
         raise ConfigError(f"{where}: model_type is {model_type!r}; this encoder runs {' and '.join(readers)}")
     for name in _UNSUPPORTED:
         if content.get(name):
@@ -83,10 +94,10 @@ def _sizes(content: dict[str, Any], where: str) -> dict[str, Any]:
         if value is None:
             continue
         is_float = field in ("layer_norm_eps", "init_std")
-        if isinstance(value, bool) or not isinstance(value, (int, float) if is_float else int):
+        if not _is_number(value) or (isinstance(value, float) and not is_float):
             raise ConfigError(f"{where}: {names[0]} is {value!r}; expected a number")
         least = 0 if field in ("type_vocab_size", "pad_token_id") or is_float else 1
-        if not least <= value <= _LARGEST.get(field, 2**31):
+        if not least <= value <= _LARGEST.get(field, _LARGEST_FLOAT):
             raise ConfigError(f"{where}: {names[0]} is {value!r}, which is out of range")
         fields[field] = value
     for field in _REQUIRED:
@@ -103,13 +114,16 @@ def _nomic_config(content: dict[str, Any], fields: dict[str, Any], where: str) -
         raise ConfigError(f"{where}: hidden_act is {content['hidden_act']!r}; this encoder implements only 'silu'")
     trained = fields.setdefault("max_trained_positions", 2048)
     base, factor = _rope(content, trained, where)
-    longest = trained if factor is None else max(trained, content.get("n_positions") or EncoderConfig.max_positions)
+    promised = _positions(content, where) or EncoderConfig.max_positions
+    longest = trained if factor is None else max(trained, promised)
     return EncoderConfig(**fields, max_positions=longest, rope_base=base, rope_scaling_factor=factor)
 
 
 def _rope(content: dict[str, Any], trained: int, where: str) -> tuple[float, float | None]:
     """Base of RoPE, and alpha of dynamic NTK or None for no scaling."""
     rope = content.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{where}: rope_parameters is {rope!r}; expected an object")
     kind = rope.get("rope_type")
     if kind not in (None, "default", "dynamic"):
         raise ConfigError(f"{where}: rope_type is {kind!r}; this encoder implements default and dynamic")
@@ -122,16 +136,28 @@ def _rope(content: dict[str, Any], trained: int, where: str) -> tuple[float, flo
             raise ConfigError(f'{where}: rope_type "dynamic" needs a factor')
     elif kind == "default" and given is not None:
         raise ConfigError(f'{where}: rope_type "default" and rotary_scaling_factor {given!r} contradict each other')
-    elif kind == "default" and (content.get("n_positions") or 0) <= trained:
+    elif kind == "default" and _positions(content, where) <= trained:
         factor = None
     else:
         # The published configs promise 8192 positions, leave the factor null, and their model cards tell the user to
         # pass 2, the paper's alpha. transformers adds rope_type "default" to such a file when it saves it.
         factor = given or 2.0
     for name, value in (("RoPE base", base), ("RoPE scaling factor", factor)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+        if value is not None and not (_is_number(value) and 0 < value <= _LARGEST_FLOAT):
             raise ConfigError(f"{where}: the {name} is {value!r}; expected a positive number")
     return float(base or 1000.0), None if factor is None else float(factor)
+
+
+def _positions(content: dict[str, Any], where: str) -> int:
+    """n_positions, or 0 where it is not given."""
+    value = content.get("n_positions")
+    if value is not None and not (type(value) is int and 0 <= value <= _LARGEST["max_trained_positions"]):
+        raise ConfigError(f"{where}: n_positions is {value!r}; expected a number of tokens")
+    return value or 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def _agreed(content: dict[str, Any], names: tuple[str, str], where: str, what: str | None = None) -> Any:

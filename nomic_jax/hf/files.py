@@ -1,6 +1,8 @@
 """The files of a checkpoint directory: JSON and tensors, read with errors that name file, tensor and reason."""
 
 import json
+import stat
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 # Of other types (int8, float8) the values mean nothing without scales that lie elsewhere.
 _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
+# A larger JSON file is no configuration, and Python takes ten times the space for it.
+LARGEST_JSON = 1 << 26
+# Before this release a file could get past weights_only=True (CVE-2025-32434).
+_SAFE_TORCH = (2, 6)
 
 
 class CheckpointError(ValueError):
@@ -35,21 +41,52 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
     return content
 
 
+def check_file(path: Path) -> int:
+    """Its size in bytes.
+
+    Symbolic links are followed, as the hub's cache consists of them; a device or a pipe could be read for ever.
+
+    Raises:
+      CheckpointError: it is something else than a file, or cannot be looked at.
+      FileNotFoundError: there is none.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: is no regular file")
+    return status.st_size
+
+
 def _load_json(path: Path) -> Any:
+    if (size := check_file(path)) > LARGEST_JSON:
+        raise CheckpointError(f"{path}: {size:,} bytes of JSON; more than {LARGEST_JSON:,} are not read")
+    try:
+        return _parse_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+
+
+def _parse_json(text: bytes) -> Any:
+    """Raises ValueError also where Python's parser takes what JSON does not have, or readers understand differently."""
+
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
             raise ValueError(f"field {twice!r} is given twice")
         return content
 
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face checkpoint directory") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON number")
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=refuse)
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -65,13 +102,24 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    size = check_file(file)
     try:
+        _check_header(file, size)
         loaded = load_file(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist") from None
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError, MemoryError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file (its header is nested too deep)") from error
     return {name: _as_float32(tensor, name, file) for name, tensor in loaded.items()}
+
+
+def _check_header(file: Path, size: int) -> None:
+    """Raises ValueError for a header with a name given twice: the library takes the last, other readers the first."""
+    with file.open("rb") as f:
+        length = f.read(8)
+        # (Of a header that cannot be, the library says what is wrong.)
+        if len(length) == 8 and (header := struct.unpack("<Q", length)[0]) <= min(size - 8, LARGEST_JSON):
+            _parse_json(f.read(header))
 
 
 def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -86,7 +134,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(weight_map.values())):
         file = index.parent / name
-        if file.parent != index.parent:
+        if file.parent != index.parent or name in ("", ".", ".."):
             raise CheckpointError(f"{index} names {name}, which lies outside the checkpoint")
         shard = read_safetensors(file)
         if both := shard.keys() & tensors.keys():
@@ -104,18 +152,30 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"{file} is a PyTorch file, which takes torch to read; install torch or convert it to safetensors"
         ) from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
+        raise CheckpointError(
+            f"{file} is a PyTorch file, which torch {torch.__version__} does not read safely; install torch >= "
+            f"{'.'.join(map(str, _SAFE_TORCH))} or convert it to safetensors"
+        )
+    size = check_file(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own and pickle's exceptions, all of which mean: not weights
         raise CheckpointError(f"{file}: cannot be read as weights only ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
         raise CheckpointError(f"{file}: expected a dictionary of tensors")
     tensors = {}
     for name, tensor in state.items():
-        if tensor.is_floating_point() or name.endswith("position_ids"):
-            tensors[name] = _as_float32(tensor.double().numpy(), name, file)
-        else:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise CheckpointError(f"{file}: tensor {name} is no plain array of numbers")
+        if not tensor.is_floating_point() and not name.endswith("position_ids"):
             raise CheckpointError(f"{file}: tensor {name} has the type {tensor.dtype}; expected floating point")
+        # Strides of 0 make a tensor of any size of one number.
+        if tensor.numel() * tensor.element_size() > size:
+            raise CheckpointError(f"{file}: tensor {name} is larger than the file ({list(tensor.shape)})")
+        tensors[name] = _as_float32(tensor.detach().double().numpy(), name, file)
     return tensors
 
 

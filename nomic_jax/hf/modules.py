@@ -36,10 +36,12 @@ def read_modules(directory: Path) -> dict[str, dict[str, Any]]:
         return {}
     modules: dict[str, dict[str, Any]] = {}
     for module in read_json_list(listing):
-        kind = str(module.get("type")).rsplit(".", 1)[-1]
-        folder = (directory / str(module.get("path", ""))).resolve()
+        kind, path = str(module.get("type")).rsplit(".", 1)[-1], module.get("path", "")
+        if not isinstance(path, str) or not path.isprintable() or len(path) > 255:
+            raise CheckpointError(f"{listing}: the path {path!r} cannot be that of a folder")
+        folder = (directory / path).resolve()
         if not folder.is_relative_to(directory.resolve()):
-            raise CheckpointError(f"{listing}: {module['path']} lies outside the checkpoint")
+            raise CheckpointError(f"{listing}: {path} lies outside the checkpoint")
         if kind not in _ORDER:
             raise CheckpointError(f"{listing}: module {kind} is not implemented; {', '.join(_ORDER)} are")
         if kind in modules:
@@ -70,20 +72,25 @@ def embedding_config(
     where = f"{directory}: the config of Pooling"
     # Old files have one boolean a mode, new ones name the mode, or several.
     given = pooling.get("pooling_mode", [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on])
-    chosen = [given] if isinstance(given, str) else list(given or ["mean"])
-    if len(chosen) != 1 or chosen[0] not in _MODES:
+    chosen = given or ["mean"] if isinstance(given, list) else [given]
+    if len(chosen) != 1 or not isinstance(chosen[0], str) or chosen[0] not in _MODES:
         raise CheckpointError(f"{where}: pooling {' and '.join(map(str, chosen))} is not implemented; cls and mean are")
     width = pooling.get("word_embedding_dimension", pooling.get("embedding_dimension", encoder.hidden_size))
     if width != encoder.hidden_size:
         raise CheckpointError(f"{where}: the width is {width}, but the encoder's is {encoder.hidden_size}")
     if pooling.get("include_prompt") is False and any(prompts.values()):
         raise CheckpointError(f"{where}: include_prompt false is not implemented; prompts are pooled like other tokens")
-    sentence = read_json(directory / "config_sentence_transformers.json", optional=True)
+    dim = read_json(directory / "config_sentence_transformers.json", optional=True).get("truncate_dim")
+    if dim is not None and not (type(dim) is int and 1 <= dim <= encoder.hidden_size):
+        raise CheckpointError(
+            f"{directory}/config_sentence_transformers.json: truncate_dim is {dim!r}; expected 1 to "
+            f"{encoder.hidden_size}"
+        )
     return EmbeddingConfig(
         encoder,
         pooling="cls" if _MODES[chosen[0]] == "cls" else "mean",
         layer_norm="LayerNorm" in modules,
-        dim=sentence.get("truncate_dim"),
+        dim=dim,
         normalize="Normalize" in modules,
     )
 

@@ -8,13 +8,14 @@ import numpy as np
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.config import encoder_config
-from nomic_jax.hf.files import CheckpointError, read_json, read_json_list, read_tensors
+from nomic_jax.hf.files import CheckpointError, check_file, read_json, read_json_list, read_tensors
 from nomic_jax.hf.keymap import Slot, classifier_keymap, detect_naming, encoder_keymap, mlm_head_keymap, to_params
 from nomic_jax.hf.modules import NOMIC_PROMPTS, embedding_config, read_modules
 from nomic_jax.model import EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 
 PREFIXES = ("bert.", "nomic_bert.", "trunk.")
+MOST_LABELS = 1 << 20
 # Tensors of the checkpoints that the encoder does not have: buffers, and the pooler, which no embedder uses.
 _IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
@@ -46,21 +47,22 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     params = {"encoder": _convert(tensors, encoder_keymap(encoder, naming), abstract_encoder(encoder), directory)}
-    labels = _labels(content) if is_classifier else ()
+    labels = _labels(content, directory) if is_classifier else ()
     if (mlm_head := _read_mlm_head(heads, params["encoder"], encoder, directory)) is not None:
         params["mlm_head"] = mlm_head
     if is_classifier:
         params["classifier"] = _read_classifier(heads, encoder, len(labels), directory)
     sentence = read_json(directory / "config_sentence_transformers.json", optional=True)
     prompts = _prompts(sentence, encoder, directory)
+    default_prompt_name, similarity = _defaults(sentence, prompts, directory)
     return Checkpoint(
         config=embedding_config(encoder, modules, prompts, directory),
         params=params,
         tokenizer=_read_tokenizer(directory, encoder, modules),
         labels=labels,
         prompts=prompts,
-        default_prompt_name=sentence.get("default_prompt_name"),
-        similarity=sentence.get("similarity_fn_name") or "cosine",
+        default_prompt_name=default_prompt_name,
+        similarity=similarity,
         max_length=_max_length(modules, encoder, directory),
         training=_training(directory),
     )
@@ -109,10 +111,33 @@ def _read_classifier(heads: dict[str, np.ndarray], encoder: EncoderConfig, num_l
     return _convert(head, classifier_keymap(encoder), abstract_classifier(encoder, num_labels), directory)
 
 
-def _labels(content: dict[str, Any]) -> tuple[str, ...]:
+def _labels(content: dict[str, Any], directory: Path) -> tuple[str, ...]:
     """transformers' default is two labels; it writes id2label for any other number."""
-    names = content.get("id2label") or {str(i): f"LABEL_{i}" for i in range(content.get("num_labels", 2))}
-    return tuple(names[key] for key in sorted(names, key=int))
+    names = content.get("id2label")
+    if not names:
+        count = content.get("num_labels", 2)
+        if type(count) is not int or not 1 <= count <= MOST_LABELS:
+            raise CheckpointError(f"{directory}/config.json: num_labels is {count!r}; expected a number of labels")
+        return tuple(f"LABEL_{i}" for i in range(count))
+    if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
+        raise CheckpointError(f'{directory}/config.json: id2label should map "0", "1" and so on to names')
+    if not all(isinstance(name, str | int) for name in names.values()):
+        raise CheckpointError(f"{directory}/config.json: id2label should map numbers to names")
+    return tuple(str(names[str(i)]) for i in range(len(names)))
+
+
+def _defaults(sentence: dict[str, Any], prompts: dict[str, str], directory: Path) -> tuple[str | None, str]:
+    """default_prompt_name and similarity_fn_name."""
+    name, similarity = sentence.get("default_prompt_name"), sentence.get("similarity_fn_name") or "cosine"
+    file = f"{directory}/config_sentence_transformers.json"
+    if name is not None and not (isinstance(name, str) and name in prompts):
+        known = ", ".join(map(repr, prompts)) or "none"
+        raise CheckpointError(f"{file}: default_prompt_name is {name!r}; the prompts are {known}")
+    if similarity not in ("cosine", "dot", "euclidean", "manhattan"):
+        raise CheckpointError(
+            f"{file}: similarity_fn_name is {similarity!r}; expected cosine, dot, euclidean or manhattan"
+        )
+    return name, similarity
 
 
 def _prompts(sentence: dict[str, Any], encoder: EncoderConfig, directory: Path) -> dict[str, str]:
@@ -127,11 +152,18 @@ def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: dict[str, 
     if not (directory / "tokenizer.json").exists() and not (directory / "vocab.txt").exists():
         return None
     try:
+        for name in ("tokenizer.json", "vocab.txt"):
+            if (directory / name).exists():
+                check_file(directory / name)
         tokenizer = Tokenizer.from_directory(directory)
-    except Exception as error:  # the tokenizers package raises bare Exceptions
+        if modules.get("Transformer", {}).get("do_lower_case"):
+            tokenizer = tokenizer.lowercased()
+    except CheckpointError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers package raises bare Exceptions, and BaseExceptions where it panics
         raise CheckpointError(f"{directory}: the tokenizer cannot be read ({error})") from error
-    if modules.get("Transformer", {}).get("do_lower_case"):
-        tokenizer = tokenizer.lowercased()
     if tokenizer.vocab_size > encoder.vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the embedding table has "
@@ -150,6 +182,6 @@ def _max_length(modules: dict[str, dict], encoder: EncoderConfig, directory: Pat
     if given is None:
         # A plain BERT directory: the tokenizer says it, if anything does.
         given = read_json(directory / "tokenizer_config.json", optional=True).get("model_max_length")
-    if not isinstance(given, int | float) or isinstance(given, bool) or given < 2:
+    if not isinstance(given, int | float) or isinstance(given, bool) or not given >= 2:
         return encoder.max_positions
     return int(min(given, encoder.max_positions))

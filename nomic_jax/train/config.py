@@ -5,6 +5,7 @@ The config files build an ``ml_collections.ConfigDict``; it stops here. What a f
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -260,11 +261,15 @@ class TrainConfig:
         Raises:
           ConfigurationError: an unknown, missing or impossible field.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigurationError(f"config is {values!r}; it should be a group of fields")
         data_classes = {"mlm": MlmData, "classify": LabelledData}
         return _build(cls, values, "config", {"data": data_classes.get(str(values.get("stage")), PairData)})
 
     def check(self, device_count: int) -> None:
         """Raises ConfigurationError for values that cannot work together on so many devices."""
+        if self.accumulate < 1:
+            raise ConfigurationError(f"config.accumulate is {self.accumulate}; it must be at least 1")
         divisor = device_count * self.accumulate
         if self.batch_size < 1 or self.batch_size % divisor:
             below = self.batch_size // divisor * divisor
@@ -380,7 +385,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise ConfigurationError(f"{where} is {value!r}; it should be a tuple")
         return tuple(_convert(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
-        return float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not hint:
         raise ConfigurationError(f"{where} is {value!r}; it should be of type {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigurationError(f"{where} is {value}; it should be a finite number")
     return value

@@ -1,0 +1,18 @@
+"""How many examples, and which: the same ones in every run, unless NOMIC_JAX_FUZZ says how many times as many.
+
+NOMIC_JAX_FUZZ=50 python -m pytest tests/fuzz       # new ones each time; a failure prints how to repeat it
+"""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+TIMES = int(os.environ.get("NOMIC_JAX_FUZZ", "0"))
+# A hang is a failure too, but the first example of a kind may import a library, and CI's machines are shared.
+_COMMON = {
+    "deadline": 20_000,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
+}
+settings.register_profile("fixed", derandomize=True, database=None, **_COMMON)
+settings.register_profile("new", derandomize=False, print_blob=True, **_COMMON)
+settings.load_profile("new" if TIMES else "fixed")
