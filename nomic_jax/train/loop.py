@@ -17,11 +17,12 @@ from nomic_jax.data.sources import write_json
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import TokenStore
 from nomic_jax.hf import Checkpoint
-from nomic_jax.model import EmbeddingConfig
+from nomic_jax.model import EmbeddingConfig, EncoderConfig
 from nomic_jax.train import hosts
 from nomic_jax.train.checkpoint import Checkpoints, identify, read_pretrained
 from nomic_jax.train.config import ConfigurationError, LabelledData, MlmData, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, Evaluations
+from nomic_jax.train.hlo import require_fused_attention
 from nomic_jax.train.interruption import Interruption, Preempted
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.progress import Progress
@@ -56,6 +57,7 @@ def train(
     Raises:
       ConfigurationError, MixtureError, BadRow, ResumeError, DamagedCheckpoint: before the first step, with what to do
         instead.
+      MissingKernel: on a GPU, attention would not be flash attention, and nobody asked for that.
       SaveError: a checkpoint could not be written; at the next step.
       DivergedError: too many steps in a row were not finite.
       Preempted: there was SIGTERM or Ctrl-C; what has been done is saved.
@@ -124,7 +126,11 @@ def train(
         progress = stack.enter_context(Progress(config, model.encoder, workdir, start, steps, schedule))
         batches = read_ahead(stream, start, end, jax.process_index(), jax.process_count())
         for step, batch in enumerate(batches, start + 1):
-            state, metrics = train_step(state, put_rows(batch.arrays, mesh), frozen)
+            rows = put_rows(batch.arrays, mesh)
+            if step == start + 1 and _should_be_fused(model.encoder):
+                # Nothing is compiled twice by it.
+                require_fused_attention(train_step.lower(state, rows, frozen).compile().as_text())
+            state, metrics = train_step(state, rows, frozen)
             skipped.add(step, batch.source, metrics)
             progress.add(step, batch, metrics)
             evaluating = evaluations.is_due(step, steps)
@@ -145,6 +151,11 @@ def train(
                     f"the same command goes on"
                 )
     return progress.last
+
+
+def _should_be_fused(encoder: EncoderConfig) -> bool:
+    # In float32 there is no kernel, and nobody trains fast.
+    return jax.default_backend() == "gpu" and encoder.dtype != "float32" and encoder.attention != "xla"
 
 
 def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1) -> Stream:
