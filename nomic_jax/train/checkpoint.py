@@ -5,6 +5,7 @@ A working directory holds
     config.json          the resolved configuration
     tokenizer.json       the tokenizer that made the tokens
     metrics.jsonl        one line every config.log_every steps
+    goodput.json         where the time went, over all restarts
     evaluation.jsonl     the scores of each evaluation
     skipped.jsonl        the steps whose loss or gradient was not finite, if there were any
     checkpoints/<step>/  orbax: `params`, `training` (step, optimizer state), and a record of config, data and versions;

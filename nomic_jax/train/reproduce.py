@@ -104,6 +104,11 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
     )
 
 
+def hash_state(checkpoint: str | Path) -> str:
+    """SHA-256 of all arrays of a checkpoint of a run: parameters, optimizer state, step."""
+    return _sha256(_arrays(Path(checkpoint).absolute()))
+
+
 def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
     with warnings.catch_warnings():
         # Orbax warns that it takes the sharding from the file: it is looked at here, not trained on.
