@@ -1,7 +1,7 @@
 """Goodput: the share of a run's time that went into steps which count, over all its restarts.
 
     productive   steps: what devices compute, and what the host does for it meanwhile
-    start        imports, tokens, model, the checkpoint that is gone on from
+    start        imports, tokens, model and first values, the checkpoint that is gone on from
     compile      of programs, or reading them from JAX's cache
     data         waiting for a batch
     checkpoint   waiting for a save, not what is written beside the training

@@ -17,7 +17,26 @@ class Bar(NamedTuple):
 
 
 # In the order in which they are started: long ones first, as two run at a time.
-TRAINING: dict[str, Bar] = {}
+TRAINING: dict[str, Bar] = {
+    "R1": Bar(
+        "killed at any time, in any stage: the final state is that of a run never stopped",
+        "kills:sigkill",
+        dict(kills=100, in_saves=30, devices=8),
+        dict(kills=6, in_saves=1, devices=2),
+    ),
+    "R15": Bar(
+        "goodput is told, and at least 85 % with a failure a minute",
+        "kills:goodput",
+        dict(failures=3, period=60, least_percent=85),
+        dict(failures=1, period=12, least_percent=5),
+    ),
+    "R2": Bar(
+        "SIGTERM: saved at the next step, exit 75, no step lost",
+        "kills:sigterm",
+        dict(signals=20, devices=8),
+        dict(signals=3, devices=2),
+    ),
+}
 
 # R9 data faults, R11 texts, R12 hostile checkpoints, R13 curation.
 DATA_AND_TEXTS: dict[str, Bar] = {}
