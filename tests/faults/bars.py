@@ -28,13 +28,31 @@ TRAINING: dict[str, Bar] = {
         "goodput is told, and at least 85 % with a failure a minute",
         "kills:goodput",
         dict(failures=3, period=60, least_percent=85),
-        dict(failures=1, period=12, least_percent=5),
+        dict(failures=1, period=10, least_percent=1),
     ),
     "R2": Bar(
         "SIGTERM: saved at the next step, exit 75, no step lost",
         "kills:sigterm",
-        dict(signals=20, devices=8),
-        dict(signals=3, devices=2),
+        dict(signals=20, devices=8, stages=3),
+        dict(signals=3, devices=2, stages=1),
+    ),
+    "R8": Bar(
+        "a full disk ends a run in one line with path and need; the last good checkpoint loads, the run goes on",
+        "storage:full_disk",
+        dict(disks=20),
+        dict(disks=3),
+    ),
+    "R3": Bar(
+        "no damaged checkpoint is loaded: the one before is, and it is said",
+        "storage:damage",
+        dict(flips=200, truncations=20, deletions=20),
+        dict(flips=14, truncations=3, deletions=3),
+    ),
+    "R6": Bar(
+        "saved on any number of devices, whole or divided, restored on any other, to the bit",
+        "storage:restore_anywhere",
+        dict(places=8),
+        dict(places=3),
     ),
 }
 

@@ -32,8 +32,7 @@ def sigkill(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
     tally.ask(counts["kills"])
     rng = random.Random(seed)
     in_saves = ends = 0
-    per_stage = [counts["kills"] // 3 + (i < counts["kills"] % 3) for i in range(3)]
-    for stage, kills in zip(runs.STAGES, per_stage):
+    for stage, kills in zip(runs.STAGES, runs.shares(counts["kills"], len(runs.STAGES))):
         began = time.monotonic()
         runs.finish(stage, folder, folder / f"{stage}-whole", counts["devices"])
         runs.finish(stage, folder, folder / f"{stage}-whole-2", counts["devices"])  # with compiled programs
@@ -78,15 +77,15 @@ def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
     runs.prepare(folder)
     tally.ask(counts["signals"])
     rng = random.Random(seed)
-    for number, stage in enumerate(runs.STAGES):
-        signals = counts["signals"] // 3 + (number < counts["signals"] % 3)
-        settings = dict(steps=16 * signals, checkpoint__every=10**6)
+    stages = runs.STAGES[: counts["stages"]]
+    for stage, signals in zip(stages, runs.shares(counts["signals"], len(stages))):
+        settings = dict(checkpoint__every=10**6)
         runs.finish(stage, folder, folder / f"{stage}-whole", counts["devices"], **settings)
         workdir = folder / f"{stage}-parts"
         reached, told = 0, []
         for _ in range(signals):
             process = runs.start(stage, folder, workdir, counts["devices"], **settings)
-            target = reached + rng.randint(1, 8)
+            target = reached + rng.randint(1, 4)
             while process.poll() is None and (seen := runs.steps_done(workdir)) < target:
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.02))
@@ -98,7 +97,7 @@ def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
             last, saved = runs.steps_done(workdir), (runs.steps_in(workdir) or [0])[-1]
             # The step under way, and one that ended between the look at the metrics and the signal.
             tally.worst(saved - seen, "steps after the signal", limit=2)
-            words = f"SIGTERM: stopped after step {saved} of {settings['steps']}, which is saved in {workdir}"
+            words = f"SIGTERM: stopped after step {saved} of {runs.STEPS}, which is saved in {workdir}"
             passed = code == EXIT_CODE and last == saved and words in process.last_line()
             told.append((passed, f"{stage}: SIGTERM after step {seen}", f"exit {code}, saved {saved}, done {last}"))
             reached = saved
@@ -115,22 +114,25 @@ def goodput(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
     tally.ask(counts["failures"] + 1)
     rng = random.Random(seed)
     workdir = folder / "run"
-    settings = dict(steps=10**6, checkpoint__every=20, log_every=10)
+    settings: dict[str, int] = dict(steps=10**6, checkpoint__every=20, log_every=10)
     # The programs are in JAX's cache, as they are in a run of days.
-    runs.finish("mlm", folder, folder / "warm", steps=2)
+    process = runs.start("mlm", folder, folder / "warm", **settings)
+    while process.poll() is None and not runs.steps_done(folder / "warm"):
+        time.sleep(0.01)
+    process.signal(signal.SIGKILL)
+    process.wait()
     command = [sys.executable, "-m", "launch.train", *runs.arguments("mlm", folder, workdir, **settings)]
     began = time.monotonic()
     with (folder / "run.txt").open("ab") as output:
         for failure in range(counts["failures"] + 1):
             process = subprocess.Popen(command, cwd=processes.ROOT, stdout=output, stderr=output)
-            # The last one is stopped as a user would.
-            wait = counts["period"] * (failure + 1) - (time.monotonic() - began) - rng.uniform(0, 1)
-            with_code = process.poll()
-            while with_code is None and wait > 0:
-                time.sleep(min(wait, 0.1))
-                wait -= 0.1
-                with_code = process.poll()
+            kill = began + counts["period"] * (failure + 1) - rng.uniform(0, 1)
+            # Where the period is short, it has at least done steps to lose.
+            least = runs.steps_done(workdir) + 2 * settings["log_every"] + settings["checkpoint__every"]
+            while process.poll() is None and (time.monotonic() < kill or runs.steps_done(workdir) < least):
+                time.sleep(0.05)
             step = runs.steps_done(workdir)
+            # The last one is stopped as a scheduler would.
             last = failure == counts["failures"]
             process.send_signal(signal.SIGTERM if last else signal.SIGKILL)
             code = process.wait(60)
