@@ -20,6 +20,7 @@ from launch.errors import run
 from nomic_jax.curate.report import table
 from nomic_jax.data.sources import atomic_file, write_json
 from nomic_jax.train.evaluation import read_evaluations
+from nomic_jax.train.goodput import KINDS, read_goodput, share
 from nomic_jax.train.metrics import read_metrics
 
 FLAGS = flags.FLAGS
@@ -242,7 +243,15 @@ def timing(runs: dict[str, Path]) -> str:
     if not rows:
         return ""
     header = ["run", "seconds a step", "real tokens/s", "MFU"]
-    return f"## Timings\n\nMedians over the logged steps.\n\n{table(header, rows)}"
+    text = f"## Timings\n\nMedians over the logged steps.\n\n{table(header, rows)}"
+    spent = {name: seconds for name, workdir in runs.items() if (seconds := read_goodput(workdir))}
+    if spent:
+        rows = [
+            [name, f"{share(seconds):.1%}", f"{sum(seconds.values()):,.0f}", *(f"{seconds[k]:,.1f}" for k in KINDS)]
+            for name, seconds in spent.items()
+        ]
+        text += f"\nGoodput, over all restarts; seconds of\n\n{table(['run', 'goodput', 'all', *KINDS], rows)}"
+    return text
 
 
 def shown(config: dict[str, Any], folder: Path) -> str:

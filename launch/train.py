@@ -23,6 +23,7 @@ from nomic_jax.hf import Checkpoint
 from nomic_jax.train import hosts
 from nomic_jax.train.config import EvaluationConfig, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, check_metric
+from nomic_jax.train.goodput import process_began
 from nomic_jax.train.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/mlm.py, contrastive.py, finetune.py or glue.py")
@@ -49,7 +50,7 @@ def main(_: list[str]) -> None:
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         print(f"{config.stage}: {jax.device_count()} device(s){processes}, {jax.devices()[0].device_kind}")
     evaluate = make_evaluation(config.evaluation) if config.evaluation.every else None
-    last = train(config, _WORKDIR.value, evaluate=evaluate)
+    last = train(config, _WORKDIR.value, evaluate=evaluate, began=process_began())
     if not hosts.is_first():
         return
     if last:

