@@ -35,6 +35,30 @@ def test_cudnn_equals_the_dense_formula():
         assert np.linalg.norm(ours - exact) <= 1e-2 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("max_segments", [3, 32, 128])
+def test_packed_cudnn_equals_the_dense_formula(max_segments):
+    B, L, H, K = 4, 512, 12, 64
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, cotangent = (jax.random.normal(key, (B, L, H, K), jnp.bfloat16) for key in keys)
+    segment = np.zeros((B, L), np.int32)
+    for row, lengths in zip(segment, ([512], [1, 300, 211], [170, 170], [])):
+        row[: sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    if max_segments > 3:
+        segment[3] = 1 + np.arange(L) * max_segments // L
+    real = jnp.array(segment > 0)[:, :, None, None]
+    results = {}
+    for implementation, dtype in (("cudnn_packed", jnp.bfloat16), ("xla", jnp.float32)):
+
+        def function(q, k, v, name=implementation):
+            return attention(q, k, v, segment_BL=jnp.array(segment), max_segments=max_segments, implementation=name)
+
+        out, pullback = jax.vjp(function, *(x.astype(dtype) for x in (q, k, v)))
+        results[implementation] = [jnp.where(real, x, 0) for x in (out, *pullback((cotangent * real).astype(dtype)))]
+    for ours, exact in zip(results["cudnn_packed"], results["xla"]):
+        ours, exact = np.asarray(ours, np.float32), np.asarray(exact)
+        assert np.linalg.norm(ours - exact) <= 1e-2 * np.linalg.norm(exact)
+
+
 def test_auto_in_bfloat16_compiles_to_cudnn():
     config = EncoderConfig(num_layers=1, dtype="bfloat16")
     params = init_encoder(jax.random.key(0), config)
