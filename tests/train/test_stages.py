@@ -176,9 +176,10 @@ def test_a_guide_leaves_out_what_it_finds_as_similar_as_the_positive(corpus, min
 
 def test_a_guide_of_another_vocabulary(corpus, minilm, tmp_path):
     config = load_config("contrastive", corpus, minilm)
-    other = Tokenizer.from_directory(minilm)
-    other.backend.add_tokens(["[another]"])
-    write_pretrained(tmp_path / "guide", dataclasses.replace(read_pretrained(minilm), tokenizer=other))
+    backend = Tokenizer.from_directory(minilm).backend
+    backend.add_tokens(["[another]"])
+    other = dataclasses.replace(read_pretrained(minilm), tokenizer=Tokenizer(backend))
+    write_pretrained(tmp_path / "guide", other)
     loss = dataclasses.replace(config.loss, guide=str(tmp_path / "guide"))
     with pytest.raises(ConfigurationError, match="has another vocabulary"):
         train(dataclasses.replace(config, loss=loss), tmp_path / "run", jax.devices()[:1])
