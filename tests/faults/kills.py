@@ -125,7 +125,9 @@ def goodput(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
     began = time.monotonic()
     with (folder / "run.txt").open("ab") as output:
         for failure in range(counts["failures"] + 1):
-            process = subprocess.Popen(command, cwd=processes.ROOT, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command, cwd=processes.ROOT, env=processes.environment(), stdout=output, stderr=output
+            )
             kill = began + counts["period"] * (failure + 1) - rng.uniform(0, 1)
             # Where the period is short, it has at least done steps to lose.
             least = runs.steps_done(workdir) + 2 * settings["log_every"] + settings["checkpoint__every"]
