@@ -187,16 +187,24 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
+    def check_same_run(self) -> None:
+        """Before anything is compiled.
+
+        Raises:
+          ResumeError: the latest checkpoint was made from other data, another tokenizer or another configuration.
+        """
+        if self.latest_step is not None:
+            path = self._directory / str(self.latest_step)
+            check_same_run(dict(ocp.checkpointables_metadata(path).custom_metadata or {}), self.record, path)
+
     def restore(self, state: TrainState) -> TrainState:
         """The latest checkpoint, placed like ``state``.
 
         Raises:
-          ResumeError: it was made from other data, another tokenizer, another configuration, or by another optimizer.
+          ResumeError: another optimizer made it, or another model.
         """
         path = self._directory / str(self.latest_step)
         saved = ocp.checkpointables_metadata(path)
-        record = dict(saved.custom_metadata or {})
-        check_same_run(record, self.record, path)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         wanted = {"params": abstract.params, "training": {"step": abstract.step, "opt_state": abstract.opt_state}}
         check_same_arrays(saved.metadata, wanted)

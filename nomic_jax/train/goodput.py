@@ -119,11 +119,11 @@ class Goodput:
             part.write_text(json.dumps({"parts": parts}), encoding="utf-8")
             part.replace(path)
 
-    def _note_compilation(self, event: str, seconds: float, **_: Any) -> None:
+    def _note_compilation(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/") and threading.get_ident() == self._thread:
             now = time.monotonic()
             with self._lock:
-                self._compiled.append((now - seconds, now))
+                self._compiled.append((now - duration_secs, now))
 
     def _turn_to(self, kind: str) -> None:
         with self._lock:

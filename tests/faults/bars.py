@@ -72,6 +72,18 @@ TRAINING: dict[str, Bar] = {
         dict(stages=3, steps=10),
         dict(stages=2, steps=2),
     ),
+    "R7": Bar(
+        "a step that is not finite changes nothing, is recorded with its rows, and is the same when done again",
+        "finite:injections",
+        dict(loss=17, gradient=17, input=16),
+        dict(loss=2, gradient=2, input=2),
+    ),
+    "R10": Bar(
+        "a run gone on with by the wrong command is refused before the first step, with found, expected and override",
+        "refusals:refusals",
+        dict(wrongs=9),
+        dict(wrongs=3),
+    ),
 }
 
 # R9 data faults, R11 texts, R12 hostile checkpoints, R13 curation.
