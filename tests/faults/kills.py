@@ -75,7 +75,7 @@ def sigkill(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
 def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
     """Nothing else saves in these runs: what is there after a signal was saved because of it."""
     runs.prepare(folder)
-    tally.ask(counts["signals"])
+    tally.ask(counts["signals"])  # and as many in the start of a run
     rng = random.Random(seed)
     stages = runs.STAGES[: counts["stages"]]
     for stage, signals in zip(stages, runs.shares(counts["signals"], len(stages))):
@@ -85,7 +85,7 @@ def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
         reached, told = 0, []
         for _ in range(signals):
             process = runs.start(stage, folder, workdir, counts["devices"], **settings)
-            target = reached + rng.randint(1, 4)
+            target = reached + rng.randint(1, 2)
             while process.poll() is None and (seen := runs.steps_done(workdir)) < target:
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.02))
@@ -101,6 +101,17 @@ def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
             passed = code == EXIT_CODE and last == saved and words in process.last_line()
             told.append((passed, f"{stage}: SIGTERM after step {seen}", f"exit {code}, saved {saved}, done {last}"))
             reached = saved
+            # Before the first step of the next part: nothing to save, and nothing lost.
+            tally.ask(1)
+            output = folder / f"{stage}-start-{reached}.txt"
+            process = runs.start(stage, folder, workdir, counts["devices"], output, **settings)
+            while process.poll() is None and "device(s)" not in process.text():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.3))
+            process.signal(signal.SIGTERM)
+            code, last = process.wait(), runs.steps_done(workdir)
+            reached = (runs.steps_in(workdir) or [0])[-1]
+            told.append((code == EXIT_CODE and last == reached, f"{stage}: SIGTERM in the start", f"exit {code}"))
         runs.finish(stage, folder, workdir, counts["devices"], **settings)
         same = figures(workdir) == figures(folder / f"{stage}-whole")
         same = same and runs.state_hash(workdir, folder) == runs.state_hash(folder / f"{stage}-whole", folder)
