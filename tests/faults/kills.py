@@ -9,16 +9,8 @@ from pathlib import Path
 
 from nomic_jax.train.goodput import KINDS, read_goodput, share
 from nomic_jax.train.interruption import EXIT_CODE
-from nomic_jax.train.metrics import read_metrics
 from tests.faults import processes, runs
 from tests.faults.tally import Tally
-
-FIGURES = ("step", "loss", "grad_norm", "accuracy", "lr", "source", "real_tokens", "padded_tokens")
-
-
-def figures(workdir: Path) -> list[dict]:
-    """Of metrics.jsonl, what does not depend on the clock."""
-    return [{name: line[name] for name in FIGURES} for line in read_metrics(workdir)]
 
 
 def unfinished(workdir: Path) -> set[int]:
@@ -37,7 +29,7 @@ def sigkill(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
         runs.finish(stage, folder, folder / f"{stage}-whole", counts["devices"])
         runs.finish(stage, folder, folder / f"{stage}-whole-2", counts["devices"])  # with compiled programs
         seconds = (time.monotonic() - began) / 2
-        wanted = runs.state_hash(folder / f"{stage}-whole", folder), figures(folder / f"{stage}-whole")
+        wanted = runs.state_hash(folder / f"{stage}-whole", folder), runs.figures(folder / f"{stage}-whole")
         workdir, pending = folder / f"{stage}-{ends}", []
 
         while kills or pending:
@@ -63,7 +55,7 @@ def sigkill(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
                     continue
             # It has ended, by itself or because no kill is left.
             code = process.wait()
-            found = (runs.state_hash(workdir, folder), figures(workdir)) if code == 0 else ()
+            found = (runs.state_hash(workdir, folder), runs.figures(workdir)) if code == 0 else ()
             for kill in pending:
                 tally.held(found == wanted, kill, f"exit {code}, final state {str(found)[:66]}, not {wanted[0]}")
             ends += 1
@@ -113,7 +105,7 @@ def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
             reached = (runs.steps_in(workdir) or [0])[-1]
             told.append((code == EXIT_CODE and last == reached, f"{stage}: SIGTERM in the start", f"exit {code}"))
         runs.finish(stage, folder, workdir, counts["devices"], **settings)
-        same = figures(workdir) == figures(folder / f"{stage}-whole")
+        same = runs.figures(workdir) == runs.figures(folder / f"{stage}-whole")
         same = same and runs.state_hash(workdir, folder) == runs.state_hash(folder / f"{stage}-whole", folder)
         for passed, what, why in told:
             tally.held(passed and same, what, why if same else "the final state is another")
