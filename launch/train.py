@@ -24,6 +24,7 @@ from nomic_jax.train import hosts
 from nomic_jax.train.config import EvaluationConfig, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, check_metric
 from nomic_jax.train.goodput import process_began
+from nomic_jax.train.interruption import exit_on_sigterm
 from nomic_jax.train.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/mlm.py, contrastive.py, finetune.py or glue.py")
@@ -44,6 +45,7 @@ flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> None:
+    exit_on_sigterm()
     config = TrainConfig.from_mapping(_CONFIG.value.to_dict())
     _join()
     if hosts.is_first():

@@ -1,6 +1,7 @@
 """Who may import whom: the arrows of the package, and the packages that it must not need."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def test_arrows(file):
 def test_every_part_is_in_the_table():
     parts = {path.name.removesuffix(".py") for path in (ROOT / "nomic_jax").iterdir()} - {"__init__", "__pycache__"}
     assert parts == set(ALLOWED)
+
+
+def test_a_lineage_is_checked_by_python_alone():
+    own = {"nomic_jax.train.lineage", "nomic_jax.train.manifest"}
+    files = [ROOT / "launch" / "lineage.py", *(ROOT / f"{name.replace('.', '/')}.py" for name in own)]
+    for file in (*files, ROOT / "nomic_jax" / "__init__.py", ROOT / "nomic_jax" / "train" / "__init__.py"):
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        for node in module.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert all(name in own or name.partition(".")[0] in sys.stdlib_module_names for name in names), file
 
 
 def test_nothing_is_unpickled_or_executed():

@@ -104,7 +104,8 @@ def pretokenize(
                 check_shards(files, scans)
                 job = functools.partial(Piece, source, on_bad_row, str(pieces))
                 with _full_disk_explained(cache_dir, source.name):
-                    _make(directory, files, scans, job, tokenizer, identity | {"fingerprint": found}, pool, progress)
+                    about = identity | {"fingerprint": found, "paths": [str(file) for file in files]}
+                    _make(directory, files, scans, job, tokenizer, about, pool, progress)
             shutil.rmtree(pieces, ignore_errors=True)
     store = TokenStore(directory)
     seen = store.rows + store.manifest["rejected"]

@@ -22,6 +22,8 @@ from nomic_jax.data.mixture import COLUMNS
 from nomic_jax.data.tokenizer import Tokenizer
 
 FORMAT = 2
+# What a store's fingerprint is made of, with the hashes of its files; in its manifest under these names.
+IDENTITY = ("format", "source", "tokenizer", "on_bad_row")
 
 
 class RaggedTokens:

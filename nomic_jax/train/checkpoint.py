@@ -40,7 +40,7 @@ from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.train import hosts
 from nomic_jax.train.config import CheckpointConfig
 from nomic_jax.train.loss import init_temperature
-from nomic_jax.train.manifest import MANIFEST, find_damage, hash_files, write_manifest
+from nomic_jax.train.manifest import MANIFEST, find_damage, hash_files, weight_files, write_manifest
 from nomic_jax.train.record import FORMAT, check_format, check_same_arrays, check_same_run, trained_prompts
 from nomic_jax.train.sharding import make_mesh, replicated
 from nomic_jax.train.state import TrainState
@@ -187,16 +187,24 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
+    def check_same_run(self) -> None:
+        """Before anything is compiled.
+
+        Raises:
+          ResumeError: the latest checkpoint was made from other data, another tokenizer or another configuration.
+        """
+        if self.latest_step is not None:
+            path = self._directory / str(self.latest_step)
+            check_same_run(dict(ocp.checkpointables_metadata(path).custom_metadata or {}), self.record, path)
+
     def restore(self, state: TrainState) -> TrainState:
         """The latest checkpoint, placed like ``state``.
 
         Raises:
-          ResumeError: it was made from other data, another tokenizer, another configuration, or by another optimizer.
+          ResumeError: another optimizer made it, or another model.
         """
         path = self._directory / str(self.latest_step)
         saved = ocp.checkpointables_metadata(path)
-        record = dict(saved.custom_metadata or {})
-        check_same_run(record, self.record, path)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         wanted = {"params": abstract.params, "training": {"step": abstract.step, "opt_state": abstract.opt_state}}
         check_same_arrays(saved.metadata, wanted)
@@ -276,8 +284,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     if path.parent.name == "checkpoints":
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return {"path": str(path), "step": int(path.name), "sha256": manifest["sha256"]}
-    files = sorted(file for pattern in ("*.json", "*.safetensors", "*.bin", "*.txt") for file in path.glob(pattern))
-    return {"path": str(path), "sha256": hash_files(path, files)}
+    return {"path": str(path), "sha256": hash_files(path, weight_files(path))}
 
 
 def _read_run(workdir: Path, step: int | None) -> Checkpoint:
@@ -310,7 +317,12 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
     sharding = replicated(make_mesh(jax.local_devices()[:1]))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
     params = ocp.load_checkpointables(path, {"params": abstract})["params"]
-    tokenizer = Tokenizer.from_directory(workdir)
+    try:
+        tokenizer = Tokenizer.from_directory(workdir)
+    except (KeyboardInterrupt, SystemExit, FileNotFoundError):
+        raise
+    except BaseException as error:  # the tokenizers package raises bare Exceptions, and BaseExceptions where it panics
+        raise DamagedCheckpoint(f"{workdir / 'tokenizer.json'}: the tokenizer cannot be read ({error})") from error
     if tokenizer.sha256 != (trained_with := record.get("tokenizer_sha256", tokenizer.sha256)):
         raise DamagedCheckpoint(
             f"{workdir / 'tokenizer.json'} is damaged or another: step {step} was trained with the tokenizer "

@@ -94,11 +94,6 @@ def train(
     schedule = learning_rate(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
     train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding)
-    state = init_state(
-        jax.random.key(config.seed), stage, optimizer, mesh, _start_values(config, pretrained), config.sharding
-    )
-
-    frozen = jax.device_put(stage.frozen, replicated(mesh))
     record = make_record(
         config,
         model,
@@ -112,7 +107,12 @@ def train(
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint, record))
+        checkpoints.check_same_run()
         start = checkpoints.latest_step or 0
+        state = init_state(
+            jax.random.key(config.seed), stage, optimizer, mesh, _start_values(config, pretrained), config.sharding
+        )
+        frozen = jax.device_put(stage.frozen, replicated(mesh))
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
             if hosts.is_first():

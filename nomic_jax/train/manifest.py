@@ -7,25 +7,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nomic_jax.data.sources import write_json
-
 MANIFEST = "manifest.sha256.json"
 
 
 def write_manifest(directory: Path) -> None:
     """Hashes what lies below ``directory``, about 1 GB/s, and writes it to its MANIFEST."""
+    # Only here: to check hashes takes nothing but Python.
+    from nomic_jax.data.sources import write_json
+
     files = _entries(directory, (path for path in directory.rglob("*") if path.is_file()))
-    write_json(directory / MANIFEST, {"files": files, "sha256": _sha256_of_json(files)})
+    write_json(directory / MANIFEST, {"files": files, "sha256": sha256_of_json(files)})
 
 
 def hash_files(directory: Path, files: Iterable[Path]) -> str:
     """The hash that a manifest of these files has."""
-    return _sha256_of_json(_entries(directory, files))
+    return sha256_of_json(_entries(directory, files))
 
 
 def _entries(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(files)
     }
 
@@ -41,7 +42,7 @@ def find_damage(directory: Path) -> str | None:
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
-        if _sha256_of_json(files) != manifest["sha256"]:
+        if sha256_of_json(files) != manifest["sha256"]:
             return f"{MANIFEST} is damaged"
     except FileNotFoundError:
         return f"there is no {MANIFEST}"
@@ -53,7 +54,7 @@ def find_damage(directory: Path) -> str | None:
             found = path.stat().st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
-            if _sha256(path) != entry["sha256"]:
+            if sha256_of_file(path) != entry["sha256"]:
                 return f"{name} is damaged (its SHA-256 is not that of {MANIFEST})"
         except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
@@ -64,10 +65,15 @@ def find_damage(directory: Path) -> str | None:
     return None
 
 
-def _sha256_of_json(value: object) -> str:
+def weight_files(directory: Path) -> list[Path]:
+    """Configuration, tokenizer and weights of a Hugging Face directory."""
+    return sorted(file for pattern in ("*.json", "*.safetensors", "*.bin", "*.txt") for file in directory.glob(pattern))
+
+
+def sha256_of_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of_file(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -16,6 +16,7 @@ import numpy as np
 
 from nomic_jax.data.loader import Stream
 from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens import IDENTITY, TokenStore
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train.config import LabelledData, TrainConfig
 
@@ -56,21 +57,29 @@ def make_record(
         "guide": guide,
         "num_labels": config.data.num_labels if isinstance(config.data, LabelledData) else 0,
         "earlier": earlier or [],
-        "sources": [
-            {
-                "name": store.name,
-                "rows": store.rows,
-                "fingerprint": store.fingerprint,
-                "query_prefix": store.manifest["source"]["query_prefix"],
-                "document_prefix": store.manifest["source"]["document_prefix"],
-            }
-            for store in stream.stores
-        ],
+        "sources": [_describe(store) for store in stream.stores],
         "data_fingerprint": stream.fingerprint,
         "tokenizer_sha256": tokenizer.sha256,
         "device_count": device_count,
         **describe_surroundings(),
     }
+
+
+def _describe(store: TokenStore) -> dict[str, Any]:
+    """A source; with what its fingerprint is made of, for ``nomic_jax.train.lineage``."""
+    manifest = store.manifest
+    source = {
+        "name": store.name,
+        "rows": store.rows,
+        "fingerprint": store.fingerprint,
+        "query_prefix": manifest["source"]["query_prefix"],
+        "document_prefix": manifest["source"]["document_prefix"],
+    }
+    if "files" in manifest:
+        paths = manifest.get("paths", [""] * len(manifest["files"]))
+        source["identity"] = {name: manifest[name] for name in IDENTITY}
+        source["files"] = [{"path": path, "sha256": sha256} for path, sha256 in zip(paths, manifest["files"])]
+    return source
 
 
 def describe_surroundings() -> dict[str, Any]:

@@ -120,7 +120,6 @@ def main() -> None:
         return
     form = "smoke" if options.smoke else "full"
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(3), "big")
-    os.environ["PYTHONPATH"] = str(ROOT)  # of processes that are started anew
     import_all()
     report = {
         "command": "python -m tests.faults " + " ".join(sys.argv[1:]),

@@ -54,6 +54,36 @@ TRAINING: dict[str, Bar] = {
         dict(places=8),
         dict(places=3),
     ),
+    "R4": Bar(
+        "the rows of a step are the same for any number of devices, processes and threads, and after resumes",
+        "repeat:order",
+        dict(steps=10_000, resumes=24, samplings=4),
+        dict(steps=400, resumes=6, samplings=1),
+    ),
+    "R5": Bar(
+        "new processes agree to the bit after 200 steps; other numbers of devices to 1e-5 after 50",
+        "repeat:bits",
+        dict(processes=5, steps=200, steps_across=50, device_counts=4, stages=3),
+        dict(processes=2, steps=10, steps_across=10, device_counts=2, stages=1),
+    ),
+    "R14": Bar(
+        "a checkpoint is made again to the bit, a step's rows are told, its lineage is checked without JAX",
+        "repeat:reproduce",
+        dict(stages=3, steps=10),
+        dict(stages=2, steps=2),
+    ),
+    "R7": Bar(
+        "a step that is not finite changes nothing, is recorded with its rows, and is the same when done again",
+        "finite:injections",
+        dict(loss=17, gradient=17, input=16),
+        dict(loss=2, gradient=2, input=2),
+    ),
+    "R10": Bar(
+        "a run gone on with by the wrong command is refused before the first step, with found, expected and override",
+        "refusals:refusals",
+        dict(wrongs=9),
+        dict(wrongs=3),
+    ),
 }
 
 # R9 data faults, R11 texts, R12 hostile checkpoints, R13 curation.

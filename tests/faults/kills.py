@@ -9,16 +9,8 @@ from pathlib import Path
 
 from nomic_jax.train.goodput import KINDS, read_goodput, share
 from nomic_jax.train.interruption import EXIT_CODE
-from nomic_jax.train.metrics import read_metrics
 from tests.faults import processes, runs
 from tests.faults.tally import Tally
-
-FIGURES = ("step", "loss", "grad_norm", "accuracy", "lr", "source", "real_tokens", "padded_tokens")
-
-
-def figures(workdir: Path) -> list[dict]:
-    """Of metrics.jsonl, what does not depend on the clock."""
-    return [{name: line[name] for name in FIGURES} for line in read_metrics(workdir)]
 
 
 def unfinished(workdir: Path) -> set[int]:
@@ -37,7 +29,7 @@ def sigkill(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
         runs.finish(stage, folder, folder / f"{stage}-whole", counts["devices"])
         runs.finish(stage, folder, folder / f"{stage}-whole-2", counts["devices"])  # with compiled programs
         seconds = (time.monotonic() - began) / 2
-        wanted = runs.state_hash(folder / f"{stage}-whole", folder), figures(folder / f"{stage}-whole")
+        wanted = runs.state_hash(folder / f"{stage}-whole", folder), runs.figures(folder / f"{stage}-whole")
         workdir, pending = folder / f"{stage}-{ends}", []
 
         while kills or pending:
@@ -63,7 +55,7 @@ def sigkill(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
                     continue
             # It has ended, by itself or because no kill is left.
             code = process.wait()
-            found = (runs.state_hash(workdir, folder), figures(workdir)) if code == 0 else ()
+            found = (runs.state_hash(workdir, folder), runs.figures(workdir)) if code == 0 else ()
             for kill in pending:
                 tally.held(found == wanted, kill, f"exit {code}, final state {str(found)[:66]}, not {wanted[0]}")
             ends += 1
@@ -75,7 +67,7 @@ def sigkill(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
 def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
     """Nothing else saves in these runs: what is there after a signal was saved because of it."""
     runs.prepare(folder)
-    tally.ask(counts["signals"])
+    tally.ask(counts["signals"])  # and as many in the start of a run
     rng = random.Random(seed)
     stages = runs.STAGES[: counts["stages"]]
     for stage, signals in zip(stages, runs.shares(counts["signals"], len(stages))):
@@ -85,7 +77,7 @@ def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
         reached, told = 0, []
         for _ in range(signals):
             process = runs.start(stage, folder, workdir, counts["devices"], **settings)
-            target = reached + rng.randint(1, 4)
+            target = reached + rng.randint(1, 2)
             while process.poll() is None and (seen := runs.steps_done(workdir)) < target:
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.02))
@@ -101,8 +93,19 @@ def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
             passed = code == EXIT_CODE and last == saved and words in process.last_line()
             told.append((passed, f"{stage}: SIGTERM after step {seen}", f"exit {code}, saved {saved}, done {last}"))
             reached = saved
+            # Before the first step of the next part: nothing to save, and nothing lost.
+            tally.ask(1)
+            output = folder / f"{stage}-start-{reached}.txt"
+            process = runs.start(stage, folder, workdir, counts["devices"], output, **settings)
+            while process.poll() is None and "device(s)" not in process.text():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.3))
+            process.signal(signal.SIGTERM)
+            code, last = process.wait(), runs.steps_done(workdir)
+            reached = (runs.steps_in(workdir) or [0])[-1]
+            told.append((code == EXIT_CODE and last == reached, f"{stage}: SIGTERM in the start", f"exit {code}"))
         runs.finish(stage, folder, workdir, counts["devices"], **settings)
-        same = figures(workdir) == figures(folder / f"{stage}-whole")
+        same = runs.figures(workdir) == runs.figures(folder / f"{stage}-whole")
         same = same and runs.state_hash(workdir, folder) == runs.state_hash(folder / f"{stage}-whole", folder)
         for passed, what, why in told:
             tally.held(passed and same, what, why if same else "the final state is another")
@@ -125,7 +128,9 @@ def goodput(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
     began = time.monotonic()
     with (folder / "run.txt").open("ab") as output:
         for failure in range(counts["failures"] + 1):
-            process = subprocess.Popen(command, cwd=processes.ROOT, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command, cwd=processes.ROOT, env=processes.environment(), stdout=output, stderr=output
+            )
             kill = began + counts["period"] * (failure + 1) - rng.uniform(0, 1)
             # Where the period is short, it has at least done steps to lose.
             least = runs.steps_done(workdir) + 2 * settings["log_every"] + settings["checkpoint__every"]

@@ -20,6 +20,11 @@ ROOT = Path(__file__).parent.parent.parent
 SECONDS = 120  # a process that takes longer hangs
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that is started anew."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
+
+
 class Hang(AssertionError):
     """A process did not end."""
 

@@ -9,6 +9,7 @@ from tests.corpus import find_minilm, write_corpus
 from tests.faults import processes
 
 STAGES = ("mlm", "contrastive", "finetune")
+FIGURES = ("step", "loss", "grad_norm", "accuracy", "lr", "source", "real_tokens", "padded_tokens")
 _MIXTURES = {"mlm": "text.jsonl", "contrastive": "pairs.yaml", "finetune": "triplets.jsonl"}
 # The same for all bars: the number is part of the program, by the schedule.
 STEPS = 40
@@ -92,6 +93,11 @@ def steps_done(workdir: Path) -> int:
     """The last step that has a line in metrics.jsonl."""
     lines = read_metrics(workdir)
     return lines[-1]["step"] if lines else 0
+
+
+def figures(workdir: Path) -> list[dict]:
+    """Of metrics.jsonl, what does not depend on the clock."""
+    return [{name: line[name] for name in FIGURES} for line in read_metrics(workdir)]
 
 
 def state_hash(workdir: Path, folder: Path) -> str:

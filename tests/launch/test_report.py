@@ -28,6 +28,8 @@ def folder(tmp_path):
             for step in range(1, 5)
         ]
         evaluation = {"step": 4, "figure": score, "tasks": {"t": {"ndcg@10": score}}}
+        parts = [{"seconds": {"productive": 60.0, "lost": 5.0}}, {"seconds": {"productive": 30.0, "compile": 5.0}}]
+        (workdir / "goodput.json").write_text(json.dumps({"parts": parts}))
         (workdir / "evaluation.jsonl").write_text(json.dumps(evaluation) + "\n")
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         scores = {"ndcg@10": score, "queries": 10, "documents": 20}
@@ -50,6 +52,7 @@ def test_figures_pictures_and_order(folder):
     assert "| contrastive | 0.450 | 0.450 |" in text
     assert "| mlm | a | 8 | 1 | 4 | 4 | 0.0002 | 4.000 | 1.000 | 0.400 | 75.0% |" in text
     assert "| mlm | 0.500 | 120 | 25.0% |" in text.split("## Timings")[1]
+    assert "| mlm | 90.0% | 100 | 90.0 | 0.0 | 5.0 | 0.0 | 0.0 | 0.0 | 5.0 |" in text
     assert str(folder) not in text and '"mixture": "pairs.yaml"' in text
     assert (folder / "ndcg.png").stat().st_size > 1000 and (folder / "curves.png").stat().st_size > 1000
     assert json.loads((folder / "report.json").read_text())["finetune"] == {"ndcg@10": 0.46}

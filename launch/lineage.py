@@ -1,0 +1,55 @@
+"""Checks where a checkpoint comes from, back to the bytes of its data; needs no JAX, only Python.
+
+    python -m launch.lineage CHECKPOINT [--at=FOLDER ...] [--json]
+
+CHECKPOINT is RUN, RUN/best, RUN/checkpoints/STEP, or an exported model with its training.json. A line for each part of
+the lineage: the checkpoint's files, its tokenizer, the sources of each stage and their files, the checkpoints before.
+
+    verified      its SHA-256, made again here, is the recorded one
+    changed       it is another
+    not at hand   it is neither where it was nor below a FOLDER
+    not recorded  the checkpoint's record does not say
+
+Exit code 0: nothing has changed; 1: something has; 2: there is no checkpoint.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+
+from nomic_jax.train.lineage import trace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m launch.lineage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument(
+        "--at",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="where moved data or earlier runs are; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    options = parser.parse_args()
+    counts: Counter[str] = Counter()
+    try:
+        for finding in trace(options.checkpoint, options.at):
+            counts[finding.status] += 1
+            text = f"{finding.status:12}  {finding.what}" + (f"  ({finding.detail})" if finding.detail else "")
+            print(json.dumps(finding._asdict()) if options.json else text, flush=True)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if not options.json:
+        print(
+            ", ".join(f"{counts[status]} {status}" for status in ("verified", "changed", "not at hand", "not recorded"))
+        )
+    sys.exit(1 if counts["changed"] else 0)
+
+
+if __name__ == "__main__":
+    main()
