@@ -227,12 +227,11 @@ def _rows_of_steps(stage: str, folder: Path, init_from: str) -> dict[int, dict[s
         assert len(set(seen)) == len(seen) == epoch * 8, "a row of an epoch comes twice"
         return rows
     files = {"contrastive": [("a", "query"), ("b", "title")], "finetune": [("triplets", "query")]}[stage]
-    prefixes = {"a": "search_query: ", "b": "clustering: ", "triplets": ""}
     place: dict[bytes, tuple[str, int]] = {}
-    names = [store.name for store in stream.stores]
-    for name, (file, column) in zip(names, files):
+    for store, (file, column) in zip(stream.stores, files):
+        name, prefix = store.name, store.manifest["source"]["query_prefix"]
         lines = (folder / "corpus" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
-        texts = [prefixes[file] + json.loads(line)[column] for line in lines]
+        texts = [f"{prefix}: {json.loads(line)[column]}" if prefix else json.loads(line)[column] for line in lines]
         for row, ids in enumerate(tokenizer.encode(texts, 8)):
             place[hash_texts(ids, np.array([len(ids)])).tobytes()] = name, row
     found: dict[int, dict[str, list[int]]] = {}

@@ -125,8 +125,10 @@ class Disk:
         )
         return done.returncode == 0
 
-    def resize(self, size: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={max(size, 4096)}", str(self.path)], check=True)
+    def resize(self, size: int) -> bool:
+        """False where more is in use already."""
+        command = ["mount", "-o", f"remount,size={max(size, 4096)}", str(self.path)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     @property
     def used(self) -> int:
@@ -162,11 +164,14 @@ def full_disk(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> 
                 how = f"RLIMIT_FSIZE {limit} after step {target}"
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
             else:
-                # At most one more checkpoint of those that come fits; it may end in the middle of any file.
-                room = rng.choice([0, rng.randrange(1 << 16), rng.randrange(1 << 20), rng.randrange(4 << 20)])
+                # Less than a checkpoint; it may end in the middle of any file.
+                room = rng.choice([0, rng.randrange(1 << 16), rng.randrange(1 << 20), rng.randrange(2 << 20)])
                 how = f"tmpfs with {room} bytes left after step {target}"
-                with contextlib.suppress(subprocess.CalledProcessError):
+                # What is written meanwhile may make it too small to shrink to; what is pruned makes room again.
+                while process.poll() is None:
                     disk.resize(disk.used + room)
+                    time.sleep(0.01)
+                    room = 0
             hows.append(how.split()[0])
             problems = []
             code, last = process.wait(), process.last_line()
