@@ -1,4 +1,5 @@
-"""Supervised finetuning with hard negatives (paper section 3.4): variants :paper (default), :debug, :quickstart.
+"""Supervised finetuning with hard negatives (paper section 3.4): variants :paper (default), :debug, :quickstart, :hour,
+:one_gpu.
 
 python -m launch.train --config=configs/finetune.py --workdir=runs/finetune --config.init_from=runs/contrastive \\
     --config.data.mixture=triplets.yaml
@@ -19,7 +20,8 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.optim = ConfigDict(
         dict(lr=2e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0, warmup=400.0, decay="linear")
     )
-    choose_variant({"paper": lambda c: None, "debug": _debug, "quickstart": _quickstart}, variant)(config)
+    variants = {"paper": lambda c: None, "debug": _debug, "quickstart": _quickstart, "hour": _hour, "one_gpu": _one_gpu}
+    choose_variant(variants, variant)(config)
     return config
 
 
@@ -46,3 +48,20 @@ def _quickstart(config: ConfigDict) -> None:
     config.data.document_length = 48
     config.optim.update(dict(lr=1e-4, warmup=0.06))
     config.checkpoint.update(dict(every=20, keep=2))
+
+
+def _hour(config: ConfigDict) -> None:
+    """Some minutes on 2 CPU cores, of the hour that launch/recipe.sh takes."""
+    _quickstart(config)
+    config.data.layout = "packed"
+    config.checkpoint.update(dict(every=50))
+
+
+def _one_gpu(config: ConfigDict) -> None:
+    """A minute of one GPU of 80 GB or more for some 50,000 rows."""
+    config.data.query_length = 64
+    config.data.document_length = 512
+    config.data.layout = "packed"
+    config.model.recompute = "attention"
+    config.optim.update(dict(lr=5e-5, warmup=0.1))
+    config.checkpoint.update(dict(every=100, keep=2))

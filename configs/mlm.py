@@ -1,4 +1,4 @@
-"""Masked-LM pretraining (paper section 3.2): variants :paper (default), :debug, :quickstart.
+"""Masked-LM pretraining (paper section 3.2): variants :paper (default), :debug, :quickstart, :hour, :one_gpu.
 
 python -m launch.train --config=configs/mlm.py --workdir=runs/mlm --config.data.mixture='text/*.jsonl'
 """
@@ -22,7 +22,8 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.optim = ConfigDict(
         dict(lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, weight_decay=1e-5, clip_norm=0.0, warmup=0.06, decay="linear")
     )
-    choose_variant({"paper": lambda c: None, "debug": _debug, "quickstart": _quickstart}, variant)(config)
+    variants = {"paper": lambda c: None, "debug": _debug, "quickstart": _quickstart, "hour": _hour, "one_gpu": _one_gpu}
+    choose_variant(variants, variant)(config)
     return config
 
 
@@ -46,3 +47,18 @@ def _quickstart(config: ConfigDict) -> None:
     config.optim.update(dict(lr=1e-3))
     config.log_every = 10
     config.checkpoint.update(dict(every=50, keep=2))
+
+
+def _hour(config: ConfigDict) -> None:
+    """A quarter of an hour on 2 CPU cores, of the hour that launch/recipe.sh takes."""
+    _quickstart(config)
+    config.steps = 2200
+    config.checkpoint.update(dict(every=200))
+
+
+def _one_gpu(config: ConfigDict) -> None:
+    """The paper's model on some 40M tokens: about 90 seconds of one GPU of 80 GB or more."""
+    config.batch_size = 64
+    config.accumulate = 1
+    config.steps = 300
+    config.checkpoint.update(dict(every=100, keep=2))

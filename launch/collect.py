@@ -6,7 +6,7 @@
     DIR/pairs/icd10.jsonl    inclusion term -> title of a diagnosis (ICD-10-CM), with its chapter as label
     DIR/labelled/...         more of both, set aside for finetuning
     DIR/mlm/text.jsonl       docstrings, documentation and diagnoses, as running text
-    DIR/pairs.yaml mlm.yaml  mixtures of the above, for training
+    DIR/mlm.yaml pairs.yaml labelled.yaml   mixtures of the above
     DIR/held_out/<source>/   retrieval tasks whose queries and documents are in none of the above
     DIR/summary.json         counts and settings; written last, so that its presence means that all is there
 
@@ -14,8 +14,6 @@ The result depends on the settings and on what is installed, not on where.
 """
 
 import ast
-import hashlib
-import itertools
 import json
 import re
 import sysconfig
@@ -30,6 +28,7 @@ from absl import flags
 from tqdm import tqdm
 
 from launch.errors import run
+from nomic_jax.curate.held_out import Split, drawn
 from nomic_jax.data.sources import atomic_file, write_json, write_rows
 
 FLAGS = flags.FLAGS
@@ -45,7 +44,6 @@ DOCUMENT_CHARACTERS = range(60, 3001)
 DOCSTRING_CHARACTERS = 100  # shorter ones are no running text
 TEXT_CHARACTERS = 2000
 MLM_BYTES = 6_000_000
-LABELLED_SHARE = 0.15  # of the training groups, set aside for finetuning
 POOL = 1000  # documents that a held-out query is searched among, at least
 
 # Source -> the prefixes of queries and of documents.
@@ -107,12 +105,19 @@ def collect(
     held_texts: set[str] = set()
     held_groups: set[str] = set()
     for name, rows, rows_found in (("code", code, code_found), ("icd10", icd10, len(term_rows))):
-        training, held = split(rows, held_out, pool, name)
-        held_texts |= texts_of(held)
-        held_groups |= {row[GROUP[name]] for row in held}
-        labelled = [row for row in training if is_labelled(row[GROUP[name]], seed)]
-        pairs = [row for row in training if not is_labelled(row[GROUP[name]], seed)]
-        queries, documents = write_task(output / "held_out" / name, held, held_out, *PREFIXES[name])
+        split = Split(("query", "document"), GROUP[name], seed)
+        held = split.hold_out(lambda rows=rows: rows, held_out, pool)  # type: ignore[misc]
+        training = [row for row in rows if split.is_for_training(row, held)]
+        if not training:
+            raise ValueError(
+                f"{name}: the {len(rows)} pairs found do not exceed what is held out ({held_out} queries, {pool} "
+                "documents); install more packages into this environment, or lower --held_out"
+            )
+        held_texts |= held.texts
+        held_groups |= held.groups
+        labelled = [row for row in training if split.is_labelled(row)]
+        pairs = [row for row in training if not split.is_labelled(row)]
+        queries, documents = split.write_task(output / "held_out" / name, held, held_out, *PREFIXES[name])
         write_rows(output / "pairs" / f"{name}.jsonl", pairs)
         write_rows(output / "labelled" / f"{name}.jsonl", labelled)
         counts[name] = {
@@ -122,7 +127,7 @@ def collect(
             "labelled": len(labelled),
             "held_out_queries": queries,
             "held_out_documents": documents,
-            "dropped_as_equal_to_held_out": len(rows) - len(held) - len(training),
+            "dropped_as_equal_to_held_out": len(rows) - len(held.rows) - len(training),
         }
 
     texts = [
@@ -248,55 +253,6 @@ def read_documentation(site_packages: Path, files: list[str]) -> Iterator[str]:
         yield text.partition("\n\n")[2] if path.endswith("METADATA") else text
 
 
-def split(
-    rows: list[dict[str, str]], held_out: int, pool: int, name: str
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """(training rows, held-out rows): whole groups from the front are held out until there is enough.
-
-    Raises:
-      ValueError: nothing is left to train on.
-    """
-    held: list[dict[str, str]] = []
-    for _, group in itertools.groupby(rows, key=lambda row: row[GROUP[name]]):
-        if len({row["query"] for row in held}) >= held_out and len({row["document"] for row in held}) >= pool:
-            break
-        held += group
-    groups, texts = {row[GROUP[name]] for row in held}, texts_of(held)
-    training = [row for row in rows if row[GROUP[name]] not in groups and texts.isdisjoint(texts_of([row]))]
-    if not training:
-        raise ValueError(
-            f"{name}: the {len(rows)} pairs found do not exceed what is held out "
-            f"({held_out} queries, {pool} documents); install more packages into this environment, or lower --held_out"
-        )
-    return training, held
-
-
-def is_labelled(group: str, seed: int) -> bool:
-    return int.from_bytes(drawn(seed, f"labelled {group}")[:4]) < LABELLED_SHARE * 2**32
-
-
-def write_task(
-    folder: Path, rows: list[dict[str, str]], queries: int, query_prompt: str, document_prompt: str
-) -> tuple[int, int]:
-    """Writes a retrieval task of ``queries`` of the rows' queries and all their documents; returns both numbers."""
-    document_ids = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(row["document"] for row in rows))}
-    relevant: dict[str, set[str]] = {}
-    for row in rows:
-        relevant.setdefault(row["query"], set()).add(document_ids[row["document"]])
-    # Drawn once more, so that they come from many groups where the documents' number decided how many were held out.
-    query_ids = {text: f"q{i}" for i, text in enumerate(sorted(relevant, key=lambda text: drawn(0, text))[:queries])}
-    qrels = [
-        {"query_id": query_id, "document_id": document_id, "score": 1}
-        for text, query_id in query_ids.items()
-        for document_id in sorted(relevant[text])
-    ]
-    write_rows(folder / "queries.jsonl", ({"_id": i, "text": text} for text, i in query_ids.items()))
-    write_rows(folder / "corpus.jsonl", ({"_id": i, "text": text} for text, i in document_ids.items()))
-    write_rows(folder / "qrels.jsonl", qrels)
-    write_json(folder / "task.json", {"query_prompt": query_prompt, "document_prompt": document_prompt})
-    return len(query_ids), len(document_ids)
-
-
 def running_text(texts: Iterable[str], held_texts: set[str], seed: int) -> list[str]:
     """Pieces of the texts, each once, in a drawn order, up to MLM_BYTES; no line or paragraph is a held-out text."""
     held = {one_line(text) for text in held_texts}
@@ -323,18 +279,20 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def write_mixtures(output: Path) -> None:
-    pairs = [
-        {
-            "name": name,
-            "bucket": f"pairs/{name}.jsonl",
-            "objective": {"type": "paired", "columns": ["query", "document"]},
-            "query_prefix": query_prefix,
-            "document_prefix": document_prefix,
-        }
-        for name, (query_prefix, document_prefix) in PREFIXES.items()
-    ]
     text = [{"name": "text", "bucket": "mlm/text.jsonl", "objective": {"type": "self", "columns": ["text"]}}]
-    for name, datasets in (("pairs", pairs), ("mlm", text)):
+    mixtures = {"mlm": text}
+    for folder in ("pairs", "labelled"):
+        mixtures[folder] = [
+            {
+                "name": name,
+                "bucket": f"{folder}/{name}.jsonl",
+                "objective": {"type": "paired", "columns": ["query", "document"]},
+                "query_prefix": query_prefix,
+                "document_prefix": document_prefix,
+            }
+            for name, (query_prefix, document_prefix) in PREFIXES.items()
+        ]
+    for name, datasets in mixtures.items():
         with atomic_file(output / f"{name}.yaml") as part:
             part.write_text(yaml.safe_dump({"datasets": datasets}, sort_keys=False), encoding="utf-8")
 
@@ -350,15 +308,6 @@ def paragraphs(text: str) -> list[str]:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def texts_of(rows: list[dict[str, str]]) -> set[str]:
-    return {row[side] for row in rows for side in ("query", "document")}
-
-
-def drawn(seed: int, text: str) -> bytes:
-    """A sort key that looks random but depends on seed and text alone."""
-    return hashlib.sha256(f"{seed} {text}".encode()).digest()
 
 
 def main(argv: list[str]) -> None:

@@ -119,12 +119,13 @@ def of_task(score: dict[str, Any], task: str, otherwise: Any) -> Any:
 def data(folder: Path) -> str:
     """What was collected, kept and mined, from the summary.json of each step."""
     text = ""
-    collected = folder / "data" / "summary.json"
+    collected = Path(FLAGS.data or folder / "data") / "summary.json"
     if collected.exists():
         summary = read_json(collected)
-        rows = [[name, *(values[count] for count in COLLECTED)] for name, values in summary["pairs"].items()]
-        text += f"Collected:\n\n{table(['source', *(count.replace('_', ' ') for count in COLLECTED)], rows)}"
-        text += f"\nText for masked-LM: {summary['mlm']['rows']:,} texts, {summary['mlm']['bytes']:,} bytes.\n\n"
+        rows = [[name, *(values.get(count, "-") for count in COLLECTED)] for name, values in summary["pairs"].items()]
+        text += f"Collected:\n\n{table(['source', *(count.replace('_', ' ') for count in COLLECTED)], rows)}\n"
+        if mlm := summary.get("mlm"):
+            text += f"Text for masked-LM: {mlm['rows']:,} texts, {mlm['bytes']:,} bytes.\n\n"
     filtered = {path.parent.name: read_json(path) for path in sorted((folder / "filtered").glob("*/summary.json"))}
     if filtered:
         rows = [
@@ -267,5 +268,6 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("data", None, "What launch.collect or launch.hold_out wrote. [DIR/data]")
     flags.DEFINE_float("min_gain", None, "Fail unless contrastive training gained so much average nDCG@10.")
     run(main, ("DIR",))

@@ -107,7 +107,7 @@ def test_mixtures_can_be_read(collected):
 def test_two_runs_give_the_same_bytes(collected, site_packages, tmp_path):
     collect(tmp_path, site_packages=site_packages, **SETTINGS)
     files = sorted(path.relative_to(collected) for path in collected.rglob("*") if path.is_file())
-    assert len(files) == 16
+    assert len(files) == 17
     assert all((collected / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
 
 

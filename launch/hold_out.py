@@ -1,0 +1,152 @@
+"""Divides pairs before training: a retrieval task held out of each source, pairs for finetuning, and all others.
+
+    python -m launch.hold_out --input=pairs.yaml --output=data [--queries=1000] [--documents=2000] [--most_pairs=50000]
+
+    DATA/held_out/<source>/           a retrieval task, whose texts are in none of the following
+    DATA/pairs.yaml, pairs/           for contrastive pretraining
+    DATA/labelled.yaml, labelled/     for finetuning, to be mined
+    DATA/summary.json                 counts and settings; written last, so that its presence means that all is there
+
+Rows with the same document, or the same --group, stay together. The result depends on rows and settings alone. Texts for
+masked-LM pretraining: `launch.clean --evaluation=DATA/held_out --remove_contaminated` takes the tasks out of them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from absl import flags
+from tqdm import tqdm
+
+from launch.errors import run
+from nomic_jax.curate.held_out import Split
+from nomic_jax.data.mixture import Source, read_mixture
+from nomic_jax.data.sources import atomic_file, read_rows, write_json, write_rows
+
+FLAGS = flags.FLAGS
+
+
+def hold_out(
+    mixture: str,
+    output: Path,
+    *,
+    queries: int,
+    documents: int,
+    labelled_share: float,
+    most_pairs: int | None,
+    group: str | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Writes the files above and returns the summary; does nothing if they are there with the same settings.
+
+    Raises:
+      BadRow, MixtureError: of the input.
+      ValueError: ``output`` holds the result of other settings, or a source has too few pairs.
+    """
+    settings = {
+        "queries": queries,
+        "documents": documents,
+        "labelled_share": labelled_share,
+        "most_pairs": most_pairs,
+        "group": group,
+        "seed": seed,
+    }
+    summary_file = output / "summary.json"
+    if summary_file.exists():
+        found = yaml.safe_load(summary_file.read_text(encoding="utf-8"))
+        if found.get("settings") != settings:
+            raise ValueError(f"{output} was made with {found.get('settings')}, this is {settings}; use another folder")
+        return found
+    counts = {}
+    for source in read_mixture(mixture, "pair"):
+        query, document = source.columns[:2]
+        split = Split((query, document), group or document, seed, labelled_share)
+        counts[source.name] = _divide(source, split, output, queries, documents, most_pairs)
+    content = yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
+    for part in ("pairs", "labelled"):
+        for entry in content["datasets"] if isinstance(content, dict) else content:
+            entry.pop("rows", None)
+            entry["bucket"] = f"{part}/{entry['name']}.jsonl"
+        with atomic_file(output / f"{part}.yaml") as file:
+            file.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    summary = {"settings": settings, "pairs": counts}
+    write_json(summary_file, summary)
+    return summary
+
+
+def _divide(
+    source: Source, split: Split, output: Path, queries: int, documents: int, most_pairs: int | None
+) -> dict[str, int]:
+    columns = dict.fromkeys({*split.columns, split.group}, str)
+    found = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal found
+        found = 0
+        for row in tqdm(read_rows(source.files, columns), desc=source.name, unit=" rows"):
+            found += 1
+            yield row
+
+    held = split.hold_out(rows, queries, documents)
+    share = min(1.0, most_pairs / found) if most_pairs else 1.0
+    task = split.write_task(
+        output / "held_out" / source.name,
+        held,
+        queries,
+        source.query_prefix or source.document_prefix,
+        source.document_prefix or source.query_prefix,
+    )
+    written = {}
+    for part in ("pairs", "labelled"):
+        written[part] = write_rows(
+            output / part / f"{source.name}.jsonl",
+            (
+                row
+                for row in rows()
+                if split.is_labelled(row) == (part == "labelled")
+                and split.is_drawn(row, "sample", share)
+                and split.is_for_training(row, held)
+            ),
+        )
+    if not written["pairs"]:
+        raise ValueError(
+            f"{source.name}: its {found:,} pairs do not exceed what is held out ({queries:,} queries, {documents:,} "
+            "documents); lower --queries and --documents"
+        )
+    return {
+        "rows_found": found,
+        **written,
+        "held_out_queries": task[0],
+        "held_out_documents": task[1],
+    }
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if not FLAGS.input.endswith((".yaml", ".yml")):
+        raise ValueError(f"--input={FLAGS.input}: name a mixture .yaml of pairs (docs/data.md shows one)")
+    summary = hold_out(
+        FLAGS.input,
+        Path(FLAGS.output),
+        queries=FLAGS.queries,
+        documents=FLAGS.documents,
+        labelled_share=FLAGS.labelled_share,
+        most_pairs=FLAGS.most_pairs,
+        group=FLAGS.group,
+        seed=FLAGS.seed,
+    )
+    for name, counts in summary["pairs"].items():
+        print(f"{name:10} " + " · ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("input", None, "A mixture .yaml of pairs.", required=True)
+    flags.DEFINE_string("output", None, "Folder for the result.", required=True)
+    flags.DEFINE_integer("queries", 1000, "Queries of each held-out task.", lower_bound=1)
+    flags.DEFINE_integer("documents", 1000, "Documents of each held-out task, at least.", lower_bound=1)
+    flags.DEFINE_float("labelled_share", 0.15, "Share of the rest that is for finetuning.", 0.0, 1.0)
+    flags.DEFINE_integer("most_pairs", None, "Pairs of each source to train on, about. [all]", lower_bound=1)
+    flags.DEFINE_string("group", None, "Column whose equal values stay together. [the document's]")
+    flags.DEFINE_integer("seed", 0, "Draws another split.")
+    run(main)

