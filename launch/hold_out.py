@@ -8,7 +8,7 @@
     DATA/summary.json                 counts and settings; written last, so that its presence means that all is there
 
 Rows with the same document, or the same --group, stay together. The result depends on rows and settings alone.
-`launch.clean --evaluation=DATA/held_out --remove_contaminated` takes the tasks out of texts for masked-LM pretraining.
+`launch.clean --evaluation=DATA/held_out --remove_contaminated=any` takes the tasks out of texts for masked-LM pretraining.
 """
 
 from collections.abc import Iterator
