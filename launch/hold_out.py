@@ -7,8 +7,8 @@
     DATA/labelled.yaml, labelled/     for finetuning, to be mined
     DATA/summary.json                 counts and settings; written last, so that its presence means that all is there
 
-Rows with the same document, or the same --group, stay together. The result depends on rows and settings alone.
-`launch.clean --evaluation=DATA/held_out --remove_contaminated=any` takes the tasks out of texts for masked-LM pretraining.
+Rows with the same document, or the same --group, stay together. The result depends on rows and settings alone. The
+tasks are taken out of texts for masked-LM by `launch.clean --evaluation=DATA/held_out --remove_contaminated=any`.
 """
 
 from collections.abc import Iterator
