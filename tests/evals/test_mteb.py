@@ -146,7 +146,7 @@ def test_an_unreachable_hub_is_said_at_once(minilm, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1, done.stderr[-2000:]
     assert "the hub at http://127.0.0.1:9 cannot be reached" in done.stderr and "Traceback" not in done.stderr

@@ -76,7 +76,7 @@ def test_nomic_bert(nomic, lengths):
     assert difference.max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS[:4], ids=str)
 def test_masked_lm(nomic, lengths):
     model, checkpoint = nomic
     ids, length, mask = batch(lengths, 30522)
