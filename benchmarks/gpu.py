@@ -97,7 +97,8 @@ def run_part(name: str, processes: list[Process], deadline: float) -> dict[str, 
         outcome = run_process(process, deadline)
         rows += [{"key": "", "name": name} | process.row | row for row in outcome["rows"]]
         if outcome["status"] != "done":
-            rows.append({"key": "", "name": name, **process.row, "status": outcome["status"]})
+            unnamed = {"key": "", "name": f"{name}, {process.function}"}
+            rows.append(unnamed | process.row | {"status": outcome["status"]})
         print(f"{name}: {process.function} {process.flags} {outcome['status']}, {outcome['seconds']:.0f} s", flush=True)
     return {
         "rows": rows,
@@ -113,9 +114,15 @@ def run_process(process: Process, deadline: float) -> dict[str, Any]:
     left = deadline - started
     if left < LEAST_SECONDS:
         return {"rows": [], "status": NO_TIME, "seconds": 0.0}
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {process.flags}".strip()
-    environment["JAX_NUM_CPU_DEVICES"] = str(process.devices)
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {process.flags}".strip(),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+        "JAX_NUM_CPU_DEVICES": str(process.devices),
+        # What was compiled in an earlier call would count as compiled in no time.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     if process.function.startswith(("gpu_torch.", "gpu_weights.")):
         environment["JAX_PLATFORMS"] = "cpu"  # jax has a hand in it, but not on the GPU
     command = [sys.executable, "-m", "benchmarks.gpu", f"--one={json.dumps(dataclasses.asdict(process))}"]

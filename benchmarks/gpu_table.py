@@ -66,10 +66,7 @@ def against_targets(row: Row, targets: dict[str, tuple]) -> tuple[str, str, str]
         return "", "", ""
     figure, good, stretch = targets[row["key"]]
     reached = row.get(figure)
-    if reached is None:
-        share = "-"
-    else:
-        share = f"{(stretch / reached if figure == 'step_s' else reached / stretch):.0%}"
+    share = "-" if reached is None else f"{stretch / reached if figure == 'step_s' else reached / stretch:.0%}"
     unit = {"tokens_per_s": "tokens/s", "pairs_per_s": "pairs/s", "step_s": "s", "mfu": "MFU"}[figure]
     written = "{:.0%} {}" if figure == "mfu" else "{:,} {}"
     return written.format(good, unit), written.format(stretch, unit), share
