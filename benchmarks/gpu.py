@@ -15,10 +15,11 @@ after every part, to PREFIX.json and PREFIX.md.
   whole_batch    16,384 pairs in one step, every chunk computed again in the backward pass
   inference      Embedder's program on batches of one length, beside transformers (torch, SDPA, bfloat16)
   torch_train    the contrastive step in torch on the same texts: GradCache, mini-batches of texts sorted by length
-  torch_compile  inference under torch.compile
   encode         from texts to vectors, beside sentence-transformers
   curation       filter and mine a block of a million pairs with a teacher of MiniLM's size
+  torch_compile  inference under torch.compile
   kernels        the gradient by the fused kernel and by the dense formula, against the dense one in float32
+  products       the matrix products of a layer by themselves; up and gate in one and in two
   one_of_eight   memory of one of 8 GPUs in the step of 16,384 pairs, as the compiler plans it
   largest        the largest contrastive batch of which all activations fit
   mlm_8192       masked-LM on rows of 8192 tokens

@@ -52,6 +52,7 @@ class Sizes:
     block: dict[str, Any]
     kernels: dict[str, Any]
     largest: dict[str, Any]
+    products: dict[str, int]
 
 
 FULL = Sizes(
@@ -69,6 +70,7 @@ FULL = Sizes(
     block=dict(pairs=1_000_000, files=2, tokens_per_pair=192.0, k=28, seconds=20.0),
     kernels=dict(rows=64, length=2048, tokens_per_pair=192.0),
     largest=dict(first=2048, seconds=150.0),
+    products=dict(width=768, inner=3072, tokens=16_384, repeat=20),
 )
 TINY = Sizes(
     model=dict(dtype="bfloat16", hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128),
@@ -84,7 +86,8 @@ TINY = Sizes(
     texts=dict(length=32, texts=16, batch_size=8),
     block=dict(pairs=4096, files=1, tokens_per_pair=12.0, k=28, seconds=0.5),
     kernels=dict(rows=16, length=64, tokens_per_pair=24.0),
-    largest=dict(first=8, seconds=20.0, limit_gb=0.03),
+    largest=dict(first=8, seconds=20.0, limit_gb=0.08),
+    products=dict(width=64, inner=128, tokens=128, repeat=2),
 )
 
 
@@ -165,10 +168,11 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
                 ),
             )
         ],
-        "torch_compile": [Process("gpu_torch.infer", inference | dict(compiled=True))],
         "encode": [Process("gpu_inference.encode", encode), Process("gpu_torch.encode", encode)],
         "curation": [Process("gpu_curation.block", sizes.block | dict(teacher=teacher))],
+        "torch_compile": [Process("gpu_torch.infer", inference | dict(compiled=True))],
         "kernels": [Process("gpu_training.kernels", sizes.kernels | dict(model=sizes.model | dict(num_layers=1)))],
+        "products": [Process("gpu_training.products", sizes.products)],
         "one_of_eight": [
             Process(
                 "gpu_training.one_of_eight",

@@ -16,6 +16,7 @@ from benchmarks.loads import Load, mlm_load, pair_lengths, pair_load
 from benchmarks.steps import GB, TrainStep, paper_settings, peak_gigabytes
 from benchmarks.timing import median_seconds
 from nomic_jax.hf import read_checkpoint
+from nomic_jax.train.flops import peak_flops
 from nomic_jax.train.hlo import fused_attention_calls, require_fused_attention
 from nomic_jax.train.sharding import DATA
 
@@ -55,7 +56,7 @@ def train(
     kept_chunks: float = 1.0,
     weights: str = "",
     steps: int = 5,
-    seconds: float = 8.0,
+    seconds: float = 5.0,
 ) -> Iterator[Row]:
     """A stage's step: from ``weights``, a checkpoint directory, or random ones."""
     step = make_step(stage, make_load(stage, **load), model, load.get("layout", "packed"), kept_chunks)
@@ -222,6 +223,46 @@ def kernels(model: dict, rows: int, length: int, tokens_per_pair: float) -> Iter
             "attention": attention,
             "note": f"off the float32 gradient by {fused:.2e} of its norm; dense bfloat16 {dense:.2e}",
             "failed": not fused <= 2 * dense + 1e-3,
+        }
+
+
+def products(width: int, inner: int, tokens: int, repeat: int) -> Iterator[Row]:
+    """The matrix products of a layer by themselves, in bfloat16, forward and backward: what the step could reach."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+
+    @jax.jit
+    def forward_and_backward(x_TD, weights, cotangents):
+        outputs, pullback = jax.vjp(lambda x_TD, weights: [x_TD @ weight for weight in weights], x_TD, weights)
+        return outputs, pullback(cotangents)
+
+    for name, rows, columns in (
+        ("query, key and value in one", width, [3 * width]),
+        ("output", width, [width]),
+        ("up and gate in two", width, [inner, inner]),
+        ("up and gate in one", width, [2 * inner]),
+        ("down", inner, [width]),
+    ):
+        keys = iter(jax.random.split(jax.random.key(0), 1 + 2 * len(columns)))
+
+        def normal(*shape: int) -> jax.Array:
+            return jax.random.normal(next(keys), shape, jnp.bfloat16)  # noqa: B023
+
+        x_TD = normal(tokens, rows)
+        weights, cotangents = [normal(rows, n) for n in columns], [normal(tokens, n) for n in columns]
+
+        def calls() -> None:
+            # Many between two looks at the clock: one takes less than a millisecond on a GPU.
+            results = [forward_and_backward(x_TD, weights, cotangents) for _ in range(repeat)]  # noqa: B023
+            jax.block_until_ready(results[-1])
+
+        calls()
+        seconds = median_seconds(calls, 5, 1.0) / repeat
+        flops = 3 * 2.0 * tokens * rows * sum(columns)
+        yield {
+            "name": f"products of {tokens:,} tokens: {name}",
+            "step_s": seconds,
+            "mfu": flops / seconds / peak if peak else None,
+            "note": f"{flops / seconds / 1e12:.3g} TFLOP/s",
         }
 
 

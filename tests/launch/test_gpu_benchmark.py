@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import NO_TIME, read_results, run_process
+from benchmarks.gpu import NO_TIME, machine, read_results, run_process, write_results
 from benchmarks.gpu_plan import TARGETS, TINY, Process, make_plan
 from benchmarks.gpu_table import markdown
 from benchmarks.gpu_training import chunk_numbers, next_size
@@ -19,25 +19,19 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_parts_run_and_are_kept(tmp_path):
-    def call(parts: str) -> dict:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", f"--parts={parts}", f"--output={tmp_path / 'gpu'}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads((tmp_path / "gpu.json").read_text())
-
-    call("mlm")
-    results = call("finetune")
-    assert list(results["parts"]) == ["mlm", "finetune"]
-    rows = {row["key"]: row for part in results["parts"].values() for row in part["rows"]}
-    for key, tokens, candidates in (
-        ("mlm", TINY.mlm["rows"] * TINY.mlm["length"], 30_528),
-        ("finetune", TINY.triplets["rows"] * 9 * TINY.triplets["length"], 4 * 8),
-    ):
-        assert rows[key]["tokens_per_s"] * rows[key]["step_s"] == pytest.approx(tokens)
-        # Random weights guess.
-        assert rows[key]["loss"] == pytest.approx(math.log(candidates), rel=0.1)
+    earlier = {"rows": [], "seconds": 1.0, "command": "earlier", "date": "today"}
+    write_results(tmp_path / "gpu", {"machine": machine(), "tiny": True, "parts": {"sweep": earlier}})
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--parts=contrastive,mlm", f"--output={tmp_path}/gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert list(parts) == ["mlm", "contrastive", "sweep"] and parts["sweep"] == earlier
+    [mlm], [contrastive] = parts["mlm"]["rows"], parts["contrastive"]["rows"]
+    assert mlm["tokens_per_s"] * mlm["step_s"] == pytest.approx(TINY.mlm["rows"] * TINY.mlm["length"])
+    assert mlm["loss"] == pytest.approx(math.log(30_528), rel=0.02)  # random weights guess
+    assert contrastive["pairs_per_s"] * contrastive["step_s"] == pytest.approx(TINY.share)
     table = (tmp_path / "gpu.md").read_text()
-    assert all(f"| {row['name']} |" in table for row in rows.values())
+    assert all(f"| {row['name']} |" in table for row in (mlm, contrastive))
 
 
 def test_a_failure_costs_its_own_rows_and_is_named(tmp_path):
