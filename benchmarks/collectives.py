@@ -87,18 +87,17 @@ def compiled_step(stage: str, sharding: str, layers: int, rows: int, **model):
     """The compiled train step of a paper config on all devices, from shapes alone; texts of 16 tokens."""
     import jax
     import jax.numpy as jnp
-    from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from configs import contrastive, finetune, mlm
+    from benchmarks.steps import CONFIGS, abstract_state, on_mesh
     from nomic_jax.model import EmbeddingConfig
     from nomic_jax.train.config import TrainConfig
     from nomic_jax.train.optim import learning_rate, make_optimizer
     from nomic_jax.train.sharding import DATA, make_mesh
     from nomic_jax.train.stages import make_stage
-    from nomic_jax.train.state import TrainState, make_train_step, state_specs
+    from nomic_jax.train.state import make_train_step
 
-    config = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}[stage].get_config("paper")
+    config = CONFIGS[stage].get_config("paper")
     config.model.update(dict(num_layers=layers, **model))
     if stage != "mlm":
         config.data.layout = "padded"
@@ -108,15 +107,7 @@ def compiled_step(stage: str, sharding: str, layers: int, rows: int, **model):
     optimizer = make_optimizer(settings.optim, learning_rate(settings.optim, 1000))
     step = make_train_step(built, optimizer, mesh, 1, sharding)
 
-    def init(key: jax.Array) -> TrainState:
-        params = built.init(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    def on_mesh(x, spec):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    state = jax.eval_shape(init, jax.random.key(0))
-    state = jax.tree.map(on_mesh, state, state_specs(state, mesh, sharding))
+    state = abstract_state(built, optimizer, mesh, sharding)
     C = 1 + NEGATIVES[stage]
     if stage == "mlm":
         shapes = {"ids": (rows, 16), "position": (rows, 4), "target": (rows, 4)}
@@ -126,7 +117,7 @@ def compiled_step(stage: str, sharding: str, layers: int, rows: int, **model):
         shapes |= {"in_batch_negatives": (rows,)}
     dtypes = {"query_hash": jnp.uint32, "document_hash": jnp.uint32, "in_batch_negatives": jnp.bool_}
     arrays = {
-        name: on_mesh(jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32)), P(DATA))
+        name: on_mesh(jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32)), mesh, P(DATA))
         for name, shape in shapes.items()
     }
     return step.lower(state, arrays).compile(), settings.model

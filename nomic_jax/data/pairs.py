@@ -42,12 +42,25 @@ def make_layout(
         lengths += [query, document]
         share_of_rows = len(store) / sum(map(len, stores))
         tokens_per_row += share_of_rows * float(query.mean() + documents_per_row * document.mean())
+    lengths_of_all = np.concatenate(lengths)
     longest = max(query_length, document_length)
-    by_rule = min(int(tokens_per_row * rows_per_device / 8), MAX_CHUNK_TOKENS)
-    budget = max(chunk_tokens or by_rule, longest)
+    return layout_for(kind, lengths_of_all, longest, tokens_per_row * rows_per_device, chunk_tokens)
+
+
+def layout_for(
+    kind: Literal["padded", "bucketed", "packed"],
+    lengths: np.ndarray,
+    longest: int,
+    tokens_per_device: float,
+    chunk_tokens: int = 0,
+) -> Layout | None:
+    """``make_layout`` for texts of such lengths, of ``longest`` tokens at most, with so many a device and batch."""
+    if kind == "padded":
+        return None
+    budget = max(chunk_tokens or min(int(tokens_per_device / 8), MAX_CHUNK_TOKENS), longest)
     if kind == "packed":
-        return packed_layout(longest, budget, segments=segments_for(np.concatenate(lengths), longest))
-    return bucketed_layout(np.concatenate(lengths), longest, budget, parts=(1, 4))
+        return packed_layout(longest, budget, segments=segments_for(lengths, longest))
+    return bucketed_layout(lengths, longest, budget, parts=(1, 4))
 
 
 class PairStream:

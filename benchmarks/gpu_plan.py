@@ -1,0 +1,225 @@
+"""The parts of benchmarks/gpu.py: which functions run, on what, in which order; and what an H200 should reach."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+# Published: row -> its figure, good, stretch, on an H200 (an H100: 0.94 of it).
+TARGETS = {
+    "mlm": ("tokens_per_s", 400_000, 480_000),
+    "contrastive": ("pairs_per_s", 1200, 1900),
+    "finetune": ("step_s", 0.30, 0.25),
+    "inference-512": ("tokens_per_s", 1_200_000, 1_700_000),
+    "inference-2048": ("tokens_per_s", 1_000_000, 1_350_000),
+    "mlm_8192": ("mfu", 0.33, 0.38),
+}
+COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+EVERY_COMMAND = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL"
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """A function of a module of benchmarks that yields rows.
+
+    Attributes:
+      row: goes into each of its rows.
+      flags: of XLA.
+      devices: virtual ones, where it runs on a CPU.
+    """
+
+    function: str
+    arguments: dict[str, Any]
+    row: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flags: str = ""
+    devices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Attributes: share, whole: pairs of a step, on one of 8 GPUs and altogether; chunk: tokens of a chunk."""
+
+    model: dict[str, Any]
+    share: int
+    whole: int
+    pairs: dict[str, Any]
+    mlm: dict[str, int]
+    mlm_8192: dict[str, int]
+    triplets: dict[str, int]
+    chunk: int
+    lengths: list[int]
+    tokens: int
+    texts: dict[str, int]
+    block: dict[str, Any]
+    kernels: dict[str, Any]
+    largest: dict[str, Any]
+    products: dict[str, int]
+
+
+FULL = Sizes(
+    model={"dtype": "bfloat16"},
+    share=2048,
+    whole=16_384,
+    pairs=dict(length=2048, tokens_per_pair=192.0),
+    mlm=dict(rows=64, length=2048),
+    mlm_8192=dict(rows=16, length=8192),
+    triplets=dict(rows=32, length=512, negatives=7),
+    chunk=16_384,
+    lengths=[128, 512, 2048, 8192],
+    tokens=131_072,
+    texts=dict(length=512, texts=8192, batch_size=256),
+    block=dict(pairs=1_000_000, files=2, tokens_per_pair=192.0, k=28, seconds=20.0),
+    kernels=dict(rows=64, length=2048, tokens_per_pair=192.0),
+    largest=dict(first=2048, seconds=150.0),
+    products=dict(width=768, inner=3072, tokens=16_384, repeat=20),
+)
+TINY = Sizes(
+    model=dict(dtype="bfloat16", hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128),
+    share=16,
+    whole=64,
+    pairs=dict(length=64, tokens_per_pair=24.0),
+    mlm=dict(rows=4, length=64),
+    mlm_8192=dict(rows=1, length=128),
+    triplets=dict(rows=4, length=32, negatives=7),
+    chunk=128,
+    lengths=[16, 32, 64, 128],
+    tokens=512,
+    texts=dict(length=32, texts=16, batch_size=8),
+    block=dict(pairs=4096, files=1, tokens_per_pair=12.0, k=28, seconds=0.5),
+    kernels=dict(rows=16, length=64, tokens_per_pair=24.0),
+    largest=dict(first=8, seconds=20.0, limit_gb=0.08),
+    products=dict(width=64, inner=128, tokens=128, repeat=2),
+)
+
+
+def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
+    """Part -> its processes; ``weights`` holds the checkpoints of ``prepare``."""
+    nomic, teacher = str(weights / "nomic"), str(weights / "teacher")
+    share = sizes.pairs | dict(rows=sizes.share)
+    triplets = sizes.triplets
+    texts_of_triplets = triplets["rows"] * (2 + triplets["negatives"])
+    kept_attention = sizes.model | dict(recompute="attention")
+    long = sizes.model | dict(max_trained_positions=8192)
+
+    def step(row: dict, stage: str, load: dict, recompute: str, flags: str = "", **arguments: Any) -> Process:
+        model = arguments.pop("model", sizes.model) | dict(recompute=recompute)
+        return Process("gpu_training.train", dict(stage=stage, model=model, load=load, **arguments), row, flags)
+
+    def swept(name: str, recompute: str = "attention", flags: str = "", load: dict | None = None, **more) -> Process:
+        row = {"name": f"contrastive, {name}", "compare": "contrastive"}
+        return step(row, "contrastive", share | (load or {}), recompute, flags, steps=3, seconds=3.0, **more)
+
+    def micro_batch(rows: int, recompute: str = "elementwise") -> Process:
+        row = {"name": f"mlm, {rows} rows a micro-batch, recompute {recompute}", "compare": "mlm"}
+        return step(row, "mlm", sizes.mlm | dict(rows=rows), recompute, steps=3, seconds=3.0)
+
+    inference = dict(weights=nomic, lengths=sizes.lengths, tokens=sizes.tokens)
+    encode = sizes.texts | dict(weights=nomic)
+    eight = dict(kept_chunks=1.0, load=sizes.pairs | dict(rows=sizes.whole))
+    return {
+        "mlm": [
+            step(
+                dict(key="mlm", name=f"mlm, {sizes.mlm['rows']} rows of {sizes.mlm['length']:,} tokens"),
+                "mlm",
+                sizes.mlm,
+                "elementwise",
+            )
+        ],
+        "contrastive": [
+            step(
+                dict(key="contrastive", name=f"contrastive, {named(share)}"),
+                "contrastive",
+                share,
+                "attention",
+                weights=nomic,
+            )
+        ],
+        "finetune": [
+            step(
+                dict(key="finetune", name=f"finetune, {texts_of_triplets:,} texts of {triplets['length']:,} tokens"),
+                "finetune",
+                triplets,
+                "attention",
+            )
+        ],
+        "whole_batch": [
+            step(
+                dict(name=f"contrastive, {named(sizes.pairs | dict(rows=sizes.whole))}, chunks computed again"),
+                "contrastive",
+                sizes.pairs | dict(rows=sizes.whole),
+                "none",
+                kept_chunks=0.0,
+                steps=1,
+                seconds=0.0,
+            )
+        ],
+        "inference": [
+            Process("gpu_inference.program", inference),
+            Process("gpu_torch.infer", inference | dict(compiled=False)),
+        ],
+        "torch_train": [
+            Process(
+                "gpu_torch.train",
+                dict(
+                    stage="contrastive",
+                    model=sizes.model,
+                    load=share | dict(layout="padded"),
+                    weights=nomic,
+                    mini_batch_tokens=sizes.chunk,
+                ),
+            )
+        ],
+        "encode": [Process("gpu_inference.encode", encode), Process("gpu_torch.encode", encode)],
+        "curation": [Process("gpu_curation.block", sizes.block | dict(teacher=teacher))],
+        "torch_compile": [Process("gpu_torch.infer", inference | dict(compiled=True))],
+        "kernels": [Process("gpu_training.kernels", sizes.kernels | dict(model=sizes.model | dict(num_layers=1)))],
+        "products": [Process("gpu_training.products", sizes.products)],
+        "one_of_eight": [
+            Process(
+                "gpu_training.one_of_eight",
+                eight | dict(model=kept_attention),
+                dict(name=f"contrastive, {named(eight['load'])} over 8 GPUs, no chunk computed again"),
+                devices=8,
+            )
+        ],
+        "largest": [
+            Process(
+                "gpu_training.largest",
+                sizes.largest
+                | dict(
+                    model=sizes.model | dict(recompute="attention"), load=sizes.pairs | dict(chunk_tokens=sizes.chunk)
+                ),
+                dict(name="contrastive, the largest batch whose activations fit"),
+            )
+        ],
+        "mlm_8192": [
+            step(
+                dict(key="mlm_8192", name=f"mlm, {sizes.mlm_8192['rows']} rows of {sizes.mlm_8192['length']:,} tokens"),
+                "mlm",
+                sizes.mlm_8192,
+                "elementwise",
+                model=long,
+            )
+        ],
+        "sweep": [
+            swept("no Triton products", flags="--xla_gpu_enable_triton_gemm=false"),
+            swept("no command buffers", flags=COMMAND_BUFFERS),
+            swept("chunks of twice as many tokens", load=dict(chunk_tokens=2 * sizes.chunk)),
+            swept("recompute none, every chunk again", recompute="none", kept_chunks=0.0),
+            swept("chunks of 4 times as many tokens", load=dict(chunk_tokens=4 * sizes.chunk)),
+            swept("recompute layer", recompute="layer"),
+            micro_batch(sizes.mlm["rows"], "none"),
+            swept("recompute elementwise, half of the chunks again", recompute="elementwise", kept_chunks=0.5),
+            micro_batch(sizes.mlm["rows"] // 2),
+            micro_batch(sizes.mlm["rows"] * 2),
+            swept("chunks of half as many tokens", load=dict(chunk_tokens=sizes.chunk // 2)),
+            swept("Triton for every product", flags="--xla_gpu_triton_gemm_any=true"),
+            swept(
+                "command buffers for loops too",
+                flags=f"{COMMAND_BUFFERS}FUSION,CUBLAS,CUBLASLT,CUDNN,WHILE,CONDITIONAL",
+            ),
+        ],
+    }
+
+
+def named(load: dict[str, Any]) -> str:
+    return f"{load['rows']:,} pairs of {load['tokens_per_pair']:g} tokens"

@@ -1,0 +1,282 @@
+"""The training parts of benchmarks/gpu.py. Each function runs in a process of its own and yields rows of the table."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType
+
+from benchmarks.loads import Load, mlm_load, pair_lengths, pair_load
+from benchmarks.steps import GB, TrainStep, paper_settings, peak_gigabytes
+from benchmarks.timing import median_seconds
+from nomic_jax.hf import read_checkpoint
+from nomic_jax.train.flops import peak_flops
+from nomic_jax.train.hlo import fused_attention_calls, require_fused_attention
+from nomic_jax.train.sharding import DATA
+
+Row = dict[str, Any]
+
+
+def make_load(
+    stage: str,
+    rows: int,
+    length: int,
+    layout: str = "packed",
+    tokens_per_pair: float = 0.0,
+    negatives: int = 0,
+    chunk_tokens: int = 0,
+    devices: int = 1,
+) -> Load:
+    """Rows of masked-LM of ``length`` tokens; or pairs of so many tokens; or triplets of texts of ``length`` each."""
+    if stage == "mlm":
+        return mlm_load(rows, length)
+    if tokens_per_pair:
+        query, document = pair_lengths(np.random.default_rng(0), rows, tokens_per_pair)
+        lengths = query, document[:, None]
+    else:
+        lengths = np.full(rows, length), np.full((rows, 1 + negatives), length)
+    return pair_load(stage, *lengths, layout=layout, longest=length, chunk_tokens=chunk_tokens, devices=devices)
+
+
+def make_step(stage: str, load: Load, model: dict, layout: str = "packed", kept_chunks: float = 1.0, **kw) -> TrainStep:
+    fields = {} if stage == "mlm" else dict(kept_chunks=kept_chunks, data=dict(layout=layout))
+    return TrainStep(paper_settings(stage, model, **fields), load, **kw)
+
+
+def train(
+    stage: str,
+    model: dict,
+    load: dict,
+    kept_chunks: float = 1.0,
+    weights: str = "",
+    steps: int = 5,
+    seconds: float = 5.0,
+) -> Iterator[Row]:
+    """A stage's step: from ``weights``, a checkpoint directory, or random ones."""
+    step = make_step(stage, make_load(stage, **load), model, load.get("layout", "packed"), kept_chunks)
+    compiling = step.compile()
+    attention = attention_of(step)
+    pretrained = {"encoder": read_checkpoint(Path(weights)).params["encoder"]} if weights else None
+    yield run(step, steps, seconds, pretrained) | {"compile_s": compiling, "attention": attention}
+
+
+def attention_of(step: TrainStep) -> str:
+    """The kernels of attention in the compiled step.
+
+    Raises:
+      MissingKernel: on a GPU there are none.
+    """
+    assert step.compiled is not None
+    hlo = step.compiled.as_text() or ""
+    calls = require_fused_attention(hlo) if jax.default_backend() == "gpu" else fused_attention_calls(hlo)
+    if not calls:
+        return f"none of cuDNN ({jax.default_backend()})"
+    packed = step.load.layout is not None and step.load.layout.packed
+    return f"{'cudnn_packed' if packed else 'cudnn'}: {', '.join(f'{n} {name}' for name, n in calls.items())}"
+
+
+def run(step: TrainStep, steps: int, seconds: float, pretrained: dict | None = None) -> Row:
+    """So many steps, or more while there is time, after a first one that is not counted."""
+    step.start(pretrained)
+    loss = step()
+    taken = median_seconds(step, steps, seconds)
+    load = step.load
+    return {
+        "step_s": taken,
+        "tokens_per_s": load.real_tokens / taken,
+        "pairs_per_s": None if load.stage == "mlm" else load.rows / taken,
+        "mfu": step.mfu(taken),
+        "peak_gb": peak_gigabytes(),
+        "planned_gb": step.planned_bytes / GB,
+        "rows": load.rows,
+        "filled": load.real_tokens / load.padded_tokens,
+        "loss": loss,
+    }
+
+
+def largest(
+    model: dict, load: dict, first: int, seconds: float, limit_gb: float | None = None, steps: int = 1
+) -> Iterator[Row]:
+    """The largest contrastive batch of which all activations fit: sizes by planned memory, then real steps.
+
+    Args:
+      first: pairs to begin with; the sizes tried fill 3, 4, 6, 8, ... chunks, the numbers that training rounds up to.
+      limit_gb: memory to stay within; what the device's allocator has, by default.
+    """
+    started, planned = time.perf_counter(), {}
+    if limit_gb is None:
+        limit_gb = 0.97 * jax.local_devices()[0].memory_stats()["bytes_limit"] / GB
+    per_pair = load["tokens_per_pair"]
+    chunk = load["chunk_tokens"]
+
+    def compiled(pairs: int) -> TrainStep:
+        step = make_step("contrastive", make_load("contrastive", pairs, **load), model)
+        planned[pairs] = (step.compile(), step.planned_bytes / GB)
+        return step
+
+    sizes = [int(0.96 * chunks * chunk / per_pair) for chunks in chunk_numbers(int(first * per_pair / chunk), 4096)]
+    best, best_step = 0, None
+    while (size := next_size(sizes, {pairs: gb for pairs, (_, gb) in planned.items()}, limit_gb)) is not None:
+        slowest = max((took for took, _ in planned.values()), default=0.0)
+        if best_step is not None and time.perf_counter() - started + 2 * slowest > seconds:
+            break
+        step = compiled(size)
+        if planned[size][1] <= limit_gb and size > best:
+            best, best_step = size, step
+    tried = ", ".join(f"{pairs:,}: {gb:.3g} GB" for pairs, (_, gb) in sorted(planned.items()))
+    if best_step is None:
+        raise MemoryError(f"no batch fits {limit_gb:.3g} GB; planned memory by pairs: {tried}")
+    yield run(best_step, steps, 0.0) | {
+        "compile_s": planned[best][0],
+        "note": f"planned memory by pairs: {tried}; limit {limit_gb:.3g} GB",
+    }
+
+
+def chunk_numbers(least: int, most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... from ``least`` to ``most``: those that ``plan_chunks`` makes programs for."""
+    powers = (1 << power for power in itertools.count())
+    doubled = list(itertools.takewhile(lambda n: n <= most, powers))
+    return sorted(n for n in {*doubled, *(3 * n for n in doubled)} if least <= n <= most)
+
+
+def next_size(sizes: list[int], planned: dict[int, float], limit: float) -> int | None:
+    """The size to plan next, or None where the largest that fits is known.
+
+    The first; then the largest that should fit if memory grows as it did between the two largest that do (with one of
+    them, in proportion), and of those between what fits and what does not.
+    """
+    fitting = [size for size in sizes if planned.get(size, np.inf) <= limit]
+    if not planned:
+        return sizes[0]
+    if not fitting:
+        smaller = [size for size in sizes if size < min(planned)]
+        return smaller[-1] if smaller else None
+    too_large = min((size for size, gb in planned.items() if gb > limit), default=np.inf)
+    left = [size for size in sizes if fitting[-1] < size < too_large]
+    if not left:
+        return None
+    low, high = fitting[-2:] if len(fitting) > 1 else (0, fitting[-1])
+    slope = (planned[high] - planned.get(low, 0.0)) / (high - low)
+    expected = [size for size in left if planned[high] + slope * (size - high) <= limit]
+    return expected[-1] if expected else left[0]
+
+
+def one_of_eight(model: dict, load: dict, kept_chunks: float) -> Iterator[Row]:
+    """Planned memory of one of 8 GPUs in the step of the whole batch: compiled for 8 of them, which need not be there.
+
+    On a GPU for 8 of its kind; on a CPU there must be 8 virtual devices.
+    """
+    if jax.default_backend() == "gpu":
+        from jax.experimental import topologies
+
+        devices = topologies.get_topology_desc(platform="cuda", topology="1x1x8").devices
+    else:
+        devices = jax.devices()[:8]
+    mesh = jax.make_mesh((8,), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
+    step = make_step(
+        "contrastive", make_load("contrastive", **load, devices=8), model, kept_chunks=kept_chunks, mesh=mesh
+    )
+    compiling = step.compile()
+    yield {
+        "compile_s": compiling,
+        "planned_gb": step.planned_bytes / GB,
+        "rows": load["rows"],
+        "attention": attention_of(step),
+        "note": f"compiled for 8 x {devices[0].device_kind}, nothing was run; an H100 has 80 GB",
+    }
+
+
+def kernels(model: dict, rows: int, length: int, tokens_per_pair: float) -> Iterator[Row]:
+    """The gradient of each stage with the attention that training takes, and with the dense formula, both in bfloat16.
+
+    Both are compared with the dense formula in float32; the fused kernel may not be further off than the rounding of
+    the dense one explains.
+    """
+    for name, load in (
+        ("mlm", make_load("mlm", max(1, rows // 16), length)),
+        ("padded", make_load("contrastive", rows, min(length, 256), "padded", tokens_per_pair)),
+        ("packed", make_load("contrastive", rows, length, "packed", tokens_per_pair)),
+    ):
+        layout = "padded" if load.layout is None else "packed"
+        gradients, attention = {}, ""
+        for implementation, dtype in (("auto", "bfloat16"), ("xla", "bfloat16"), ("xla", "float32")):
+            variant = model | dict(attention=implementation, dtype=dtype)
+            step = make_step(
+                load.stage, load, variant, layout, float(layout == "packed"), optimizer=gradient_in_state()
+            )
+            step.compile()
+            if implementation == "auto":
+                attention = attention_of(step)
+            step.start()
+            step()
+            gradients[implementation, dtype] = jax.device_get(step.state.opt_state)
+        exact = gradients.pop(("xla", "float32"))
+        fused, dense = (distance(gradient, exact) for gradient in gradients.values())
+        yield {
+            "name": f"gradient, {name}",
+            "attention": attention,
+            "note": f"off the float32 gradient by {fused:.2e} of its norm; dense bfloat16 {dense:.2e}",
+            "failed": not fused <= 2 * dense + 1e-3,
+        }
+
+
+def products(width: int, inner: int, tokens: int, repeat: int) -> Iterator[Row]:
+    """The matrix products of a layer by themselves, in bfloat16, forward and backward: what the step could reach."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+
+    @jax.jit
+    def forward_and_backward(x_TD, weights, cotangents):
+        outputs, pullback = jax.vjp(lambda x_TD, weights: [x_TD @ weight for weight in weights], x_TD, weights)
+        return outputs, pullback(cotangents)
+
+    for name, rows, columns in (
+        ("query, key and value in one", width, [3 * width]),
+        ("output", width, [width]),
+        ("up and gate in two", width, [inner, inner]),
+        ("up and gate in one", width, [2 * inner]),
+        ("down", inner, [width]),
+    ):
+        keys = iter(jax.random.split(jax.random.key(0), 1 + 2 * len(columns)))
+
+        def normal(*shape: int) -> jax.Array:
+            return jax.random.normal(next(keys), shape, jnp.bfloat16)  # noqa: B023
+
+        x_TD = normal(tokens, rows)
+        weights, cotangents = [normal(rows, n) for n in columns], [normal(tokens, n) for n in columns]
+
+        def calls() -> None:
+            # Many between two looks at the clock: one takes less than a millisecond on a GPU.
+            results = [forward_and_backward(x_TD, weights, cotangents) for _ in range(repeat)]  # noqa: B023
+            jax.block_until_ready(results[-1])
+
+        calls()
+        seconds = median_seconds(calls, 5, 1.0) / repeat
+        flops = 3 * 2.0 * tokens * rows * sum(columns)
+        yield {
+            "name": f"products of {tokens:,} tokens: {name}",
+            "step_s": seconds,
+            "mfu": flops / seconds / peak if peak else None,
+            "note": f"{flops / seconds / 1e12:.3g} TFLOP/s",
+        }
+
+
+def gradient_in_state() -> optax.GradientTransformation:
+    """Changes no parameter; the optimizer's state is the gradient."""
+
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, tree)
+
+    return optax.GradientTransformation(zeros, lambda gradient, state, params=None: (zeros(gradient), gradient))
+
+
+def distance(a: Any, b: Any) -> float:
+    """The norm of the difference, in units of the norm of ``b``; of all leaves together."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    squares = [(np.sum((np.asarray(x, np.float64) - y) ** 2), np.sum(np.asarray(y, np.float64) ** 2)) for x, y in pairs]
+    return float(np.sqrt(sum(top for top, _ in squares) / sum(bottom for _, bottom in squares)))

@@ -1,0 +1,48 @@
+"""Checkpoints of random weights with a made-up tokenizer: what is measured must not depend on a download."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.hf import Checkpoint, write_checkpoint
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
+
+SPECIAL = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
+FIRST_WORD, WORDS = 1000, 29_000
+
+
+def word(number: int) -> str:
+    """Six letters, another word for each number below ``WORDS``."""
+    return "".join(chr(ord("a") + number // 26**place % 26) for place in range(5, -1, -1))
+
+
+def made_up_tokenizer() -> Tokenizer:
+    """BERT's word pieces, each of which is a whole word here: a text of n words has n + 2 tokens."""
+    vocabulary = SPECIAL | {word(number): FIRST_WORD + number for number in range(WORDS)}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    closing = [(name, SPECIAL[name]) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", closing)
+    backend.add_special_tokens(list(SPECIAL))
+    return Tokenizer(backend)
+
+
+def made_up_texts(lengths: np.ndarray) -> list[str]:
+    """Texts of so many tokens each, at least 3, special tokens included."""
+    words = np.array([word(number) for number in range(WORDS)])
+    rng = np.random.default_rng(0)
+    return [" ".join(words[rng.integers(0, WORDS, length - 2)]) for length in lengths]
+
+
+def write_random(directory: Path, encoder: EncoderConfig, tokenizer: Tokenizer, **fields) -> Path:
+    """A checkpoint of random weights; ``fields`` are those of ``Checkpoint``."""
+    params = jax.jit(lambda key: init_encoder(key, encoder))(jax.random.key(0))
+    write_checkpoint(
+        directory, Checkpoint(EmbeddingConfig(encoder), {"encoder": jax.device_get(params)}, tokenizer, **fields)
+    )
+    return directory

@@ -1,0 +1,109 @@
+"""The real train step of a stage on a load: compiled from shapes alone, planned in bytes, and run."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.loads import Load
+from configs import contrastive, finetune, mlm
+from nomic_jax.model import EmbeddingConfig
+from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.flops import peak_flops, training_flops
+from nomic_jax.train.optim import learning_rate, make_optimizer
+from nomic_jax.train.sharding import DATA, Sharding, make_mesh, put_rows
+from nomic_jax.train.stages import Stage, make_stage
+from nomic_jax.train.state import TrainState, init_state, make_train_step, state_specs
+
+CONFIGS = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
+GB = 1e9
+
+
+def paper_settings(stage: str, model: dict[str, Any], **fields: Any) -> TrainConfig:
+    """The paper's configuration of a stage with some fields changed, and so small a learning rate that steps repeat."""
+    config = CONFIGS[stage].get_config("paper")
+    config.model.update(model)
+    config.update(dict(accumulate=1, **fields))
+    config.optim.lr = 1e-6
+    return TrainConfig.from_mapping(config.to_dict())
+
+
+def abstract_state(
+    stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, sharding: Sharding = "replicated"
+) -> TrainState:
+    """The state of ``init_state`` as shapes on the mesh."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = stage.init(key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    state = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda x, spec: on_mesh(x, mesh, spec), state, state_specs(state, mesh, sharding))
+
+
+def on_mesh(x: Any, mesh: Mesh, spec: P) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+
+class TrainStep:
+    """A stage's step on a load. ``compile`` it, ``start`` from weights, then call it: a step, and its loss.
+
+    Attributes:
+      compiled: of jax, after ``compile``.
+      state: after ``start``.
+    """
+
+    def __init__(
+        self,
+        settings: TrainConfig,
+        load: Load,
+        mesh: Mesh | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+    ):
+        self.settings, self.load = settings, load
+        self.mesh = make_mesh(jax.devices()[:1]) if mesh is None else mesh
+        self.stage = make_stage(settings, EmbeddingConfig(settings.model), load.layout)
+        self.optimizer = optimizer or make_optimizer(settings.optim, learning_rate(settings.optim, 1000))
+        self.compiled: jax.stages.Compiled | None = None
+        self.metrics: dict[str, jax.Array] = {}
+
+    def compile(self) -> float:
+        """Seconds that it took, tracing included."""
+        started = time.perf_counter()
+        step = make_train_step(self.stage, self.optimizer, self.mesh, self.settings.accumulate)
+        rows = {name: on_mesh(array, self.mesh, P(DATA)) for name, array in self.load.arrays.items()}
+        self.compiled = step.lower(abstract_state(self.stage, self.optimizer, self.mesh), rows).compile()
+        return time.perf_counter() - started
+
+    @property
+    def planned_bytes(self) -> int:
+        """What the compiled program needs on a device: arguments, results that are not written over them, the rest."""
+        assert self.compiled is not None
+        plan = self.compiled.memory_analysis()
+        kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+        return kept + plan.temp_size_in_bytes
+
+    def start(self, pretrained: dict | None = None) -> None:
+        """From random weights, but ``pretrained`` for the top-level entries that it has."""
+        self.state = init_state(jax.random.key(0), self.stage, self.optimizer, self.mesh, pretrained or {})
+        self.rows = put_rows(self.load.arrays, self.mesh)
+
+    def __call__(self) -> float:
+        assert self.compiled is not None
+        self.state, self.metrics = self.compiled(self.state, self.rows)
+        return float(self.metrics["loss"])
+
+    def mfu(self, seconds: float) -> float | None:
+        """Share of the device's peak in bfloat16; None if its peak is not known."""
+        peak = peak_flops(self.mesh.devices.flat[0].device_kind)
+        return training_flops(self.settings.model, self.load.batch) / seconds / peak if peak else None
+
+
+def peak_gigabytes() -> float | None:
+    """The most memory that this process had in use on a device; None on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / GB if "peak_bytes_in_use" in stats else None
