@@ -32,8 +32,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def divided(tree: Any, mesh: Mesh) -> Any:
     """A PartitionSpec for every leaf: those named in DIVIDED along the first axis that is a multiple of the devices.
 
-    Whole where there is none: 137M parameters are divided completely over up to 64 devices and powers of two up to 256;
-    62 % of them over 512 or 1,024, of which 768, the model's width, is no multiple.
+    Whole where there is none: of the 137M model all matrices are divided over powers of two up to 256 devices, and 62 %
+    of the parameters over 512 or 1,024, of which 768, its width, is no multiple.
     """
 
     def spec(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> P:
