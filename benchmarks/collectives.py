@@ -4,11 +4,13 @@
 
 Compiles the real train step for 8, 64 and 512 virtual CPU devices, each in a process of its own, with the real width
 and vocabulary as abstract values and few layers (``--layers``): nothing is allocated or run. Also the memory of the
-contrastive loss alone, and the time that planning a global batch takes. About 10 minutes on 2 cores.
+contrastive loss alone. About 10 minutes on 2 cores.
 """
 
 import argparse
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -25,9 +27,13 @@ SHARDINGS = ("replicated", "zero1", "fsdp")
 DEVICES = (8, 64, 512)
 ROWS_PER_DEVICE = {"mlm": 1, "contrastive": 2, "finetune": 1}
 NEGATIVES = {"mlm": 0, "contrastive": 0, "finetune": 7}
-# (stage, sharding, devices) that are compiled with all layers too.
-WHOLE_MODEL = (("contrastive", "replicated", 512), ("contrastive", "zero1", 64))
-PLANS = ((16_384, 8), (16_384, 64), (16_384, 1024), (131_072, 64), (2_097_152, 1024))  # pairs, devices
+# Besides each stage, sharding and number of devices: all layers; chunks of packed rows; micro-batches.
+BESIDES = (
+    dict(stage="contrastive", sharding="replicated", devices=512, layers=12, rows=1024),
+    dict(stage="contrastive", sharding="zero1", devices=64, layers=12, rows=128),
+    *(dict(stage="contrastive", sharding="replicated", devices=n, rows=2 * n, packed=True) for n in DEVICES),
+    dict(stage="mlm", sharding="replicated", devices=64, rows=64 * 8, accumulate=8),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +46,19 @@ class Parameters:
 
 
 def parameters(encoder: EncoderConfig, stage: str, devices: int) -> Parameters:
-    """The formula, for the nomic-bert encoder: an array is divided if its first axis is a multiple of the devices."""
+    """The formula, for the nomic-bert encoder: a matrix is divided if one of its sides is a multiple of the devices."""
     D, F, N, V = encoder.hidden_size, encoder.intermediate_size, encoder.num_layers, encoder.vocab_size
-    # (first axis, second axis, how many): word and type embeddings; QKV, output, up, gate; down.
-    matrices = [(V, D, 1), (encoder.type_vocab_size, D, 1), (D, 3 * D + D + 2 * F, N), (F, D, N)]
-    arrays_of = [1, 1, 4, 1]
+    # (rows, columns, how many): word and type embeddings; QKV, output, up and gate, down.
+    matrices = [(V, D, 1), (encoder.type_vocab_size, D, 1), (D, 3 * D, N), (D, D, N), (D, F, 2 * N), (F, D, N)]
     norms = (1 + 2 * N) * 2 * D
     if stage == "mlm":
-        matrices, arrays_of, norms = matrices + [(D, D, 1)], arrays_of + [1], norms + 2 * D
-    total = norms + sum(rows * columns * count for rows, columns, count in matrices)
-    divided = [(m, arrays) for m, arrays in zip(matrices, arrays_of) if m[0] % devices == 0]
-    return Parameters(
-        total, sum(rows * columns * count for (rows, columns, count), _ in divided), sum(m[2] * n for m, n in divided)
-    )
+        matrices, norms = [*matrices, (D, D, 1)], norms + 2 * D
+    divided = [matrix for matrix in matrices if matrix[0] % devices == 0 or matrix[1] % devices == 0]
+
+    def elements(matrices: list[tuple[int, int, int]]) -> int:
+        return sum(rows * columns * count for rows, columns, count in matrices)
+
+    return Parameters(norms + elements(matrices), elements(divided), sum(count for *_, count in divided))
 
 
 def expected(stage: str, sharding: str, devices: int, rows: int, encoder: EncoderConfig) -> dict[str, int]:
@@ -83,13 +89,19 @@ def expected(stage: str, sharding: str, devices: int, rows: int, encoder: Encode
     return {kind: size for kind, size in sorted(moved.items()) if size}
 
 
-def compiled_step(stage: str, sharding: str, layers: int, rows: int, **model):
-    """The compiled train step of a paper config on all devices, from shapes alone; texts of 16 tokens."""
+def compiled_step(
+    stage: str, sharding: str, layers: int, rows: int, *, packed: bool = False, accumulate: int = 1, **model
+):
+    """The compiled train step of a paper config on all devices, from shapes alone; texts of 16 tokens.
+
+    ``packed``: pairs in two chunks a device, each of which is computed again in the backward pass.
+    """
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
 
     from benchmarks.steps import CONFIGS, abstract_state, on_mesh
+    from nomic_jax.data.packing import packed_layout
     from nomic_jax.model import EmbeddingConfig
     from nomic_jax.train.config import TrainConfig
     from nomic_jax.train.optim import learning_rate, make_optimizer
@@ -100,21 +112,27 @@ def compiled_step(stage: str, sharding: str, layers: int, rows: int, **model):
     config = CONFIGS[stage].get_config("paper")
     config.model.update(dict(num_layers=layers, **model))
     if stage != "mlm":
-        config.data.layout = "padded"
+        config.data.layout = "packed" if packed else "padded"
     settings = TrainConfig.from_mapping(config.to_dict())
     mesh = make_mesh()
-    built = make_stage(settings, EmbeddingConfig(settings.model))
+    layout = packed_layout(16, 32) if packed else None
+    built = make_stage(settings, EmbeddingConfig(settings.model), layout)
     optimizer = make_optimizer(settings.optim, learning_rate(settings.optim, 1000))
-    step = make_train_step(built, optimizer, mesh, 1, sharding)
+    step = make_train_step(built, optimizer, mesh, accumulate, sharding)
 
     state = abstract_state(built, optimizer, mesh, sharding)
     C = 1 + NEGATIVES[stage]
     if stage == "mlm":
         shapes = {"ids": (rows, 16), "position": (rows, 4), "target": (rows, 4)}
     else:
-        shapes = {"query_ids": (rows, 16), "query_length": (rows,), "query_hash": (rows, 2)}
-        shapes |= {"document_ids": (rows, C, 16), "document_length": (rows, C), "document_hash": (rows, C, 2)}
-        shapes |= {"in_batch_negatives": (rows,)}
+        shapes = {"query_hash": (rows, 2), "document_hash": (rows, C, 2), "in_batch_negatives": (rows,)}
+        if layout is None:
+            shapes |= {"query_ids": (rows, 16), "query_length": (rows,)}
+            shapes |= {"document_ids": (rows, C, 16), "document_length": (rows, C)}
+        else:
+            chunks = 2 * mesh.size
+            shapes |= {"ids": (chunks, layout.tokens), "segment": (chunks, layout.tokens)}
+            shapes |= {"shape": (chunks,), "place": (rows * (1 + C),)}
     dtypes = {"query_hash": jnp.uint32, "document_hash": jnp.uint32, "in_batch_negatives": jnp.bool_}
     arrays = {
         name: on_mesh(jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32)), mesh, P(DATA))
@@ -123,18 +141,18 @@ def compiled_step(stage: str, sharding: str, layers: int, rows: int, **model):
     return step.lower(state, arrays).compile(), settings.model
 
 
-def counted(stage: str, sharding: str, layers: int, rows: int, **model) -> dict:
-    """Bytes by kind, as ``expected`` has them, and what was compiled."""
+def counted(stage: str, sharding: str, layers: int, rows: int, **options) -> dict:
+    """Bytes by kind, as ``expected`` has them, and what was compiled; ``options`` are those of ``compiled_step``."""
     import jax
 
     from nomic_jax.train.hlo import collectives
 
     started = time.perf_counter()
-    compiled, encoder = compiled_step(stage, sharding, layers, rows, **model)
+    compiled, encoder = compiled_step(stage, sharding, layers, rows, **options)
     found = collectives(compiled.as_text(), jax.device_count())
     moved: Counter[str] = Counter()
     for each in found:
-        moved[each.kind] += each.bytes
+        moved[each.kind] += each.bytes * (each.times or 1)
     plan = compiled.memory_analysis()
     return {
         "stage": stage,
@@ -142,9 +160,11 @@ def counted(stage: str, sharding: str, layers: int, rows: int, **model) -> dict:
         "devices": jax.device_count(),
         "layers": layers,
         "rows": rows,
+        "packed": options.get("packed", False),
+        "accumulate": options.get("accumulate", 1),
         "bytes": dict(sorted(moved.items())),
         "expected": expected(stage, sharding, jax.device_count(), rows, encoder),
-        "in_loops": sum(not each.in_entry for each in found),
+        "in_loops": sum(each.times != 1 for each in found),
         "arguments": plan.argument_size_in_bytes,
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -185,26 +205,6 @@ def memory_of_loss(pairs: int, dim: int = 768) -> dict:
     }
 
 
-def planning(pairs: int, over: int) -> dict:
-    """Seconds that the plan of a global batch takes in one thread, over so many devices."""
-    import numpy as np
-
-    from benchmarks.loads import pair_lengths
-    from nomic_jax.data.packing import packed_layout, plan_chunks
-
-    query, document = pair_lengths(np.random.default_rng(0), pairs, 192)
-    layout = packed_layout(2048, 16_384)
-    started = time.perf_counter()
-    plan = plan_chunks(query, document[:, None], layout, over)
-    seconds = time.perf_counter() - started
-    return {
-        "pairs": pairs,
-        "devices": over,
-        "seconds": round(seconds, 4),
-        "filled": round(plan.real_tokens / plan.waited_tokens, 4),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -227,19 +227,25 @@ def main() -> None:
         print(devices, function, result, flush=True)
         return result
 
-    whole = EncoderConfig().num_layers
-    runs = [(stage, sharding, n, args.layers) for n in DEVICES for stage in STAGES for sharding in SHARDINGS]
-    runs += [(*run, whole) for run in WHOLE_MODEL]
+    runs: list[dict] = [
+        dict(stage=stage, sharding=sharding, devices=n, rows=n * ROWS_PER_DEVICE[stage])
+        for n in DEVICES
+        for stage in STAGES
+        for sharding in SHARDINGS
+    ]
     steps = [
-        in_process(n, "counted", stage=stage, sharding=sharding, layers=layers, rows=n * ROWS_PER_DEVICE[stage])
-        for stage, sharding, n, layers in runs
+        in_process(
+            run["devices"], "counted", **{"layers": args.layers} | {k: v for k, v in run.items() if k != "devices"}
+        )
+        for run in (*runs, *BESIDES)
     ]
     results = {
         "command": f"python -m benchmarks.collectives --layers={args.layers}",
         "python": platform.python_version(),
+        "jax": importlib.metadata.version("jax"),
+        "date": datetime.date.today().isoformat(),
         "steps": steps,
         "loss": [in_process(n, "memory_of_loss", pairs=n * 256) for n in (8, 64)],
-        "plans": [in_process(1, "planning", pairs=pairs, over=n) for pairs, n in PLANS],
     }
     args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     wrong = [step for step in steps if step["bytes"] != step["expected"] or step["in_loops"]]

@@ -10,8 +10,8 @@ import tokenizers
 
 from nomic_jax.data.batching import pad_right, padded_length
 from nomic_jax.data.loader import Batch, share
-from nomic_jax.data.mixing import shuffled
 from nomic_jax.data.packing import Layout
+from nomic_jax.data.permutation import shuffled
 from nomic_jax.data.sources import BadRow, read_rows
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import TokenStore
@@ -70,7 +70,7 @@ class LabelledStream:
         """Row numbers [batch_size] of a step."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         first = slot * self.batch_size
-        return np.array([shuffled(first + i, self.rows, self.seed, epoch) for i in range(self.batch_size)], np.int64)
+        return shuffled(range(first, first + self.batch_size), self.rows, self.seed, epoch)
 
     def row_numbers(self, step: int) -> dict[str, list[int]]:
         return {self.labelled.name: self.rows_of_step(step).tolist()}

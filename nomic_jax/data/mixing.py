@@ -19,16 +19,9 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from grain.experimental import index_shuffle
 
+from nomic_jax.data.permutation import shuffled
 from nomic_jax.data.tokens import TokenStore
-
-
-def shuffled(index: int, size: int, seed: int, epoch: int) -> int:
-    """Where ``index`` goes in a pseudo-random permutation of range(size), without holding the permutation."""
-    # 32 bits of seed; the odd multiplier keeps neighbouring seeds and epochs apart.
-    key = (seed * 1_000_003 + epoch * 7919) % (1 << 32)
-    return index_shuffle(index, max_index=size - 1, seed=key, rounds=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +92,7 @@ class Mixing:
             order, rank = self._schedule(epoch)
             index = int(order[slot])
             return index, int(epoch.first[index] + rank[slot])
-        slot = shuffled(slot, int(epoch.counts.sum()), self.seed, epoch.number)
+        slot = int(shuffled(range(slot, slot + 1), int(epoch.counts.sum()), self.seed, epoch.number)[0])
         ends = np.cumsum(epoch.counts)
         index = int(np.searchsorted(ends, slot, side="right"))
         return index, int(epoch.first[index] + slot - (ends[index] - epoch.counts[index]))
@@ -107,13 +100,15 @@ class Mixing:
     def rows_of_batch(self, index: int, batch: int) -> np.ndarray:
         """Row numbers [batch_size] of a unit's source."""
         unit, B = self.units[index], self.batch_size
+        seed = self.seed + 1 + index
         if self.sampling.remainder == "drop":
             epoch, place = divmod(batch, unit.rows // B)
-            places = [(epoch, place * B + i) for i in range(B)]
-        else:
-            places = [divmod(batch * B + i, unit.rows) for i in range(B)]
-        seed = self.seed + 1 + index
-        return np.array([unit.start + shuffled(i, unit.rows, seed, epoch) for epoch, i in places], np.int64)
+            return unit.start + shuffled(range(place * B, (place + 1) * B), unit.rows, seed, epoch)
+        epoch, first = divmod(batch * B, unit.rows)
+        # What this pass has left comes before the next one, which has enough: no unit is smaller than a batch.
+        left, beyond = range(first, min(first + B, unit.rows)), range(first + B - unit.rows)
+        parts = [shuffled(left, unit.rows, seed, epoch), shuffled(beyond, unit.rows, seed, epoch + 1)]
+        return unit.start + np.concatenate(parts)
 
     def _shares(self, sources: int) -> np.ndarray:
         if self.sampling.by == "temperature":

@@ -7,8 +7,8 @@ import numpy as np
 
 from nomic_jax.data.batching import Shape
 from nomic_jax.data.loader import Batch, share
-from nomic_jax.data.mixing import shuffled
 from nomic_jax.data.packing import Layout
+from nomic_jax.data.permutation import shuffled
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import TokenStore, check_tokenizer
 
@@ -57,11 +57,11 @@ class MlmStream:
         self._mask_id, self._cls_id = tokenizer.special_id("[MASK]"), tokenizer.special_id("[CLS]")
         self._special_ids = tokenizer.special_ids
 
-    def rows_of_step(self, step: int) -> np.ndarray:
-        """Row numbers [batch_size] of a step, counted through all sources."""
+    def rows_of_step(self, step: int, shard: int = 0, shard_count: int = 1) -> np.ndarray:
+        """Row numbers of a shard of a step's batch, counted through all sources."""
         epoch, slot = divmod(step, self.steps_per_epoch)
-        first = slot * self.batch_size
-        return np.array([shuffled(first + i, self.rows, self.seed, epoch) for i in range(self.batch_size)], np.int64)
+        first, own = slot * self.batch_size, share(self.batch_size, shard, shard_count)
+        return shuffled(range(first + own.start, first + own.stop), self.rows, self.seed, epoch)
 
     def row_numbers(self, step: int) -> dict[str, list[int]]:
         numbers: dict[str, list[int]] = {}
@@ -72,7 +72,7 @@ class MlmStream:
 
     def batch(self, step: int, shard: int = 0, shard_count: int = 1) -> Batch:
         epoch = step // self.steps_per_epoch
-        rows = self.rows_of_step(step)[share(self.batch_size, shard, shard_count)].tolist()
+        rows = self.rows_of_step(step, shard, shard_count).tolist()
         masked = [self._masked_row(row, epoch) for row in rows]
         arrays = {name: np.stack([row[name] for row in masked]) for name in masked[0]}
         tokens = self.batch_size * self.seq_len

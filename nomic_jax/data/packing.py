@@ -291,22 +291,25 @@ def _pack_evenly(lengths: np.ndarray, row_length: int, segments: int, fewest: in
     All rows fill up together and the short texts come last, so little is left over and no row has only short texts,
     which would run out of segments before it is full.
     """
-    rows = fewest
-    heap = [(-row_length, row) for row in range(rows)]
-    taken = [0] * rows
-    row_of = np.empty(len(lengths), np.int64)
-    for text, length in _longest_first(lengths):
-        if not heap or -heap[0][0] < length:
-            heapq.heappush(heap, (-row_length, rows))
-            taken.append(0)
+    # A row in the heap is one number, of (tokens in it, its index, texts in it): the smallest is that with most room.
+    count_bits, row_bits = segments.bit_length(), (fewest + len(lengths)).bit_length()
+    shift, counted = count_bits + row_bits, (1 << count_bits) - 1
+    full = (row_length + 1) << shift
+    heap = [row << count_bits for row in range(fewest)] + [full]
+    rows, order, places = fewest, np.argsort(-lengths, kind="stable"), []
+    for step in ((lengths[order].astype(np.int64) << shift) + 1).tolist():
+        row = heap[0]
+        if row + step >= full:
+            row = rows << count_bits
+            heapq.heappush(heap, row)
             rows += 1
-        minus_room, row = heap[0]
-        row_of[text] = row
-        taken[row] += 1
-        if taken[row] < segments:
-            heapq.heapreplace(heap, (minus_room + length, row))
+        places.append(row)
+        if row & counted < segments - 1:
+            heapq.heapreplace(heap, row + step)
         else:
             heapq.heappop(heap)
+    row_of = np.empty(len(lengths), np.int64)
+    row_of[order] = (np.array(places) >> count_bits) & ((1 << row_bits) - 1)
     return row_of, rows
 
 

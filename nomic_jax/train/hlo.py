@@ -1,5 +1,6 @@
 """What a compiled step does, read off its HLO: what it moves between devices, and whether attention is one kernel."""
 
+import functools
 import math
 import re
 from collections import Counter
@@ -13,6 +14,14 @@ _COLLECTIVE = re.compile(
     r"(?P<start>-start)?\("
 )
 _ARRAY = re.compile(rf"\b({'|'.join(ITEM_BYTES)})\[([\d,]*)\]")
+_COMPUTATION = re.compile(
+    r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) [^\n]*\{\n(?P<body>.*?)^\}", re.MULTILINE | re.DOTALL
+)
+_CALLED = re.compile(
+    r"\b(?:body|condition|to_apply|calls|true_computation|false_computation|branch_computations)="
+    r"(?:\{(?P<several>[^}]*)\}|%?(?P<one>[\w.-]+))"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class MissingKernel(RuntimeError):
@@ -23,27 +32,57 @@ class Collective(NamedTuple):
     """Attributes:
     kind: "all-gather", "reduce-scatter", "all-reduce", "all-to-all" or "collective-permute".
     bytes: of the whole arrays: what a gather ends with, what a scatter or a reduction begins with.
-    in_entry: runs once a step; False inside of a loop or branch.
+    times: it runs in a step: in a loop as often as that goes round, in a branch as if that were always taken; None in
+      a loop of which the compiler does not know how often it goes round.
     """
 
     kind: str
     bytes: int
-    in_entry: bool
+    times: int | None
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
     """Every collective of a compiled program (``compiled.as_text()``) over all of so many devices, in its order."""
-    found, entry = [], hlo.find("\nENTRY ")
-    for match in _COLLECTIVE.finditer(hlo):
-        arrays = [
-            ITEM_BYTES[dtype] * math.prod(map(int, filter(None, dims.split(","))))
-            for dtype, dims in _ARRAY.findall(match["shapes"])
-        ]
-        if match["start"] and match["kind"] == "all-gather":
-            arrays = arrays[len(arrays) // 2 :]  # the operands come first
-        size = sum(arrays) * (devices if match["kind"] == "reduce-scatter" else 1)
-        found.append(Collective(match["kind"], size, match.start() > entry >= 0))
+    found = []
+    for computation, times in _computations(hlo):
+        for match in _COLLECTIVE.finditer(computation):
+            arrays = [
+                ITEM_BYTES[dtype] * math.prod(map(int, filter(None, dims.split(","))))
+                for dtype, dims in _ARRAY.findall(match["shapes"])
+            ]
+            if match["start"] and match["kind"] == "all-gather":
+                arrays = arrays[len(arrays) // 2 :]  # the operands come first
+            size = sum(arrays) * (devices if match["kind"] == "reduce-scatter" else 1)
+            found.append(Collective(match["kind"], size, times))
     return found
+
+
+def _computations(hlo: str) -> list[tuple[str, int | None]]:
+    """The text of every computation, and how many times it runs when the program runs once."""
+    bodies = {match["name"]: match["body"] for match in _COMPUTATION.finditer(hlo)}
+    entry = next(match["name"] for match in _COMPUTATION.finditer(hlo) if match["entry"])
+    callers: dict[str, list[tuple[str, int | None]]] = {}
+    for caller, body in bodies.items():
+        for line in body.splitlines():
+            is_loop, trips = " while(" in line, _TRIPS.search(line)
+            times = (int(trips[1]) if trips else None) if is_loop else 1
+            for match in _CALLED.finditer(line):
+                for name in (match["one"] or match["several"]).replace("%", "").split(", "):
+                    callers.setdefault(name, []).append((caller, times))
+
+    @functools.cache
+    def runs(name: str) -> int | None:
+        if name == entry:
+            return 1
+        total = 0
+        for caller, times in callers.get(name, []):
+            of_caller = runs(caller)
+            if of_caller is None or times is None:
+                return None
+            total += of_caller * times
+        return total
+
+    return [(body, runs(name)) for name, body in bodies.items()]
 
 
 def fused_attention_calls(hlo: str) -> Counter[str]:

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 DATA = "data"
 Sharding = Literal["replicated", "zero1", "fsdp"]
-# Name of a leaf -> the axis along which it is divided; norms and biases are too small to be worth it. Optimizer
-# moments have the names of their parameters.
-DIVIDED_AXIS = {"kernel": 0, "embedding": 0}
+# Names of leaves that are divided; norms and biases are too small to be worth it. Optimizer moments have the names of
+# their parameters.
+DIVIDED = ("kernel", "embedding")
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -30,13 +30,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def divided(tree: Any, mesh: Mesh) -> Any:
-    """A PartitionSpec for every leaf, by DIVIDED_AXIS; whole where the axis is no multiple of the devices."""
+    """A PartitionSpec for every leaf: those named in DIVIDED along the first axis that is a multiple of the devices.
+
+    Whole where there is none: of the 137M model all matrices are divided over powers of two up to 256 devices, and 62 %
+    of the parameters over 512 or 1,024, of which 768, its width, is no multiple.
+    """
 
     def spec(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> P:
-        axis = DIVIDED_AXIS.get(str(getattr(path[-1], "key", "")) if path else "")
-        if axis is None or leaf.ndim <= axis or leaf.shape[axis] % mesh.size:
+        if not path or getattr(path[-1], "key", "") not in DIVIDED:
             return P()
-        return P(*[None] * axis, DATA)
+        axis = next((i for i, size in enumerate(leaf.shape) if size and size % mesh.size == 0), None)
+        return P() if axis is None else P(*[None] * axis, DATA)
 
     return jax.tree.map_with_path(spec, tree)
 

@@ -139,6 +139,29 @@ def test_texts_without_short_ones_are_packed_tightly():
     assert plan.real_tokens / plan.padded_tokens > 0.95
 
 
+@pytest.mark.parametrize("segments", [3, 8, 32])
+def test_each_text_goes_to_the_row_with_most_room(segments):
+    rng = np.random.default_rng(6)
+    lengths = draw_lengths(rng, 40, 0.8, 200, 256)
+    layout = packed_layout(256, 256, segments=segments)
+    plan = plan_chunks(lengths[:100], lengths[100:, None], layout, 1)
+    lengths = plan.length[0]
+    room = [256] * max(-(-int(lengths.sum()) // 256), -(-200 // segments))
+    texts: list[list[int]] = [[] for _ in room]
+    for text in np.argsort(-lengths, kind="stable").tolist():
+        open_rows = [row for row in range(len(room)) if len(texts[row]) < segments and room[row] >= lengths[text]]
+        if not open_rows:
+            open_rows = [len(room)]
+            room.append(256)
+            texts.append([])
+        row = max(open_rows, key=lambda row: (room[row], -row))
+        room[row] -= lengths[text]
+        texts[row].append(text)
+    chunk_of_one_row = (plan.start[0] // 256).tolist()
+    found = [[text for text in range(200) if chunk_of_one_row[text] == row] for row in range(len(room))]
+    assert found == [sorted(row) for row in texts]
+
+
 def test_short_texts_fill_rows_up_to_the_most_segments():
     lengths = np.full(64, 4)
     plan = plan_chunks(lengths, lengths[:, None], packed_layout(128, 512, segments=8), 1)

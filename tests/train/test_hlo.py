@@ -1,9 +1,15 @@
 """What is read off compiled HLO, and that a step moves the bytes that the formula of benchmarks/collectives.py says."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.collectives import counted
 from nomic_jax.train.hlo import Collective, MissingKernel, collectives, fused_attention_calls, require_fused_attention
+from nomic_jax.train.sharding import DATA, make_mesh
 
 # Lines in the form that XLA prints for a GPU.
 FORWARD = (
@@ -26,21 +32,58 @@ def test_a_step_without_the_fused_kernel_is_refused():
 
 def test_collectives_are_those_of_the_whole_arrays():
     hlo = """
-%body (x: f32[4]) -> f32[4] {
-  %r = f32[4]{0} all-reduce(%x), replica_groups={}
+HloModule jit_step
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
 }
 
-ENTRY %main {
+%inner_body (x: f32[4]) -> f32[4] {
+  ROOT %r = f32[4]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+}
+
+%body (x: f32[4]) -> f32[4] {
+  ROOT %w = f32[4]{0} while(%x), condition=%always, body=%inner_body, backend_config={"known_trip_count":{"n":"3"}}
+}
+
+%branch (x: f32[4]) -> f32[4] {
+  ROOT %p = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}
+}
+
+%endless (x: f32[4]) -> f32[4] {
+  ROOT %e = f32[4]{0} all-reduce(%x), to_apply=%add
+}
+
+ENTRY %main (a: f32[2,8]) -> f32[4] {
   %g = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%a), dimensions={0}
   %s = bf16[2,8]{1,0} reduce-scatter(%b), dimensions={0}
   %d = f32[16,8]{1,0} all-gather-done(%g)
+  %w = f32[4]{0} while(%x), condition=%always, body=%body, backend_config={"known_trip_count":{"n":"5"},"x":{}}
+  %u = f32[4]{0} while(%w), condition=%always, body=%endless
+  ROOT %c = f32[4]{0} conditional(%i, %u, %u), branch_computations={%nothing, %branch}
 }
 """
     assert collectives(hlo, 8) == [
-        Collective("all-reduce", 16, False),
-        Collective("all-gather", 512, True),
-        Collective("reduce-scatter", 256, True),
+        Collective("all-reduce", 16, 15),
+        Collective("collective-permute", 16, 1),
+        Collective("all-reduce", 16, None),
+        Collective("all-gather", 512, 1),
+        Collective("reduce-scatter", 256, 1),
     ]
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_the_loop_goes_round():
+    mesh = make_mesh()
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA))
+    def step(x):
+        def body(x, _):
+            return x + jax.lax.psum(x, DATA), None
+
+        return jax.lax.scan(body, x, None, length=7)[0]
+
+    text = jax.jit(step).lower(jax.ShapeDtypeStruct((16, 4), jnp.float32)).compile().as_text()
+    assert collectives(text, 8) == [Collective("all-reduce", 2 * 4 * 4, 7)]
 
 
 SMALL = dict(hidden_size=64, num_heads=2, intermediate_size=256, vocab_size=512, dtype="float32")

@@ -1,15 +1,15 @@
 """What moves between devices in a step, and what does not."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
-from nomic_jax.model import EmbeddingConfig
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
+from nomic_jax.train.hlo import collectives
 from nomic_jax.train.loop import make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
-from nomic_jax.train.sharding import make_mesh, put_rows
+from nomic_jax.train.sharding import DATA, divided, make_mesh, put_rows
 from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
 from tests.train.test_stages import STAGES, load_config
@@ -25,23 +25,24 @@ def make(stage, corpus, minilm, tokenizer, sharding="replicated"):
     return state, step, put_rows(make_stream(config, tokenizer).batch(0).arrays, mesh)
 
 
-def collectives(text: str) -> dict[str, list[int]]:
-    """Kind -> elements of each float32 one (hashes are integers) in compiled HLO."""
-    found: dict[str, list[int]] = {"all-gather": [], "reduce-scatter": [], "all-reduce": []}
-    for shapes, kind in re.findall(r"= (.*?) (all-gather|reduce-scatter|all-reduce)(?:-start)?\(", text):
-        sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"f32\[([\d,]*)\]", shapes)]
-        if sizes:
-            found[kind].append(int(sum(sizes)))
+def collectives_of(step, state, rows, devices: int) -> dict[str, list[tuple[int, int | None]]]:
+    """Kind -> (bytes, times a step) of each."""
+    found: dict[str, list[tuple[int, int | None]]] = {"all-gather": [], "reduce-scatter": [], "all-reduce": []}
+    for each in collectives(step.lower(state, rows).compile().as_text(), devices):
+        found[each.kind].append((each.bytes, each.times))
     return found
 
 
 def test_a_contrastive_step_gathers_and_reduces_once(corpus, minilm, tokenizer):
     state, step, rows = make("contrastive", corpus, minilm, tokenizer)
-    found = collectives(step.lower(state, rows).compile().as_text())
-    assert found["all-gather"] == [16 * 32]  # the documents of all devices
-    assert found["reduce-scatter"] == [2 * 32]  # the gradient of a device's own
+    found = collectives_of(step, state, rows, 8)
+    embeddings, hashes = 16 * 32 * 4, 16 * 2 * 4
+    # The documents of all devices; hashes of queries and of documents.
+    assert sorted(found["all-gather"]) == [(hashes, 1), (hashes, 1), (embeddings, 1)]
+    assert found["reduce-scatter"] == [(embeddings, 1)]  # the documents' gradient
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert found["all-reduce"] == [parameters + 3]  # the gradient, and the sums of loss, weight and accuracy
+    # The gradient, and the sums of loss, weight and accuracy.
+    assert found["all-reduce"] == [((parameters + 3) * 4, 1)]
 
 
 @pytest.mark.parametrize(("stage", "accumulate"), [("mlm", 1), ("mlm", 4), ("contrastive", 1), ("finetune", 1)])
@@ -53,10 +54,8 @@ def test_gradients_are_reduced_once_outside_of_any_loop(stage, accumulate, corpu
     state = init_state(jax.random.key(0), built, optimizer, mesh, {})
     step = make_train_step(built, optimizer, mesh, accumulate)
     rows = put_rows(make_stream(config, tokenizer).batch(0).arrays, mesh)
-    text = step.lower(state, rows).compile().as_text()
-    assert len(collectives(text)["all-reduce"]) == 1
-    entry = text[text.index("\nENTRY ") :]
-    assert len(collectives(entry)["all-reduce"]) == 1
+    ((_, times),) = collectives_of(step, state, rows, 4)["all-reduce"]
+    assert times == 1
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -93,3 +92,14 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(corpus, minilm
     state, metrics = step(state._replace(params=poisoned), rows)
     assert metrics["skipped"] == 1 and int(state.step) == int(before.step) + 1
     assert jax.tree.all(jax.tree.map(np.array_equal, before.opt_state, jax.device_get(state.opt_state)))
+
+
+@pytest.mark.parametrize(("devices", "share"), [(8, 0.999), (64, 0.999), (256, 0.999), (512, 0.62), (1024, 0.62)])
+def test_most_of_the_model_can_be_divided_over_many_devices(devices, share):
+    params = abstract_encoder(EncoderConfig())
+    specs = divided(params, AbstractMesh((devices,), (DATA,)))
+    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(specs)))
+    for leaf, spec in pairs:
+        assert DATA not in spec or leaf.shape[spec.index(DATA)] % devices == 0
+    total = sum(leaf.size for leaf, _ in pairs)
+    assert sum(leaf.size for leaf, spec in pairs if DATA in spec) >= share * total
