@@ -149,8 +149,8 @@ def chunk_numbers(least: int, most: int) -> list[int]:
 def next_size(sizes: list[int], planned: dict[int, float], limit: float) -> int | None:
     """The size to plan next, or None where the largest that fits is known.
 
-    The first; then the largest that should fit if memory grows as it did between the two largest that do (with one of
-    them, in proportion), and of those between what fits and what does not.
+    The first; then the largest, up to four times what fits, that should fit if memory grows as it did between the two
+    largest that do (with one of them, in proportion); always between what fits and what does not.
     """
     fitting = [size for size in sizes if planned.get(size, np.inf) <= limit]
     if not planned:
@@ -164,7 +164,7 @@ def next_size(sizes: list[int], planned: dict[int, float], limit: float) -> int 
         return None
     low, high = fitting[-2:] if len(fitting) > 1 else (0, fitting[-1])
     slope = (planned[high] - planned.get(low, 0.0)) / (high - low)
-    expected = [size for size in left if planned[high] + slope * (size - high) <= limit]
+    expected = [size for size in left if size <= 4 * high and planned[high] + slope * (size - high) <= limit]
     return expected[-1] if expected else left[0]
 
 

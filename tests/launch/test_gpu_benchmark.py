@@ -51,16 +51,16 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path):
     assert read_results(tmp_path / "gpu", {"gpu": "other"}, False)["parts"] == {}
 
 
-@pytest.mark.parametrize("limit", [1.0, 30.0, 71.0, 128.0, 1e6])
+@pytest.mark.parametrize("limit", [1.0, 5.0, 30.0, 71.0, 128.0, 1e6])
 def test_the_search_for_the_largest_batch_ends_at_it(limit):
     sizes = [100 * n for n in chunk_numbers(2, 4096)]
-    needed = {size: 3.0 + 0.02 * size for size in sizes}
+    needed = {size: 3.0 + max(1.0, 0.02 * size) for size in sizes}  # small ones differ by nothing
     planned: dict[int, float] = {}
     while (size := next_size(sizes, planned, limit)) is not None:
         assert size not in planned
         planned[size] = needed[size]
     assert [s for s in sizes if planned.get(s, math.inf) <= limit][-1:] == [s for s in sizes if needed[s] <= limit][-1:]
-    assert len(planned) <= 4
+    assert len(planned) <= 7  # each of them is compiled
 
 
 def test_sizes_are_those_that_fill_a_program():
