@@ -69,7 +69,7 @@ FULL = Sizes(
     texts=dict(length=512, texts=8192, batch_size=256),
     block=dict(pairs=1_000_000, files=2, tokens_per_pair=192.0, k=28, seconds=20.0),
     kernels=dict(rows=64, length=2048, tokens_per_pair=192.0),
-    largest=dict(first=2048, seconds=150.0),
+    largest=dict(first=2048, seconds=120.0),
     products=dict(width=768, inner=3072, tokens=16_384, repeat=20),
 )
 TINY = Sizes(
