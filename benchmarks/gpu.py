@@ -130,9 +130,7 @@ def run_process(process: Process, deadline: float) -> dict[str, Any]:
     }
     if process.function.startswith(("gpu_torch.", "gpu_weights.")):
         environment["JAX_PLATFORMS"] = "cpu"  # jax has a hand in it, but not on the GPU
-    elif gpu():
-        # Without CUDA's plugin jax would compute on the CPU, and take hours.
-        environment.setdefault("JAX_PLATFORMS", "cuda,cpu")
+    process = dataclasses.replace(process, needs_gpu=gpu() is not None)
     command = [sys.executable, "-m", "benchmarks.gpu", f"--one={json.dumps(dataclasses.asdict(process))}"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
@@ -178,8 +176,26 @@ def what_happened(returncode: int, errors: str) -> str:
 
 def run_here(process: Process) -> None:
     module, function = process.function.split(".")
+    if process.needs_gpu:
+        check_gpu(module)
     for row in getattr(importlib.import_module(f"benchmarks.{module}"), function)(**process.arguments):
         print(json.dumps({"row": row}), flush=True)
+
+
+def check_gpu(module: str) -> None:
+    """Raises SystemExit where the module would compute on the CPU of a machine with a GPU: for hours."""
+    if module == "gpu_torch":
+        import torch
+
+        package, sees_it = "torch", torch.cuda.is_available()
+    elif module != "gpu_weights":
+        import jax
+
+        package, sees_it = "jax", jax.default_backend() == "gpu"
+    else:
+        return
+    if not sees_it:
+        raise SystemExit(f"{package} does not see the GPU; install its build for CUDA")
 
 
 @functools.cache
