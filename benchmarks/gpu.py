@@ -32,6 +32,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -53,6 +54,7 @@ from benchmarks.gpu_table import markdown
 PACKAGES = ("jax", "jaxlib", "flax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "torch", "transformers")
 PACKAGES += ("sentence-transformers", "faiss-cpu", "faiss-gpu-cu12", "numpy")
 LEAST_SECONDS = 20.0  # with less, a process would be stopped before it has something to say
+MOST_SECONDS = 200.0  # of a process: one that hangs does not take the time of all others
 UNKNOWN_FLAGS = re.compile(r"Unknown flags? in XLA_FLAGS: *(.*)")
 NO_TIME = "not run: no time"
 
@@ -67,6 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         return run_here(Process(**json.loads(args.one)))
+    if not args.tiny and gpu() is None:
+        raise SystemExit("nvidia-smi finds no GPU: --tiny shows on a CPU that everything runs")
     deadline = time.monotonic() + args.seconds
     prefix = args.output or Path(__file__).parent / "results" / ("gpu-tiny" if args.tiny else "gpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +116,7 @@ def run_part(name: str, processes: list[Process], deadline: float) -> dict[str, 
 def run_process(process: Process, deadline: float) -> dict[str, Any]:
     """Its rows, "done" or what went wrong, and the seconds it took. It ends with the time there is."""
     started = time.monotonic()
-    left = deadline - started
+    left = min(deadline - started, MOST_SECONDS)
     if left < LEAST_SECONDS:
         return {"rows": [], "status": NO_TIME, "seconds": 0.0}
     environment = os.environ | {
@@ -126,6 +130,7 @@ def run_process(process: Process, deadline: float) -> dict[str, Any]:
     }
     if process.function.startswith(("gpu_torch.", "gpu_weights.")):
         environment["JAX_PLATFORMS"] = "cpu"  # jax has a hand in it, but not on the GPU
+    process = dataclasses.replace(process, needs_gpu=gpu() is not None)
     command = [sys.executable, "-m", "benchmarks.gpu", f"--one={json.dumps(dataclasses.asdict(process))}"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
@@ -146,7 +151,7 @@ def run_process(process: Process, deadline: float) -> dict[str, Any]:
         out.seek(0)
         errors.seek(0)
         rows = [json.loads(line) for line in out.read().splitlines() if line.startswith('{"row":')]
-        status = "stopped: no time" if stopped else what_happened(child.returncode, errors.read())
+        status = f"stopped after {left:.0f} s" if stopped else what_happened(child.returncode, errors.read())
     return {"rows": [row["row"] for row in rows], "status": status, "seconds": time.monotonic() - started}
 
 
@@ -171,24 +176,48 @@ def what_happened(returncode: int, errors: str) -> str:
 
 def run_here(process: Process) -> None:
     module, function = process.function.split(".")
+    if process.needs_gpu:
+        check_gpu(module)
     for row in getattr(importlib.import_module(f"benchmarks.{module}"), function)(**process.arguments):
         print(json.dumps({"row": row}), flush=True)
 
 
+def check_gpu(module: str) -> None:
+    """Raises SystemExit where the module would compute on the CPU of a machine with a GPU: for hours."""
+    if module == "gpu_torch":
+        import torch
+
+        package, sees_it = "torch", torch.cuda.is_available()
+    elif module != "gpu_weights":
+        import jax
+
+        package, sees_it = "jax", jax.default_backend() == "gpu"
+    else:
+        return
+    if not sees_it:
+        raise SystemExit(f"{package} does not see the GPU; install its build for CUDA")
+
+
+@functools.cache
+def gpu() -> str | None:
+    """Name, driver and memory of the first one; None without one."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
 def machine() -> dict[str, Any]:
     """GPU, driver and versions."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        gpu = f"no GPU, {os.cpu_count()} cores ({platform.machine()})"
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"gpu": gpu, "python": platform.python_version(), "versions": versions}
+    name = gpu() or f"no GPU, {os.cpu_count()} cores ({platform.machine()})"
+    return {"gpu": name, "python": platform.python_version(), "versions": versions}
 
 
 def read_results(prefix: Path, here: dict[str, Any], tiny: bool) -> dict[str, Any]:

@@ -109,33 +109,34 @@ def largest(
       first: pairs to begin with; the sizes tried fill 3, 4, 6, 8, ... chunks, the numbers that training rounds up to.
       limit_gb: memory to stay within; what the device's allocator has, by default.
     """
-    started, planned = time.perf_counter(), {}
+    started = time.perf_counter()
     if limit_gb is None:
         limit_gb = 0.97 * jax.local_devices()[0].memory_stats()["bytes_limit"] / GB
-    per_pair = load["tokens_per_pair"]
-    chunk = load["chunk_tokens"]
-
-    def compiled(pairs: int) -> TrainStep:
-        step = make_step("contrastive", make_load("contrastive", pairs, **load), model)
-        planned[pairs] = (step.compile(), step.planned_bytes / GB)
-        return step
-
+    per_pair, chunk = load["tokens_per_pair"], load["chunk_tokens"]
     sizes = [int(0.96 * chunks * chunk / per_pair) for chunks in chunk_numbers(int(first * per_pair / chunk), 4096)]
-    best, best_step = 0, None
-    while (size := next_size(sizes, {pairs: gb for pairs, (_, gb) in planned.items()}, limit_gb)) is not None:
-        slowest = max((took for took, _ in planned.values()), default=0.0)
-        if best_step is not None and time.perf_counter() - started + 2 * slowest > seconds:
+    planned: dict[int, float] = {}
+    seconds_of: dict[int, float] = {}
+    fitting: dict[int, TrainStep] = {}
+    while (size := next_size(sizes, planned, limit_gb)) is not None:
+        if fitting and time.perf_counter() - started + 2 * max(seconds_of.values()) > seconds:
             break
-        step = compiled(size)
-        if planned[size][1] <= limit_gb and size > best:
-            best, best_step = size, step
-    tried = ", ".join(f"{pairs:,}: {gb:.3g} GB" for pairs, (_, gb) in sorted(planned.items()))
-    if best_step is None:
-        raise MemoryError(f"no batch fits {limit_gb:.3g} GB; planned memory by pairs: {tried}")
-    yield run(best_step, steps, 0.0) | {
-        "compile_s": planned[best][0],
-        "note": f"planned memory by pairs: {tried}; limit {limit_gb:.3g} GB",
-    }
+        step = make_step("contrastive", make_load("contrastive", size, **load), model)
+        seconds_of[size] = step.compile()
+        planned[size] = step.planned_bytes / GB
+        if planned[size] <= limit_gb:
+            fitting[size] = step
+    tried = ", ".join(f"{pairs:,}: {gb:.3g} GB" for pairs, gb in sorted(planned.items()))
+    note = f"planned memory by pairs: {tried}; limit {limit_gb:.3g} GB"
+    while fitting:
+        pairs = max(fitting)
+        try:
+            yield run(fitting.pop(pairs), steps, 0.0) | {"compile_s": seconds_of[pairs], "note": note}
+            return
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            note += f"; {pairs:,} pairs did not run"
+    raise MemoryError(f"no batch fits; {note}")
 
 
 def chunk_numbers(least: int, most: int) -> list[int]:
@@ -148,8 +149,8 @@ def chunk_numbers(least: int, most: int) -> list[int]:
 def next_size(sizes: list[int], planned: dict[int, float], limit: float) -> int | None:
     """The size to plan next, or None where the largest that fits is known.
 
-    The first; then the largest that should fit if memory grows as it did between the two largest that do (with one of
-    them, in proportion), and of those between what fits and what does not.
+    The first; then the largest, up to four times what fits, that should fit if memory grows as it did between the two
+    largest that do (with one of them, in proportion); always between what fits and what does not.
     """
     fitting = [size for size in sizes if planned.get(size, np.inf) <= limit]
     if not planned:
@@ -163,7 +164,7 @@ def next_size(sizes: list[int], planned: dict[int, float], limit: float) -> int 
         return None
     low, high = fitting[-2:] if len(fitting) > 1 else (0, fitting[-1])
     slope = (planned[high] - planned.get(low, 0.0)) / (high - low)
-    expected = [size for size in left if planned[high] + slope * (size - high) <= limit]
+    expected = [size for size in left if size <= 4 * high and planned[high] + slope * (size - high) <= limit]
     return expected[-1] if expected else left[0]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ def test_parts_run_and_are_kept(tmp_path):
     earlier = {"rows": [], "seconds": 1.0, "command": "earlier", "date": "today"}
     write_results(tmp_path / "gpu", {"machine": machine(), "tiny": True, "parts": {"sweep": earlier}})
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--parts=contrastive,mlm", f"--output={tmp_path}/gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles faster
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert list(parts) == ["mlm", "contrastive", "sweep"] and parts["sweep"] == earlier
@@ -51,16 +53,16 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path):
     assert read_results(tmp_path / "gpu", {"gpu": "other"}, False)["parts"] == {}
 
 
-@pytest.mark.parametrize("limit", [1.0, 30.0, 71.0, 128.0, 1e6])
+@pytest.mark.parametrize("limit", [1.0, 5.0, 30.0, 71.0, 128.0, 1e6])
 def test_the_search_for_the_largest_batch_ends_at_it(limit):
     sizes = [100 * n for n in chunk_numbers(2, 4096)]
-    needed = {size: 3.0 + 0.02 * size for size in sizes}
+    needed = {size: 3.0 + max(1.0, 0.02 * size) for size in sizes}  # small ones differ by nothing
     planned: dict[int, float] = {}
     while (size := next_size(sizes, planned, limit)) is not None:
         assert size not in planned
         planned[size] = needed[size]
     assert [s for s in sizes if planned.get(s, math.inf) <= limit][-1:] == [s for s in sizes if needed[s] <= limit][-1:]
-    assert len(planned) <= 4
+    assert len(planned) <= 7  # each of them is compiled
 
 
 def test_sizes_are_those_that_fill_a_program():
