@@ -3,7 +3,7 @@
     python -m benchmarks.scaling --output=benchmarks/results/scaling.json --plot=docs/images/scaling.png
     python -m benchmarks.scaling --check      # exits with 1 unless its bytes are those of compiled programs
 
-Nothing here is measured on more than one GPU. One GPU's speed comes from the results of benchmarks/gpu.py, or, for
+Nothing here is measured on more than one GPU. One GPU's speed comes from the results of benchmarks.gpu, or, for
 what is not in them, is assumed (``--assume``). Links are those of NVIDIA and NCCL, below. What a step moves is the
 formula of benchmarks/collectives.py, which equals the count in compiled programs. The host's seconds and the padding
 are those of benchmarks/host.py. docs/scaling.md explains the result.
@@ -107,7 +107,7 @@ def assumed_rates(name: str) -> dict[str, Rate]:
 
 
 def measured_rates(results: dict) -> dict[str, Rate]:
-    """Of the stages that are in the results of benchmarks/gpu.py."""
+    """Of the stages that are in the results of benchmarks.gpu."""
     gpu = results["machine"]["gpu"].split(",")[0]
     if results["tiny"] or not any(name in gpu for name in ("H100", "H200")):
         return {}
@@ -313,7 +313,7 @@ def read_json(path: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", type=Path, default=RESULTS / "gpu.json", help="results of benchmarks/gpu.py")
+    parser.add_argument("--gpu", type=Path, default=RESULTS / "gpu.json", help="results of benchmarks.gpu")
     parser.add_argument("--assume", choices=AIMS, default="stretch", help="one GPU's speed, where they have none")
     parser.add_argument("--counts", type=Path, default=RESULTS / "scaling-counts.json")
     parser.add_argument("--host", type=Path, default=RESULTS / "scaling-host.json")

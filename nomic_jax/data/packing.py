@@ -177,7 +177,7 @@ def plan_chunks(
     rows = _deal(query_length + document_length.sum(axis=1), devices)
     lengths = np.concatenate([query_length[rows], document_length[rows].reshape(devices, -1)], axis=1)
     laid_out = [_lay_out(length, layout) for length in lengths]
-    chunks = _round_up(max(least_chunks, *(len(shape) for *_, shape in laid_out)))
+    chunks = number_compiled(max(least_chunks, *(len(shape) for *_, shape in laid_out)))
     shapes = np.full((devices, chunks), len(layout.shapes), np.int32)
     for row, (*_, shape) in zip(shapes, laid_out):
         row[: len(shape)] = shape
@@ -211,10 +211,14 @@ def _deal(tokens: np.ndarray, devices: int) -> np.ndarray:
     return np.sort(dealt.T, axis=1)
 
 
-def _round_up(chunks: int) -> int:
-    """1, 2, 3, 4, 6, 8, 12, ...: few numbers of chunks, as each is compiled; the empty ones cost next to nothing."""
+def number_compiled(chunks: int) -> int:
+    """1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, ...: few numbers of chunks, as each is compiled.
+
+    An empty chunk takes no time, but where chunks keep their activations the memory of a full one.
+    """
     power = 1 << (chunks - 1).bit_length()
-    return power * 3 // 4 if chunks <= power * 3 // 4 else power
+    step = max(1, power // (8 if power > 8 else 4))
+    return -(-chunks // step) * step
 
 
 def _lay_out(lengths: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:

@@ -1,4 +1,4 @@
-"""The inference part of benchmarks/gpu.py on our side. Functions run in a process of their own and yield table rows."""
+"""The inference part of benchmarks.gpu on our side. Functions run in a process of their own and yield table rows."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The curation part of benchmarks/gpu.py: filter and mine a block, each step on as much of it as its time allows."""
+"""The curation part of benchmarks.gpu: filter and mine a block, each step on as much of it as its time allows."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

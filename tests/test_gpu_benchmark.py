@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import NO_TIME, machine, read_results, run_process, write_results
-from benchmarks.gpu_plan import TARGETS, TINY, Process, make_plan
-from benchmarks.gpu_table import markdown
-from benchmarks.gpu_training import chunk_numbers, next_size
-from nomic_jax.data.packing import _round_up
+from benchmarks.gpu.__main__ import NO_TIME, machine, read_results, run_process, write_results
+from benchmarks.gpu.plan import TARGETS, TINY, Process, make_plan
+from benchmarks.gpu.table import markdown
+from benchmarks.gpu.training import next_size
+from nomic_jax.data.packing import number_compiled
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 
 
 def test_parts_run_and_are_kept(tmp_path):
@@ -37,11 +37,11 @@ def test_parts_run_and_are_kept(tmp_path):
 
 
 def test_a_failure_costs_its_own_rows_and_is_named(tmp_path):
-    prepare = Process("gpu_weights.prepare", dict(folder=str(tmp_path / "no" / "where"), model=TINY.model))
+    prepare = Process("weights.prepare", dict(folder=str(tmp_path / "no" / "where"), model=TINY.model))
     deadline = time.monotonic() + 300
     unknown = run_process(Process(prepare.function, prepare.arguments, flags="--xla_gpu_no_such_flag=1"), deadline)
     assert unknown["status"] == "this XLA does not know --xla_gpu_no_such_flag=1"
-    failed = run_process(Process("gpu_weights.prepare", dict(folder=str(tmp_path), model=dict(num_heads=5))), deadline)
+    failed = run_process(Process("weights.prepare", dict(folder=str(tmp_path), model=dict(num_heads=5))), deadline)
     assert "failed (1): ValueError" in failed["status"] and "num_heads" in failed["status"]
     assert run_process(prepare, time.monotonic() + 1)["status"] == NO_TIME
 
@@ -55,7 +55,7 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path):
 
 @pytest.mark.parametrize("limit", [1.0, 5.0, 30.0, 71.0, 128.0, 1e6])
 def test_the_search_for_the_largest_batch_ends_at_it(limit):
-    sizes = [100 * n for n in chunk_numbers(2, 4096)]
+    sizes = [100 * n for n in sorted({number_compiled(n) for n in range(2, 4096)})]
     needed = {size: 3.0 + max(1.0, 0.02 * size) for size in sizes}  # small ones differ by nothing
     planned: dict[int, float] = {}
     while (size := next_size(sizes, planned, limit)) is not None:
@@ -63,10 +63,6 @@ def test_the_search_for_the_largest_batch_ends_at_it(limit):
         planned[size] = needed[size]
     assert [s for s in sizes if planned.get(s, math.inf) <= limit][-1:] == [s for s in sizes if needed[s] <= limit][-1:]
     assert len(planned) <= 7  # each of them is compiled
-
-
-def test_sizes_are_those_that_fill_a_program():
-    assert chunk_numbers(1, 100) == sorted({_round_up(n) for n in range(1, 97)})
 
 
 def test_the_table_has_ratios_and_targets():

@@ -1,4 +1,4 @@
-"""The torch side of benchmarks/gpu.py: rows that say which row of ours they belong to (``beside``)."""
+"""The torch side of benchmarks.gpu: rows that say which row of ours they belong to (``beside``)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_inference import batch_of, text_lengths
-from benchmarks.gpu_training import make_load
+from benchmarks.gpu.inference import batch_of, text_lengths
+from benchmarks.gpu.training import make_load
 from benchmarks.made_up import made_up_texts
 from benchmarks.steps import GB, paper_settings
 from benchmarks.timing import median_seconds, timed

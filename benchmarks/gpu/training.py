@@ -1,6 +1,5 @@
-"""The training parts of benchmarks/gpu.py. Each function runs in a process of its own and yields rows of the table."""
+"""The training parts of benchmarks.gpu. Each function runs in a process of its own and yields rows of the table."""
 
-import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from jax.sharding import AxisType
 from benchmarks.loads import Load, mlm_load, pair_lengths, pair_load
 from benchmarks.steps import GB, TrainStep, paper_settings, peak_gigabytes
 from benchmarks.timing import median_seconds
+from nomic_jax.data.packing import number_compiled
 from nomic_jax.hf import read_checkpoint
 from nomic_jax.train.flops import peak_flops
 from nomic_jax.train.hlo import fused_attention_calls, require_fused_attention
@@ -106,14 +106,15 @@ def largest(
     """The largest contrastive batch of which all activations fit: sizes by planned memory, then real steps.
 
     Args:
-      first: pairs to begin with; the sizes tried fill 3, 4, 6, 8, ... chunks, the numbers that training rounds up to.
+      first: pairs to begin with; the sizes tried fill 3, 4, 6, 8, 10, ... chunks, the numbers that training rounds up to.
       limit_gb: memory to stay within; what the device's allocator has, by default.
     """
     started = time.perf_counter()
     if limit_gb is None:
         limit_gb = 0.97 * jax.local_devices()[0].memory_stats()["bytes_limit"] / GB
     per_pair, chunk = load["tokens_per_pair"], load["chunk_tokens"]
-    sizes = [int(0.96 * chunks * chunk / per_pair) for chunks in chunk_numbers(int(first * per_pair / chunk), 4096)]
+    numbers = sorted({number_compiled(chunks) for chunks in range(max(1, int(first * per_pair / chunk)), 4096)})
+    sizes = [int(0.96 * chunks * chunk / per_pair) for chunks in numbers]
     planned: dict[int, float] = {}
     seconds_of: dict[int, float] = {}
     fitting: dict[int, TrainStep] = {}
@@ -137,13 +138,6 @@ def largest(
                 raise
             note += f"; {pairs:,} pairs did not run"
     raise MemoryError(f"no batch fits; {note}")
-
-
-def chunk_numbers(least: int, most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... from ``least`` to ``most``: those that ``plan_chunks`` makes programs for."""
-    powers = (1 << power for power in itertools.count())
-    doubled = list(itertools.takewhile(lambda n: n <= most, powers))
-    return sorted(n for n in {*doubled, *(3 * n for n in doubled)} if least <= n <= most)
 
 
 def next_size(sizes: list[int], planned: dict[int, float], limit: float) -> int | None:

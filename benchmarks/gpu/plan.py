@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py: which functions run, on what, in which order; and what an H200 should reach."""
+"""The parts of benchmarks.gpu: which functions run, on what, in which order; and what an H200 should reach."""
 
 import dataclasses
 from pathlib import Path
@@ -104,7 +104,7 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
 
     def step(row: dict, stage: str, load: dict, recompute: str, flags: str = "", **arguments: Any) -> Process:
         model = arguments.pop("model", sizes.model) | dict(recompute=recompute)
-        return Process("gpu_training.train", dict(stage=stage, model=model, load=load, **arguments), row, flags)
+        return Process("training.train", dict(stage=stage, model=model, load=load, **arguments), row, flags)
 
     def swept(name: str, recompute: str = "attention", flags: str = "", load: dict | None = None, **more) -> Process:
         row = {"name": f"contrastive, {name}", "compare": "contrastive"}
@@ -155,12 +155,12 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
             )
         ],
         "inference": [
-            Process("gpu_inference.program", inference),
-            Process("gpu_torch.infer", inference | dict(compiled=False)),
+            Process("inference.program", inference),
+            Process("peers.infer", inference | dict(compiled=False)),
         ],
         "torch_train": [
             Process(
-                "gpu_torch.train",
+                "peers.train",
                 dict(
                     stage="contrastive",
                     model=sizes.model,
@@ -170,14 +170,14 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
                 ),
             )
         ],
-        "encode": [Process("gpu_inference.encode", encode), Process("gpu_torch.encode", encode)],
-        "curation": [Process("gpu_curation.block", sizes.block | dict(teacher=teacher))],
-        "torch_compile": [Process("gpu_torch.infer", inference | dict(compiled=True))],
-        "kernels": [Process("gpu_training.kernels", sizes.kernels | dict(model=sizes.model | dict(num_layers=1)))],
-        "products": [Process("gpu_training.products", sizes.products)],
+        "encode": [Process("inference.encode", encode), Process("peers.encode", encode)],
+        "curation": [Process("curation.block", sizes.block | dict(teacher=teacher))],
+        "torch_compile": [Process("peers.infer", inference | dict(compiled=True))],
+        "kernels": [Process("training.kernels", sizes.kernels | dict(model=sizes.model | dict(num_layers=1)))],
+        "products": [Process("training.products", sizes.products)],
         "one_of_eight": [
             Process(
-                "gpu_training.one_of_eight",
+                "training.one_of_eight",
                 eight | dict(model=kept_attention),
                 dict(name=f"contrastive, {named(eight['load'])} over 8 GPUs, no chunk computed again"),
                 devices=8,
@@ -185,7 +185,7 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
         ],
         "largest": [
             Process(
-                "gpu_training.largest",
+                "training.largest",
                 sizes.largest
                 | dict(
                     model=sizes.model | dict(recompute="attention"), load=sizes.pairs | dict(chunk_tokens=sizes.chunk)

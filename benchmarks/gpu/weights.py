@@ -1,4 +1,4 @@
-"""The checkpoints of benchmarks/gpu.py, with random weights: the model of the paper, and a teacher like MiniLM."""
+"""The checkpoints of benchmarks.gpu, with random weights: the model of the paper, and a teacher like MiniLM."""
 
 from collections.abc import Iterator
 from pathlib import Path

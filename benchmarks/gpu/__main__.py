@@ -48,8 +48,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_plan import FULL, TINY, Process, make_plan
-from benchmarks.gpu_table import markdown
+from benchmarks.gpu.plan import FULL, TINY, Process, make_plan
+from benchmarks.gpu.table import markdown
 
 PACKAGES = ("jax", "jaxlib", "flax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "torch", "transformers")
 PACKAGES += ("sentence-transformers", "faiss-cpu", "faiss-gpu-cu12", "numpy")
@@ -72,7 +72,7 @@ def main() -> None:
     if not args.tiny and gpu() is None:
         raise SystemExit("nvidia-smi finds no GPU: --tiny shows on a CPU that everything runs")
     deadline = time.monotonic() + args.seconds
-    prefix = args.output or Path(__file__).parent / "results" / ("gpu-tiny" if args.tiny else "gpu")
+    prefix = args.output or Path(__file__).parent.parent / "results" / ("gpu-tiny" if args.tiny else "gpu")
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder)
         sizes = TINY if args.tiny else FULL
@@ -81,7 +81,7 @@ def main() -> None:
         if unknown := [name for name in wanted if name not in plan]:
             raise SystemExit(f"--parts: there is no {unknown[0]!r}; write some of {','.join(plan)}")
         results = read_results(prefix, machine(), args.tiny)
-        prepared = run_process(Process("gpu_weights.prepare", dict(folder=folder, model=sizes.model)), deadline)
+        prepared = run_process(Process("weights.prepare", dict(folder=folder, model=sizes.model)), deadline)
         if prepared["status"] != "done":
             raise SystemExit(f"no weights could be written: {prepared['status']}")
         for name in plan:
@@ -128,7 +128,7 @@ def run_process(process: Process, deadline: float) -> dict[str, Any]:
         # What was compiled in an earlier call would count as compiled in no time.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
-    if process.function.startswith(("gpu_torch.", "gpu_weights.")):
+    if process.function.startswith(("peers.", "weights.")):
         environment["JAX_PLATFORMS"] = "cpu"  # jax has a hand in it, but not on the GPU
     process = dataclasses.replace(process, needs_gpu=gpu() is not None)
     command = [sys.executable, "-m", "benchmarks.gpu", f"--one={json.dumps(dataclasses.asdict(process))}"]
@@ -138,7 +138,7 @@ def run_process(process: Process, deadline: float) -> dict[str, Any]:
             stdout=out,
             stderr=errors,
             env=environment,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parent.parent.parent,
             start_new_session=True,
         )
         try:
@@ -178,17 +178,17 @@ def run_here(process: Process) -> None:
     module, function = process.function.split(".")
     if process.needs_gpu:
         check_gpu(module)
-    for row in getattr(importlib.import_module(f"benchmarks.{module}"), function)(**process.arguments):
+    for row in getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(**process.arguments):
         print(json.dumps({"row": row}), flush=True)
 
 
 def check_gpu(module: str) -> None:
     """Raises SystemExit where the module would compute on the CPU of a machine with a GPU: for hours."""
-    if module == "gpu_torch":
+    if module == "peers":
         import torch
 
         package, sees_it = "torch", torch.cuda.is_available()
-    elif module != "gpu_weights":
+    elif module != "weights":
         import jax
 
         package, sees_it = "jax", jax.default_backend() == "gpu"

@@ -1,8 +1,8 @@
-"""The table of benchmarks/gpu.py."""
+"""The table of benchmarks.gpu."""
 
 from typing import Any
 
-from benchmarks.gpu_plan import TARGETS
+from benchmarks.gpu.plan import TARGETS
 
 Row = dict[str, Any]
 COLUMNS = ("", "s", "tokens/s", "pairs/s", "MFU", "peak GB", "compile s", "torch", "good", "stretch", "of stretch", "")
