@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nomic_jax.curate.ranking import ScoreBlocks
-from nomic_jax.curate.report import Sample, table
+from nomic_jax.curate.report import Sample, quarantine, table
 from nomic_jax.curate.work import alone, written_under
 from nomic_jax.data.sources import atomic_file, write_json, write_rows
 
@@ -55,6 +55,7 @@ def _write_selection(files: str, output: Path, task: ScoreBlocks, k: int, min_sc
         "kept": kept.seen,
         "share_kept": round(kept.seen / total, 4),
         "rejected": task.rows.rejected,
+        "quarantined": [one._asdict() for one in task.rows.quarantined],
         "k": k,
         "min_score": min_score,
         "blocks": {"number": len(sizes), "smallest": min(sizes), "largest": max(sizes)},
@@ -100,7 +101,7 @@ def _report(files: str, summary: dict[str, Any], kept: Sample, dropped: Sample) 
         f"among the {summary['k']} nearest to its query{threshold_text(summary)}, in {blocks['number']:,} blocks of "
         f"{blocks['smallest']:,} to {blocks['largest']:,} rows. Rejected rows: {summary['rejected']:,}. "
         f"{_search_text(summary['search'])}\n\n"
-        f"{table(('rank', 'rows', 'share up to here'), shares)}\n"
+        f"{quarantine(summary)}{table(('rank', 'rows', 'share up to here'), shares)}\n"
         + (f"{table(('file', 'rows', 'kept', 'share kept'), by_file)}\n" if len(by_file) > 1 else "")
         + f"## Kept, a sample\n\n{table(header, sorted(kept.items))}\n"
         f"## Dropped, a sample\n\n{table(header, sorted(dropped.items))}"
