@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from launch.teacher import open_teacher
-from nomic_jax import Embedder, EmbeddingConfig, EncoderConfig
+from nomic_jax import Embedder
 from nomic_jax.data.sources import write_rows
-from nomic_jax.hf import Checkpoint, write_checkpoint
-from nomic_jax.model import init_encoder
+from tests.corpus import pairs_of_words, write_teacher
 
 ROOT = Path(__file__).parent.parent.parent
 FILTERED = ("kept.jsonl", "scores.jsonl", "summary.json", "report.md")
@@ -24,25 +23,16 @@ MINED = ("triplets.jsonl", "summary.json", "report.md")
 
 
 @pytest.fixture(scope="module")
-def teacher(tokenizer, tmp_path_factory) -> Path:
-    """A tiny model of random weights, with nomic's prompts."""
+def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    encoder = EncoderConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
-    params = {"encoder": jax.device_get(init_encoder(jax.random.key(0), encoder))}
-    write_checkpoint(folder, Checkpoint(EmbeddingConfig(encoder), params, tokenizer))
+    write_teacher(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def pairs(minilm, tmp_path_factory) -> Path:
-    words = [word for word in (minilm / "vocab.txt").read_text(encoding="utf-8").split() if word.isalpha()]
-    rng = np.random.default_rng(0)
-    rows = []
-    for number in range(600):
-        document = rng.choice(words, 8).tolist()
-        rows.append({"id": number, "query": " ".join(document[:5]), "document": " ".join(document)})
+def pairs(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    write_rows(file, rows)
+    write_rows(file, pairs_of_words(600))
     return file
 
 
