@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from tests.corpus import pairs_of_words, write_teacher
 from tests.faults import processes, runs
-from tests.faults.damage import cut_gzip, cut_parquet, divided, flip_gzip, folder_in_place, write_shards
+from tests.faults.damage import cut_gzip, cut_parquet, flip_gzip, folder_in_place
+from tests.faults.shards import divided, write_shards
 from tests.faults.tally import Tally
 
 WORKERS = (1, 2, 4)
@@ -38,7 +39,7 @@ def _jobs(teacher: Path) -> dict[str, Job]:
     others = ("summary.json", "report.md")
     model = f"--model={teacher}"
     return {
-        "filter": Job(("launch.filter", model, "--block_size=200"), ("kept.jsonl", "scores.jsonl"), others, 12),
+        "filter": Job(("launch.filter", model, "--block_size=200"), ("kept.jsonl", "scores.jsonl"), others, 13),
         "mine": Job(("launch.mine", model, "--k=10", "--too_few=random"), ("triplets.jsonl",), others, 5),
         "clean": Job(("launch.clean",), ("kept.jsonl", "removed.jsonl"), others, 0),
     }

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from nomic_jax.data.tokenizer import Tokenizer
 from tests.corpus import find_minilm, pairs_of_words, write_teacher
 from tests.faults import processes, runs
-from tests.faults.damage import KINDS, SHARDS, Damaged
+from tests.faults.damage import KINDS
+from tests.faults.shards import SHARDS, Damaged
 from tests.faults.tally import Tally
 
 ROWS = 12  # of a shard
