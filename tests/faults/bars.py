@@ -90,8 +90,8 @@ DATA_AND_TEXTS: dict[str, Bar] = {
     "R9": Bar(
         "damaged data, 23 kinds, end in one line with file, line and reason; skipped, nothing else is lost",
         "data:damaged_data",
-        dict(places=10),
-        dict(places=1),
+        dict(places=10, computing=1),
+        dict(places=1, computing=0),
     ),
     "R13": Bar(
         "curation killed at any time, on 1, 2 and 4 workers: the same bytes; a shard that cannot be read is set aside",

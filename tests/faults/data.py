@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from nomic_jax.data.mixture import with_prefix
 from nomic_jax.data.tokenizer import Tokenizer
 from tests.corpus import find_minilm, pairs_of_words, write_teacher
 from tests.faults import processes, runs
@@ -19,31 +20,39 @@ from tests.faults.shards import SHARDS, Damaged
 from tests.faults.tally import Tally
 
 ROWS = 12  # of a shard
-# Which command meets a fault: the cheap ones more often than those that compute.
-READERS = ("clean", "pretokenize", "mine", "filter", "clean", "train", "mine", "pretokenize", "mine", "embed")
+# The commands that meet a fault. Those that compute take five times as long, so they meet a fifth of them.
+READERS, COMPUTING = ("clean", "pretokenize", "mine"), ("filter", "train", "embed")
 SECONDS = 60
 
 
 def damaged_data(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
-    """Of each kind, ``counts["places"]`` faults: in one place of one shard, met by one command, under both policies."""
+    """Of each kind, ``counts["places"]`` faults: in one place of one shard, met by one command, under both policies.
+
+    Without ``counts["computing"]``, only those of READERS meet them.
+    """
     tally.ask(len(KINDS) * counts["places"])
     teacher = folder / "teacher"
-    processes.call(write_teacher, teacher, folder=folder)
+    if counts["computing"]:
+        processes.call(write_teacher, teacher, folder=folder)
     rows = pairs_of_words(SHARDS * ROWS, seed)
     tokens = processes.call(_tokens, rows, folder=folder)
     readers = {}
-    for number, (kind, damage) in enumerate(KINDS.items()):
-        possible = itertools.cycle(reader for reader in READERS[number:] + READERS if reader in damage.readers)
+    for number, (kind, damage) in enumerate(sorted(KINDS.items())):
         for place in range(counts["places"]):
             rng = random.Random(f"{seed} {kind} {place}")
-            reader = next(possible)
+            computes = counts["computing"] and place % 5 == 4
+            among = [reader for reader in (COMPUTING if computes else READERS) if reader in damage.readers]
+            among = among or list(damage.readers)
+            reader = among[(number + place) % len(among)]
             here = folder / f"{number}-{place}"
             here.mkdir()
             damaged = damage.make(rng, here, rows, reader)
             what = f"{kind}, met by {reader}: {damaged.what}"
-            problems = list(_refused(reader, damaged, here, teacher, tally))
-            if damage.can_be_skipped:
-                problems += _skipped(reader, damaged, here, teacher, tokens)
+            refusing = _start(reader, damaged, here / "refused", teacher, "raise")
+            skipping = _start(reader, damaged, here / "skipped", teacher, "skip") if damage.can_be_skipped else None
+            problems = list(_refused(refusing, damaged, tally))
+            if skipping:
+                problems += _skipped(skipping, reader, damaged, here / "skipped", tokens)
             readers[reader] = readers.get(reader, 0) + 1
             if tally.held(not problems, what, "; ".join(problems)[:1500]):
                 shutil.rmtree(here)
@@ -52,7 +61,8 @@ def damaged_data(counts: dict[str, int], seed: int, folder: Path, tally: Tally) 
 
 def _tokens(rows: list[dict[str, Any]]) -> dict[tuple[int, ...], int]:
     """The tokens of a query -> the row's id."""
-    encoded = Tokenizer.from_directory(find_minilm()).encode([row["query"] for row in rows])
+    queries = [with_prefix("search_query", row["query"]) for row in rows]
+    encoded = Tokenizer.from_directory(find_minilm()).encode(queries)
     return {tuple(ids.tolist()): row["id"] for ids, row in zip(encoded, rows)}
 
 
@@ -78,16 +88,15 @@ def _start(reader: str, damaged: Damaged, output: Path, teacher: Path, policy: s
             return processes.command("launch.embed", [*arguments, *policies, model, "--keep_columns=id"], log)
     if reader == "train":
         changes = {"data__mixture": damaged.pattern, "data__on_bad_row": policy, "steps": 1, "data__cache_dir": cache}
-        return runs.start("contrastive", output.parent, output.with_name("run"), output=log, **changes)
+        return runs.start("contrastive", output.parent, output.with_name(f"run-{policy}"), output=log, **changes)
     assert reader == "classify"
     arguments = [f"--config={processes.ROOT}/configs/glue.py:debug", f"--workdir={output}"]
     arguments += [f"--config.data.mixture={damaged.pattern}", f"--config.data.tokenizer={find_minilm()}"]
     return processes.command("launch.train", arguments, log)
 
 
-def _refused(reader: str, damaged: Damaged, folder: Path, teacher: Path, tally: Tally) -> Iterator[str]:
+def _refused(process: processes.Process, damaged: Damaged, tally: Tally) -> Iterator[str]:
     """What is wrong with the answer to the fault: exit code 2 after one line with file, place and reason."""
-    process = _start(reader, damaged, folder / "refused", teacher, "raise")
     try:
         code = process.wait(SECONDS)
     except processes.Hang as hang:
@@ -103,11 +112,9 @@ def _refused(reader: str, damaged: Damaged, folder: Path, teacher: Path, tally: 
 
 
 def _skipped(
-    reader: str, damaged: Damaged, folder: Path, teacher: Path, tokens: dict[tuple[int, ...], int]
+    process: processes.Process, reader: str, damaged: Damaged, output: Path, tokens: dict[tuple[int, ...], int]
 ) -> Iterator[str]:
     """What is lost but the bad row, or the bad file, or not recorded."""
-    output = folder / "skipped"
-    process = _start(reader, damaged, output, teacher, "skip")
     try:
         code = process.wait(SECONDS)
     except processes.Hang as hang:
