@@ -14,7 +14,15 @@ from nomic_jax.curate.index import pair_scores
 from nomic_jax.curate.neighbours import EmbedTexts, SearchQueries
 from nomic_jax.curate.pairs import Pairs, collect_pairs
 from nomic_jax.curate.report import Sample, quarantine, table
-from nomic_jax.curate.work import Engine, alone, fingerprints, hold_settings, run_here, written_under
+from nomic_jax.curate.work import (
+    Engine,
+    alone,
+    fingerprints,
+    hash_of_settings,
+    hold_settings,
+    run_here,
+    written_under,
+)
 from nomic_jax.data.sources import atomic_file, expand_files, write_json, write_rows
 
 PAIRS_AT_ONCE = 1024
@@ -155,7 +163,11 @@ def mine_negatives(
                 engine(EmbedTexts(pairs.queries, "query", work / "queries", progress), encoder, wait)
                 engine(EmbedTexts(pairs.documents, "document", work / "documents", progress), encoder, wait)
             engine(search, None, True)
-        rule = {"options": dataclasses.asdict(options), "negatives_are": "mined" if encoder else "random"}
+        rule = {
+            "options": dataclasses.asdict(options),
+            "negatives_are": "mined" if encoder else "random",
+            "settings_sha256": hash_of_settings(work),
+        }
         with alone(work / ".select.lock"):
             summary = written_under(rule, output, ("triplets.jsonl", "report.md"))
             if summary is None:

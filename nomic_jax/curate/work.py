@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -116,6 +117,11 @@ def alone(path: Path) -> Iterator[None]:
     with path.open("a+") as lock:
         _lock(lock, fcntl.LOCK_EX)
         yield
+
+
+def hash_of_settings(work: Path) -> str:
+    """Of what ``hold_settings`` has recorded; for the rule of ``written_under``, as ``work`` may have been deleted."""
+    return hashlib.sha256((work / "settings.json").read_bytes()).hexdigest()
 
 
 def written_under(rule: Mapping[str, Any], output: Path, names: Iterable[str]) -> dict[str, Any] | None:
