@@ -62,7 +62,10 @@ def read_quarantined(work: Path) -> list[Quarantined]:
 
 
 def write_quarantined(work: Path, quarantined: list[Quarantined]) -> None:
-    write_json(work / QUARANTINED, [one._asdict() for one in quarantined])
+    if quarantined:
+        write_json(work / QUARANTINED, [one._asdict() for one in quarantined])
+    else:
+        (work / QUARANTINED).unlink(missing_ok=True)
 
 
 class CountedRows:

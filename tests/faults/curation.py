@@ -73,7 +73,8 @@ def curation(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> N
         assert process.exit_code == 0, process.text()[-3000:]
         whole[name] = time.monotonic() - began
 
-    places = [(name, workers) for name in jobs for workers in WORKERS]
+    # The processes of launch.clean wait for each other; it has no pieces, and begins again.
+    places = [(name, workers) for name in jobs for workers in WORKERS if jobs[name].pieces or workers == 1]
     rng.shuffle(places)
     killer = _Killer(folder, rng, tally)
     for (name, workers), kills in zip(places, runs.shares(counts["kills"], len(places))):

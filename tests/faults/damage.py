@@ -97,7 +97,7 @@ def _broken_utf8(rng: random.Random, row: dict, column: str) -> tuple[bytes, str
     text = row[column].encode()
     place = rng.randrange(len(text))
     broken = text[:place] + rng.choice([b"\xff", b"\xc3(", b"\xed\xa0\x80", b"\x80", b"\xf8\x88"]) + text[place:]
-    return json.dumps(row).encode().replace(text, broken, 1), "not valid UTF-8"
+    return json.dumps(row, ensure_ascii=False).encode().replace(text, broken, 1), "not valid UTF-8"
 
 
 def _broken_utf8_of_table(rng: random.Random, row: dict, column: str) -> tuple[dict, str]:
@@ -110,14 +110,14 @@ def _byte_order_mark(rng: random.Random, row: dict, column: str) -> tuple[bytes,
 
 
 def _giant_line(rng: random.Random, row: dict, column: str) -> tuple[bytes, str]:
-    """A file that is one list, rows without line feeds between them, a text that does not end."""
+    """A file that is one list, rows without line feeds between them, a text that does not end in its line."""
     line = json.dumps(row).encode()
     count = rng.randint(BIG, 2 * BIG) // len(line)
     return rng.choice(
         [
             (b"[" + b", ".join([line] * count) + b"]", "found a list; write one row a line"),
             (line * count, "broken JSON (Extra data"),
-            (line[:-2] + b"x" * len(line) * count, "broken JSON (Unterminated string"),
+            (line[:-2] + b"x" * len(line) * count, "broken JSON (Invalid control character"),
         ]
     )
 
