@@ -80,7 +80,8 @@ def curation(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> N
     for (name, workers), kills in zip(places, runs.shares(counts["kills"], len(places))):
         killer.kill(name, jobs[name], workers, kills, whole[name])
     tally.note(kills_amid_pieces=killer.amid, runs_compared=killer.ends)
-    for number in range(counts["poisons"]):
+    first = rng.randrange(len(POISONS) * len(jobs))
+    for number in range(first, first + counts["poisons"]):
         damage, form = POISONS[number % len(POISONS)]
         name = list(jobs)[(number + number // len(POISONS)) % len(jobs)]
         here = folder / f"poison-{number}"

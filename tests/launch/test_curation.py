@@ -1,4 +1,4 @@
-"""launch.filter, launch.mine and launch.clean as a user types them: killed and restarted, several at once, on Ray."""
+"""launch.filter, launch.mine and launch.clean as a user types them, and on Ray."""
 
 import importlib.util
 import json
@@ -69,20 +69,10 @@ def same(a: Path, b: Path, names) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-def test_the_commands_killed_and_restarted(teacher, pairs, tmp_path):
-    common = [f"--input={pairs}", f"--model={teacher}", "--prefixes"]
-    jobs = {
-        "filter": (["launch.filter", *common, "--block_size=60"], 3, FILTERED),
-        "mine": (["launch.mine", *common, "--k=30", "--too_few=random"], 1, MINED),
-    }
-    for kind, (command, pieces, names) in jobs.items():
-        # The whole run and the one to be killed go at the same time, on outputs of their own.
-        whole, killed = start(*command, f"--output={tmp_path / kind}"), tmp_path / f"{kind}-killed"
-        kill_after(start(*command, f"--output={killed}"), killed, pieces)
-        again = [start(*command, f"--output={killed}") for _ in range(2)]
-        for process in (whole, *again):
-            finish(process)
-        same(tmp_path / kind, killed, names)
+def test_scores_are_those_of_the_teacher_with_its_prefixes(teacher, pairs, tmp_path):
+    """How the commands take kills, and share work, is in tests/faults/curation.py."""
+    command = ["launch.filter", f"--input={pairs}", f"--model={teacher}", "--prefixes", "--block_size=60"]
+    finish(start(*command, f"--output={tmp_path / 'filter'}"))
     scores = [json.loads(line) for line in (tmp_path / "filter" / "scores.jsonl").read_text().splitlines()]
     embedder = Embedder.from_pretrained(teacher)
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
