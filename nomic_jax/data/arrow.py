@@ -13,6 +13,9 @@ if TYPE_CHECKING:  # imported where it is used: most commands read jsonl only
     import pyarrow as pa
 
 
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream
+
+
 class ArrowRows(FileRows):
     """See ``FileRows``. Local files are memory-mapped."""
 
@@ -81,6 +84,10 @@ class ArrowRows(FileRows):
         else:
             check_schema(reader.schema, self.columns, self.others or (), self.file)
             yield from reader
+            # A stream that was cut between two batches looks like a shorter one, but for this.
+            f.seek(max(0, f.size() - len(_END)))
+            if f.read() != _END:
+                raise pa.ArrowInvalid("it breaks off: there is no end mark")
 
     def _broken(self, error: Exception) -> BadRow:
         return BadRow(f"{self.file}: not a readable Arrow file ({error}); write or fetch it again")

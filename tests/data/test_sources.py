@@ -290,3 +290,25 @@ def test_prefixes_of_a_mixture(tmp_path):
     assert (c.query_prefix, c.document_prefix, c.files) == ("classification", "", "s3://c/x.jsonl")
     assert with_prefix(b.query_prefix, "text") == "clustering: text"
     assert [source.columns for source in read_mixture(str(path), "pair")] == [("query", "document")] * 3
+
+
+def test_a_stream_of_arrow_that_was_cut_between_two_batches_is_broken(tmp_path):
+    """pyarrow reads it as a shorter one."""
+    table = pa.table({"text": ["a", "b", "c", "d"]})
+    with pa.ipc.new_stream(str(tmp_path / "whole.arrow"), table.schema) as f:
+        f.write_table(table, max_chunksize=1)
+    content = (tmp_path / "whole.arrow").read_bytes()
+    assert len(list(read_rows(tmp_path / "whole.arrow", {"text": str}))) == 4
+    cuts = [length for length in range(8, len(content), 8) if rows_by_pyarrow(content[:length]) is not None]
+    assert {rows_by_pyarrow(content[:length]) for length in cuts} == {0, 1, 2, 3, 4}
+    for length in cuts:
+        (tmp_path / "cut.arrow").write_bytes(content[:length])
+        with pytest.raises(BadRow, match=r"cut\.arrow: not a readable Arrow file \(it breaks off"):
+            list(read_rows(tmp_path / "cut.arrow", {"text": str}))
+
+
+def rows_by_pyarrow(content: bytes) -> int | None:
+    try:
+        return pa.ipc.open_stream(content).read_all().num_rows
+    except (pa.ArrowInvalid, OSError):
+        return None

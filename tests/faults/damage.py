@@ -181,8 +181,20 @@ def cut_parquet(rng: random.Random, file: Path) -> tuple[str, str]:
 
 
 def _cut_arrow(rng: random.Random, file: Path) -> tuple[str, str]:
-    read = lambda left: pa.ipc.open_stream(left).read_all()  # noqa: E731
-    return _cut(rng, file, reason="not a readable Arrow file", is_sound=read)
+    """Anywhere, or between two batches, where pyarrow finds a sound file of fewer rows."""
+    content = file.read_bytes()
+    between = [length for length in range(8, len(content), 8) if _is_stream(content[:length])]
+    left = rng.choice([rng.randrange(1, len(content)), rng.choice(between)])
+    file.write_bytes(content[:left])
+    return f"{left} of {len(content)} bytes left of", "not a readable Arrow file"
+
+
+def _is_stream(content: bytes) -> bool:
+    try:
+        pa.ipc.open_stream(content).read_all()
+    except (pa.ArrowException, OSError):
+        return False
+    return True
 
 
 def flip_gzip(rng: random.Random, file: Path) -> tuple[str, str]:
