@@ -39,8 +39,6 @@ def _pretokenize() -> None:
             all_tokens += tokens
             rejected = f", {store.manifest['rejected']:,} rejected" if store.manifest["rejected"] else ""
             print(f"{source.name}: {store.rows:,} rows{rejected}, {tokens:,} tokens in {store.directory}", flush=True)
-            for one in store.quarantined:
-                print(one, flush=True)
     print(f"{len(sources)} source(s), {all_tokens:,} tokens, {time.monotonic() - began:.1f} s")
 
 

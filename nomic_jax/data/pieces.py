@@ -110,7 +110,7 @@ def join_pieces(
         _join_counts(store / "negatives.rows.npy", [piece / "negatives.counts" for piece in pieces])
     rejected = RejectedRows(store / "rejected.jsonl")
     for one in quarantined:
-        rejected.quarantine(one)
+        rejected.add(BadRow(str(one)), b"")
     with (store / "rejected.jsonl").open("ab") as f:
         for piece in pieces:
             _append(piece / "rejected.jsonl", f)

@@ -108,6 +108,8 @@ def pretokenize(
                     _make(directory, files, scans, job, tokenizer, about, pool, progress)
             shutil.rmtree(pieces, ignore_errors=True)
     store = TokenStore(directory)
+    for one in store.quarantined:  # said at every start, not at the first alone
+        tqdm.write(str(one), file=sys.stderr)
     seen = store.rows + store.manifest["rejected"]
     if seen < source.rows:
         raise ValueError(

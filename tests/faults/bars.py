@@ -96,8 +96,8 @@ DATA_AND_TEXTS: dict[str, Bar] = {
     "R13": Bar(
         "curation killed at any time, on 1, 2 and 4 workers: the same bytes; a shard that cannot be read is set aside",
         "curation:curation",
-        dict(kills=50, poisons=12),
-        dict(kills=4, poisons=1),
+        dict(kills=50, amid=10, poisons=12),
+        dict(kills=4, amid=0, poisons=1),
     ),
 }
 

@@ -79,7 +79,8 @@ def curation(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> N
     killer = _Killer(folder, rng, tally)
     for (name, workers), kills in zip(places, runs.shares(counts["kills"], len(places))):
         killer.kill(name, jobs[name], workers, kills, whole[name])
-    tally.note(kills_amid_pieces=killer.amid, runs_compared=killer.ends)
+    tally.note(runs_compared=killer.ends)
+    tally.least(killer.amid, "kills amid pieces", counts["amid"])
     first = rng.randrange(len(POISONS) * len(jobs))
     for number in range(first, first + counts["poisons"]):
         damage, form = POISONS[number % len(POISONS)]
