@@ -97,7 +97,7 @@ DATA_AND_TEXTS: dict[str, Bar] = {
         "curation killed at any time, on 1, 2 and 4 workers: the same bytes; a shard that cannot be read is set aside",
         "curation:curation",
         dict(kills=50, amid=10, poisons=12),
-        dict(kills=4, amid=0, poisons=1),
+        dict(kills=3, amid=0, poisons=1),
     ),
 }
 
