@@ -12,6 +12,7 @@ from absl import flags
 from launch.errors import run
 from nomic_jax.curate.cleaning import CleaningOptions, clean_rows
 from nomic_jax.curate.contamination import NGRAM, EvaluationTexts
+from nomic_jax.curate.report import told
 from nomic_jax.evals.retrieval import RetrievalTask
 
 FLAGS = flags.FLAGS
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> None:
         f"kept {summary['kept']:,} of {summary['rows']:,} rows (removed: {removed}), rejected "
         f"{summary['rejected']:,}; see {FLAGS.output}/report.md"
     )
+    for line in told(summary):
+        print(line)
     for line in summary["contamination"]:
         print(
             f"{line['task']}: {line['training_rows']:,} rows overlap with {line['texts_met']:,} of "

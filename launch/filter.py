@@ -14,6 +14,7 @@ from launch import teacher
 from launch.errors import run
 from nomic_jax.curate.consistency import FilterOptions, filter_pairs
 from nomic_jax.curate.mixtures import filter_mixture, is_mixture
+from nomic_jax.curate.report import told
 from nomic_jax.data.sources import expand_files
 
 flags.adopt_module_key_flags(teacher)  # --help shows them too
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> None:
         f"kept {summary['kept']:,} of {summary['rows']:,} pairs ({summary['share_kept']:.1%}), "
         f"rejected {summary['rejected']:,} rows; see {teacher.OUTPUT.value}/report.md"
     )
+    for line in told(summary):
+        print(line)
 
 
 if __name__ == "__main__":

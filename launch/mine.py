@@ -16,6 +16,7 @@ from launch import teacher
 from launch.errors import run
 from nomic_jax.curate.mixtures import is_mixture, mine_mixture
 from nomic_jax.curate.negatives import MiningOptions, mine_negatives
+from nomic_jax.curate.report import told
 from nomic_jax.data.sources import expand_files
 
 flags.adopt_module_key_flags(teacher)  # --help shows them too
@@ -84,6 +85,8 @@ def main(argv: list[str]) -> None:
         f"wrote {summary['written']:,} of {summary['pairs']:,} pairs, dropped {summary['dropped_too_few']:,} with "
         f"too few negatives, rejected {summary['rejected']:,}; see {teacher.OUTPUT.value}/report.md"
     )
+    for line in told(summary):
+        print(line)
 
 
 if __name__ == "__main__":

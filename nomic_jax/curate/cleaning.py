@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from nomic_jax.curate.contamination import NGRAM, Contamination, EvaluationTexts
 from nomic_jax.curate.duplicates import NearDuplicates
-from nomic_jax.curate.report import Sample, table
+from nomic_jax.curate.report import Sample, quarantine, table
+from nomic_jax.curate.rows import no_usable_row
 from nomic_jax.curate.texts import text_key
 from nomic_jax.curate.words import words_of
 from nomic_jax.curate.work import alone
@@ -66,7 +67,7 @@ def clean_rows(
         kept.jsonl      the rows that stay, as they were, in input order
         removed.jsonl   {row, reason, of, removed}: the number of the row (from 0, without rejected ones), which step
                         took it, the row or the tasks it repeats, and the row itself
-        rejected.jsonl  rows that could not be used, under on_bad_row="skip"
+        rejected.jsonl  rows that could not be used and files that were set aside, under on_bad_row="skip"
         summary.json    the dictionary that is returned
         report.md       the same to read, with a sample of removed rows
 
@@ -101,12 +102,13 @@ def clean_rows(
         with atomic_file(output / "removed.jsonl") as part, part.open("wb") as removed_file:
             stayed = write_rows(output / "kept.jsonl", kept(removed_file))
         if not counts["rows"]:
-            raise ValueError(f"{files} has no usable row; {rejected.count} rejected ones are in {rejected.side_file}")
+            raise no_usable_row(files, rejected)
         summary = {
             "rows": counts["rows"],
             "kept": stayed,
             "removed": {reason: counts[reason] for reason in REASONS},
             "rejected": rejected.count,
+            "quarantined": [one._asdict() for one in rejected.quarantined],
             "options": dataclasses.asdict(options),
             "contamination": contamination.report(),
         }
@@ -184,7 +186,7 @@ def _report(files: str, columns: Sequence[str], summary: dict[str, Any], samples
     steps = [(reason, count, count / summary["rows"]) for reason, count in summary["removed"].items()]
     text = (
         f"# Cleaning of {files}\n\nKept {summary['kept']:,} of {summary['rows']:,} rows; rejected "
-        f"{summary['rejected']:,}.\n\n{table(('removed as', 'rows', 'share'), steps)}\n"
+        f"{summary['rejected']:,}.\n\n{quarantine(summary)}{table(('removed as', 'rows', 'share'), steps)}\n"
     )
     if summary["contamination"]:
         lines = []

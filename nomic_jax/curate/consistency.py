@@ -61,7 +61,7 @@ def filter_pairs(
 
         kept.jsonl      the kept rows as they were, in input order
         scores.jsonl    {row, rank, score} of every row; rows are counted from 0, without rejected ones
-        rejected.jsonl  rows that could not be used, under on_bad_row="skip"
+        rejected.jsonl  rows that could not be used and files that were set aside, under on_bad_row="skip"
         summary.json    the dictionary that is returned
         report.md       the same to read, with a sample of kept and dropped rows
         work/           ranks of finished blocks, and embeddings of those at hand
@@ -98,7 +98,8 @@ def scoring(
     settings["block_size"] = options.block_size
     if options.approximate_above is not None:
         settings["approximate_above"] = options.approximate_above
-    with hold_settings(work, {**settings, **encoder.identity, **fingerprints("input", expand_files(files))}):
+    settings |= {**encoder.identity, **fingerprints("input", expand_files(files), on_bad_row)}
+    with hold_settings(work, settings):
         with alone(work / ".rows.lock"):
             checked = dict.fromkeys(columns, str)
             side_file = output / "rejected.jsonl"

@@ -11,7 +11,7 @@ import yaml
 from nomic_jax.curate.consistency import FilterOptions, scoring
 from nomic_jax.curate.embed import Encoder
 from nomic_jax.curate.negatives import MiningOptions, mine_negatives
-from nomic_jax.curate.report import table
+from nomic_jax.curate.report import quarantine, table
 from nomic_jax.curate.selection import threshold_text, write_selection
 from nomic_jax.curate.work import Engine, alone, run_here
 from nomic_jax.data.mixture import COLUMNS, read_mixture
@@ -70,6 +70,7 @@ def filter_mixture(
         "kept": kept,
         "share_kept": round(kept / rows, 4),
         "rejected": sum(source["rejected"] for source in sources),
+        "quarantined": [one for summary in summaries.values() for one in summary.get("quarantined", [])],
         "k": options.k,
         "min_score": options.min_score,
         "sources": sources,
@@ -78,7 +79,8 @@ def filter_mixture(
     report = (
         f"# Consistency filter of {mixture}\n\nKept {kept:,} of {rows:,} pairs ({kept / rows:.1%}): those whose "
         f"document is among the {options.k} nearest to its query{threshold_text(summary)}. Each source's folder has a "
-        f"report with rows to read.\n\n{table(('source', 'rows', 'kept', 'share kept', 'share of rank 1'), lines)}"
+        f"report with rows to read.\n\n{quarantine(summary)}"
+        f"{table(('source', 'rows', 'kept', 'share kept', 'share of rank 1'), lines)}"
     )
     _write(mixture, output, "kept.jsonl", {}, summary, report)
     return summary
@@ -101,7 +103,7 @@ def mine_mixture(
     """
     output = Path(output)
     fields = ("rows", "pairs", "written", "dropped_too_few", "filled_with_random", "rejected")
-    sources, objectives = [], {}
+    sources, objectives, quarantined = [], {}, []
     for source in read_mixture(mixture, "pair"):
         query_column, document_column = source.columns[:2]
         summary = mine_negatives(
@@ -115,12 +117,13 @@ def mine_mixture(
             engine=engine,
             progress=progress,
         )
+        quarantined += summary.get("quarantined", [])
         sources.append({"source": source.name, **{field: summary[field] for field in fields}})
         columns = [query_column, document_column, COLUMNS["triplet"][2]]
         objectives[source.name] = {"objective": {"type": "triplet", "columns": columns}}
-    total = {field: sum(source[field] for source in sources) for field in fields}
+    total = {field: sum(source[field] for source in sources) for field in fields} | {"quarantined": quarantined}
     report = (
-        f"# Negatives of {mixture}\n\nEach source's folder has a report with rows to read.\n\n"
+        f"# Negatives of {mixture}\n\nEach source's folder has a report with rows to read.\n\n{quarantine(total)}"
         f"{table([field.replace('_', ' ') for field in sources[0]], [tuple(s.values()) for s in sources])}"
     )
     summary = {**total, "sources": sources}

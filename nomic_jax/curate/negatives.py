@@ -13,8 +13,16 @@ from nomic_jax.curate.embed import Encoder
 from nomic_jax.curate.index import pair_scores
 from nomic_jax.curate.neighbours import EmbedTexts, SearchQueries
 from nomic_jax.curate.pairs import Pairs, collect_pairs
-from nomic_jax.curate.report import Sample, table
-from nomic_jax.curate.work import Engine, alone, fingerprints, hold_settings, run_here, written_under
+from nomic_jax.curate.report import Sample, quarantine, table
+from nomic_jax.curate.work import (
+    Engine,
+    alone,
+    fingerprints,
+    hash_of_settings,
+    hold_settings,
+    run_here,
+    written_under,
+)
 from nomic_jax.data.sources import atomic_file, expand_files, write_json, write_rows
 
 PAIRS_AT_ONCE = 1024
@@ -113,7 +121,7 @@ def mine_negatives(
     output: they share embedding and search. ``output`` receives
 
         triplets.jsonl  the rows
-        rejected.jsonl  rows that could not be used, under on_bad_row="skip"
+        rejected.jsonl  rows that could not be used and files that were set aside, under on_bad_row="skip"
         summary.json    the dictionary that is returned
         report.md       the same to read, with a sample of written and dropped rows
         work/           embeddings: a run that was killed, or another with other options, does not make them again
@@ -131,11 +139,11 @@ def mine_negatives(
     output = Path(output)
     work = output / "work"
     settings = {"query_column": query_column, "document_column": document_column}
-    settings |= fingerprints("input", expand_files(files))
+    settings |= fingerprints("input", expand_files(files), on_bad_row)
     if encoder:
         settings |= encoder.identity
     if corpus:
-        settings |= {"corpus_column": corpus_column, **fingerprints("corpus", expand_files(corpus))}
+        settings |= {"corpus_column": corpus_column, **fingerprints("corpus", expand_files(corpus), on_bad_row)}
     with hold_settings(work, settings):
         with alone(work / ".pairs.lock"):
             pairs = collect_pairs(
@@ -155,7 +163,11 @@ def mine_negatives(
                 engine(EmbedTexts(pairs.queries, "query", work / "queries", progress), encoder, wait)
                 engine(EmbedTexts(pairs.documents, "document", work / "documents", progress), encoder, wait)
             engine(search, None, True)
-        rule = {"options": dataclasses.asdict(options), "negatives_are": "mined" if encoder else "random"}
+        rule = {
+            "options": dataclasses.asdict(options),
+            "negatives_are": "mined" if encoder else "random",
+            "settings_sha256": hash_of_settings(work),
+        }
         with alone(work / ".select.lock"):
             summary = written_under(rule, output, ("triplets.jsonl", "report.md"))
             if summary is None:
@@ -212,6 +224,7 @@ def _write_triplets(
         "filled_with_random": counts["filled"],
         "candidates_beyond_margin": counts["beyond_margin"],
         "rejected": pairs.rejected,
+        "quarantined": [one._asdict() for one in pairs.quarantined],
         "distinct_queries": len(pairs.queries),
         "distinct_documents": len(pairs.documents),
         "negatives": [{"negatives": size, "rows": count} for size, count in sorted(sizes.items())],
@@ -300,7 +313,7 @@ def _report(files: str, summary: dict[str, Any]) -> str:
     counts = [(name.replace("_", " "), value) for name, value in summary.items() if isinstance(value, int)]
     return (
         f"# Negatives of {files}\n\n{summary['negatives_are'].capitalize()}, with {options}.{_recall(summary)}\n\n"
-        f"{table(('', 'count'), counts)}\n"
+        f"{quarantine(summary)}{table(('', 'count'), counts)}\n"
         f"{table(('negatives', 'pairs'), [tuple(size.values()) for size in summary['negatives']])}\n"
         f"## Written, a sample\n\n{table(('pair', '', 'score', 'text'), lines)}\n"
         f"## Dropped for too few, a sample\n\n{table(header, sorted(dropped.items))}"

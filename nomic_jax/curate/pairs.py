@@ -1,19 +1,27 @@
 """The distinct queries and documents of rows, and what belongs together, on disk."""
 
+import contextlib
 import functools
 import json
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from nomic_jax.curate.rows import RejectedBefore
+from nomic_jax.curate.rows import (
+    RejectedBefore,
+    no_usable_row,
+    read_file,
+    read_quarantined,
+    readable_files,
+    write_quarantined,
+)
 from nomic_jax.curate.texts import TextFile, TextFileWriter
-from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, json_line, read_rows, write_json
+from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, write_json
 
 
 class Pairs:
@@ -23,12 +31,14 @@ class Pairs:
       queries, documents: distinct texts, those of the corpus after those of the rows.
       query_P, document_P: each pair's place in them, int64.
       own_Q: the document that equals a query, or -1.
-      rows, rejected: input rows used, and skipped.
+      rows, rejected: input rows used, and those skipped or files set aside.
+      quarantined: files that were set aside.
     """
 
     def __init__(self, folder: Path):
         counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
         self.rows, self.rejected, self._holds_lists = (counts[n] for n in ("rows", "rejected", "holds_lists"))
+        self.quarantined = read_quarantined(folder)
         self.queries, self.documents = TextFile(folder / "queries.txt"), TextFile(folder / "documents.txt")
         load = functools.partial(np.load, mmap_mode="r")
         self.query_P, self.document_P, self.own_Q, self._positives, self._ends_Q = (
@@ -48,7 +58,9 @@ class Pairs:
 
     def read(self, files: str, query_column: str, document_column: str) -> Iterator[dict[str, Any]]:
         """The pairs as rows, in order: the input's rows, with one text as document."""
-        for row in _rows(files, query_column, document_column, self._holds_lists, "skip", RejectedBefore()):
+        set_aside = {one.file for one in self.quarantined}
+        readable = [file for file in expand_files(files) if file not in set_aside]
+        for row in _rows(readable, query_column, document_column, self._holds_lists, "skip", RejectedBefore()):
             for document in row[document_column] if self._holds_lists else [row[document_column]]:
                 yield row | {document_column: document}
 
@@ -81,9 +93,13 @@ def collect_pairs(
     query_P, document_P = array("q"), array("q")
     rejected = RejectedRows(side_file)
     holds_lists = _first_document_is_list(files, query_column, document_column)
+    kinds = _kinds(query_column, document_column, holds_lists)
+    readable = readable_files(files, kinds, on_bad_row, rejected, progress=progress)
+    of_corpus = {corpus_column: str}
+    readable_corpus = readable_files(corpus, of_corpus, on_bad_row, rejected, progress=progress) if corpus else []
     rows = 0
     with tqdm(desc="reading", unit=" rows", disable=not progress) as bar:
-        for row in _rows(files, query_column, document_column, holds_lists, on_bad_row, rejected):
+        for row in _rows(readable, query_column, document_column, holds_lists, on_bad_row, rejected):
             query = queries.add(row[query_column])
             for document in row[document_column] if holds_lists else [row[document_column]]:
                 query_P.append(query)
@@ -91,10 +107,9 @@ def collect_pairs(
             rows += 1
             bar.update()
         if not rows:
-            raise ValueError(f"{files} has no usable row; {rejected.count} rejected ones are in {rejected.side_file}")
-        if corpus:
-            columns = {corpus_column: str}
-            for row in read_rows(corpus, columns, others=(), on_bad_row=on_bad_row, rejected=rejected):
+            raise no_usable_row(files, rejected)
+        for file in readable_corpus:
+            for row in read_file(file, of_corpus, on_bad_row, rejected, others=()):
                 documents.add(row[corpus_column])
                 bar.update()
     own_Q = np.fromiter((documents.place.get(key, -1) for key in queries.place), np.int64, len(queries.place))
@@ -113,30 +128,37 @@ def collect_pairs(
         np.save(folder / f"{name}.npy", values)
     queries.close()
     documents.close()
+    write_quarantined(folder, rejected.quarantined)
     write_json(counts_file, {"rows": rows, "rejected": rejected.count, "holds_lists": holds_lists})
     return Pairs(folder)
 
 
 def _first_document_is_list(files: str, query_column: str, document_column: str) -> bool:
     """Whether documents are texts or lists of them is one for the whole input; any other row is a bad one."""
-    columns = {query_column: str}
-    first = next(read_rows(files, columns, others=(document_column,), on_bad_row="skip", rejected=RejectedBefore()), {})
-    return isinstance(first.get(document_column), list)
+    for file in expand_files(files):
+        with contextlib.suppress(BadRow):  # it is met again, and then it is said
+            rows = read_file(file, {query_column: str}, "skip", RejectedBefore(), others=(document_column,))
+            for row in rows:
+                return isinstance(row.get(document_column), list)
+    return False
+
+
+def _kinds(query_column: str, document_column: str, holds_lists: bool) -> dict[str, type]:
+    return {query_column: str, document_column: list if holds_lists else str}
 
 
 def _rows(
-    files: str, query_column: str, document_column: str, holds_lists: bool, on_bad_row: str, rejected: RejectedRows
+    files: list[str],
+    query_column: str,
+    document_column: str,
+    holds_lists: bool,
+    on_bad_row: str,
+    rejected: RejectedRows,
 ) -> Iterator[dict[str, Any]]:
-    columns = {query_column: str, document_column: list if holds_lists else str}
-    for file in expand_files(files):
-        for number, row in enumerate(read_rows(file, columns, on_bad_row=on_bad_row, rejected=rejected), 1):
-            if row[document_column]:
-                yield row
-                continue
-            error = BadRow(
-                f"{file}: row {number} of those that could be read (query {row[query_column][:80]!r}): column "
-                f"{document_column!r} is an empty list, so there is no positive"
-            )
-            if on_bad_row == "raise":
-                raise error
-            rejected.add(error, json_line(row))
+    def check(row: Mapping[str, Any], where: str) -> None:
+        if not row[document_column]:
+            raise BadRow(f"{where}: column {document_column!r} is an empty list, so there is no positive")
+
+    kinds = _kinds(query_column, document_column, holds_lists)
+    for file in files:
+        yield from read_file(file, kinds, on_bad_row, rejected, further_check=check)

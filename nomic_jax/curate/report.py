@@ -1,8 +1,10 @@
 """A page for the person who has to trust the data: counts, and rows to read."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from nomic_jax.data.rows import Quarantined
 
 
 class Sample:
@@ -26,6 +28,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table; long texts are cut."""
     lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def quarantine(summary: Mapping[str, Any]) -> str:
+    """The files that were set aside, as Markdown; empty where there are none."""
+    rows = [(one["file"], one["reason"], one["rows_at_least"] or "unknown") for one in summary["quarantined"]]
+    if not rows:
+        return ""
+    return f"## Files set aside\n\nNone of their rows is used.\n\n{table(('file', 'reason', 'rows, at least'), rows)}\n"
+
+
+def told(summary: Mapping[str, Any]) -> list[str]:
+    """The files that were set aside, a line each, for the end of a command."""
+    # The summary may be one that a version without quarantine wrote.
+    return [str(Quarantined(**one)) for one in summary.get("quarantined", [])]
 
 
 def _cell(value: Any, width: int = 200) -> str:

@@ -1,27 +1,71 @@
 """Rows of an input by number, in blocks, so that workers can share them without copies of the data."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, read_rows, write_json
+from nomic_jax.data.rows import Quarantined
+from nomic_jax.data.sources import (
+    BadRow,
+    RejectedRows,
+    RowCheck,
+    expand_files,
+    is_readable,
+    open_file,
+    usable_rows,
+    write_json,
+)
+
+QUARANTINED = "quarantined.json"  # in the work folder
 
 
 class RejectedBefore(RejectedRows):
     """For rows that are met again, and stand in the side file since they were met first."""
 
     def __init__(self):
-        self.count = self.broken = 0
+        self.count = 0
 
     def add(self, error: BadRow, raw: bytes) -> None:
         self.count += 1
 
-    def add_rest(self, error: BadRow) -> None:
-        self.broken += 1
-        self.count += 1
+
+def readable_files(
+    files: str, columns: Mapping[str, type], on_bad_row: str, rejected: RejectedRows, *, progress: bool = True
+) -> list[str]:
+    """The files, under on_bad_row="skip" without those that cannot be read to their end: ``rejected`` has those."""
+    found = expand_files(files)
+    with tqdm(found, "looking through files", unit=" files", disable=not progress or on_bad_row == "raise") as bar:
+        return [file for file in bar if is_readable(file, columns, None, on_bad_row, rejected)]
+
+
+def read_file(
+    file: str,
+    columns: Mapping[str, type],
+    on_bad_row: str,
+    rejected: RejectedRows,
+    *,
+    others: tuple[str, ...] | None = None,
+    further_check: RowCheck = lambda row, where: None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of one of ``readable_files``, as ``read_rows`` has them."""
+    numbered = open_file(file, columns, others).numbered()
+    return usable_rows(numbered, columns, others, False, on_bad_row, rejected, further_check)
+
+
+def read_quarantined(work: Path) -> list[Quarantined]:
+    """The files that were set aside when the work began."""
+    file = work / QUARANTINED
+    return [Quarantined(**one) for one in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+
+
+def write_quarantined(work: Path, quarantined: list[Quarantined]) -> None:
+    if quarantined:
+        write_json(work / QUARANTINED, [one._asdict() for one in quarantined])
+    else:
+        (work / QUARANTINED).unlink(missing_ok=True)
 
 
 class CountedRows:
@@ -29,11 +73,19 @@ class CountedRows:
 
     Attributes:
       counts: {file: usable rows}, in order.
-      rejected: rows that were skipped.
+      rejected: rows that were skipped, and files that were set aside.
+      quarantined: these; their counts are 0.
     """
 
-    def __init__(self, counts: Mapping[str, int], rejected: int, columns: Mapping[str, type]):
+    def __init__(
+        self,
+        counts: Mapping[str, int],
+        rejected: int,
+        columns: Mapping[str, type],
+        quarantined: Sequence[Quarantined] = (),
+    ):
         self.counts, self.rejected, self.columns = dict(counts), rejected, dict(columns)
+        self.quarantined = list(quarantined)
         self._open: Iterator[dict[str, Any]] = iter(())
         self._at = -1  # number of the next row of _open; -1 for none
 
@@ -45,10 +97,9 @@ class CountedRows:
 
     def read(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(file, row) of every row, with all its columns."""
-        for file, count in self.counts.items():
-            if count:
-                for row in self._read_file(file, None):
-                    yield file, row
+        for file in self.counts:
+            for row in self._read_file(file, None):
+                yield file, row
 
     def block(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Rows start ... stop - 1, with the columns that are checked.
@@ -79,7 +130,9 @@ class CountedRows:
 
     def _read_file(self, file: str, others: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
         count = 0
-        for row in read_rows(file, self.columns, others=others, on_bad_row="skip", rejected=RejectedBefore()):
+        if not self.counts[file]:
+            return
+        for row in read_file(file, self.columns, "skip", RejectedBefore(), others=others):
             count += 1
             if count <= self.counts[file]:
                 yield row
@@ -92,6 +145,8 @@ def count_rows(
 ) -> CountedRows:
     """Reads all rows once, before anything is embedded, so that a bad row is known early. ``record`` remembers it.
 
+    Files that were set aside are in QUARANTINED beside it.
+
     Raises:
       BadRow: see ``read_rows``.
       ValueError: there is no usable row.
@@ -99,19 +154,28 @@ def count_rows(
     if record.exists():
         held = json.loads(record.read_text(encoding="utf-8"))
         if on_bad_row == "skip" or not held["rejected"]:
-            return CountedRows(dict(zip(expand_files(files), held["rows"])), held["rejected"], columns)
+            counts = dict(zip(expand_files(files), held["rows"]))
+            return CountedRows(counts, held["rejected"], columns, read_quarantined(record.parent))
     rejected = RejectedRows(side_file)
-    counts: dict[str, int] = {}
+    counts = dict.fromkeys(expand_files(files), 0)
+    readable = readable_files(files, columns, on_bad_row, rejected, progress=progress)
     with tqdm(desc="reading", unit=" rows", disable=not progress) as bar:
-        for file in expand_files(files):
-            counts[file] = 0
-            for _ in read_rows(file, columns, others=(), on_bad_row=on_bad_row, rejected=rejected):
+        for file in readable:
+            for _ in read_file(file, columns, on_bad_row, rejected, others=()):
                 counts[file] += 1
                 bar.update()
     if not any(counts.values()):
-        raise ValueError(f"{files} has no usable row; {rejected.count} rejected ones are in {rejected.side_file}")
+        raise no_usable_row(files, rejected)
+    write_quarantined(record.parent, rejected.quarantined)
     write_json(record, {"rows": list(counts.values()), "rejected": rejected.count})
-    return CountedRows(counts, rejected.count, columns)
+    return CountedRows(counts, rejected.count, columns, rejected.quarantined)
+
+
+def no_usable_row(files: str, rejected: RejectedRows) -> ValueError:
+    reasons = "".join(f"; {one}" for one in rejected.quarantined[:3])
+    return ValueError(
+        f"{files} has no usable row; {rejected.count} rejected rows and files are in {rejected.side_file}{reasons}"
+    )
 
 
 def equal_blocks(rows: int, block_size: int) -> list[tuple[int, int]]:

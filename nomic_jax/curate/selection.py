@@ -4,15 +4,15 @@ import bisect
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nomic_jax.curate.ranking import ScoreBlocks
-from nomic_jax.curate.report import Sample, table
-from nomic_jax.curate.work import alone, written_under
+from nomic_jax.curate.report import Sample, quarantine, table
+from nomic_jax.curate.work import alone, hash_of_settings, written_under
 from nomic_jax.data.sources import atomic_file, write_json, write_rows
 
 _BAND_STARTS = (1, 2, 3, 4, 6, 11, 21, 101, 1001)  # of the rank histogram
@@ -20,15 +20,16 @@ _BAND_STARTS = (1, 2, 3, 4, 6, 11, 21, 101, 1001)  # of the rank histogram
 
 def write_selection(files: str, output: Path, task: ScoreBlocks, k: int, min_score: float | None) -> dict[str, Any]:
     """kept.jsonl, scores.jsonl, report.md and summary.json by the ranks that the task has made; returns the summary."""
-    rule = {"k": k, "min_score": min_score}
+    rule = {"k": k, "min_score": min_score, "settings_sha256": hash_of_settings(output / "work")}
     with alone(output / "work" / ".select.lock"):
         summary = written_under(rule, output, ("kept.jsonl", "scores.jsonl", "report.md"))
         if summary is None:
-            summary = _write_selection(files, output, task, k, min_score)
+            summary = _write_selection(files, output, task, rule)
         return summary
 
 
-def _write_selection(files: str, output: Path, task: ScoreBlocks, k: int, min_score: float | None) -> dict[str, Any]:
+def _write_selection(files: str, output: Path, task: ScoreBlocks, rule: Mapping[str, Any]) -> dict[str, Any]:
+    k, min_score = rule["k"], rule["min_score"]
     bands: Counter[int] = Counter()
     of_file: dict[str, Counter[str]] = {file: Counter() for file in task.rows.counts}
     kept, dropped = Sample(), Sample()
@@ -55,8 +56,8 @@ def _write_selection(files: str, output: Path, task: ScoreBlocks, k: int, min_sc
         "kept": kept.seen,
         "share_kept": round(kept.seen / total, 4),
         "rejected": task.rows.rejected,
-        "k": k,
-        "min_score": min_score,
+        "quarantined": [one._asdict() for one in task.rows.quarantined],
+        **rule,
         "blocks": {"number": len(sizes), "smallest": min(sizes), "largest": max(sizes)},
         "search": _search(task),
         "ranks": _rank_histogram(bands, total),
@@ -100,7 +101,7 @@ def _report(files: str, summary: dict[str, Any], kept: Sample, dropped: Sample) 
         f"among the {summary['k']} nearest to its query{threshold_text(summary)}, in {blocks['number']:,} blocks of "
         f"{blocks['smallest']:,} to {blocks['largest']:,} rows. Rejected rows: {summary['rejected']:,}. "
         f"{_search_text(summary['search'])}\n\n"
-        f"{table(('rank', 'rows', 'share up to here'), shares)}\n"
+        f"{quarantine(summary)}{table(('rank', 'rows', 'share up to here'), shares)}\n"
         + (f"{table(('file', 'rows', 'kept', 'share kept'), by_file)}\n" if len(by_file) > 1 else "")
         + f"## Kept, a sample\n\n{table(header, sorted(kept.items))}\n"
         f"## Dropped, a sample\n\n{table(header, sorted(dropped.items))}"

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ from tqdm import tqdm
 from nomic_jax.curate import embed
 from nomic_jax.curate.arrays import save_array
 from nomic_jax.curate.embed import Encoder
+from nomic_jax.curate.rows import read_quarantined
 from nomic_jax.data.inventory import check_distinct
-from nomic_jax.data.rows import sha256_of_file
+from nomic_jax.data.rows import BadRow, sha256_of_file
 from nomic_jax.data.sources import write_json
 
 WAIT_SECONDS = 1.0  # between two looks at what other processes are making
@@ -117,6 +119,11 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+def hash_of_settings(work: Path) -> str:
+    """Of what ``hold_settings`` has recorded; for the rule of ``written_under``, as ``work`` may have been deleted."""
+    return hashlib.sha256((work / "settings.json").read_bytes()).hexdigest()
+
+
 def written_under(rule: Mapping[str, Any], output: Path, names: Iterable[str]) -> dict[str, Any] | None:
     """The summary.json, if it tells of this rule and the files are there: of another process, or of a run before.
 
@@ -171,12 +178,20 @@ def _compare_settings(work: Path, record: Path, settings: Mapping[str, Any]) -> 
         was, now = (
             {name: repr(them[name]) if name in them else "absent" for name in names} for them in (held, settings)
         )
-        changes = [f"{name} was {was[name]}, is {now[name]}" for name in names[:3]]
+        changes = [f"{name} was {was[name]}, is {now[name]}{_set_aside(work, name)}" for name in names[:3]]
         more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
             f"{work} holds work done with other settings: {'; '.join(changes)}{more}. "
             f"Give another --output, or delete {work} to begin again"
         )
+
+
+def _set_aside(work: Path, name: str) -> str:
+    """Why the file of a name of ``fingerprints`` was not read, if it was not."""
+    for one in (*read_quarantined(work), *read_quarantined(work / "pairs")):
+        if name.endswith(f": {one.file.rsplit('/', 1)[-1]}"):
+            return " (it was set aside, as it could not be read)"
+    return ""
 
 
 def _lock(file: IO[str], kind: int) -> bool:
@@ -192,15 +207,25 @@ def _lock(file: IO[str], kind: int) -> bool:
     return True
 
 
-def fingerprints(label: str, files: Iterable[str]) -> dict[str, str]:
+def fingerprints(label: str, files: Iterable[str], on_bad_row: str = "raise") -> dict[str, str]:
     """{"label number: name": SHA-256 of its content}, for ``hold_settings``.
 
     Without the folder, which may be spelled in another way, or move.
 
     Raises:
       ValueError: two files of the input are the same.
+      BadRow: one is a folder, or may not be read, under on_bad_row="raise"; else its hash is empty.
     """
-    hashes = [(file, sha256_of_file(file)) for file in files]
+
+    def sha256(file: str) -> str:
+        try:
+            return sha256_of_file(file)
+        except BadRow:
+            if on_bad_row == "raise":
+                raise
+            return ""
+
+    hashes = [(file, sha256(file)) for file in files]
     if label == "input":
         check_distinct(hashes)
     return {f"{label} {i}: {file.rsplit('/', 1)[-1]}": sha256 for i, (file, sha256) in enumerate(hashes, 1)}

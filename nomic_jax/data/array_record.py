@@ -40,13 +40,7 @@ class ArrayRecordRows(FileRows):
         stop = len(self) if stop is None else min(stop, len(self))
         for first in range(start, stop, ROWS_AT_ONCE):
             numbers = range(first, min(first + ROWS_AT_ONCE, stop))
-            try:
-                records = self._records.__getitems__(numbers)
-            except (ValueError, OSError, RuntimeError) as error:
-                raise BadRow(
-                    f"{self.file}: broken between the rows {numbers[0]} and {numbers[-1]} ({error})"
-                ) from error
-            for number, record in zip(numbers, records):
+            for number, record in zip(numbers, self._read(numbers)):
                 where = f"{self.file}: row {number} (counted from 0)"
                 try:
                     row = self._features.deserialize_example_np(record)
@@ -59,7 +53,19 @@ class ArrayRecordRows(FileRows):
         size = os.path.getsize(self.file) / max(1, len(self))
         groups = ((min(ROWS_AT_ONCE, len(self) - i), ROWS_AT_ONCE * size) for i in range(0, len(self), ROWS_AT_ONCE))
         rows, marks = marks_of_sizes(((count, int(held)) for count, held in groups), piece_bytes)
-        return Scan(sha256_of_file(self.file), rows, marks)
+        broken = ""
+        try:
+            for first in range(0, rows, ROWS_AT_ONCE):
+                self._read(range(first, min(first + ROWS_AT_ONCE, rows)))
+        except BadRow as error:
+            broken = str(error)
+        return Scan(sha256_of_file(self.file), rows, marks, broken=broken)
+
+    def _read(self, numbers: range) -> list[bytes]:
+        try:
+            return self._records.__getitems__(numbers)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise BadRow(f"{self.file}: broken between the rows {numbers[0]} and {numbers[-1]} ({error})") from error
 
 
 def is_array_record(file: str) -> bool:

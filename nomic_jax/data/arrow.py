@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from nomic_jax.data.rows import BadRow, FileRows, RawRow, Scan, marks_of_sizes, sha256_of_file
+from nomic_jax.data.rows import BadRow, FileRows, RawRow, Scan, listed, marks_of_sizes, sha256_of_file
 
 if TYPE_CHECKING:  # imported where it is used: most commands read jsonl only
     import pyarrow as pa
+
+
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream
 
 
 class ArrowRows(FileRows):
@@ -23,10 +26,24 @@ class ArrowRows(FileRows):
         yield from numbered_rows(self.file, self._batches(), start, stop, self.wanted)
 
     def scan(self, piece_bytes: int) -> Scan:
-        rows, marks = marks_of_sizes(
-            ((len(batch), batch.get_total_buffer_size()) for batch in self._batches()), piece_bytes
-        )
-        return Scan(sha256_of_file(self.file), rows, marks)
+        sizes: list[tuple[int, int]] = []
+        broken = ""
+        try:
+            for batch in self._batches():
+                sizes.append((len(batch), batch.get_total_buffer_size()))
+                self._check(batch if self.wanted is None else batch.select(self.wanted))
+        except BadRow as error:
+            broken = str(error)
+        rows, marks = marks_of_sizes(iter(sizes), piece_bytes)
+        return Scan(sha256_of_file(self.file), rows, marks, broken=broken)
+
+    def _check(self, batch: "pa.RecordBatch") -> None:
+        import pyarrow as pa
+
+        try:
+            check_buffers(batch)
+        except pa.ArrowInvalid as error:
+            raise self._broken(error) from error
 
     def _batches(self) -> Iterable["pa.RecordBatch"]:
         fs, path = fsspec.core.url_to_fs(self.file)
@@ -67,6 +84,10 @@ class ArrowRows(FileRows):
         else:
             check_schema(reader.schema, self.columns, self.others or (), self.file)
             yield from reader
+            # A stream that was cut between two batches looks like a shorter one, but for this.
+            f.seek(max(0, f.size() - len(_END)))
+            if f.read() != _END:
+                raise pa.ArrowInvalid("it breaks off: there is no end mark")
 
     def _broken(self, error: Exception) -> BadRow:
         return BadRow(f"{self.file}: not a readable Arrow file ({error}); write or fetch it again")
@@ -93,7 +114,7 @@ def numbered_rows(
             if wanted is not None:
                 chosen = chosen.select(wanted)
             try:
-                _check_buffers(chosen)
+                check_buffers(chosen)
             except pa.ArrowInvalid as error:
                 rows = f"{first + skipped} and {first + end - 1} (counted from 0)"
                 raise BadRow(f"{file}: broken between the rows {rows} ({error}); write or fetch it again") from error
@@ -106,7 +127,7 @@ def check_schema(schema: "pa.Schema", columns: Mapping[str, type], others: Colle
     """Raises BadRow unless the columns are there, with texts or lists of texts in them."""
     for column in (*columns, *others):
         if column not in schema.names:
-            raise BadRow(f"{file}: no column {column!r}; the file has {', '.join(map(repr, schema.names))}")
+            raise BadRow(f"{file}: no column {column!r}; the file has {listed(schema.names)}")
     for column, kind in columns.items():
         found = schema.field(column).type
         if not _holds_texts(found, kind):
@@ -127,7 +148,7 @@ def _holds_texts(found: "pa.DataType", kind: type) -> bool:
     return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
 
 
-def _check_buffers(batch: "pa.RecordBatch") -> None:
+def check_buffers(batch: "pa.RecordBatch") -> None:
     """Raises ArrowInvalid where values would lie outside the memory that holds them: pyarrow looks there unasked."""
     for column in batch.columns:
         # As bytes, because texts that are not UTF-8 are faults of their rows.

@@ -11,10 +11,11 @@ from pathlib import Path
 import fsspec
 from tqdm import tqdm
 
-from nomic_jax.data.rows import BadRow, Mark, Scan, sha256_of_file
-from nomic_jax.data.sources import open_file
+from nomic_jax.data.rows import BadRow, Mark, Scan
+from nomic_jax.data.sources import scan_file
 
 PIECE_BYTES = 1 << 25  # of uncompressed rows: what one worker tokenises between two points of restart
+_OF_NOTHING = hashlib.sha256(b"").hexdigest()
 # Where a file system says that a file is another one than before.
 _VERSION_FIELDS = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "generation", "created")
 
@@ -33,7 +34,7 @@ def scan_files(
     Args:
       columns: what the files' rows should have.
       cache_dir: where results are kept; a file that has the size and the time of change of last time is not read again.
-      on_bad_row: "raise", or "skip" to take a file that is broken as one that has the rows before the break.
+      on_bad_row: "raise", or "skip" to pass on the scan of a file that cannot be read to its end.
       executor: reads several files at once.
 
     Raises:
@@ -45,7 +46,7 @@ def scan_files(
     unknown = [i for i, scan in enumerate(scans) if scan is None]
     if unknown:
         run: Callable = map if executor is None else executor.map
-        found = run(_scan, *zip(*((files[i], dict(columns), PIECE_BYTES) for i in unknown)))
+        found = run(scan_file, *zip(*((files[i], dict(columns), (), PIECE_BYTES) for i in unknown)))
         for i, scan in zip(unknown, tqdm(found, "reading", len(unknown), unit=" files", disable=not progress)):
             if scan.broken and on_bad_row == "raise":
                 raise BadRow(scan.broken)
@@ -61,16 +62,11 @@ def check_distinct(hashes: Iterable[tuple[str, str]]) -> None:
     """Raises ValueError if two files have the same content: their rows would count double."""
     first: dict[str, str] = {}
     for file, sha256 in hashes:
+        if sha256 in ("", _OF_NOTHING):
+            continue
         if sha256 in first:
             raise ValueError(f"{first[sha256]} and {file} are the same, byte for byte; remove one of the two")
         first[sha256] = file
-
-
-def _scan(file: str, columns: Mapping[str, type], piece_bytes: int) -> Scan:
-    try:
-        return open_file(file, columns, ()).scan(piece_bytes)
-    except BadRow as error:
-        return Scan(sha256_of_file(file), 0, (), broken=str(error))
 
 
 class _Memory:

@@ -14,7 +14,7 @@ import fsspec.compression
 import fsspec.utils
 import numpy as np
 
-from nomic_jax.data.rows import BadRow, FileRows, Mark, RawRow, Scan
+from nomic_jax.data.rows import BadRow, FileRows, Mark, RawRow, Scan, named_if_unreadable
 
 CHUNK = 1 << 22  # bytes looked at together
 INDEX_BYTES = 1 << 16  # between two places where random access can start
@@ -75,14 +75,18 @@ class JsonlRows(FileRows):
         sha256, ends_sha256 = hashlib.sha256(), hashlib.sha256()
         marks: list[Mark] = []
         row = line = 0
-        byte = 0  # where the line that begins ``rest`` starts
-        rest, broken = b"", ""
-        with fsspec.open(self.file, "rb") as stored:
+        byte = 0  # where the line that begins ``parts`` starts
+        parts: list[bytes] = []  # of a line that has not ended; put together once, however long it is
+        broken = ""
+        with named_if_unreadable(self.file), fsspec.open(self.file, "rb") as stored:
             hashing = _HashingReader(stored, sha256)
             chunks = self._chunks(hashing, lambda: line)
             try:
                 for chunk in chunks:
-                    text = rest + chunk
+                    parts.append(chunk)
+                    if chunk and b"\n" not in chunk:
+                        continue
+                    text = b"".join(parts)
                     if not chunk:
                         starts, ends = _lines(text, ends_with_file=True)
                     else:
@@ -104,7 +108,7 @@ class JsonlRows(FileRows):
                         candidates = later[1:]
                     done = int(ends[-1]) if len(ends) else 0
                     byte += done
-                    rest = text[done:]
+                    parts = [text[done:]]
             except BadRow as error:
                 broken = str(error)
             hashing.drain()
@@ -135,7 +139,8 @@ class JsonlRows(FileRows):
             yield
         except (*_BROKEN, OSError) as error:
             if isinstance(error, OSError) and (error.errno is not None or not is_compressed(self.file)):
-                raise  # of the file system; decompressors give no number
+                with named_if_unreadable(self.file):
+                    raise  # of the file system; decompressors give no number
             raise BadRow(
                 f"{self.file}: the compressed file breaks off after line {lines_read()} ({error}); fetch it again"
             ) from error

@@ -1,7 +1,8 @@
 """Batches of labelled texts, or pairs of texts, to finetune a classifier on."""
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import TokenStore
 
 ROWS_PER_CALL = 10_000
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class LabelledRows(TokenStore):
@@ -31,12 +33,14 @@ class LabelledRows(TokenStore):
         self, files: str, columns: Sequence[str], num_labels: int, tokenizer: Tokenizer, seq_len: int, name: str = ""
     ):
         """Raises BadRow: a column is missing or no text, or a label is none of the task's; FileNotFoundError."""
-        rows = list(read_rows(files, dict.fromkeys(columns, str), others=("label",), allow_empty=True))
+        check = functools.partial(_check_label, num_labels=num_labels)
+        kinds = dict.fromkeys(columns, str)
+        rows = list(read_rows(files, kinds, others=("label",), allow_empty=True, further_check=check))
         if not rows:
             raise BadRow(f"{files}: no rows")
         self.ids = encode_rows(tokenizer, [[row[column] for column in columns] for row in rows], seq_len)
         kind = np.float32 if num_labels == 1 else np.int32
-        self.labels = np.array([_label(row, num_labels, f"{files}: row {i}") for i, row in enumerate(rows, 1)], kind)
+        self.labels = np.array([row["label"] for row in rows], kind)
         self.name, self.rows = name or "labelled", len(rows)
         content = hashlib.sha256(repr((num_labels, seq_len, tokenizer.sha256)).encode())
         for ids in self.ids:
@@ -100,12 +104,12 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[Sequence[str]], max_length:
     return ids
 
 
-def _label(row: dict[str, Any], num_labels: int, where: str) -> int | float:
+def _check_label(row: Mapping[str, Any], where: str, num_labels: int) -> None:
     label = row.get("label")
     if num_labels == 1:
-        if isinstance(label, int | float) and not isinstance(label, bool) and np.isfinite(label):
-            return label
-        raise BadRow(f"{where}: the label is {label!r}; write a number")
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < num_labels:
-        return label
-    raise BadRow(f"{where}: the label is {label!r}; write 0 to {num_labels - 1} (rows without a label cannot be used)")
+        if not isinstance(label, int | float) or isinstance(label, bool) or not abs(label) <= _LARGEST:
+            raise BadRow(f"{where}: the label is {label!r}; write a number")
+    elif not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_labels:
+        raise BadRow(
+            f"{where}: the label is {label!r}; write 0 to {num_labels - 1} (rows without a label cannot be used)"
+        )

@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING
 
 import fsspec
 
-from nomic_jax.data.arrow import check_schema, numbered_rows
-from nomic_jax.data.rows import BadRow, FileRows, RawRow, Scan, marks_of_sizes, sha256_of_file
+from nomic_jax.data.arrow import check_buffers, check_schema, numbered_rows
+from nomic_jax.data.rows import (
+    BadRow,
+    FileRows,
+    Mark,
+    RawRow,
+    Scan,
+    marks_of_sizes,
+    named_if_unreadable,
+    sha256_of_file,
+)
 
 if TYPE_CHECKING:  # imported where it is used: most commands read jsonl only
     import pyarrow as pa
@@ -34,11 +43,18 @@ class ParquetRows(FileRows):
             yield from numbered_rows(self.file, batches, start, stop, None, first)
 
     def scan(self, piece_bytes: int) -> Scan:
-        with open_parquet(self.file) as parquet:
-            check_schema(parquet.schema_arrow, self.columns, self.others or (), self.file)
-            groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-            rows, marks = marks_of_sizes(((group.num_rows, group.total_byte_size) for group in groups), piece_bytes)
-        return Scan(sha256_of_file(self.file), rows, marks)
+        rows, broken = 0, ""
+        marks: tuple[Mark, ...] = ()
+        try:
+            with open_parquet(self.file) as parquet:
+                groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+                rows, marks = marks_of_sizes(((group.num_rows, group.total_byte_size) for group in groups), piece_bytes)
+                check_schema(parquet.schema_arrow, self.columns, self.others or (), self.file)
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=self.wanted):
+                    check_buffers(batch)
+        except BadRow as error:
+            broken = str(error)
+        return Scan(sha256_of_file(self.file), rows, marks, broken=broken)
 
 
 @contextlib.contextmanager
@@ -47,10 +63,10 @@ def open_parquet(file: str) -> Iterator["pq.ParquetFile"]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with fsspec.open(file, "rb") as f:
+    with named_if_unreadable(file), fsspec.open(file, "rb") as f:
         try:
             # Bytes come in as they are decoded: by default a column's of a whole row group, often all, are read ahead.
-            yield pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False)
+            yield pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise BadRow(f"{file}: not a readable parquet file ({error}); write or fetch it again") from error
 

@@ -4,14 +4,14 @@ import contextlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from nomic_jax.data.mixture import COLUMNS, Source, with_prefix
-from nomic_jax.data.rows import BadRow, Mark, RejectedRows
+from nomic_jax.data.rows import BadRow, Mark, Quarantined, RejectedRows
 from nomic_jax.data.sources import open_file, usable_rows, write_json
 from nomic_jax.data.tokenizer import Tokenizer
 
@@ -20,14 +20,14 @@ LENGTH = np.dtype("<u4")
 
 
 class Piece(NamedTuple):
-    """Rows of a file that are tokenised together; without a ``stop``, all up to where the file breaks off."""
+    """Rows of a file that are tokenised together."""
 
     source: Source
     on_bad_row: str
     folder: str
     file: str
     mark: Mark
-    stop: int | None
+    stop: int
     name: str  # of the folder of what is done
 
     @property
@@ -79,8 +79,7 @@ def tokenise_piece(piece: Piece, tokenizer: Tokenizer, advance: Callable[[int], 
             count += len(batch)
             advance(count + rejected.count - seen)
             seen = count + rejected.count
-    is_whole = piece.stop is not None and count + rejected.count == piece.stop - piece.mark.row
-    if not is_whole and not rejected.broken:
+    if count + rejected.count != piece.stop - piece.mark.row:
         raise BadRow(f"{piece.file}: changed while it was read; start again")
     counts = {"rows": count, "rejected": rejected.count, "tokens": tokens}
     write_json(part / "counts.json", counts)
@@ -90,7 +89,12 @@ def tokenise_piece(piece: Piece, tokenizer: Tokenizer, advance: Callable[[int], 
 
 
 def join_pieces(
-    pieces: list[Path], columns: tuple[str, ...], dtype: np.dtype, manifest: dict[str, Any], directory: Path
+    pieces: list[Path],
+    quarantined: Sequence[Quarantined],
+    columns: tuple[str, ...],
+    dtype: np.dtype,
+    manifest: dict[str, Any],
+    directory: Path,
 ) -> None:
     """The store of the pieces, one after the other; it appears complete or not at all."""
     store = pieces[0].with_name("store")
@@ -104,7 +108,10 @@ def join_pieces(
                 _append(piece / f"{column}.ids", f)
     if "negatives" in columns:
         _join_counts(store / "negatives.rows.npy", [piece / "negatives.counts" for piece in pieces])
-    with (store / "rejected.jsonl").open("wb") as f:
+    rejected = RejectedRows(store / "rejected.jsonl")
+    for one in quarantined:
+        rejected.add(BadRow(str(one)), b"")
+    with (store / "rejected.jsonl").open("ab") as f:
         for piece in pieces:
             _append(piece / "rejected.jsonl", f)
     write_json(store / "manifest.json", manifest)

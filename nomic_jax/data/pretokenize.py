@@ -35,7 +35,7 @@ from tqdm import tqdm
 from nomic_jax.data.inventory import scan_files
 from nomic_jax.data.mixture import COLUMNS, Source
 from nomic_jax.data.pieces import Piece, ids_dtype, join_pieces, kinds_of_columns, tokenise_piece
-from nomic_jax.data.rows import Mark, Scan
+from nomic_jax.data.rows import Mark, Quarantined, Scan
 from nomic_jax.data.shards import check_shards
 from nomic_jax.data.sources import check_policy, expand_files
 from nomic_jax.data.tokenizer import Tokenizer
@@ -108,6 +108,8 @@ def pretokenize(
                     _make(directory, files, scans, job, tokenizer, about, pool, progress)
             shutil.rmtree(pieces, ignore_errors=True)
     store = TokenStore(directory)
+    for one in store.quarantined:  # said at every start, not at the first alone
+        tqdm.write(str(one), file=sys.stderr)
     seen = store.rows + store.manifest["rejected"]
     if seen < source.rows:
         raise ValueError(
@@ -227,15 +229,19 @@ def _make(
 ) -> None:
     pieces = [
         [
-            job(file, mark, stop, f"{scan.sha256[:32]}-{mark.row}-{'end' if stop is None else stop}")
-            for mark, stop in _bounds(scan)
+            job(file, mark, stop, f"{scan.sha256[:32]}-{mark.row}-{stop}")
+            for mark, stop in ([] if scan.broken else _bounds(scan))
         ]
         for file, scan in zip(files, scans)
     ]
+    quarantined = [Quarantined(file, scan.broken, scan.rows) for file, scan in zip(files, scans) if scan.broken]
     in_order = list(itertools.chain(*pieces))
     name, kind = identity["source"]["name"], identity["source"]["kind"]
     with tqdm(
-        desc=f"tokenising {name}", unit=" rows", total=sum(scan.rows for scan in scans), disable=not progress
+        desc=f"tokenising {name}",
+        unit=" rows",
+        total=sum(piece.stop - piece.mark.row for piece in in_order),
+        disable=not progress,
     ) as bar:
         if pool is None:
             counts = [tokenise_piece(piece, tokenizer, bar.update) for piece in in_order]
@@ -255,24 +261,32 @@ def _make(
     totals = {
         "rows": sum(file_rows),
         "file_rows": file_rows,
-        "rejected": sum(count["rejected"] for count in counts),
+        "rejected": sum(count["rejected"] for count in counts) + len(quarantined),
+        "quarantined": [one._asdict() for one in quarantined],
         "tokens": {column: sum(count["tokens"][column] for count in counts) for column in COLUMNS[kind]},
     }
     if totals["rows"] == 0:
-        raise ValueError(f"source {name!r} has no usable row ({totals['rejected']} rejected)")
+        reasons = "".join(f"; {one}" for one in quarantined[:3])
+        raise ValueError(f"source {name!r} has no usable row ({totals['rejected']} rejected{reasons})")
     if totals["rejected"]:
         tqdm.write(
-            f"{name}: {totals['rejected']} of {totals['rows'] + totals['rejected']} rows were rejected, see "
+            f"{name}: {totals['rejected']} of {totals['rows'] + totals['rejected']} rows and files were rejected, see "
             f"{directory / 'rejected.jsonl'}",
             file=sys.stderr,
         )
-    join_pieces([piece.path for piece in in_order], COLUMNS[kind], ids_dtype(tokenizer), identity | totals, directory)
+    join_pieces(
+        [piece.path for piece in in_order],
+        quarantined,
+        COLUMNS[kind],
+        ids_dtype(tokenizer),
+        identity | totals,
+        directory,
+    )
 
 
-def _bounds(scan: Scan) -> list[tuple[Mark, int | None]]:
-    """Where its pieces begin and end; the last one of a broken file goes on to where that breaks off."""
-    marks = scan.marks or ((Mark(0),) if scan.broken else ())
-    return list(zip(marks, [*(mark.row for mark in marks[1:]), None if scan.broken else scan.rows]))
+def _bounds(scan: Scan) -> list[tuple[Mark, int]]:
+    """Where its pieces begin and end."""
+    return list(zip(scan.marks, [*(mark.row for mark in scan.marks[1:]), scan.rows]))
 
 
 def _tokenise_in_worker(piece: Piece) -> dict[str, Any]:

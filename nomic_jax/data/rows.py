@@ -1,6 +1,8 @@
 """What a row is: its checks, and the interface that every file format has."""
 
 import abc
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,23 +17,44 @@ from tqdm import tqdm
 
 # A row as the file has it: of jsonl the line, of the other formats the values.
 RawRow = bytes | dict[str, Any]
+MOST_NAMES = 20  # of columns, in a message
+# Of the file itself; what a network or a full table of files says may be otherwise in a minute.
+_UNREADABLE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class BadRow(ValueError):
     """A row or a file that cannot be used; the message names file, line or row, and what is wrong with it."""
 
 
+class Quarantined(NamedTuple):
+    """A file that cannot be read to its end: none of its rows is used, as those before the break may be damaged too.
+
+    Attributes:
+      reason: what is wrong, beginning with the file's name.
+      rows_at_least: so many are known of.
+    """
+
+    file: str
+    reason: str
+    rows_at_least: int
+
+    def __str__(self) -> str:
+        lost = f"{self.rows_at_least:,} or more" if self.rows_at_least else "nobody knows how many"
+        return f"set aside: {self.reason}; none of its rows ({lost}) is used"
+
+
 class RejectedRows:
     """Counts rows that were skipped and keeps them, with the reason, in a side file next to the output.
 
     Attributes:
-      count: rows, and files that broke off.
-      broken: files that broke off.
+      count: entries of the side file: rows, and one for each quarantined file.
+      quarantined: files that were set aside.
     """
 
     def __init__(self, side_file: str | os.PathLike):
         self.side_file = Path(side_file)
-        self.count = self.broken = 0
+        self.count = 0
+        self.quarantined: list[Quarantined] = []
         # Left by a run that was killed: this run meets the same rows again.
         self.side_file.unlink(missing_ok=True)
 
@@ -41,11 +64,10 @@ class RejectedRows:
         with self.side_file.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"reason": str(error), "row": raw.decode("utf-8", "replace")}) + "\n")
 
-    def add_rest(self, error: BadRow) -> None:
-        """A file that cannot be read any further: one entry, because nobody knows how many rows are lost."""
-        self.broken += 1
-        self.add(error, b"")
-        tqdm.write(f"{error}; what follows is left out", file=sys.stderr)
+    def quarantine(self, one: Quarantined) -> None:
+        self.quarantined.append(one)
+        self.add(BadRow(str(one)), b"")
+        tqdm.write(str(one), file=sys.stderr)
 
 
 class Mark(NamedTuple):
@@ -60,11 +82,11 @@ class Scan(NamedTuple):
     """What one pass over a file finds out.
 
     Attributes:
-      sha256: of its bytes as they are stored.
-      rows: of the file, bad ones included.
+      sha256: of its bytes as they are stored; empty if not even those can be read.
+      rows: of the file, bad ones included; of a broken one those that are known of.
       marks: where the pieces of the file begin, the first one at row 0.
       ends_sha256: of jsonl, the digest of all rows' ends (int64 bytes), to compare the original's offsets with.
-      broken: why the file cannot be read beyond these rows; empty if it can.
+      broken: why the file cannot be read to its end; empty if it can.
     """
 
     sha256: str
@@ -116,9 +138,16 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
     if not isinstance(raw, bytes):
         return raw
     try:
-        row = json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        if text.startswith("\ufeff"):
+            raise BadRow(f"{where}: begins with a byte order mark; save the file as UTF-8 without one")
+        if text.lstrip().startswith("["):  # perhaps the whole file in one line: to parse it would take minutes
+            raise BadRow(f"{where}: expected an object with named columns, found a list; write one row a line")
+        row = _JSON.decode(text)
     except UnicodeDecodeError as error:
         raise BadRow(f"{where}: not valid UTF-8 ({error})") from error
+    except BadRow:
+        raise
     except ValueError as error:  # also of a number with too many digits
         raise BadRow(f"{where}: broken JSON ({error})") from error
     except RecursionError:
@@ -128,11 +157,24 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
     return row
 
 
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values under one key, Python would drop the first unseen."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} is given twice")
+    return row
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_each_key_once)
+
+
 def check_row(row: Mapping[str, Any], columns: Mapping[str, type], allow_empty: bool, where: str) -> None:
     """Raises BadRow unless the row has the columns, with texts (or lists of texts) in them."""
     for column, kind in columns.items():
         if column not in row:
-            raise BadRow(f"{where}: no column {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
+            raise BadRow(f"{where}: no column {column!r}; the row has {listed(row) or 'none'}")
         if isinstance(row[column], bytes):
             raise BadRow(f"{where}: column {column!r} is not valid UTF-8")
         texts = row[column] if kind is list else [row[column]]
@@ -150,9 +192,27 @@ def check_row(row: Mapping[str, Any], columns: Mapping[str, type], allow_empty: 
                 raise BadRow(f"{where}: column {column!r} holds half of a surrogate pair, which is no text")
 
 
+def listed(names: Collection[str]) -> str:
+    """In a message."""
+    some = ", ".join(repr(name[:80]) for name in list(names)[:MOST_NAMES])
+    return some if len(names) <= MOST_NAMES else f"{some} and {len(names) - MOST_NAMES:,} more"
+
+
+@contextlib.contextmanager
+def named_if_unreadable(file: str) -> Iterator[None]:
+    """Makes a BadRow of what the file system says of a folder in place of a file, of one it may not or cannot read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        raise BadRow(f"{file}: cannot be read ({os.strerror(error.errno)}); write or fetch it again") from error
+
+
 def sha256_of_file(file: str) -> str:
+    """Raises BadRow if the file is a folder, or may not be read."""
     digest = hashlib.sha256()
-    with fsspec.open(file, "rb") as f:
+    with named_if_unreadable(file), fsspec.open(file, "rb") as f:
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -23,7 +23,18 @@ from nomic_jax.data.array_record import ArrayRecordRows, is_array_record
 from nomic_jax.data.arrow import ArrowRows
 from nomic_jax.data.jsonl import JsonlRows
 from nomic_jax.data.parquet import ParquetRows, read_parquet_footer
-from nomic_jax.data.rows import BadRow, FileRows, Mark, RawRow, RejectedRows, check_row, parse_row
+from nomic_jax.data.rows import (
+    BadRow,
+    FileRows,
+    Mark,
+    Quarantined,
+    RawRow,
+    RejectedRows,
+    Scan,
+    check_row,
+    parse_row,
+    sha256_of_file,
+)
 
 __all__ = [
     "BadRow",
@@ -39,6 +50,7 @@ __all__ = [
     "write_rows",
 ]
 
+RowCheck = Callable[[Mapping[str, Any], str], None]
 MOST_FILES = 1_000_000
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet", ".arrow")
 
@@ -243,6 +255,7 @@ def read_rows(
     allow_empty: bool = False,
     on_bad_row: str = "raise",
     rejected: RejectedRows | None = None,
+    further_check: RowCheck = lambda row, where: None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the files that match, in order, each checked to hold the columns. Files are read as the rows are taken.
 
@@ -254,17 +267,44 @@ def read_rows(
       allow_empty: take empty texts too.
       on_bad_row: "raise", or "skip" to hand bad rows to ``rejected`` and go on.
       rejected: required for "skip".
+      further_check: (row, where it stands) -> None; raises BadRow.
 
     Raises:
       BadRow: broken JSON or UTF-8, a missing column, a wrong type, an empty text; a cut gzip, a broken or empty file, a
-        parquet file without the columns. Skipped, a file that cannot be read any further is one entry in ``rejected``.
+        parquet file without the columns. Skipping, each file is read to its end first; one that cannot be is one entry
+        in ``rejected``, and none of its rows comes.
     """
     check_policy(on_bad_row)
     if on_bad_row == "skip" and rejected is None:
         raise ValueError('on_bad_row="skip" needs `rejected`, so that no row is lost unseen')
     for file in expand_files(pattern):
-        rows = open_file(file, columns, others)
-        yield from usable_rows(rows.numbered(), columns, others, allow_empty, on_bad_row, rejected)
+        if rejected is None or is_readable(file, columns, others, on_bad_row, rejected):
+            rows = open_file(file, columns, others)
+            yield from usable_rows(rows.numbered(), columns, others, allow_empty, on_bad_row, rejected, further_check)
+
+
+def is_readable(
+    file: str, columns: Mapping[str, type], others: Collection[str] | None, on_bad_row: str, rejected: RejectedRows
+) -> bool:
+    """Under "skip", False of a file that cannot be read to its end, which ``rejected`` sets aside; True otherwise."""
+    if on_bad_row == "raise":
+        return True
+    scan = scan_file(file, columns, others, 1 << 62)
+    if scan.broken:
+        rejected.quarantine(Quarantined(file, scan.broken, scan.rows))
+    return not scan.broken
+
+
+def scan_file(file: str, columns: Mapping[str, type], others: Collection[str] | None, piece_bytes: int) -> Scan:
+    """``FileRows.scan``; what is wrong with the file is in ``broken``."""
+    try:
+        return open_file(file, columns, others).scan(piece_bytes)
+    except BadRow as error:
+        broken = str(error)
+    try:
+        return Scan(sha256_of_file(file), 0, (), broken=broken)
+    except BadRow:
+        return Scan("", 0, (), broken=broken)
 
 
 def check_policy(on_bad_row: str) -> None:
@@ -279,14 +319,10 @@ def usable_rows(
     allow_empty: bool,
     on_bad_row: str,
     rejected: RejectedRows | None,
-    further_check: Callable[[Mapping[str, Any], str], None] = lambda row, where: None,
+    further_check: RowCheck = lambda row, where: None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of ``FileRows.numbered`` that can be used; see ``read_rows``.
-
-    Args:
-      further_check: (row, where) -> None; raises BadRow.
-    """
-    for where, raw in numbered if on_bad_row == "raise" else _up_to_break(numbered, rejected):
+    """The rows of ``FileRows.numbered`` that can be used; see ``read_rows``. A file that breaks off raises BadRow."""
+    for where, raw in numbered:
         try:
             row = parse_row(raw, where)
             check_row(row, columns, allow_empty, where)
@@ -298,14 +334,6 @@ def usable_rows(
             rejected.add(error, raw if isinstance(raw, bytes) else json.dumps(raw, default=str).encode())
             continue
         yield _chosen(row, columns, others)
-
-
-def _up_to_break(numbered: Iterator[tuple[str, RawRow]], rejected: RejectedRows | None) -> Iterator[tuple[str, RawRow]]:
-    try:
-        yield from numbered
-    except BadRow as error:
-        assert rejected is not None
-        rejected.add_rest(error)
 
 
 def _chosen(row: dict[str, Any], columns: Mapping[str, type], others: Collection[str] | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from nomic_jax.data.batching import flat_places
 from nomic_jax.data.mixture import COLUMNS
+from nomic_jax.data.rows import Quarantined
 from nomic_jax.data.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -60,21 +61,37 @@ class TokenStore:
       rows: of all files, without rejected ones.
       file_rows: of each file, in the order of files.
       fingerprint: of the files' content, columns, prefixes and tokenizer.
+      quarantined: files that were set aside, as they could not be read.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = directory = Path(directory)
-        self.manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        if self.manifest["format"] != FORMAT:
-            raise ValueError(f"{directory} has token format {self.manifest['format']}, this version reads {FORMAT}")
+        try:
+            self.manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+            if self.manifest["format"] != FORMAT:
+                raise ValueError(f"its token format is {self.manifest['format']}, this version reads {FORMAT}")
+            self._open(directory)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+            raise ValueError(
+                f"{directory} cannot be used ({type(error).__name__}: {error}); delete that folder, and its source is "
+                f"tokenised again"
+            ) from error
+
+    def _open(self, directory: Path) -> None:
         self.name: str = self.manifest["source"]["name"]
         self.rows: int = self.manifest["rows"]
         self.file_rows: list[int] = self.manifest["file_rows"]
         self.fingerprint: str = self.manifest["fingerprint"]
+        # Stores of before have no such entry.
+        self.quarantined = [Quarantined(**one) for one in self.manifest.get("quarantined", [])]
         columns = COLUMNS[self.manifest["source"]["kind"]]
         self.columns = {column: RaggedTokens(directory, column) for column in columns}
         if "negatives" in columns:
             self.negative_rows = np.load(directory / "negatives.rows.npy", mmap_mode="r")
+        texts = {column: self.negative_rows[-1] if column == "negatives" else self.rows for column in columns}
+        for column, tokens in self.columns.items():
+            if len(tokens) != texts[column] or tokens.offsets[-1] != len(tokens.ids):
+                raise ValueError(f"{column}.ids.npy and {column}.offsets.npy do not fit together")
 
     def __len__(self) -> int:
         return self.rows

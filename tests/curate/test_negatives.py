@@ -1,7 +1,9 @@
 """Mined negatives against brute force over all documents."""
 
+import gzip
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from nomic_jax.curate.mixtures import mine_mixture
 from nomic_jax.curate.negatives import MiningOptions, mine_negatives
 from nomic_jax.curate.texts import TextFile, TextFileWriter
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.data.sources import BadRow, read_rows, write_rows
+from nomic_jax.data.sources import BadRow, json_line, read_rows, write_rows
 
 OUTPUTS = ("triplets.jsonl", "summary.json", "report.md")
 
@@ -262,7 +264,7 @@ def test_a_list_of_positives_is_as_many_triplets(tmp_path):
 def test_a_row_without_positives_is_a_bad_row(tmp_path):
     file = tmp_path / "lists.jsonl"
     write_rows(file, [{"query": f"topic{i} q", "document": [f"topic{i} d{i}"] if i != 3 else []} for i in range(12)])
-    with pytest.raises(BadRow, match=r"lists\.jsonl: row 4 .*'topic3 q'.*empty list"):
+    with pytest.raises(BadRow, match=r"lists\.jsonl:4: column 'document' is an empty list"):
         mine(str(file), tmp_path / "out", num_negatives=1, margin=0)
     output = tmp_path / "skipped"
     options = MiningOptions(num_negatives=1, margin=0)
@@ -343,6 +345,40 @@ datasets:
         rows_of_source = list(read_rows(source.files, dict(zip(source.columns, (str, str, list)))))
         assert len(rows_of_source) == mined["written"] > 0
         assert all(len(row["negatives"]) >= 2 for row in rows_of_source)
+
+
+def test_files_that_cannot_be_read_are_set_aside(files, tmp_path):
+    """Of rows and of the corpus; mended, the message says what to delete, and what was written before is not taken."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    whole = gzip.compress(b"".join(json_line(row | {"query": f"another {row['query']}"}) for row in make_rows()))
+    write_rows(shards / "0.jsonl", make_rows())
+    (shards / "1.jsonl.gz").write_bytes(whole[:-9])
+    (tmp_path / "corpus.parquet").mkdir()
+    corpus = f"{tmp_path}/{{corpus.jsonl,corpus.parquet}}"
+    output, options = tmp_path / "out", MiningOptions(num_negatives=1)
+
+    def mine_skipping():
+        encoder = FakeTeacher().encoder()
+        return mine_negatives(str(shards), output, encoder, options, corpus=corpus, on_bad_row="skip", progress=False)
+
+    summary = mine_skipping()
+    expected, _ = mine(files, tmp_path / "expected", corpus=str(tmp_path / "corpus.jsonl"), num_negatives=1)
+    assert (output / "triplets.jsonl").read_bytes() == (tmp_path / "expected" / "triplets.jsonl").read_bytes()
+    cut, folder = summary["quarantined"]
+    assert cut["file"] == f"{shards}/1.jsonl.gz" and "breaks off after line" in cut["reason"]
+    assert folder == {
+        "file": f"{tmp_path}/corpus.parquet",
+        "reason": f"{tmp_path}/corpus.parquet: cannot be read (Is a directory); write or fetch it again",
+        "rows_at_least": 0,
+    }
+    assert summary["rejected"] == 2 == len(read(output / "rejected.jsonl"))
+    assert summary["written"] == expected["written"] and cut["file"] in (output / "report.md").read_text()
+    (shards / "1.jsonl.gz").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"1\.jsonl\.gz was .* \(it was set aside, as it could not be read\).* delete"):
+        mine_skipping()
+    shutil.rmtree(output / "work")
+    assert mine_skipping()["rows"] == 120
 
 
 def test_rows_that_declare_their_columns_declare_triplets(files, tmp_path):

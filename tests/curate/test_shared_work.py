@@ -1,13 +1,6 @@
-"""Several processes on one output, killed at random moments: the bytes of one that was left alone."""
+"""What several processes on one output share; tests/faults/curation.py kills them."""
 
-import itertools
 import json
-import os
-import random
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,37 +11,6 @@ from nomic_jax.curate.rows import CountedRows, count_rows, equal_blocks
 from nomic_jax.curate.work import claim, hold_settings
 from nomic_jax.data.sources import write_rows
 
-ROOT = Path(__file__).parent.parent.parent
-KILLS = int(os.environ.get("NOMIC_JAX_KILLS", 3))  # of each kind
-
-WORKER = """
-import sys, time, zlib
-import numpy as np
-from nomic_jax.curate import embed, neighbours, work
-from nomic_jax.curate.consistency import FilterOptions, filter_pairs
-from nomic_jax.curate.embed import Encoder
-from nomic_jax.curate.negatives import MiningOptions, mine_negatives
-
-embed.TEXTS_PER_FILE, neighbours.QUERIES_PER_FILE, work.WAIT_SECONDS = 16, 16, 0.05
-
-def encode(texts):
-    time.sleep(0.02)
-    x = np.stack([np.random.default_rng(zlib.crc32(text.split("-")[0].encode())).normal(size=8) for text in texts])
-    x += np.stack([np.random.default_rng(zlib.crc32(text.encode())).normal(size=8) for text in texts]) / 2
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-encoder, (kind, files, output) = Encoder(encode, encode, {"model": "fake"}), sys.argv[1:]
-print("ready", flush=True)
-if kind == "filter":
-    filter_pairs(files, output, encoder, FilterOptions(block_size=25), progress=False)
-else:
-    mine_negatives(files, output, encoder, MiningOptions(num_negatives=3), progress=False)
-"""
-OUTPUTS = {
-    "filter": ("kept.jsonl", "scores.jsonl", "summary.json", "report.md"),
-    "mine": ("triplets.jsonl", "summary.json", "report.md"),
-}
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> str:
@@ -57,44 +19,6 @@ def files(tmp_path_factory) -> str:
         rows = [{"query": f"topic{i % 37}-q{shard}.{i}", "document": f"topic{i % 37}-d{i}"} for i in range(100)]
         write_rows(folder / f"shard-{shard}.jsonl", rows)
     return str(folder)
-
-
-def start(kind: str, files: str, output: Path, workers: int = 1) -> list[subprocess.Popen]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER, kind, files, str(output)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(workers)]
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return processes
-
-
-def finish(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-2000:]
-
-
-@pytest.mark.parametrize("kind", ["filter", "mine"])
-def test_killed_at_random_by_one_two_and_four_workers(files, tmp_path, kind):
-    finish(start(kind, files, tmp_path / "whole"))
-    expected = {name: (tmp_path / "whole" / name).read_bytes() for name in OUTPUTS[kind]}
-    assert all(len(content) > 200 for content in expected.values())
-    rng, kills = random.Random(0), 0
-    for attempt in itertools.count():
-        workers, output = (1, 2, 4)[attempt % 3], tmp_path / f"killed{attempt}"
-        processes = start(kind, files, output, workers)
-        time.sleep(rng.uniform(0, 0.8 / workers))
-        victim = processes.pop()
-        kills += victim.poll() is None
-        victim.kill()
-        victim.communicate()
-        # With other workers at it, they take up its work; the last one alone has to be started again.
-        finish(processes or start(kind, files, output))
-        for name, content in expected.items():
-            assert (output / name).read_bytes() == content, (workers, name)
-        if kills >= KILLS:
-            break
 
 
 def test_a_claim_is_exclusive_and_can_be_taken_again(tmp_path):

@@ -169,7 +169,7 @@ FILE_FAULTS = {
 
 @pytest.mark.parametrize("fault", FILE_FAULTS)
 def test_a_bad_file(tmp_path, tokenizer, fault):
-    """An error, or skipped from the break on: one entry, and the rows before it and of the other files are there."""
+    """An error, or set aside: one entry, none of its rows, and those of the other files."""
     form, damage, message = FILE_FAULTS[fault]
     name, _ = write(form, tmp_path, MANY)
     damage(tmp_path)
@@ -184,11 +184,11 @@ def test_a_bad_file(tmp_path, tokenizer, fault):
     store = pretokenize(source(both), tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
     entries = (store.directory / "rejected.jsonl").read_text().splitlines()
     assert message in json.loads(entries[-1])["reason"] and store.manifest["rejected"] == len(entries)
-    assert len(entries) == 1 or fault == "damaged gzip"  # which decompresses to broken lines, up to the checksum
-    before, whole = store.file_rows
-    assert whole == len(GOOD) and 0 <= before < len(MANY)
-    assert before > 500 or fault not in ("cut gzip", "damaged gzip")
-    expected = tokenizer.encode([row["query"] for row in [*MANY[:before], *GOOD]])
+    assert len(entries) == 1 and store.file_rows == [0, len(GOOD)]
+    (quarantined,) = store.quarantined
+    assert quarantined.file == f"{tmp_path}/rows.{form}" and message in quarantined.reason
+    assert quarantined.rows_at_least > 500 or fault not in ("cut gzip", "damaged gzip")
+    expected = tokenizer.encode([row["query"] for row in GOOD])
     assert [store.columns["query"][i].tolist() for i in range(store.rows)] == [ids.tolist() for ids in expected]
 
 

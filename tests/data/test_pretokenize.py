@@ -112,8 +112,8 @@ def test_a_full_disk_is_explained(shards, tokenizer, tmp_path, monkeypatch):
 def test_files_are_read_once_until_they_change(shards, tokenizer, tmp_path, monkeypatch):
     source = source_of(shards)
     first = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
-    read, scan = [], inventory._scan
-    monkeypatch.setattr(inventory, "_scan", lambda file, *more: read.append(file) or scan(file, *more))
+    read, scan = [], inventory.scan_file
+    monkeypatch.setattr(inventory, "scan_file", lambda file, *more: read.append(file) or scan(file, *more))
     again = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
     assert again.fingerprint == first.fingerprint and read == []
     changed = shards / "2.jsonl"

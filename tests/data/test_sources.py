@@ -4,13 +4,24 @@ import datetime
 import decimal
 import gzip
 import json
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nomic_jax.data import jsonl
 from nomic_jax.data.mixture import MixtureError, read_mixture, with_prefix
-from nomic_jax.data.sources import BadRow, RejectedRows, expand_files, read_parquet_footer, read_rows, write_rows
+from nomic_jax.data.rows import Mark
+from nomic_jax.data.sources import (
+    BadRow,
+    RejectedRows,
+    expand_files,
+    open_file,
+    read_parquet_footer,
+    read_rows,
+    write_rows,
+)
 
 GOOD = {"query": "q", "document": "d"}
 FAULTS = {
@@ -49,20 +60,42 @@ def test_skipped_rows_are_counted_and_kept(tmp_path):
     assert len(kept) == len(FAULTS) and all(str(path) in row["reason"] for row in kept)
 
 
-def test_the_rest_of_a_cut_gzip_is_one_rejected_entry(tmp_path, capfd):
+def test_files_that_cannot_be_read_to_their_end_are_set_aside(tmp_path, capfd):
     whole = gzip.compress((json.dumps(GOOD) + "\n").encode() * 50_000)
     (tmp_path / "0.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "1.jsonl").touch()
     lines(tmp_path / "2.jsonl", json.dumps(GOOD).encode())
+    (tmp_path / "3.jsonl").mkdir()
     with pytest.raises(BadRow, match="breaks off after line"):
         list(read_rows(tmp_path, {"query": str}))
     rejected = RejectedRows(tmp_path / "rejected.json")
     rows = list(read_rows(tmp_path, {"query": str}, on_bad_row="skip", rejected=rejected))
-    assert 20_000 < len(rows) < 30_000 and rejected.count == rejected.broken == 2
+    assert rows == [GOOD] and rejected.count == len(rejected.quarantined) == 3
     reasons = [json.loads(line)["reason"] for line in rejected.side_file.read_text(encoding="utf-8").splitlines()]
-    assert f"{tmp_path}/0.jsonl.gz: the compressed file breaks off after line {len(rows) - 1} " in reasons[0]
-    assert f"{tmp_path}/1.jsonl: the file is empty" in reasons[1]
-    assert f"{reasons[0]}; what follows is left out" in capfd.readouterr().err
+    known = rejected.quarantined[0].rows_at_least
+    assert 20_000 < known < 30_000 and f"none of its rows ({known:,} or more) is used" in reasons[0]
+    assert f"{tmp_path}/0.jsonl.gz: the compressed file breaks off after line {known} " in reasons[0]
+    assert f"{tmp_path}/1.jsonl: the file is empty" in reasons[1] and "nobody knows how many" in reasons[1]
+    assert f"{tmp_path}/3.jsonl: cannot be read (Is a directory)" in reasons[2]
+    assert all(reason in capfd.readouterr().err for reason in reasons[:1])
+
+
+def test_a_line_of_many_chunks_is_read_in_linear_time(tmp_path, monkeypatch):
+    """Joined anew with each chunk, its bytes would be copied 16,000 times."""
+    monkeypatch.setattr(jsonl, "CHUNK", 1 << 10)
+    row = json.dumps({"text": "x" * (1 << 24)}).encode()
+    (tmp_path / "rows.jsonl").write_bytes(row + b"\n" + row)
+    began = time.process_time()
+    scan = open_file(str(tmp_path / "rows.jsonl"), {"text": str}).scan(1 << 25)
+    assert scan.rows == 2 and scan.marks == (Mark(0),) and time.process_time() - began < 5
+
+
+def test_a_key_that_is_given_twice_is_a_fault(tmp_path):
+    path = lines(tmp_path / "rows.jsonl", b'{"query": "q", "m": {"a": 1}}', b'{"query": "q", "m": {"a": 1, "a": 2}}')
+    rows = read_rows(path, {"query": str})
+    next(rows)
+    with pytest.raises(BadRow, match=r"rows\.jsonl:2: broken JSON \(the key 'a' is given twice\)"):
+        next(rows)
 
 
 def test_an_empty_file_is_an_error(tmp_path):
@@ -257,3 +290,25 @@ def test_prefixes_of_a_mixture(tmp_path):
     assert (c.query_prefix, c.document_prefix, c.files) == ("classification", "", "s3://c/x.jsonl")
     assert with_prefix(b.query_prefix, "text") == "clustering: text"
     assert [source.columns for source in read_mixture(str(path), "pair")] == [("query", "document")] * 3
+
+
+def test_a_stream_of_arrow_that_was_cut_between_two_batches_is_broken(tmp_path):
+    """pyarrow reads it as a shorter one."""
+    table = pa.table({"text": ["a", "b", "c", "d"]})
+    with pa.ipc.new_stream(str(tmp_path / "whole.arrow"), table.schema) as f:
+        f.write_table(table, max_chunksize=1)
+    content = (tmp_path / "whole.arrow").read_bytes()
+    assert len(list(read_rows(tmp_path / "whole.arrow", {"text": str}))) == 4
+    cuts = [length for length in range(8, len(content), 8) if rows_by_pyarrow(content[:length]) is not None]
+    assert {rows_by_pyarrow(content[:length]) for length in cuts} == {0, 1, 2, 3, 4}
+    for length in cuts:
+        (tmp_path / "cut.arrow").write_bytes(content[:length])
+        with pytest.raises(BadRow, match=r"cut\.arrow: not a readable Arrow file \(it breaks off"):
+            list(read_rows(tmp_path / "cut.arrow", {"text": str}))
+
+
+def rows_by_pyarrow(content: bytes) -> int | None:
+    try:
+        return pa.ipc.open_stream(content).read_all().num_rows
+    except (pa.ArrowInvalid, OSError):
+        return None

@@ -91,7 +91,7 @@ def test_the_stream_is_a_function_of_the_step(data, tokenizer):
 @pytest.mark.parametrize(
     ("label", "num_labels", "message"),
     [
-        (-1, 2, "row 1: the label is -1; write 0 to 1"),
+        (-1, 2, r"train\.jsonl:1: the label is -1; write 0 to 1"),
         (2, 2, "write 0 to 1"),
         ("yes", 1, "the label is 'yes'; write a"),
     ],

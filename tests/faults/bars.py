@@ -86,7 +86,19 @@ TRAINING: dict[str, Bar] = {
     ),
 }
 
-# R9 data faults, R11 texts, R12 hostile checkpoints, R13 curation.
-DATA_AND_TEXTS: dict[str, Bar] = {}
+DATA_AND_TEXTS: dict[str, Bar] = {
+    "R9": Bar(
+        "damaged data, 23 kinds, end in one line with file, line and reason; skipped, nothing else is lost",
+        "data:damaged_data",
+        dict(places=10, computing=1),
+        dict(places=1, computing=0),
+    ),
+    "R13": Bar(
+        "curation killed at any time, on 1, 2 and 4 workers: the same bytes; a shard that cannot be read is set aside",
+        "curation:curation",
+        dict(kills=50, amid=10, poisons=12),
+        dict(kills=3, amid=0, poisons=1),
+    ),
+}
 
 BARS = TRAINING | DATA_AND_TEXTS

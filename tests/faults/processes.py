@@ -10,11 +10,14 @@ import pickle
 import runpy
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 120  # a process that takes longer hangs
@@ -91,6 +94,8 @@ def fork(run: Callable[[], Any], output: Path, devices: int = 1) -> Process:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        # tqdm's lock is one for all that were forked from here: one that was killed with it would stop the others.
+        tqdm.set_lock(threading.RLock())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         use_devices(devices)

@@ -1,4 +1,4 @@
-"""launch.filter, launch.mine and launch.clean as a user types them: killed and restarted, several at once, on Ray."""
+"""launch.filter, launch.mine and launch.clean as a user types them, and on Ray."""
 
 import importlib.util
 import json
@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from launch.teacher import open_teacher
-from nomic_jax import Embedder, EmbeddingConfig, EncoderConfig
+from nomic_jax import Embedder
 from nomic_jax.data.sources import write_rows
-from nomic_jax.hf import Checkpoint, write_checkpoint
-from nomic_jax.model import init_encoder
+from tests.corpus import pairs_of_words, write_teacher
 
 ROOT = Path(__file__).parent.parent.parent
 FILTERED = ("kept.jsonl", "scores.jsonl", "summary.json", "report.md")
@@ -24,25 +23,16 @@ MINED = ("triplets.jsonl", "summary.json", "report.md")
 
 
 @pytest.fixture(scope="module")
-def teacher(tokenizer, tmp_path_factory) -> Path:
-    """A tiny model of random weights, with nomic's prompts."""
+def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    encoder = EncoderConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
-    params = {"encoder": jax.device_get(init_encoder(jax.random.key(0), encoder))}
-    write_checkpoint(folder, Checkpoint(EmbeddingConfig(encoder), params, tokenizer))
+    write_teacher(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def pairs(minilm, tmp_path_factory) -> Path:
-    words = [word for word in (minilm / "vocab.txt").read_text(encoding="utf-8").split() if word.isalpha()]
-    rng = np.random.default_rng(0)
-    rows = []
-    for number in range(600):
-        document = rng.choice(words, 8).tolist()
-        rows.append({"id": number, "query": " ".join(document[:5]), "document": " ".join(document)})
+def pairs(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    write_rows(file, rows)
+    write_rows(file, pairs_of_words(600))
     return file
 
 
@@ -79,20 +69,10 @@ def same(a: Path, b: Path, names) -> None:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-def test_the_commands_killed_and_restarted(teacher, pairs, tmp_path):
-    common = [f"--input={pairs}", f"--model={teacher}", "--prefixes"]
-    jobs = {
-        "filter": (["launch.filter", *common, "--block_size=60"], 3, FILTERED),
-        "mine": (["launch.mine", *common, "--k=30", "--too_few=random"], 1, MINED),
-    }
-    for kind, (command, pieces, names) in jobs.items():
-        # The whole run and the one to be killed go at the same time, on outputs of their own.
-        whole, killed = start(*command, f"--output={tmp_path / kind}"), tmp_path / f"{kind}-killed"
-        kill_after(start(*command, f"--output={killed}"), killed, pieces)
-        again = [start(*command, f"--output={killed}") for _ in range(2)]
-        for process in (whole, *again):
-            finish(process)
-        same(tmp_path / kind, killed, names)
+def test_scores_are_those_of_the_teacher_with_its_prefixes(teacher, pairs, tmp_path):
+    """How the commands take kills, and share work, is in tests/faults/curation.py."""
+    command = ["launch.filter", f"--input={pairs}", f"--model={teacher}", "--prefixes", "--block_size=60"]
+    finish(start(*command, f"--output={tmp_path / 'filter'}"))
     scores = [json.loads(line) for line in (tmp_path / "filter" / "scores.jsonl").read_text().splitlines()]
     embedder = Embedder.from_pretrained(teacher)
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
