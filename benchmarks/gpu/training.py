@@ -106,7 +106,7 @@ def largest(
     """The largest contrastive batch of which all activations fit: sizes by planned memory, then real steps.
 
     Args:
-      first: pairs to begin with; the sizes tried fill numbers of chunks that training rounds up to (``number_compiled``).
+      first: pairs to begin with; the sizes tried fill as many chunks as training rounds up to.
       limit_gb: memory to stay within; what the device's allocator has, by default.
     """
     started = time.perf_counter()
