@@ -2,14 +2,19 @@
 
 import functools
 import hashlib
+import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 # Tokenised at once: much, because every core takes a share, but the backend holds about 100 bytes for each.
 CHARACTERS_PER_CALL = 4_000_000
+# So many times as long a tokenizer's file may make a text. Those of models replace characters by one or two.
+MOST_GROWTH = 10_000
 
 
 class Tokenizer:
@@ -18,9 +23,16 @@ class Tokenizer:
     Attributes:
       vocab_size: one more than the largest id it can produce.
       sha256: of its complete definition; token files record it, and training refuses tokens of another tokenizer.
+
+    Raises:
+      ValueError: a few letters would fill the memory.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
+        if (growth := _growth(backend.normalizer) * _growth(backend.pre_tokenizer)) > MOST_GROWTH:
+            raise ValueError(
+                f"the tokenizer may make a text {growth:.0e} times as long; no more than {MOST_GROWTH:,} is taken"
+            )
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -101,6 +113,22 @@ def truncate(ids: np.ndarray, max_length: int | None) -> np.ndarray:
     if max_length is None or len(ids) <= max_length:
         return ids
     return np.concatenate([ids[: max_length - 1], ids[-1:]])
+
+
+def _growth(component: tokenizers.normalizers.Normalizer | tokenizers.pre_tokenizers.PreTokenizer | None) -> int:
+    return 1 if component is None else _growth_of(json.loads(component.__getstate__()))
+
+
+def _growth_of(step: dict[str, Any]) -> int:
+    """Upper bound of the length that a step of normalisation makes of one character."""
+    inner = step.get("normalizers") or step.get("pretokenizers") or []
+    own = {
+        # An expression may match the empty text between any two characters.
+        "Replace": lambda: len(step["content"]) + ("Regex" in step["pattern"] or not step["pattern"]["String"]),
+        "Prepend": lambda: len(step["prepend"]),
+        "ByteLevel": lambda: 2,
+    }.get(step["type"], lambda: 1)()
+    return max(1, own) * math.prod(map(_growth_of, inner))
 
 
 def _groups(texts: Sequence[str], characters: int) -> Iterator[list[str]]:

@@ -1,6 +1,7 @@
 """The files of a checkpoint directory: JSON and tensors, read with errors that name file, tensor and reason."""
 
 import json
+import os
 import stat
 import struct
 from pathlib import Path
@@ -21,6 +22,10 @@ _SAFE_TORCH = (2, 6)
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read as it should; the message names the tensor, file or field."""
+
+    def __str__(self) -> str:
+        # What a file holds is quoted here, and a terminal would obey the escape sequences in it.
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
 
 
 def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
@@ -44,10 +49,11 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
 def check_file(path: Path) -> int:
     """Its size in bytes.
 
-    Symbolic links are followed, as the hub's cache consists of them; a device or a pipe could be read for ever.
+    A device or a pipe could be read for ever. A link out of the folder could make any file of this machine a part of
+    the model, and of what is exported and published; only the hub's cache consists of such links.
 
     Raises:
-      CheckpointError: it is something else than a file, or cannot be looked at.
+      CheckpointError: it is something else than a file, or lies elsewhere, or cannot be looked at.
       FileNotFoundError: there is none.
     """
     try:
@@ -58,7 +64,17 @@ def check_file(path: Path) -> int:
         raise CheckpointError(f"{path}: cannot be opened ({error})") from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: is no regular file")
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(path.parent)) and not _is_in_hub_cache(target):
+        raise CheckpointError(
+            f"{path}: is a link to {target}, outside of its folder; if that file is meant, put a copy in its place"
+        )
     return status.st_size
+
+
+def _is_in_hub_cache(file: Path) -> bool:
+    """models--ORGANISATION--NAME/blobs/HASH, to which the links of models--ORGANISATION--NAME/snapshots/COMMIT go."""
+    return file.parent.name == "blobs" and file.parent.parent.name.startswith("models--")
 
 
 def _load_json(path: Path) -> Any:

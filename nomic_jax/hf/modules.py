@@ -7,6 +7,7 @@ modules.json lists them in order. Of the many that exist an embedder of ours is 
 The LayerNorm stands for that of nomic-embed-text-v1.5, which is without weights; here it has ones and zeros.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def read_modules(directory: Path) -> dict[str, dict[str, Any]]:
         kind, path = str(module.get("type")).rsplit(".", 1)[-1], module.get("path", "")
         if not isinstance(path, str) or not path.isprintable() or len(path) > 255:
             raise CheckpointError(f"{listing}: the path {path!r} cannot be that of a folder")
-        folder = (directory / path).resolve()
-        if not folder.is_relative_to(directory.resolve()):
+        folder = Path(os.path.realpath(directory / path))
+        if not folder.is_relative_to(os.path.realpath(directory)):
             raise CheckpointError(f"{listing}: {path} lies outside the checkpoint")
         if kind not in _ORDER:
             raise CheckpointError(f"{listing}: module {kind} is not implemented; {', '.join(_ORDER)} are")
