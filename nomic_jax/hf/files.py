@@ -102,7 +102,10 @@ def _parse_json(text: bytes) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON number")
 
-    return json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=refuse)
+    content = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=refuse)
+    if b"\\ud" in text.lower():
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair: no text, and no name
+    return content
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -134,7 +137,9 @@ def _check_header(file: Path, size: int) -> None:
     with file.open("rb") as f:
         length = f.read(8)
         # (Of a header that cannot be, the library says what is wrong.)
-        if len(length) == 8 and (header := struct.unpack("<Q", length)[0]) <= min(size - 8, LARGEST_JSON):
+        if len(length) == 8 and (header := struct.unpack("<Q", length)[0]) <= size - 8:
+            if header > LARGEST_JSON:
+                raise ValueError(f"a header of {header:,} bytes; more than {LARGEST_JSON:,} are not read")
             _parse_json(f.read(header))
 
 
@@ -150,6 +155,8 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(weight_map.values())):
         file = index.parent / name
+        if not name.isprintable() or len(name) > 255:
+            raise CheckpointError(f"{index}: {name[:300]!r} cannot be the name of a file")
         if file.parent != index.parent or name in ("", ".", ".."):
             raise CheckpointError(f"{index} names {name}, which lies outside the checkpoint")
         shard = read_safetensors(file)

@@ -51,10 +51,11 @@ def find_damage(directory: Path) -> str | None:
         return f"there is no {MANIFEST}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
+    if link := next((path for path in sorted(directory.rglob("*")) if path.is_symlink()), None):
+        return f"{link.relative_to(directory)} is a link; what was written here has none"
     for name, size, expected in entries:
         path = directory / name
         try:
-            # A link or a name that leads out of the checkpoint: what is read there is not what was written here.
             if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
                 return f"{name!r} lies outside of the checkpoint"
             status = path.stat()

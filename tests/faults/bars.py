@@ -87,6 +87,13 @@ TRAINING: dict[str, Bar] = {
 }
 
 # R9 data faults, R11 texts, R12 hostile checkpoints, R13 curation.
-DATA_AND_TEXTS: dict[str, Bar] = {}
+DATA_AND_TEXTS: dict[str, Bar] = {
+    "R12": Bar(
+        "a hostile checkpoint runs no code and crashes nothing: it is read, or refused with an error that names it",
+        "hostile:hostile",
+        dict(directories=999, runs=999, edits=1500, records=200, bytes=300, commands=36),
+        dict(directories=60, runs=10, edits=60, records=10, bytes=12, commands=3),
+    ),
+}
 
 BARS = TRAINING | DATA_AND_TEXTS

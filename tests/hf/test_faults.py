@@ -129,9 +129,21 @@ def test_broken_json(exported, content, message):
     ("file", "content", "message"),
     [
         ("modules.json", "{}", "expected a list"),
-        ("modules.json", '[{"type": "x.Dense", "path": "2"}]', "module Dense is not implemented"),
-        ("modules.json", '[{"type": "x.Pooling", "path": "1_Pooling"}]', "expected Transformer -> Pooling"),
-        ("modules.json", '[{"type": "x.Transformer", "path": "../other"}]', "outside the checkpoint"),
+        (
+            "modules.json",
+            '[{"type": "sentence_transformers.models.Dense", "path": "2"}]',
+            "module Dense is not implemented",
+        ),
+        (
+            "modules.json",
+            '[{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]',
+            "expected Transformer -> Pooling",
+        ),
+        (
+            "modules.json",
+            '[{"type": "sentence_transformers.models.Transformer", "path": "../other"}]',
+            "outside the checkpoint",
+        ),
         ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "pooling_mode_max_tokens is not implemented"),
         ("1_Pooling/config.json", '{"pooling_mode": ["mean", "cls"]}', "mean and cls is not implemented"),
         ("1_Pooling/config.json", '{"word_embedding_dimension": 32}', "the width is 32"),
