@@ -88,6 +88,12 @@ TRAINING: dict[str, Bar] = {
 
 # R9 data faults, R11 texts, R12 hostile checkpoints, R13 curation.
 DATA_AND_TEXTS: dict[str, Bar] = {
+    "R11": Bar(
+        "any Unicode text of up to a million characters is one vector of length 1, the same alone and in any batch",
+        "texts:texts",
+        dict(texts=100_000, long=30, alone=8000, broken=2000, whole=12),
+        dict(texts=3000, long=2, alone=100, broken=30, whole=0),
+    ),
     "R12": Bar(
         "a hostile checkpoint runs no code and crashes nothing: it is read, or refused with an error that names it",
         "hostile:hostile",
