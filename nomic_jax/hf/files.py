@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import struct
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,10 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
             f"{'.'.join(map(str, _SAFE_TORCH))} or convert it to safetensors"
         )
     size = check_file(file)
+    if _is_tar(file):
+        raise CheckpointError(
+            f"{file} is a tar of torch < 0.2, which would be unpacked; convert it to safetensors"
+        )
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own and pickle's exceptions, all of which mean: not weights
@@ -200,6 +205,14 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
             raise CheckpointError(f"{file}: tensor {name} is larger than the file ({list(tensor.shape)})")
         tensors[name] = _as_float32(tensor.detach().double().numpy(), name, file)
     return tensors
+
+
+def _is_tar(file: Path) -> bool:
+    try:
+        tarfile.open(file, "r:").close()
+    except (tarfile.TarError, ValueError):
+        return False
+    return True
 
 
 def _as_float32(tensor: np.ndarray, name: str, file: Path) -> np.ndarray:

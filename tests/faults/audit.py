@@ -14,14 +14,14 @@ from typing import Any
 # Never a part of reading.
 FORBIDDEN = {
     "ctypes.dlopen", "marshal.load", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system",
-    "pickle.find_class", "pty.spawn", "shutil.rmtree", "socket.bind", "socket.connect", "socket.getaddrinfo",
+    "pickle.find_class", "pty.spawn", "socket.bind", "socket.connect", "socket.getaddrinfo",
     "socket.gethostbyname", "subprocess.Popen", "webbrowser.open",
 }  # fmt: skip
 # Event -> which of its arguments are paths that it changes.
 CHANGES = {
     "os.chmod": (0,), "os.chown": (0,), "os.link": (1,), "os.mkdir": (0,), "os.remove": (0,), "os.rename": (0, 1),
     "os.rmdir": (0,), "os.symlink": (1,), "os.truncate": (0,), "os.utime": (0,), "shutil.copyfile": (1,),
-    "shutil.move": (0, 1),
+    "shutil.move": (0, 1), "shutil.rmtree": (0,),
 }  # fmt: skip
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 ROOT = Path(__file__).parent.parent.parent
@@ -43,7 +43,9 @@ class Watch:
         writable = [Path(os.path.realpath(path)) for path in writable]
         own = [Path(os.path.realpath(path)) for path in _OWN]
         self._strangers = [Path(os.path.realpath(path)) for path in readable] + writable
-        self._readable, self._writable = self._strangers + own + _MACHINE, [*writable, Path("/dev/null")]
+        self._readable = self._strangers + own + _MACHINE
+        # (Threads write their names there.)
+        self._writable = [*writable, Path("/dev/null"), Path(f"/proc/{os.getpid()}")]
         self._code, self._strict = own, strict
         self.seen: list[str] = []
 
@@ -81,8 +83,10 @@ class Watch:
                 path, self._writable if writes else self._readable, f"opened to {'write' if writes else 'read'}"
             )
         elif event in CHANGES:
+            # (With a descriptor of its folder, as below the one that rmtree tells of, a path says little.)
+            is_relative = event in ("os.remove", "os.rmdir") and arguments[1] >= 0
             for place in CHANGES[event]:
-                if not isinstance(arguments[place], int):
+                if not isinstance(arguments[place], int) and not is_relative:
                     self._check(arguments[place], self._writable, event)
 
     def _is_known(self, name: str) -> bool:

@@ -96,6 +96,7 @@ class Reader:
         self._open, self._write, self._embedder = read_pretrained, write_checkpoint, Embedder
         self._cache = Path(jax.config.jax_compilation_cache_dir)
         self.read = self.refused = 0
+        self._slowest = 0.0
         # What is imported or compiled when something is first read.
         for name in ("plain", "vocabulary", "torch"):
             warm = folder / "cases" / f"warm-{name}"
@@ -115,6 +116,7 @@ class Reader:
                     self._use(case)
                 except ValueError:
                     continue
+        shutil.rmtree(folder / "out" / "exported", ignore_errors=True)
         self._peak = _peak_bytes()
 
     def _use(self, path: Path) -> None:
@@ -164,6 +166,9 @@ class Reader:
         elif words:
             problems.append("was read")
         shutil.rmtree(self._folder / "out" / "exported", ignore_errors=True)
+        if seconds > self._slowest:
+            self._slowest = seconds
+            self._tally.note(slowest=what)
         self._tally.worst(seconds, "seconds for one", limit=SECONDS)
         self._tally.worst((_peak_bytes() - self._peak) / 1e6, "MB more at the peak", limit=MEGABYTES)
         self._tally.held(not problems, what, "; ".join(problems))
@@ -321,11 +326,11 @@ def _command(
         problems.append(f"exit {code}: {text[-1000:]}")
     elif module != "launch.lineage":
         # A tokenizer of letters cannot train on the corpus' settings, which is said as well.
-        is_error = process.last_line().startswith("error: ")
-        if stranger.words and not (code and is_error and model.name in process.last_line()):
-            problems.append(f"exit {code}, said {process.last_line()!r:.500}")
-        if code and not is_error and module != "convert.check":
-            problems.append(f"exit {code} without an error: {process.last_line()!r:.500}")
+        last = [line for line in text.splitlines() if not line.startswith("SEEN")][-1]
+        if stranger.words and not (code and last.startswith("error: ") and model.name in last):
+            problems.append(f"exit {code}, said {last!r:.500}")
+        if code and not last.startswith("error: ") and module != "convert.check":
+            problems.append(f"exit {code} without an error: {last!r:.500}")
     problems += [f"wrote {path.name}" for path in out.rglob("*.py")]
     tally.held(not problems, f"{module} on {stranger.name}", "; ".join(problems))
 
