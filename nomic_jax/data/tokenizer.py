@@ -15,6 +15,7 @@ import tokenizers
 CHARACTERS_PER_CALL = 4_000_000
 # So many times as long a tokenizer's file may make a text. Those of models replace characters by one or two.
 MOST_GROWTH = 10_000
+_UNKNOWN = "a \U00013000 \ua66e"  # a hieroglyph and a letter that one manuscript has
 
 
 class Tokenizer:
@@ -38,7 +39,8 @@ class Tokenizer:
         self.backend = backend
         self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
         # The ids of [CLS] and [SEP] stand in the file a second time, and may be others there.
-        self.vocab_size = max(*self.vocabulary.values(), *backend.encode("a").ids) + 1
+        # (And without the token for unknown words, only they show it.)
+        self.vocab_size = max(*self.vocabulary.values(), *backend.encode(_UNKNOWN).ids) + 1
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -100,12 +102,26 @@ class Tokenizer:
         """Token ids of each text, int32, with special tokens; cut to ``max_length`` ids, the closing [SEP] kept."""
         ids = []
         for group in _groups(texts, CHARACTERS_PER_CALL):
-            encodings = self.backend.encode_batch_fast(group)
+            try:
+                encodings = self.backend.encode_batch_fast(group)
+            except Exception as error:  # the tokenizers package raises bare ones
+                raise ValueError(f"the tokenizer cannot encode a text ({error})") from error
             ids += [truncate(np.array(encoding.ids, np.int32), max_length) for encoding in encodings]
         return ids
 
     def save(self, directory: str | Path) -> None:
         self.backend.save(str(Path(directory) / "tokenizer.json"))
+
+
+def check_unicode(text: str, what: str, index: int) -> None:
+    """Raises ValueError, which names the text as ``what`` ``index``, if no UTF-8 can hold it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} {index} holds half of a surrogate pair at character {error.start}, which is no text; "
+            f'text.encode("utf-8", "replace").decode() makes one of it'
+        ) from None
 
 
 def truncate(ids: np.ndarray, max_length: int | None) -> np.ndarray:

@@ -183,9 +183,7 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
         )
     size = check_file(file)
     if _is_tar(file):
-        raise CheckpointError(
-            f"{file} is a tar of torch < 0.2, which would be unpacked; convert it to safetensors"
-        )
+        raise CheckpointError(f"{file} is a tar of torch < 0.2, which would be unpacked; convert it to safetensors")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own and pickle's exceptions, all of which mean: not weights

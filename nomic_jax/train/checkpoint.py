@@ -34,7 +34,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
+from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, CheckpointError, read_checkpoint
+from nomic_jax.hf.checkpoint import SIMILARITIES
 from nomic_jax.hf.config import config_json, encoder_config
 from nomic_jax.hf.files import check_file
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
@@ -349,7 +350,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
             raise ValueError("earlier should be a list of records")
         read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(earlier))
         if "imported" in record:
-            return dataclasses.replace(read, **_checked_import(record["imported"]))
+            return dataclasses.replace(read, **_checked_import(record["imported"], model))
         return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
 
 
@@ -378,11 +379,16 @@ def _model_of(record: dict[str, Any]) -> EmbeddingConfig:
     return model
 
 
-def _checked_import(fields: dict[str, Any]) -> dict[str, Any]:
+def _checked_import(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, Any]:
     kinds = {"prompts": dict | None, "default_prompt_name": str | None, "similarity": str, "max_length": int | None}
     wrong = next((name for name, kind in kinds.items() if not isinstance(fields[name], kind)), None)
     if wrong or not all(isinstance(text, str) for text in (fields["prompts"] or {}).values()):
         raise TypeError(f"imported.{wrong or 'prompts'} is {fields[wrong or 'prompts']!r}")
+    name, length = fields["default_prompt_name"], fields["max_length"]
+    if fields["similarity"] not in SIMILARITIES or name not in (None, *(fields["prompts"] or NOMIC_PROMPTS)):
+        raise ValueError(f"imported.similarity is {fields['similarity']!r}, imported.default_prompt_name {name!r}")
+    if length is not None and not 2 <= length <= model.encoder.max_positions:
+        raise ValueError(f"imported.max_length is {length}, not within 2..{model.encoder.max_positions}")
     return {name: fields[name] for name in kinds}
 
 

@@ -69,7 +69,8 @@ class Watch:
             if isinstance(code, CodeType) and not self._is_known(code.co_filename):
                 self.seen.append(f"ran code of {code.co_filename!r}, {code.co_name}")
         elif event == "compile":
-            if arguments[1] is not None and not self._is_known(os.fsdecode(arguments[1])):
+            # (<unknown> is parsed only, as tracebacks do with a line; once it is run, that counts.)
+            if arguments[1] not in (None, "<unknown>") and not self._is_known(os.fsdecode(arguments[1])):
                 self.seen.append(f"compiled {arguments[0]!r:.100} of {arguments[1]!r}")
         elif event == "import":
             if arguments[1] and not self._is_known(os.fsdecode(arguments[1])):

@@ -45,6 +45,8 @@ def hostile(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
         what = chosen[number % len(chosen)] if number % 4 else chosen_runs[number // 4 % len(chosen_runs)]
         _command(commands[number % len(commands)], what, number % 4 == 0, number, folder, tally)
     processes.use_devices(1)
+    # Of errors in threads of tensorstore's, which orbax raises as well: they would look for their own source files.
+    sys.excepthook = lambda *_: None
     reader = Reader(folder, tally)
     for number, stranger in enumerate(chosen):
         case = reader.copy("model", f"directory-{number}", stranger)
