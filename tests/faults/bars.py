@@ -91,8 +91,8 @@ DATA_AND_TEXTS: dict[str, Bar] = {
     "R11": Bar(
         "any Unicode text of up to a million characters is one vector of length 1, the same alone and in any batch",
         "texts:texts",
-        dict(texts=100_000, long=30, alone=8000, broken=2000, whole=12),
-        dict(texts=3000, long=2, alone=100, broken=30, whole=0),
+        dict(texts=100_000, long=30, alone=8000, broken=2000, whole=12, tokens=128),
+        dict(texts=2000, long=2, alone=60, broken=20, whole=0, tokens=48),
     ),
     "R12": Bar(
         "a hostile checkpoint runs no code and crashes nothing: it is read, or refused with an error that names it",
