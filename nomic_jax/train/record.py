@@ -125,7 +125,7 @@ def check_format(record: dict[str, Any], path: Path) -> None:
     if found != FORMAT:
         newer = isinstance(found, int) and found > FORMAT
         advice = "update nomic_jax" if newer else "use the version of nomic_jax that wrote it"
-        raise ResumeError(f"{path} has format {found}; this version reads {FORMAT}: {advice}")
+        raise ResumeError(f"{path} has format {found!r:.100}; this version reads {FORMAT}: {advice}")
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:

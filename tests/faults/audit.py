@@ -80,6 +80,9 @@ class Watch:
             if isinstance(path, int) or path is None:
                 return
             writes = bool(set(mode or "") & set("wax+")) or bool((flags or 0) & _WRITES)
+            # (Python looks for the source of what it tells a traceback of, in every folder that it knows.)
+            if not writes and not os.path.exists(path):
+                return
             self._check(
                 path, self._writable if writes else self._readable, f"opened to {'write' if writes else 'read'}"
             )

@@ -100,18 +100,16 @@ def texts(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None
     _compile_all(embedder)
     _round(embedder, [*(drawn.draw() for _ in range(500)), "e\u0301" * (LONGEST // 2), "中" * LONGEST], 20, rng, None)
     resident = [_resident_bytes()]
-    for number, (part, alone, long) in enumerate(
-        zip(*(runs.shares(counts[kind], rounds) for kind in ("texts", "alone", "long")))
-    ):
+    for part, alone, long in zip(*(runs.shares(counts[kind], rounds) for kind in ("texts", "alone", "long"))):
         some = [drawn.draw() for _ in range(part - long)] + [long_ones.pop()() for _ in range(long)]
         _round(embedder, some, alone, rng, tally)
         resident.append(_resident_bytes())
-        tally.note(rounds=number + 1, megabytes_after_rounds=[round(size / 1e6, 1) for size in resident])
     _broken(embedder, drawn, counts["broken"], rng, tally)
     resident.append(_resident_bytes())
-    # From the least there was before: what a first round left behind and the next gave back is no room to grow into.
-    for size, least in zip(resident, itertools.accumulate(resident, min)):
-        tally.worst((size - least) / 1e6, "MB more after a round", limit=50)
+    tally.note(megabytes_after_rounds=[round(size / 1e6, 1) for size in resident])
+    tally.worst((max(resident) - resident[0]) / 1e6, "MB more than after warm-up", limit=50)
+    # What the warm-up left behind and the next rounds gave back is no room for a leak to grow into.
+    tally.worst((resident[-1] - min(resident)) / 1e6, "MB more at the end than the least", limit=50)
     if counts["whole"]:
         _long_texts(embedder.with_settings(max_length=8192), drawn, counts["whole"], tally)
 
