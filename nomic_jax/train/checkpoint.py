@@ -310,6 +310,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
     with _explained(path, "metadata"):
         saved = ocp.checkpointables_metadata(path)
         record = dict(saved.custom_metadata or {})
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
     check_format(record, path)
     with _explained(path, "record"):
         model = _model_of(record)
@@ -334,7 +335,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         raise
     except BaseException as error:  # the tokenizers package raises bare Exceptions, and BaseExceptions where it panics
         raise DamagedCheckpoint(f"{workdir / 'tokenizer.json'}: the tokenizer cannot be read ({error})") from error
-    if tokenizer.sha256 != (trained_with := record.get("tokenizer_sha256", tokenizer.sha256)):
+    if tokenizer.sha256 != (trained_with := str(record.get("tokenizer_sha256", tokenizer.sha256))):
         raise DamagedCheckpoint(
             f"{workdir / 'tokenizer.json'} is damaged or another: step {step} was trained with the tokenizer "
             f"{trained_with[:16]}, this one is {tokenizer.sha256[:16]}; put the right file there"

@@ -98,7 +98,7 @@ DATA_AND_TEXTS: dict[str, Bar] = {
         "a hostile checkpoint runs no code and crashes nothing: it is read, or refused with an error that names it",
         "hostile:hostile",
         dict(directories=999, runs=999, edits=1500, records=200, bytes=300, commands=36),
-        dict(directories=50, runs=8, edits=40, records=8, bytes=10, commands=2),
+        dict(directories=999, runs=10, edits=40, records=8, bytes=10, commands=2),
     ),
 }
 
