@@ -109,7 +109,7 @@ def texts(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None
     resident.append(_resident_bytes())
     tally.note(megabytes_after_rounds=[round(size / 1e6, 1) for size in resident])
     tally.worst((max(resident) - resident[0]) / 1e6, "MB more than after warm-up", limit=50)
-    # What the warm-up left behind is no room for a leak to grow into. Of single rounds the heap's pages, whose level goes
+    # What the warm-up left is no room for a leak to grow into. Of single rounds the pages of the heap, whose level goes
     # up and down by some 50 MB as texts of a million characters come and go, say more than a leak.
     half = len(resident) // 2
     growth = statistics.median(resident[-half:]) - statistics.median(resident[:half])
