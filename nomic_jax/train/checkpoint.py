@@ -34,17 +34,23 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, CheckpointError, read_checkpoint
-from nomic_jax.hf.checkpoint import SIMILARITIES
-from nomic_jax.hf.config import config_json, encoder_config
+from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
 from nomic_jax.hf.files import check_file
-from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
+from nomic_jax.model import abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.train import hosts
 from nomic_jax.train.config import CheckpointConfig
 from nomic_jax.train.loss import init_temperature
 from nomic_jax.train.manifest import MANIFEST, find_damage, hash_files, weight_files, write_manifest
-from nomic_jax.train.record import FORMAT, check_format, check_same_arrays, check_same_run, trained_prompts
+from nomic_jax.train.record import (
+    FORMAT,
+    check_format,
+    check_same_arrays,
+    check_same_run,
+    import_of,
+    model_of,
+    trained_prompts,
+)
 from nomic_jax.train.sharding import make_mesh, replicated
 from nomic_jax.train.state import TrainState
 
@@ -313,7 +319,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
     check_format(record, path)
     with _explained(path, "record"):
-        model = _model_of(record)
+        model = model_of(record)
         abstract = {"encoder": abstract_encoder(model.encoder)}
         if record["has_mlm_head"]:
             abstract["mlm_head"] = abstract_mlm_head(model.encoder)
@@ -351,7 +357,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
             raise ValueError("earlier should be a list of records")
         read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(earlier))
         if "imported" in record:
-            return dataclasses.replace(read, **_checked_import(record["imported"], model))
+            return dataclasses.replace(read, **import_of(record["imported"], model))
         return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
 
 
@@ -365,37 +371,6 @@ def _explained(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise DamagedCheckpoint(f"{path}: its {what} cannot be used ({type(error).__name__}: {reason})") from error
-
-
-def _model_of(record: dict[str, Any]) -> EmbeddingConfig:
-    """Raises one of many errors if the record's model is none."""
-    fields = dict(record["model"])
-    encoder = EncoderConfig(**fields["encoder"])
-    encoder_config(config_json(encoder, ""), "model")  # the ranges that a config.json is held to
-    for field in dataclasses.fields(encoder):
-        value, kind = getattr(encoder, field.name), type(field.default)
-        is_off = value is None and field.name == "rope_scaling_factor"
-        if not is_off and type(value) is not kind and not (kind is float and type(value) is int):
-            raise TypeError(f"model.encoder.{field.name} is {value!r}")
-    model = EmbeddingConfig(**fields | {"encoder": encoder})
-    if not isinstance(model.dim, int | None) or not all(
-        isinstance(x, bool) for x in (model.layer_norm, model.normalize)
-    ):
-        raise TypeError("model.dim, model.layer_norm or model.normalize")
-    return model
-
-
-def _checked_import(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, Any]:
-    kinds = {"prompts": dict | None, "default_prompt_name": str | None, "similarity": str, "max_length": int | None}
-    wrong = next((name for name, kind in kinds.items() if not isinstance(fields[name], kind)), None)
-    if wrong or not all(isinstance(text, str) for text in (fields["prompts"] or {}).values()):
-        raise TypeError(f"imported.{wrong or 'prompts'} is {fields[wrong or 'prompts']!r}")
-    name, length = fields["default_prompt_name"], fields["max_length"]
-    if fields["similarity"] not in SIMILARITIES or name not in (None, *(fields["prompts"] or NOMIC_PROMPTS)):
-        raise ValueError(f"imported.similarity is {fields['similarity']!r}, imported.default_prompt_name {name!r}")
-    if length is not None and not 2 <= length <= model.encoder.max_positions:
-        raise ValueError(f"imported.max_length is {length}, not within 2..{model.encoder.max_positions}")
-    return {name: fields[name] for name in kinds}
 
 
 def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from nomic_jax.train.manifest import MANIFEST, write_manifest
 from tests.corpus import write_small_model
-from tests.faults import processes, runs, strangers
+from tests.faults import processes, runs, stranger_runs, strangers
 from tests.faults.audit import Watch
 from tests.faults.tally import Tally
 from tests.fuzz.strategies import NASTY_VALUES, places
@@ -34,7 +34,7 @@ def hostile(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
     os.chdir(here)
     processes.call(_make, folder, folder=folder)
     # Of more than one kind of each, in an order of their own, so that few are as varied as all.
-    directories, checkpoints = strangers.directories(), strangers.runs()
+    directories, checkpoints = strangers.directories(), stranger_runs.runs()
     chosen = directories[:1] + rng.sample(directories[1:], min(counts["directories"], len(directories)) - 1)
     chosen_runs = checkpoints[:1] + rng.sample(checkpoints[1:], min(counts["runs"], len(checkpoints)) - 1)
     commands = list(_commands(folder))

@@ -43,7 +43,7 @@ class Payload:
         return self.call
 
 
-def _pickles() -> dict[str, bytes]:
+def pickles() -> dict[str, bytes]:
     """Of each way to call something, and one that only names it."""
     calls = {
         "os.system": Payload(),
@@ -242,7 +242,7 @@ def _twice(content: dict) -> bytes:
     return (text[:-1] + ', "emb_ln.bias": ' + json.dumps(content["emb_ln.weight"]) + "}").encode()
 
 
-def _growing(content: dict) -> None:
+def growing(content: dict) -> None:
     step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     content["normalizer"] = {"type": "Sequence", "normalizers": [step] * 60}
 
@@ -255,7 +255,7 @@ def _far_template(content: dict) -> None:
     content["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [10**6]
 
 
-def _far_post_processor(content: dict) -> None:
+def far_post_processor(content: dict) -> None:
     content["post_processor"] = {"type": "BertProcessing", "sep": ["[SEP]", 10**6], "cls": ["[CLS]", 2]}
 
 
@@ -269,7 +269,7 @@ TENSOR = "encoder.layers.0.mlp.fc2.weight"
 def directories() -> list[Stranger]:
     """Hugging Face directories."""
     cases = [Stranger("sound", lambda model, outside: None)]
-    for name, content in _pickles().items():
+    for name, content in pickles().items():
         for form, made in (
             ("pickle", content),
             ("zip", _as_torch_zip(content)),
@@ -282,7 +282,7 @@ def directories() -> list[Stranger]:
         cases.append(
             Stranger(f"pickle of {name} as model.safetensors", write("model.safetensors", content), ("safetensors",))
         )
-    payload = _pickles()["os.system"]
+    payload = pickles()["os.system"]
     cases += [Stranger(f"pickle as {name}", write(name, payload), (name, "not valid JSON")) for name in JSON_FILES]
     cases += [
         Stranger("pickle as tokenizer.json", write("tokenizer.json", payload), ("tokenizer cannot be read",)),
@@ -337,7 +337,7 @@ def directories() -> list[Stranger]:
             for package in ("hostile_module", "this", "os", "sentence_transformersx")
         ),
         Stranger("a module without a package", _modules("1_Pooling", "Pooling"), ("modules.json", "code of its own")),
-        Stranger("Python files by every name", _python_files),
+        Stranger("Python files by every name", python_files),
         Stranger(
             "vocab.txt with a tokenizer class",
             all_of(
@@ -464,8 +464,8 @@ def directories() -> list[Stranger]:
         Stranger("tokenizer: an empty object", write("tokenizer.json", "{}"), ("tokenizer cannot be read",)),
         Stranger("tokenizer: nested", write("tokenizer.json", "[" * 100_000), ("tokenizer cannot be read",)),
         Stranger("tokenizer: an id of 2^32", tokenizer(_far_id), ("tokenizer",)),
-        Stranger("tokenizer: [CLS] far away", tokenizer(_far_post_processor), ("tokenizer", "rows")),
-        Stranger("tokenizer: a text 2^60 times as long", tokenizer(_growing), ("tokenizer", "times as long")),
+        Stranger("tokenizer: [CLS] far away", tokenizer(far_post_processor), ("tokenizer", "rows")),
+        Stranger("tokenizer: a text 2^60 times as long", tokenizer(growing), ("tokenizer", "times as long")),
         Stranger("tokenizer: no words", tokenizer(lambda c: c["model"].update(vocab={})), ("tokenizer",)),
         Stranger("tokenizer: another kind", tokenizer(lambda c: c["model"].update(type="Pickle")), ("tokenizer",)),
         Stranger("tokenizer: 30,000 words", tokenizer(lambda c: c["model"].update(
@@ -480,95 +480,6 @@ def directories() -> list[Stranger]:
     return cases
 
 
-def _python_files(model: Path, _: Path) -> None:
+def python_files(model: Path, _: Path) -> None:
     for name in ("__init__", "conftest", "sitecustomize", "usercustomize", "json", "numpy", "tokenizers", "modeling"):
         (model / f"{name}.py").write_text(CODE, encoding="utf-8")
-
-
-def _record(change: Callable[[dict], Any]) -> Callable[[Path, Path], None]:
-    """What a checkpoint of a run says of itself."""
-
-    def edit(run: Path, _: Path) -> None:
-        file = run / "checkpoints" / "0" / "_CHECKPOINT_METADATA"
-        content = json.loads(file.read_bytes())
-        made = change(content["custom_metadata"])
-        content["custom_metadata"] = content["custom_metadata"] if made is None else made
-        file.write_text(json.dumps(content), encoding="utf-8")
-
-    return edit
-
-
-def _model(**values: Any) -> Callable[[Path, Path], None]:
-    return _record(lambda record: record["model"]["encoder"].update(values))
-
-
-def _manifest(change: Callable[[dict, Path], Any]) -> Callable[[Path, Path], None]:
-    """With a hash that belongs to it; bytes are written as they are."""
-    from nomic_jax.train.manifest import MANIFEST, sha256_of_json
-
-    def edit(run: Path, outside: Path) -> None:
-        file = run / "checkpoints" / "0" / MANIFEST
-        files = json.loads(file.read_bytes())["files"]
-        made = change(files, outside)
-        if not isinstance(made, bytes):
-            made = json.dumps({"files": made, "sha256": sha256_of_json(made)}).encode()
-        file.write_bytes(made)
-
-    return edit
-
-
-def _entry_of(name: str) -> Callable[[Path, Path], None]:
-    """A file that is named in the manifest, with its true hash."""
-    from nomic_jax.train.manifest import sha256_of_file
-
-    def change(files: dict, outside: Path) -> dict:
-        secret = outside / "secret.txt"
-        entry = {"bytes": secret.stat().st_size, "sha256": sha256_of_file(secret)}
-        return files | {name.replace("OUTSIDE", str(outside)): entry}
-
-    return _manifest(change)
-
-
-def _arrays_elsewhere(run: Path, _: Path) -> None:
-    params = run / "checkpoints" / "0" / "params"
-    params.rename(run.parent / f"{run.name}-params")
-    params.symlink_to(run.parent / f"{run.name}-params")
-
-
-def runs() -> list[Stranger]:
-    """Working directories of one checkpoint; all but those of manifests get hashes that fit once they are changed."""
-    return [
-        Stranger("sound", lambda run, outside: None),
-        Stranger("pickles beside the arrays", all_of(
-            write("checkpoints/0/params.pkl", _pickles()["os.system"]), write("args.bin", _pickles()["os.system"]))),
-        Stranger("Python files by every name", _python_files),
-        Stranger("record: another width", _model(hidden_size=16, intermediate_size=16), ("arrays",)),
-        Stranger("record: 10^9 layers", _model(num_layers=10**9), ("record",)),
-        Stranger("record: a width of 2^16", _model(hidden_size=2**16), ("arrays",)),
-        Stranger("record: NaN", _model(layer_norm_eps=float("nan")), ("record",)),
-        Stranger("record: an unknown field", _model(forward="os.system"), ("record",)),
-        Stranger("record: a text for a number", _model(num_heads="2"), ("record",)),
-        Stranger("record: no model", _record(lambda record: record.update(model=5)), ("record",)),
-        Stranger("record: dim", _record(lambda record: record["model"].update(dim=1.5)), ("record",)),
-        Stranger("record: a list", _record(lambda record: [1]), ("cannot be used",)),
-        Stranger("record: nothing", _record(lambda record: {}), ("format",)),
-        Stranger("record: format", _record(lambda record: record.update(format="os.system")), ("format",)),
-        Stranger("record: earlier", _record(lambda record: record.update(earlier=5)), ("record",)),
-        Stranger("record: a head that is not there", _record(lambda r: r.update(has_mlm_head=True)), ("arrays",)),
-        Stranger("record: 10^9 labels", _record(lambda r: r.update(num_labels=10**9)), ("arrays",)),
-        Stranger("record: prompts of numbers", _record(lambda r: r["imported"].update(prompts={"q": 5})), ("record",)),
-        Stranger("record: another tokenizer", _record(lambda r: r.update(tokenizer_sha256="0")), ("tokenizer",)),
-        Stranger("record: nested", write("checkpoints/0/_CHECKPOINT_METADATA", "[" * 100_000), ("cannot be used",)),
-        Stranger("a tokenizer with an id far away", tokenizer(_far_post_processor), ("tokenizer",)),
-        Stranger("a tokenizer of 2^60 letters", tokenizer(_growing), ("tokenizer",)),
-        Stranger("a tokenizer elsewhere", link("tokenizer.json", "OUTSIDE/tokenizer.json"), ("tokenizer", "outside")),
-        Stranger("a tokenizer without end", link("tokenizer.json", "/dev/zero"), ("tokenizer", "regular file")),
-        Stranger("arrays elsewhere", _arrays_elsewhere, ("params is a link",)),
-        Stranger("manifest: ..", _entry_of("../../../../outside/secret.txt"), ("outside",)),
-        Stranger("manifest: a path from the root", _entry_of("OUTSIDE/secret.txt"), ("outside",)),
-        Stranger("manifest: a NUL", _entry_of("a\0b"), ("cannot be the name",)),
-        Stranger("manifest: a folder", _entry_of("params"), ("regular file",)),
-        Stranger("manifest: a list", _manifest(lambda files, outside: [1]), ("damaged",)),
-        Stranger("manifest: entries of nothing", _manifest(lambda files, outside: {"d": {}}), ("damaged",)),
-        Stranger("manifest: nested", _manifest(lambda files, outside: b"[" * 100_000), ("damaged",)),
-    ]  # fmt: skip
