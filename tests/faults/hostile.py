@@ -279,7 +279,7 @@ def _left_behind(here: Path) -> list[str]:
     found = [f"something was run: {path.name}" for path in here.iterdir()]
     for path in here.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return found + [f"{name} was imported" for name in strangers.TRAPS if name in sys.modules]
+    return found + [f"{name} was imported" for name in strangers.TRAPS if sys.modules.pop(name, None)]
 
 
 def _commands(folder: Path) -> list[Callable[[Path, Path], tuple[str, list[str]]]]:
