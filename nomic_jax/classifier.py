@@ -10,7 +10,7 @@ import numpy as np
 
 from nomic_jax.data.batching import length_sorted_batches, pad_right
 from nomic_jax.data.labelled import encode_rows
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokenizer import Tokenizer, check_unicode
 from nomic_jax.model import EncoderConfig, encode
 from nomic_jax.model.heads import classifier_logits
 
@@ -64,6 +64,9 @@ class Classifier:
     def logits(self, texts: Sequence[str] | Sequence[tuple[str, ...]], batch_size: int = 64) -> np.ndarray:
         """float32 [N, labels], in the order of the texts or pairs of texts; one of a regression is its value."""
         rows = [(text,) if isinstance(text, str) else text for text in texts]
+        for i, row in enumerate(rows):
+            for text in row:
+                check_unicode(text, "input", i)
         ids = encode_rows(self.tokenizer, rows, self.max_length)
         out = np.zeros((len(ids), len(self.labels)), np.float32)
         lengths = np.array([len(x) for x in ids], np.int32)

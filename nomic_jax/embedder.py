@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from nomic_jax.data.batching import Shape, length_sorted_batches, pad_right
-from nomic_jax.data.tokenizer import Tokenizer, truncate
+from nomic_jax.data.tokenizer import Tokenizer, check_unicode, truncate
 from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, read_checkpoint
 from nomic_jax.model import EmbeddingConfig, embed
 
@@ -222,6 +222,7 @@ class Embedder:
             raise ValueError(f"truncate_dim {dim} is not within 1..{self.config.encoder.hidden_size}")
         _check_texts(texts)
         prefix = self._prefix(prompt_name, prompt)
+        _check_texts([prefix], "prompt")
         self._warn_of_prefixes(texts, prefix, is_chosen=prompt is not None or prompt_name is not None)
         ids, cut = self._tokenize(texts, prefix)
         if cut:
@@ -378,17 +379,11 @@ def _as_list(inputs: Iterable[str]) -> list[str]:
     return list(inputs)
 
 
-def _check_texts(texts: list[str]) -> None:
+def _check_texts(texts: list[str], what: str = "input") -> None:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"input {i} is {type(text).__name__}, expected a string")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"input {i} holds half of a surrogate pair at character {error.start}, which is no text; "
-                f'text.encode("utf-8", "replace").decode() makes one of it'
-            ) from None
+            raise TypeError(f"{what} {i} is {type(text).__name__}, expected a string")
+        check_unicode(text, what, i)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

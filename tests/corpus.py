@@ -1,4 +1,4 @@
-"""What tests and the fault suite use: a real tokenizer, small files of random words, a teacher of random weights."""
+"""What tests and the fault suite work on: a real tokenizer, small files of random words, models of random weights."""
 
 import importlib.util
 import json
@@ -64,3 +64,22 @@ datasets:
 """,
         encoding="utf-8",
     )
+
+
+def write_small_model(directory: Path) -> None:
+    """A checkpoint directory of few bytes with every file there is, of a tokenizer of letters."""
+    import jax
+    import tokenizers
+
+    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.hf import Checkpoint, write_checkpoint
+    from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "##a", "##b"]
+    backend = tokenizers.implementations.BertWordPieceTokenizer(vocab={word: i for i, word in enumerate(words)})
+    encoder = EncoderConfig(vocab_size=64, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8)
+    params = {"encoder": jax.device_get(init_encoder(jax.random.key(0), encoder))}
+    checkpoint = Checkpoint(EmbeddingConfig(encoder, layer_norm=True), params, Tokenizer(backend._tokenizer))
+    write_checkpoint(directory, checkpoint)
+    stages = [{"stage": "mlm", "config": {"seed": 0}}]
+    (directory / "training.json").write_text(json.dumps(stages), encoding="utf-8")

@@ -8,7 +8,9 @@ The hub's data are downloaded once, to the cache of ``datasets``; those of Tenso
 
 import json
 import os
+import re
 import urllib.parse
+from pathlib import Path
 from typing import Any
 
 from nomic_jax.data.array_record import ArrayRecordRows, is_array_record
@@ -17,6 +19,9 @@ from nomic_jax.data.rows import BadRow
 PREFIXES = ("hf:", "tfds:")
 # Where the hub keeps its own conversion of data sets whose authors wrote a loading script, which nobody runs any more.
 CONVERTED = "refs/convert/parquet"
+# NAMESPACE:NAME would be somebody's code, fetched and executed.
+_TFDS_NAME = re.compile(r"\w+(/[\w.+=-]+)?(:[\d.*]+)?")
+_TFDS_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 
 
 def is_named(pattern: str) -> bool:
@@ -99,6 +104,10 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
         from tensorflow_datasets.core.data_sources.base import file_instructions
     except ImportError as error:
         raise ModuleNotFoundError(f"{name}: needs pip install tensorflow-datasets importlib_resources") from error
+    if not _TFDS_NAME.fullmatch(path):
+        raise ValueError(f"{name}: no name of a prepared data set; write tfds:NAME[/CONFIG][:VERSION]")
+    folder = Path(options.get("data_dir") or "~/tensorflow_datasets").expanduser()
+    _check_features(folder / re.split("[/:]", path)[0], name)
     try:
         source: Any = tfds.data_source(path, split=options["split"], data_dir=options.get("data_dir"), download=False)
         instructions = file_instructions(source.dataset_info, options["split"])
@@ -118,6 +127,23 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
         if is_array_record(file) and (found := len(ArrayRecordRows(file, {}, ()))) != expected:
             raise BadRow(f"{file}: has {found} rows, dataset_info.json says {expected}; prepare the data set again")
     return files
+
+
+def _check_features(folder: Path, name: str) -> None:
+    """Raises BadRow for a features.json that names a class of another package: TensorFlow Datasets would import it."""
+    for file in folder.rglob("features.json"):
+        classes: list[str] = []
+
+        def note(content: dict[str, Any], classes: list[str] = classes) -> None:
+            named = (content.get(key) for key in ("pythonClassName", "python_class_name", "type"))
+            classes.extend(x for x in named if isinstance(x, str) and "." in x)
+
+        try:
+            json.loads(file.read_bytes(), object_hook=note)
+        except ValueError:
+            continue  # it is told of when it is opened
+        if foreign := [x for x in classes if not _TFDS_CLASS.fullmatch(x)]:
+            raise BadRow(f"{name}: {file} names the class {foreign[0]!r}, which is none of tensorflow_datasets")
 
 
 def _first_line(error: BaseException) -> str:

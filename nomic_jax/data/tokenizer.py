@@ -2,14 +2,20 @@
 
 import functools
 import hashlib
+import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 # Tokenised at once: much, because every core takes a share, but the backend holds about 100 bytes for each.
 CHARACTERS_PER_CALL = 4_000_000
+# So many times as long a tokenizer's file may make a text. Those of models replace characters by one or two.
+MOST_GROWTH = 10_000
+_UNKNOWN = "a \U00013000 \ua66e"  # a hieroglyph and a letter that one manuscript has
 
 
 class Tokenizer:
@@ -18,15 +24,23 @@ class Tokenizer:
     Attributes:
       vocab_size: one more than the largest id it can produce.
       sha256: of its complete definition; token files record it, and training refuses tokens of another tokenizer.
+
+    Raises:
+      ValueError: a few letters would fill the memory.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
+        if (growth := _growth(backend.normalizer) * _growth(backend.pre_tokenizer)) > MOST_GROWTH:
+            raise ValueError(
+                f"the tokenizer may make a text {growth:.0e} times as long; no more than {MOST_GROWTH:,} is taken"
+            )
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
         # The ids of [CLS] and [SEP] stand in the file a second time, and may be others there.
-        self.vocab_size = max(*self.vocabulary.values(), *backend.encode("a").ids) + 1
+        # (And without the token for unknown words, only they show it.)
+        self.vocab_size = max(*self.vocabulary.values(), *backend.encode(_UNKNOWN).ids) + 1
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -88,7 +102,10 @@ class Tokenizer:
         """Token ids of each text, int32, with special tokens; cut to ``max_length`` ids, the closing [SEP] kept."""
         ids = []
         for group in _groups(texts, CHARACTERS_PER_CALL):
-            encodings = self.backend.encode_batch_fast(group)
+            try:
+                encodings = self.backend.encode_batch_fast(group)
+            except Exception as error:  # the tokenizers package raises bare ones
+                raise ValueError(f"the tokenizer cannot encode a text ({error})") from error
             ids += [truncate(np.array(encoding.ids, np.int32), max_length) for encoding in encodings]
         return ids
 
@@ -96,11 +113,38 @@ class Tokenizer:
         self.backend.save(str(Path(directory) / "tokenizer.json"))
 
 
+def check_unicode(text: str, what: str, index: int) -> None:
+    """Raises ValueError, which names the text as ``what`` ``index``, if no UTF-8 can hold it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} {index} holds half of a surrogate pair at character {error.start}, which is no text; "
+            f'text.encode("utf-8", "replace").decode() makes one of it'
+        ) from None
+
+
 def truncate(ids: np.ndarray, max_length: int | None) -> np.ndarray:
     """The first ``max_length`` ids with the last one of the whole text (the closing [SEP]) in the last place."""
     if max_length is None or len(ids) <= max_length:
         return ids
     return np.concatenate([ids[: max_length - 1], ids[-1:]])
+
+
+def _growth(component: tokenizers.normalizers.Normalizer | tokenizers.pre_tokenizers.PreTokenizer | None) -> int:
+    return 1 if component is None else _growth_of(json.loads(component.__getstate__()))
+
+
+def _growth_of(step: dict[str, Any]) -> int:
+    """Upper bound of the length that a step of normalisation makes of one character."""
+    inner = step.get("normalizers") or step.get("pretokenizers") or []
+    own = {
+        # An expression may match the empty text between any two characters.
+        "Replace": lambda: len(step["content"]) + ("Regex" in step["pattern"] or not step["pattern"]["String"]),
+        "Prepend": lambda: len(step["prepend"]),
+        "ByteLevel": lambda: 2,
+    }.get(step["type"], lambda: 1)()
+    return max(1, own) * math.prod(map(_growth_of, inner))
 
 
 def _groups(texts: Sequence[str], characters: int) -> Iterator[list[str]]:

@@ -6,6 +6,8 @@ from typing import Any
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.model import EmbeddingConfig
 
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:

@@ -1,8 +1,10 @@
 """The files of a checkpoint directory: JSON and tensors, read with errors that name file, tensor and reason."""
 
 import json
+import os
 import stat
 import struct
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ _SAFE_TORCH = (2, 6)
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read as it should; the message names the tensor, file or field."""
+
+    def __str__(self) -> str:
+        # What a file holds is quoted here, and a terminal would obey the escape sequences in it.
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
 
 
 def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
@@ -44,10 +50,11 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
 def check_file(path: Path) -> int:
     """Its size in bytes.
 
-    Symbolic links are followed, as the hub's cache consists of them; a device or a pipe could be read for ever.
+    A device or a pipe could be read for ever. A link out of the folder could make any file of this machine a part of
+    the model, and of what is exported and published; only the hub's cache consists of such links.
 
     Raises:
-      CheckpointError: it is something else than a file, or cannot be looked at.
+      CheckpointError: it is something else than a file, or lies elsewhere, or cannot be looked at.
       FileNotFoundError: there is none.
     """
     try:
@@ -58,7 +65,17 @@ def check_file(path: Path) -> int:
         raise CheckpointError(f"{path}: cannot be opened ({error})") from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: is no regular file")
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(path.parent)) and not _is_in_hub_cache(target):
+        raise CheckpointError(
+            f"{path}: is a link to {target}, outside of its folder; if that file is meant, put a copy in its place"
+        )
     return status.st_size
+
+
+def _is_in_hub_cache(file: Path) -> bool:
+    """models--ORGANISATION--NAME/blobs/HASH, to which the links of models--ORGANISATION--NAME/snapshots/COMMIT go."""
+    return file.parent.name == "blobs" and file.parent.parent.name.startswith("models--")
 
 
 def _load_json(path: Path) -> Any:
@@ -86,7 +103,10 @@ def _parse_json(text: bytes) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON number")
 
-    return json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=refuse)
+    content = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=refuse)
+    if b"\\ud" in text.lower():
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair: no text, and no name
+    return content
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -118,7 +138,9 @@ def _check_header(file: Path, size: int) -> None:
     with file.open("rb") as f:
         length = f.read(8)
         # (Of a header that cannot be, the library says what is wrong.)
-        if len(length) == 8 and (header := struct.unpack("<Q", length)[0]) <= min(size - 8, LARGEST_JSON):
+        if len(length) == 8 and (header := struct.unpack("<Q", length)[0]) <= size - 8:
+            if header > LARGEST_JSON:
+                raise ValueError(f"a header of {header:,} bytes; more than {LARGEST_JSON:,} are not read")
             _parse_json(f.read(header))
 
 
@@ -134,6 +156,8 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(weight_map.values())):
         file = index.parent / name
+        if not name.isprintable() or len(name) > 255:
+            raise CheckpointError(f"{index}: {name[:300]!r} cannot be the name of a file")
         if file.parent != index.parent or name in ("", ".", ".."):
             raise CheckpointError(f"{index} names {name}, which lies outside the checkpoint")
         shard = read_safetensors(file)
@@ -158,6 +182,8 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
             f"{'.'.join(map(str, _SAFE_TORCH))} or convert it to safetensors"
         )
     size = check_file(file)
+    if _is_tar(file):
+        raise CheckpointError(f"{file} is a tar of torch < 0.2, which would be unpacked; convert it to safetensors")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own and pickle's exceptions, all of which mean: not weights
@@ -177,6 +203,14 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
             raise CheckpointError(f"{file}: tensor {name} is larger than the file ({list(tensor.shape)})")
         tensors[name] = _as_float32(tensor.detach().double().numpy(), name, file)
     return tensors
+
+
+def _is_tar(file: Path) -> bool:
+    try:
+        tarfile.open(file, "r:").close()
+    except (tarfile.TarError, ValueError):
+        return False
+    return True
 
 
 def _as_float32(tensor: np.ndarray, name: str, file: Path) -> np.ndarray:

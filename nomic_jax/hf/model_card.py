@@ -87,24 +87,32 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows, data = [], []
     for stage in stages:
-        config = stage["config"]
-        started = PurePath(config["init_from"]).name if config["init_from"] else "random weights"
+        name, started = _field(stage, "config", "stage"), _field(stage, "config", "init_from")
         rows.append(
             [
-                config["stage"],
-                started,
-                stage["step"],
-                config["batch_size"],
-                f"{config['optim']['lr']:g}",
-                f"{config['loss']['temperature']:g}" if config["stage"] != "mlm" else "",
-                config["seed"],
-                config["model"]["dtype"],
-                f"{stage['device_count']} x {stage['device_kind']}",
+                name,
+                PurePath(str(started)).name if started else "random weights" if started == "" else None,
+                _field(stage, "step"),
+                _field(stage, "config", "batch_size"),
+                _field(stage, "config", "optim", "lr"),
+                _field(stage, "config", "loss", "temperature") if name != "mlm" else None,
+                _field(stage, "config", "seed"),
+                _field(stage, "config", "model", "dtype"),
+                _joined(" x ", _field(stage, "device_count"), _field(stage, "device_kind")),
             ]
         )
-        for source in stage.get("sources", ()):
-            prefixes = " / ".join(dict.fromkeys(filter(None, (source["query_prefix"], source["document_prefix"]))))
-            data.append([config["stage"], source["name"], f"{source['rows']:,}", prefixes, source["fingerprint"][:16]])
+        sources = _field(stage, "sources")
+        for source in sources if isinstance(sources, list | tuple) else ():
+            count, fingerprint = _field(source, "rows"), _field(source, "fingerprint")
+            data.append(
+                [
+                    name,
+                    _field(source, "name"),
+                    f"{count:,}" if isinstance(count, int) else count,
+                    _joined(" / ", _field(source, "query_prefix"), _field(source, "document_prefix")),
+                    None if fingerprint is None else str(fingerprint)[:16],
+                ]
+            )
     header = [
         "stage",
         "started from",
@@ -119,8 +127,22 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
     text = f"## Training\n\n{_table(header, rows)}"
     if data:
         text += f"\nData:\n\n{_table(['stage', 'source', 'rows', 'prefixes', 'fingerprint'], data)}"
-    versions = ", ".join(f"{package} {version}" for package, version in stages[-1]["versions"].items())
-    return f"{text}\nVersions of the last stage: {versions}. Every setting of every stage is in `training.json`.\n"
+    packages = _field(stages[-1], "versions")
+    if isinstance(packages, Mapping) and packages:
+        versions = ", ".join(_cell(f"{package} {version}") for package, version in packages.items())
+        text += f"\nVersions of the last stage: {versions}."
+    return f"{text}\nEvery setting of every stage is in `training.json`.\n"
+
+
+def _field(record: Any, *path: str) -> Any:
+    """None where there is none: a record may be of another version of this package, or anybody's."""
+    for name in path:
+        record = record.get(name) if isinstance(record, Mapping) else None
+    return record
+
+
+def _joined(separator: str, *values: Any) -> str:
+    return separator.join(dict.fromkeys(str(value) for value in values if value not in (None, "")))
 
 
 def _evaluation(suite: str, report: Mapping[str, Any]) -> str:
@@ -135,5 +157,11 @@ def _evaluation(suite: str, report: Mapping[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """One line of text that is neither markup nor a cell's end, whatever a record holds."""
+    text = "" if value is None else f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
+    return text[:200].replace("|", "\\|").replace("<", "&lt;")

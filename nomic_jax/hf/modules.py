@@ -7,6 +7,7 @@ modules.json lists them in order. Of the many that exist an embedder of ours is 
 The LayerNorm stands for that of nomic-embed-text-v1.5, which is without weights; here it has ones and zeros.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,18 @@ def read_modules(directory: Path) -> dict[str, dict[str, Any]]:
         return {}
     modules: dict[str, dict[str, Any]] = {}
     for module in read_json_list(listing):
-        kind, path = str(module.get("type")).rsplit(".", 1)[-1], module.get("path", "")
+        package, _, kind = str(module.get("type")).rpartition(".")
+        path = module.get("path", "")
         if not isinstance(path, str) or not path.isprintable() or len(path) > 255:
             raise CheckpointError(f"{listing}: the path {path!r} cannot be that of a folder")
-        folder = (directory / path).resolve()
-        if not folder.is_relative_to(directory.resolve()):
+        folder = Path(os.path.realpath(directory / path))
+        if not folder.is_relative_to(os.path.realpath(directory)):
             raise CheckpointError(f"{listing}: {path} lies outside the checkpoint")
+        if package.partition(".")[0] != "sentence_transformers":
+            raise CheckpointError(
+                f"{listing}: module {package}.{kind} is code of its own, which is not run; of sentence_transformers "
+                f"{', '.join(_ORDER)} are implemented"
+            )
         if kind not in _ORDER:
             raise CheckpointError(f"{listing}: module {kind} is not implemented; {', '.join(_ORDER)} are")
         if kind in modules:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.hf.checkpoint import Checkpoint
+from nomic_jax.hf.checkpoint import SIMILARITIES, Checkpoint
 from nomic_jax.hf.config import encoder_config
 from nomic_jax.hf.files import CheckpointError, check_file, read_json, read_json_list, read_tensors
 from nomic_jax.hf.keymap import Slot, classifier_keymap, detect_naming, encoder_keymap, mlm_head_keymap, to_params
@@ -133,7 +133,7 @@ def _defaults(sentence: dict[str, Any], prompts: dict[str, str], directory: Path
     if name is not None and not (isinstance(name, str) and name in prompts):
         known = ", ".join(map(repr, prompts)) or "none"
         raise CheckpointError(f"{file}: default_prompt_name is {name!r}; the prompts are {known}")
-    if similarity not in ("cosine", "dot", "euclidean", "manhattan"):
+    if similarity not in SIMILARITIES:
         raise CheckpointError(
             f"{file}: similarity_fn_name is {similarity!r}; expected cosine, dot, euclidean or manhattan"
         )

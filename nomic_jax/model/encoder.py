@@ -7,6 +7,7 @@ the checkpoints and the converters see:
     hidden_BLD = encode(params, ids_BL, config, length_B=length_B)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -235,7 +236,11 @@ def init_encoder(key: jax.Array, config: EncoderConfig) -> dict:
 
 def abstract_encoder(config: EncoderConfig) -> dict:
     """The parameter tree of ``init_encoder`` as ``jax.ShapeDtypeStruct``: what a checkpoint must hold."""
-    return jax.eval_shape(lambda key: init_encoder(key, config), jax.random.key(0))
+    # All layers are alike, and tracing many takes minutes, which a configuration of a few bytes could ask for.
+    one = dataclasses.replace(config, num_layers=1)
+    tree = jax.eval_shape(lambda key: init_encoder(key, one), jax.random.key(0))
+    layer = tree["layers"][0]
+    return tree | {"layers": {i: jax.tree.map(lambda leaf: leaf, layer) for i in range(config.num_layers)}}
 
 
 def encode(

@@ -34,14 +34,23 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.hf import Checkpoint, read_checkpoint
-from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
+from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
+from nomic_jax.hf.files import check_file
+from nomic_jax.model import abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.train import hosts
 from nomic_jax.train.config import CheckpointConfig
 from nomic_jax.train.loss import init_temperature
 from nomic_jax.train.manifest import MANIFEST, find_damage, hash_files, weight_files, write_manifest
-from nomic_jax.train.record import FORMAT, check_format, check_same_arrays, check_same_run, trained_prompts
+from nomic_jax.train.record import (
+    FORMAT,
+    check_format,
+    check_same_arrays,
+    check_same_run,
+    import_of,
+    model_of,
+    trained_prompts,
+)
 from nomic_jax.train.sharding import make_mesh, replicated
 from nomic_jax.train.state import TrainState
 
@@ -303,35 +312,65 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
     if step is None:
         raise FileNotFoundError(f"{directory} holds no finished checkpoint")
     path = directory / str(step)
-    record = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+    # The hashes were right: what is wrong from here on was written so, by another program or with intent.
+    with _explained(path, "metadata"):
+        saved = ocp.checkpointables_metadata(path)
+        record = dict(saved.custom_metadata or {})
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
     check_format(record, path)
-    fields = dict(record["model"])
-    model = EmbeddingConfig(**fields | {"encoder": EncoderConfig(**fields["encoder"])})
-    abstract = {"encoder": abstract_encoder(model.encoder)}
-    if record["has_mlm_head"]:
-        abstract["mlm_head"] = abstract_mlm_head(model.encoder)
-    if record.get("config", {}).get("loss", {}).get("learn_temperature"):
-        abstract["temperature"] = jax.eval_shape(lambda: init_temperature(1.0))
-    if num_labels := record.get("num_labels", 0):
-        abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
-    sharding = replicated(make_mesh(jax.local_devices()[:1]))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    params = ocp.load_checkpointables(path, {"params": abstract})["params"]
+    with _explained(path, "record"):
+        model = model_of(record)
+        abstract = {"encoder": abstract_encoder(model.encoder)}
+        if record["has_mlm_head"]:
+            abstract["mlm_head"] = abstract_mlm_head(model.encoder)
+        if record.get("config", {}).get("loss", {}).get("learn_temperature"):
+            abstract["temperature"] = jax.eval_shape(lambda: init_temperature(1.0))
+        if num_labels := record.get("num_labels", 0):
+            abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
+    with _explained(path, "arrays"):
+        # Before any is read: their sizes are in the record, and memory is taken for what it says.
+        check_same_arrays({"params": saved.metadata["params"]}, {"params": abstract})
+        sharding = replicated(make_mesh(jax.local_devices()[:1]))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+        params = ocp.load_checkpointables(path, {"params": abstract})["params"]
     try:
+        if (workdir / "tokenizer.json").exists():
+            check_file(workdir / "tokenizer.json")
         tokenizer = Tokenizer.from_directory(workdir)
-    except (KeyboardInterrupt, SystemExit, FileNotFoundError):
+    except (KeyboardInterrupt, SystemExit, FileNotFoundError, CheckpointError):
         raise
     except BaseException as error:  # the tokenizers package raises bare Exceptions, and BaseExceptions where it panics
         raise DamagedCheckpoint(f"{workdir / 'tokenizer.json'}: the tokenizer cannot be read ({error})") from error
-    if tokenizer.sha256 != (trained_with := record.get("tokenizer_sha256", tokenizer.sha256)):
+    if tokenizer.sha256 != (trained_with := str(record.get("tokenizer_sha256", tokenizer.sha256))):
         raise DamagedCheckpoint(
             f"{workdir / 'tokenizer.json'} is damaged or another: step {step} was trained with the tokenizer "
             f"{trained_with[:16]}, this one is {tokenizer.sha256[:16]}; put the right file there"
         )
-    read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(record.pop("earlier")))
-    if "imported" in record:
-        return dataclasses.replace(read, **record["imported"])
-    return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
+    if tokenizer.vocab_size > model.encoder.vocab_size:
+        raise DamagedCheckpoint(
+            f"{workdir / 'tokenizer.json'} makes ids up to {tokenizer.vocab_size - 1}, the embedding table of step "
+            f"{step} has {model.encoder.vocab_size} rows; put the right file there"
+        )
+    with _explained(path, "record"):
+        earlier = record.pop("earlier")
+        if not isinstance(earlier, list) or not all(isinstance(stage, dict) for stage in earlier):
+            raise ValueError("earlier should be a list of records")
+        read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(earlier))
+        if "imported" in record:
+            return dataclasses.replace(read, **import_of(record["imported"], model))
+        return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
+
+
+@contextlib.contextmanager
+def _explained(path: Path, what: str) -> Iterator[None]:
+    """Whatever orbax, tensorstore and our own reading raise where a checkpoint is not what its hashes make it seem."""
+    try:
+        yield
+    except (DamagedCheckpoint, OSError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise DamagedCheckpoint(f"{path}: its {what} cannot be used ({type(error).__name__}: {reason})") from error
 
 
 def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:

@@ -40,7 +40,15 @@ def trace(path: str | Path, folders: Sequence[str | Path] = ()) -> Iterator[Find
       ValueError: its record cannot be read.
     """
     path = Path(path).resolve()
-    files = _Files(folders)
+    try:
+        yield from _trace(path, _Files(folders))
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: the record of its training is none of this version ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _trace(path: Path, files: "_Files") -> Iterator[Finding]:
     if (path / "checkpoints").is_dir():
         steps = [int(step.name) for step in (path / "checkpoints").iterdir() if step.name.isdecimal()]
         if not steps:

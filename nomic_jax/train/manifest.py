@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,20 +46,30 @@ def find_damage(directory: Path) -> str | None:
         files = manifest["files"]
         if sha256_of_json(files) != manifest["sha256"]:
             return f"{MANIFEST} is damaged"
+        entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         return f"there is no {MANIFEST}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
-    for name, entry in files.items():
-        path, size = directory / name, entry["bytes"]
+    if link := next((path for path in sorted(directory.rglob("*")) if path.is_symlink()), None):
+        return f"{link.relative_to(directory)} is a link; what was written here has none"
+    for name, size, expected in entries:
+        path = directory / name
         try:
-            found = path.stat().st_size
+            if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+                return f"{name!r} lies outside of the checkpoint"
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is no regular file"
+            found = status.st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
-            if sha256_of_file(path) != entry["sha256"]:
+            if sha256_of_file(path) != expected:
                 return f"{name} is damaged (its SHA-256 is not that of {MANIFEST})"
         except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
+        except ValueError:
+            return f"{name!r} cannot be the name of a file"
         except OSError as error:
             if error.errno != errno.EIO:
                 raise

@@ -17,7 +17,10 @@ import numpy as np
 from nomic_jax.data.loader import Stream
 from nomic_jax.data.tokenizer import Tokenizer
 from nomic_jax.data.tokens import IDENTITY, TokenStore
-from nomic_jax.model import EmbeddingConfig
+from nomic_jax.hf import NOMIC_PROMPTS
+from nomic_jax.hf.checkpoint import SIMILARITIES
+from nomic_jax.hf.config import config_json, encoder_config
+from nomic_jax.model import EmbeddingConfig, EncoderConfig
 from nomic_jax.train.config import LabelledData, TrainConfig
 
 FORMAT = 2
@@ -125,7 +128,39 @@ def check_format(record: dict[str, Any], path: Path) -> None:
     if found != FORMAT:
         newer = isinstance(found, int) and found > FORMAT
         advice = "update nomic_jax" if newer else "use the version of nomic_jax that wrote it"
-        raise ResumeError(f"{path} has format {found}; this version reads {FORMAT}: {advice}")
+        raise ResumeError(f"{path} has format {found!r:.100}; this version reads {FORMAT}: {advice}")
+
+
+def model_of(record: dict[str, Any]) -> EmbeddingConfig:
+    """The model that a record describes; one of many errors if it describes none."""
+    fields = dict(record["model"])
+    encoder = EncoderConfig(**fields["encoder"])
+    encoder_config(config_json(encoder, ""), "model")  # the ranges that a config.json is held to
+    for field in dataclasses.fields(encoder):
+        value, kind = getattr(encoder, field.name), type(field.default)
+        is_off = value is None and field.name == "rope_scaling_factor"
+        if not is_off and type(value) is not kind and not (kind is float and type(value) is int):
+            raise TypeError(f"model.encoder.{field.name} is {value!r}")
+    model = EmbeddingConfig(**fields | {"encoder": encoder})
+    if not isinstance(model.dim, int | None) or not all(
+        isinstance(x, bool) for x in (model.layer_norm, model.normalize)
+    ):
+        raise TypeError("model.dim, model.layer_norm or model.normalize")
+    return model
+
+
+def import_of(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, Any]:
+    """What ``write_pretrained`` keeps of a Hugging Face directory; one of many errors if it is not that."""
+    kinds = {"prompts": dict | None, "default_prompt_name": str | None, "similarity": str, "max_length": int | None}
+    wrong = next((name for name, kind in kinds.items() if not isinstance(fields[name], kind)), None)
+    if wrong or not all(isinstance(text, str) for text in (fields["prompts"] or {}).values()):
+        raise TypeError(f"imported.{wrong or 'prompts'} is {fields[wrong or 'prompts']!r}")
+    name, length = fields["default_prompt_name"], fields["max_length"]
+    if fields["similarity"] not in SIMILARITIES or name not in (None, *(fields["prompts"] or NOMIC_PROMPTS)):
+        raise ValueError(f"imported.similarity is {fields['similarity']!r}, imported.default_prompt_name {name!r}")
+    if length is not None and not 2 <= length <= model.encoder.max_positions:
+        raise ValueError(f"imported.max_length is {length}, not within 2..{model.encoder.max_positions}")
+    return {name: fields[name] for name in kinds}
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:

@@ -164,6 +164,11 @@ FILE_FAULTS = {
     ),
     "cut array_record": ("tfds", cut(TFDS_SHARD), TFDS_SHARD),
     "no features": ("tfds", overwrite("toy/pairs/1.0.0/features.json", b""), "features.json or dataset_info.json"),
+    "features of another package": (
+        "tfds",
+        overwrite("toy/pairs/1.0.0/features.json", b'{"pythonClassName": "this.s"}'),
+        "features.json names the class 'this.s'",
+    ),
 }
 
 

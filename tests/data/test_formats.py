@@ -229,6 +229,7 @@ def test_names_that_lead_nowhere(tmp_path):
         f"hf:{tmp_path}/scripted": "scripts are no longer supported",
         f"tfds:toy/pairs:1.0.0?data_dir={tmp_path}&split=test": "Unknown split 'test'",
         f"tfds:nothing:1.0.0?data_dir={tmp_path}": "Dataset nothing not found",
+        "tfds:somebody:toy": "no name of a prepared data set",
         "tfds:toy?splits=train": "unknown option 'splits'",
         "hf:?split=train": "no data set is named",
         f"hf:{folder}?split=train[:10]": "parts of a split",

@@ -99,6 +99,18 @@ DATA_AND_TEXTS: dict[str, Bar] = {
         dict(kills=50, amid=10, poisons=12),
         dict(kills=3, amid=0, poisons=1),
     ),
+    "R11": Bar(
+        "any Unicode text of up to a million characters is one vector of length 1, the same alone and in any batch",
+        "texts:texts",
+        dict(texts=100_000, long=30, alone=8000, broken=2000, whole=12, tokens=128),
+        dict(texts=2000, long=2, alone=60, broken=20, whole=0, tokens=48),
+    ),
+    "R12": Bar(
+        "a hostile checkpoint runs no code and crashes nothing: it is read, or refused with an error that names it",
+        "hostile:hostile",
+        dict(directories=999, runs=999, edits=1500, records=200, bytes=300, commands=36),
+        dict(directories=999, runs=10, edits=40, records=8, bytes=10, commands=2),
+    ),
 }
 
 BARS = TRAINING | DATA_AND_TEXTS

@@ -7,13 +7,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-NASTY = st.sampled_from(
-    [
+NASTY_VALUES = (
         None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, 2**64, -(2**63) - 1, 10**30, 0.5, -0.0, 1e-300, 1e308,
         float("nan"), float("inf"), -float("inf"), "", " ", "0", "nan", "\x00", "\ud800", "../..", "/", ".", "..",
         "a" * 5000, "é\u202e", [], {}, [[]], [None], {"a": None}, {"": {}}, ["a", 1], [float("nan")],
-    ]
 )  # fmt: skip
+NASTY = st.sampled_from(NASTY_VALUES)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 ANYTHING = NASTY | st.recursive(
     SCALARS,

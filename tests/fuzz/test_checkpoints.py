@@ -7,37 +7,25 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
+from nomic_jax.hf import CheckpointError, read_checkpoint
 from nomic_jax.hf.config import ConfigError
-from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
+from tests.corpus import write_small_model
 from tests.fuzz.conftest import TIMES
 from tests.fuzz.strategies import ANYTHING, as_bytes, broken_json, changed, damaged
 
 EXAMPLES = 30 * max(1, TIMES)
 OURS = (CheckpointError, ConfigError, FileNotFoundError)
-SIZES = dict(vocab_size=64, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8)
-
-
-def small_tokenizer() -> Tokenizer:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "##a", "##b"]
-    backend = tokenizers.implementations.BertWordPieceTokenizer(vocab={word: i for i, word in enumerate(words)})
-    return Tokenizer(backend._tokenizer)
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     """A checkpoint with every file there is, and what is in its files."""
     folder = tmp_path_factory.mktemp("fuzz") / "model"
-    config = EmbeddingConfig(EncoderConfig(**SIZES), layer_norm=True)
-    params = {"encoder": jax.device_get(init_encoder(jax.random.key(0), config.encoder))}
-    write_checkpoint(folder, Checkpoint(config, params, small_tokenizer()))
-    (folder / "training.json").write_text(json.dumps([{"stage": "mlm", "config": {"seed": 0}}]), encoding="utf-8")
+    write_small_model(folder)
     return folder, {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 

@@ -1,12 +1,10 @@
 """A checkpoint that is not what it should be is refused with an error that names what is wrong."""
 
 import json
-import struct
 
 import jax
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
 from nomic_jax import Embedder
@@ -110,28 +108,24 @@ def test_config(exported, fields, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"a": 1, "a": 2}', "field 'a' is given twice"),
-        ("{", "not valid JSON"),
-        ("[1]", "expected an object"),
-        ("[" * 100_000, "not valid JSON"),
-        ("\xff", "not valid JSON"),
-    ],
-)
-def test_broken_json(exported, content, message):
-    (exported / "config.json").write_text(content, encoding="latin-1")
-    with pytest.raises(CheckpointError, match=message):
-        read_checkpoint(exported)
-
-
-@pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("modules.json", "{}", "expected a list"),
-        ("modules.json", '[{"type": "x.Dense", "path": "2"}]', "module Dense is not implemented"),
-        ("modules.json", '[{"type": "x.Pooling", "path": "1_Pooling"}]', "expected Transformer -> Pooling"),
-        ("modules.json", '[{"type": "x.Transformer", "path": "../other"}]', "outside the checkpoint"),
+        (
+            "modules.json",
+            '[{"type": "sentence_transformers.models.Dense", "path": "2"}]',
+            "module Dense is not implemented",
+        ),
+        (
+            "modules.json",
+            '[{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]',
+            "expected Transformer -> Pooling",
+        ),
+        (
+            "modules.json",
+            '[{"type": "sentence_transformers.models.Transformer", "path": "../other"}]',
+            "outside the checkpoint",
+        ),
         ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "pooling_mode_max_tokens is not implemented"),
         ("1_Pooling/config.json", '{"pooling_mode": ["mean", "cls"]}', "mean and cls is not implemented"),
         ("1_Pooling/config.json", '{"word_embedding_dimension": 32}', "the width is 32"),
@@ -143,21 +137,6 @@ def test_broken_json(exported, content, message):
 def test_files_beside_the_weights(exported, file, content, message):
     (exported / file).write_text(content, encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
-        read_checkpoint(exported)
-
-
-@pytest.mark.parametrize("size", [0, 7, 200, 100_000])
-def test_a_cut_weights_file(exported, size):
-    file = exported / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        read_checkpoint(exported)
-
-
-def test_a_header_that_lies(exported):
-    file = exported / "model.safetensors"
-    file.write_bytes(struct.pack("<Q", 2**60) + file.read_bytes()[8:])
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         read_checkpoint(exported)
 
 
@@ -190,31 +169,6 @@ def test_shards(exported, change, error, message):
     (exported / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     with pytest.raises(error, match=message):
         read_checkpoint(exported)
-
-
-class Payload:
-    """Unpickled, it would make a folder."""
-
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, ("unpickled",)
-
-
-def test_a_pickle_is_not_executed(exported, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (exported / "model.safetensors").unlink()
-    torch.save({"emb_ln.weight": Payload()}, exported / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="cannot be read as weights only"):
-        read_checkpoint(exported)
-    assert not (tmp_path / "unpickled").exists()
-
-
-def test_code_beside_the_weights_is_not_executed(exported, tmp_path):
-    (exported / "modeling.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')", encoding="utf-8")
-    edit_json(exported / "config.json", auto_map={"AutoModel": "modeling.Model"})
-    Embedder.from_pretrained(exported)
-    assert not (tmp_path / "executed").exists()
 
 
 def test_a_trained_layer_norm_is_refused(tmp_path, params, tokenizer):

@@ -1,0 +1,71 @@
+"""Ranges for users, exact versions for CI, and the two agree."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from launch.lock import lock_of
+
+ROOT = Path(__file__).parent.parent
+# Their numbers are dates, or go up each quarter, and say nothing of what breaks; torch is one exact version.
+WITHOUT_UPPER_BOUND = {"fsspec", "gcsfs", "importlib-resources", "pyarrow", "s3fs"}
+
+
+def declared() -> dict[str, list[Requirement]]:
+    """Extra -> what setup.py requires; "" for the package itself."""
+    setup = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"
+    )
+    values = {keyword.arg: keyword.value for keyword in setup.keywords}
+    extras = ast.literal_eval(values["extras_require"]) | {"": ast.literal_eval(values["install_requires"])}
+    return {extra: [Requirement(text) for text in texts] for extra, texts in extras.items()}
+
+
+def locked() -> dict[str, Requirement]:
+    lines = (ROOT / "requirements-ci.lock").read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def test_every_dependency_has_a_range():
+    for extra, requirements in declared().items():
+        for requirement in requirements:
+            operators = {specifier.operator for specifier in requirement.specifier}
+            name = canonicalize_name(requirement.name)
+            assert ">=" in operators or operators == {"=="}, f"{requirement} of {extra!r} has no lower bound"
+            has_upper = "<" in operators or operators == {"=="}
+            assert has_upper != (name in WITHOUT_UPPER_BOUND), f"{requirement} of {extra!r}"
+
+
+@pytest.mark.parametrize("extra", ["", "dev", "quickstart"])
+def test_the_lock_has_what_is_declared(extra):
+    versions = locked()
+    for requirement in declared()[extra]:
+        line = versions[canonicalize_name(requirement.name)]
+        (pin,) = line.specifier
+        assert pin.operator == "==" and requirement.specifier.contains(pin.version, prereleases=True), (
+            line,
+            requirement,
+        )
+
+
+def test_the_lock_names_versions_and_nothing_else():
+    text = (ROOT / "requirements-ci.lock").read_text(encoding="utf-8")
+    for line in text.splitlines()[1:]:
+        assert re.fullmatch(r'[a-z0-9._-]+==[a-z0-9.]+ ; python_version == "3\.\d+"', line), line
+    assert "nomic" not in text.partition("\n")[2]
+
+
+def test_a_lock_is_made_of_what_pip_reports():
+    found = {"nomic_jax": "0.1.0", "torch": "2.13.0+cpu", "PyYAML": "6.0.3"}
+    report = {"install": [{"metadata": {"name": name, "version": version}} for name, version in found.items()]}
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    expected = [f'pyyaml==6.0.3 ; python_version == "{python}"', f'torch==2.13.0 ; python_version == "{python}"']
+    assert lock_of(report).splitlines()[1:] == expected
