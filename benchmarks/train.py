@@ -14,7 +14,6 @@ does. `--layout` is that of our contrastive and finetune batches.
 import argparse
 import dataclasses
 import functools
-import gc
 import importlib.metadata
 import multiprocessing
 import statistics
@@ -52,7 +51,7 @@ def make_load(stage: str, rows: int, negatives: int, query: int, document: int, 
 
 
 def measure(name: str, args: argparse.Namespace) -> str:
-    """A line of the table; the models of one stage are gone before the next one's are made."""
+    """A line of the table."""
     on_gpu = jax.default_backend() == "gpu"
     model = dict(
         num_layers=args.layers,
@@ -80,7 +79,7 @@ def measure(name: str, args: argparse.Namespace) -> str:
         statistics.median(seconds for turn in turns for seconds, _ in turn[side][1:]) for side in range(len(sides))
     )
     return (
-        f"| {name} | {load.real_tokens:,} | {us:.2f} | {them:.2f} | {them / us:.2f} | {load.real_tokens / us:,.0f} "
+        f"| {name} | {jax.devices()[0].device_kind} | {load.real_tokens:,} | {us:.2f} | {them:.2f} | {them / us:.2f} | {load.real_tokens / us:,.0f} "
         f"| {first:.0f} | {losses[0]:.5f} {losses[1]:.5f} |"
     )
 
@@ -108,13 +107,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="[float32 on a CPU, bfloat16 on a GPU]")
     parser.add_argument("--layout", choices=["packed", "padded"], default="packed")
     args = parser.parse_args()
-    versions = f"jax {jax.__version__} on {jax.devices()[0].device_kind}, torch {importlib.metadata.version('torch')}"
-    print(f"{versions}, {args.layers} layers\n")
-    print("| stage | real tokens a step | nomic_jax s | torch s | ratio | nomic_jax tokens/s | first call s | losses |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"jax {jax.__version__}, torch {importlib.metadata.version('torch')}, {args.layers} layers\n")
+    columns = (
+        "stage",
+        "device",
+        "real tokens",
+        "nomic_jax s",
+        "torch s",
+        "ratio",
+        "tokens/s",
+        "first call s",
+        "losses",
+    )
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in args.stages.split(","):
-        print(measure(name, args), flush=True)
-        gc.collect()
+        # A process for each: memory that a stage, or this process, held would be missing in the next.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as stage:
+            print(stage.submit(measure, name, args).result(), flush=True)
 
 
 if __name__ == "__main__":
