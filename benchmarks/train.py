@@ -79,8 +79,8 @@ def measure(name: str, args: argparse.Namespace) -> str:
         statistics.median(seconds for turn in turns for seconds, _ in turn[side][1:]) for side in range(len(sides))
     )
     return (
-        f"| {name} | {jax.devices()[0].device_kind} | {load.real_tokens:,} | {us:.2f} | {them:.2f} | {them / us:.2f} | {load.real_tokens / us:,.0f} "
-        f"| {first:.0f} | {losses[0]:.5f} {losses[1]:.5f} |"
+        f"| {name} | {jax.devices()[0].device_kind} | {load.real_tokens:,} | {us:.2f} | {them:.2f} | {them / us:.2f} "
+        f"| {load.real_tokens / us:,.0f} | {first:.0f} | {losses[0]:.5f} {losses[1]:.5f} |"
     )
 
 
