@@ -1,11 +1,11 @@
 """Training speed of the three stages beside a plain torch loop: the same model, weights, batch, loss and optimizer.
 
-    python -m benchmarks.train [--stages=mlm,contrastive,finetune] [--steps=2] [--layers=12] [--dtype=float32]
+    python -m benchmarks.train [--stages=mlm,contrastive,finetune] [--steps=3] [--layers=12] [--dtype=float32]
 
 On a CPU in float32; on a GPU in bfloat16 with float32 master weights (torch: autocast, SDPA). Texts are random tokens,
-their lengths log-normal as those of real pairs. Each side has a process of its own, and they take turns: a step that is
-not counted, for memory that a system has taken back from an idle process comes in slowly, then some that are. The table
-has medians over two turns. The losses of the first step must agree, or nothing is printed.
+their lengths log-normal as those of real pairs. Each side has a process of its own, one after the other: in one process,
+or taking turns, what one leaves of memory decides on the speed of the other. The first step is not counted; the table has
+medians. The losses of the first step must agree, or nothing is printed.
 
 torch pads every batch to its longest text, and makes the masked-LM head's logits where something is predicted, as ours
 does. `--layout` is that of our contrastive and finetune batches.
@@ -13,7 +13,6 @@ does. `--layout` is that of our contrastive and finetune batches.
 
 import argparse
 import dataclasses
-import functools
 import importlib.metadata
 import multiprocessing
 import statistics
@@ -21,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,80 +50,80 @@ def make_load(stage: str, rows: int, negatives: int, query: int, document: int, 
     return pair_load(stage, query_length, document_length, layout=layout, longest=longest)
 
 
-def measure(name: str, args: argparse.Namespace) -> str:
-    """A line of the table."""
-    on_gpu = jax.default_backend() == "gpu"
+class Side(NamedTuple):
+    """What a process found: seconds of compiling and the first step, those of the others, the loss of the first."""
+
+    first: float
+    seconds: list[float]
+    loss: float
+
+
+def settings_and_load(name: str, args: argparse.Namespace, on_gpu: bool) -> tuple[TrainConfig, Load]:
     model = dict(
         num_layers=args.layers,
         dtype=args.dtype or ("bfloat16" if on_gpu else "float32"),
         recompute="attention" if on_gpu else "none",
     )
     fields = {} if name == "mlm" else dict(data=dict(layout=args.layout), kept_chunks=float(args.layout == "packed"))
-    settings = paper_settings(name, model, **fields)
     load = make_load(name, *(ON_GPU if on_gpu else ON_CPU)[name], args.layout)
-    ours = TrainStep(settings, load)
-    first = ours.compile()
-    ours.start()
-    params = jax.device_get(ours.state.params)
-    with tempfile.TemporaryDirectory() as directory:
-        written = EmbeddingConfig(dataclasses.replace(settings.model, dtype="float32"))
-        write_checkpoint(Path(directory), Checkpoint(written, params, bert_tokenizer()))
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as torchs:
-            torchs.submit(start_torch, settings, load, Path(directory)).result()
-            sides = (functools.partial(timed, ours), lambda: torchs.submit(step_torch).result())
-            turns = [[[side() for _ in range(1 + args.steps)] for side in sides] for _ in range(2)]
-    first += turns[0][0][0][0]
-    losses = [side[0][1] for side in turns[0]]
-    np.testing.assert_allclose(*losses, rtol=2e-2 if settings.model.dtype == "bfloat16" else 1e-4)
-    us, them = (
-        statistics.median(seconds for turn in turns for seconds, _ in turn[side][1:]) for side in range(len(sides))
-    )
-    return (
-        f"| {name} | {jax.devices()[0].device_kind} | {load.real_tokens:,} | {us:.2f} | {them:.2f} | {them / us:.2f} "
-        f"| {load.real_tokens / us:,.0f} | {first:.0f} | {losses[0]:.5f} {losses[1]:.5f} |"
-    )
+    return paper_settings(name, model, **fields), load
 
 
-_torch: Callable[[], float]  # a step, in torch's process once it has started
+def ours(name: str, args: argparse.Namespace, directory: Path) -> tuple[TrainConfig, Load, str, Side]:
+    """Trains, and leaves in ``directory`` the checkpoint that it has started from."""
+    settings, load = settings_and_load(name, args, jax.default_backend() == "gpu")
+    step = TrainStep(settings, load)
+    seconds = step.compile()
+    step.start()
+    written = EmbeddingConfig(dataclasses.replace(settings.model, dtype="float32"))
+    write_checkpoint(directory, Checkpoint(written, jax.device_get(step.state.params), bert_tokenizer()))
+    side = steps_of(step, args.steps)
+    return settings, load, jax.devices()[0].device_kind, side._replace(first=seconds + side.first)
 
 
-def start_torch(settings: TrainConfig, load: Load, directory: Path) -> None:
-    global _torch
+def theirs(settings: TrainConfig, load: Load, directory: Path, steps: int) -> Side:
     from benchmarks.torch_peers import TorchStep
 
-    _torch = TorchStep(settings, load, directory)
+    return steps_of(TorchStep(settings, load, directory), steps)
 
 
-def step_torch() -> tuple[float, float]:
-    """(seconds, loss)"""
-    return timed(_torch)
+def steps_of(step: Callable[[], float], count: int) -> Side:
+    (first, loss), *others = [timed(step) for _ in range(1 + count)]
+    return Side(first, [seconds for seconds, _ in others], loss)
+
+
+def measure(name: str, args: argparse.Namespace) -> str:
+    """A line of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings, load, device, us = alone(ours, name, args, Path(folder))
+        them = alone(theirs, settings, load, Path(folder), args.steps)
+    np.testing.assert_allclose(us.loss, them.loss, rtol=2e-2 if settings.model.dtype == "bfloat16" else 1e-4)
+    ours_s, theirs_s = (statistics.median(side.seconds) for side in (us, them))
+    return (
+        f"| {name} | {device} | {load.real_tokens:,} | {ours_s:.2f} | {theirs_s:.2f} | {theirs_s / ours_s:.2f} "
+        f"| {load.real_tokens / ours_s:,.0f} | {us.first:.0f} | {us.loss:.5f} {them.loss:.5f} |"
+    )
+
+
+def alone(function: Callable, *arguments: Any) -> Any:
+    """Its result, from a process that ends with it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="mlm,contrastive,finetune")
-    parser.add_argument("--steps", type=int, default=2, help="of each turn")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="[float32 on a CPU, bfloat16 on a GPU]")
     parser.add_argument("--layout", choices=["packed", "padded"], default="packed")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, torch {importlib.metadata.version('torch')}, {args.layers} layers\n")
-    columns = (
-        "stage",
-        "device",
-        "real tokens",
-        "nomic_jax s",
-        "torch s",
-        "ratio",
-        "tokens/s",
-        "first call s",
-        "losses",
-    )
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    print("| stage | device | real tokens | nomic_jax s | torch s | ratio | tokens/s | first call s | losses |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in args.stages.split(","):
-        # A process for each: memory that a stage, or this process, held would be missing in the next.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as stage:
-            print(stage.submit(measure, name, args).result(), flush=True)
+        print(measure(name, args), flush=True)
 
 
 if __name__ == "__main__":
