@@ -3,8 +3,8 @@
     python -m benchmarks.train [--stages=mlm,contrastive,finetune] [--steps=3] [--layers=12] [--dtype=float32]
 
 On a CPU in float32; on a GPU in bfloat16 with float32 master weights (torch: autocast, SDPA). Texts are random tokens,
-their lengths log-normal as those of real pairs. Each side has a process of its own, one after the other: in one
-process, or in turns, what one leaves of memory decides on the speed of the other. The first step is not counted; the table has
+their lengths log-normal as those of real pairs. Each side has a process of its own, one after the other: in one process
+or in turns, what one leaves of memory decides on the speed of the other. The first step is not counted; the table has
 medians. The losses of the first step must agree, or nothing is printed.
 
 torch pads every batch to its longest text, and makes the masked-LM head's logits where something is predicted, as ours
