@@ -100,6 +100,7 @@ def test_without_a_sound_checkpoint_nothing_starts_or_moves(config, run, tmp_pat
 
 
 def test_a_second_interrupt_is_at_once():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Interruption() as interruption:
         assert not interruption.at(1)
