@@ -4,8 +4,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from tqdm import tqdm
@@ -26,7 +25,7 @@ def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = ()) -> N
         # length, before it raises it.
         logging.set_verbosity(logging.FATAL)
         _show_warnings_once()
-        sys.excepthook = _show_what_counts
+        sys.unraisablehook = _show_what_counts
         try:
             given = argv[1:]
             if len(given) > len(arguments):
@@ -61,10 +60,10 @@ def _show_warnings_once() -> None:
     warnings.showwarning = show
 
 
-def _show_what_counts(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _show_what_counts(unraisable: Any) -> None:
     # When a save fails, tensorstore tells orbax so for each file, also after orbax has given up waiting.
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

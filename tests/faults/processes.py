@@ -94,6 +94,7 @@ def fork(run: Callable[[], Any], output: Path, devices: int = 1) -> Process:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        sys.stdout.reconfigure(line_buffering=True)  # lines of both in the order in which they are written
         # tqdm's lock is one for all that were forked from here: one that was killed with it would stop the others.
         tqdm.set_lock(threading.RLock())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -44,8 +44,8 @@ def order(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None
         found = []
         for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
             # Every number of them comes, in an order of its own.
-            devices = (1, 2, 4, 8)[number % 4]
             shards = (1, 2, 4)[number // 4 % 3] if number else 1
+            devices = max(shards, (1, 2, 4, 8)[number % 4])
             threads = rng.choice((0, 1, 2, 4)) if number >= 4 else (0, 1, 2, 4)[number]
             layout = rng.choice(("padded", "packed", "bucketed"))
             shape = settings | {"data.layout": layout}
