@@ -11,16 +11,17 @@ Rows with the same document, or the same --group, stay together. The result depe
 tasks are taken out of texts for masked-LM by `launch.clean --evaluation=DATA/held_out --remove_contaminated=any`.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from absl import flags
 from tqdm import tqdm
 
 from launch.errors import run
 from nomic_jax.curate.held_out import Split
+from nomic_jax.curate.mixtures import with_files
 from nomic_jax.data.mixture import Source, read_mixture
 from nomic_jax.data.sources import atomic_file, read_rows, write_json, write_rows
 
@@ -54,7 +55,7 @@ def hold_out(
     }
     summary_file = output / "summary.json"
     if summary_file.exists():
-        found = yaml.safe_load(summary_file.read_text(encoding="utf-8"))
+        found = json.loads(summary_file.read_text(encoding="utf-8"))
         if found.get("settings") != settings:
             raise ValueError(f"{output} was made with {found.get('settings')}, this is {settings}; use another folder")
         return found
@@ -63,13 +64,9 @@ def hold_out(
         query, document = source.columns[:2]
         split = Split((query, document), group or document, seed, labelled_share)
         counts[source.name] = _divide(source, split, output, queries, documents, most_pairs)
-    content = yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
     for part in ("pairs", "labelled"):
-        for entry in content["datasets"] if isinstance(content, dict) else content:
-            entry.pop("rows", None)
-            entry["bucket"] = f"{part}/{entry['name']}.jsonl"
         with atomic_file(output / f"{part}.yaml") as file:
-            file.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            file.write_text(with_files(mixture, f"{part}/{{name}}.jsonl"), encoding="utf-8")
     summary = {"settings": settings, "pairs": counts}
     write_json(summary_file, summary)
     return summary

@@ -139,16 +139,25 @@ def _write(
     summary: Mapping[str, Any],
     report: str,
 ) -> None:
+    content = with_files(mixture, f"{{name}}/{file}", changes)
+    with alone(output / ".mixture.lock"):
+        for name, text in (("mixture.yaml", content), ("report.md", report)):
+            with atomic_file(output / name) as part:
+                part.write_text(text, encoding="utf-8")
+        write_json(output / "summary.json", summary)
+
+
+def with_files(mixture: str, file: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """The YAML of a mixture whose sources lie in other files, of other rows.
+
+    Args:
+      file: that of a source, with its name for "{name}".
+      changes: a source's name -> fields that become others.
+    """
     content = yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
     entries: Iterable[dict] = content["datasets"] if isinstance(content, dict) else content
     for entry in entries:
         entry.pop("rows", None)  # how many there were before
-        entry.update({"bucket": f"{entry['name']}/{file}", **changes.get(str(entry["name"]), {})})
-    with alone(output / ".mixture.lock"):
-        for name, text in (
-            ("mixture.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True)),
-            ("report.md", report),
-        ):
-            with atomic_file(output / name) as part:
-                part.write_text(text, encoding="utf-8")
-        write_json(output / "summary.json", summary)
+        name = str(entry["name"])
+        entry.update({"bucket": file.replace("{name}", name), **(changes or {}).get(name, {})})
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

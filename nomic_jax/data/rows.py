@@ -157,8 +157,12 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
     return row
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two values under one key, Python would drop the first unseen."""
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's keys and values, as ``json`` hands them over, as a dictionary; Python drops the first of two.
+
+    Raises:
+      ValueError: a key is given twice.
+    """
     row = dict(pairs)
     if len(row) < len(pairs):
         seen: set[str] = set()
@@ -167,7 +171,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_each_key_once)
+_JSON = json.JSONDecoder(object_pairs_hook=each_key_once)
 
 
 def check_row(row: Mapping[str, Any], columns: Mapping[str, type], allow_empty: bool, where: str) -> None:

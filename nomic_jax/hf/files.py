@@ -13,6 +13,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from nomic_jax.data.rows import each_key_once
+
 # Of other types (int8, float8) the values mean nothing without scales that lie elsewhere.
 _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 # A larger JSON file is no configuration, and Python takes ten times the space for it.
@@ -92,18 +94,10 @@ def _load_json(path: Path) -> Any:
 def _parse_json(text: bytes) -> Any:
     """Raises ValueError also where Python's parser takes what JSON does not have, or readers understand differently."""
 
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise ValueError(f"field {twice!r} is given twice")
-        return content
-
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON number")
 
-    content = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=refuse)
+    content = json.loads(text.decode("utf-8"), object_pairs_hook=each_key_once, parse_constant=refuse)
     if b"\\ud" in text.lower():
         json.dumps(content, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair: no text, and no name
     return content
