@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C end a run between two steps, with a checkpoint."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,13 +20,16 @@ class Preempted(Exception):
 def exit_on_sigterm() -> None:
     """Until an ``Interruption`` is entered, SIGTERM ends the process at once, with the exit code of a preemption.
 
-    With several processes JAX replaces it when they connect.
+    Nothing is cleaned up, as with SIGKILL. With several processes JAX replaces it when they connect.
     """
 
     def leave(number: int, _: FrameType | None) -> None:
-        os.write(2, b"\nSIGTERM: stopped before the first step; the same command goes on\n")
-        # Not Preempted, which what is under way might catch.
-        sys.exit(EXIT_CODE)
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # it may have come in the middle of a print
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os.write(2, b"\nSIGTERM: stopped outside of the steps; the same command goes on\n")
+        # An exception would be lost where Python or JAX drops what is raised: in __del__, weakref callbacks, tracing.
+        os._exit(EXIT_CODE)
 
     signal.signal(signal.SIGTERM, leave)
 

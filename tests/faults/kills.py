@@ -103,7 +103,8 @@ def sigterm(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
             process.signal(signal.SIGTERM)
             code, last = process.wait(), runs.steps_done(workdir)
             reached = (runs.steps_in(workdir) or [0])[-1]
-            told.append((code == EXIT_CODE and last == reached, f"{stage}: SIGTERM in the start", f"exit {code}"))
+            passed = code == EXIT_CODE and last == reached
+            told.append((passed, f"{stage}: SIGTERM in the start", f"exit {code}: {process.last_line()}"))
         runs.finish(stage, folder, workdir, counts["devices"], **settings)
         same = runs.figures(workdir) == runs.figures(folder / f"{stage}-whole")
         same = same and runs.state_hash(workdir, folder) == runs.state_hash(folder / f"{stage}-whole", folder)

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -21,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from nomic_jax.train import loop
 from nomic_jax.train.checkpoint import Checkpoints, DamagedCheckpoint, SaveError, read_pretrained
 from nomic_jax.train.config import CheckpointConfig, ConfigurationError
-from nomic_jax.train.interruption import Interruption
+from nomic_jax.train.interruption import EXIT_CODE, Interruption
 from nomic_jax.train.loop import train
 from nomic_jax.train.manifest import MANIFEST
 from nomic_jax.train.record import ResumeError, check_same_run
@@ -123,6 +125,28 @@ def test_a_second_interrupt_is_at_once():
     thread.start()
     thread.join()
     assert seen == [before[1]]
+
+
+def test_sigterm_before_the_steps_is_not_lost_where_exceptions_are():
+    """As in a weakref callback of JAX, of which a trace has thousands."""
+    program = """
+import os, signal
+from nomic_jax.train.interruption import exit_on_sigterm
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+exit_on_sigterm()
+print("kept")
+Dropped()
+print("gone on")
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == EXIT_CODE and process.stdout == "kept\n"
+    assert "SIGTERM: stopped outside of the steps; the same command goes on" in process.stderr
 
 
 def tiny_state(step):
