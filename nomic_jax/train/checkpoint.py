@@ -55,7 +55,7 @@ from nomic_jax.train.sharding import make_mesh, replicated
 from nomic_jax.train.state import TrainState
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(CheckpointError):
     """No checkpoint, or not the one that was asked for, is as it was written; the message names the files."""
 
 

@@ -96,6 +96,7 @@ def _run_bar(name: str, form: str, seed: int, folder: Path, pipe: int) -> None:
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    tqdm._instances.clear()  # tqdm.write, in what is forked from here, would draw the bar of the suite again
     tally = Tally(pipe)
     try:
         module, _, function = BARS[name].function.partition(":")
