@@ -50,7 +50,7 @@ def _quickstart(config: ConfigDict) -> None:
 
 
 def _hour(config: ConfigDict) -> None:
-    """Twenty minutes on 2 CPU cores for some 36,000 pairs, of the hour that launch/recipe.sh takes."""
+    """Twenty minutes on 2 CPU cores for some 32,000 pairs, of the hour that launch/recipe.sh takes."""
     _quickstart(config)
     config.epochs = 2.5
     config.data.layout = "packed"

@@ -51,7 +51,7 @@ def _quickstart(config: ConfigDict) -> None:
 
 
 def _hour(config: ConfigDict) -> None:
-    """Some minutes on 2 CPU cores for some 9,000 rows, of the hour that launch/recipe.sh takes."""
+    """Some minutes on 2 CPU cores for some 8,000 rows, of the hour that launch/recipe.sh takes."""
     _quickstart(config)
     config.data.layout = "packed"
     config.checkpoint.update(dict(every=50))

@@ -99,7 +99,7 @@ def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
             axes.axhline(scores[baseline]["average"][METRIC], color="gray", ls=style, label=f"{baseline}, average")
     axes.set(ylabel=METRIC, ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, folder / "ndcg.png")
     sizes = {task: figures for score in scores.values() for task, figures in score["tasks"].items()}
     pools = ", ".join(
@@ -206,6 +206,9 @@ def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]
     by_source = ("loss", "accuracy", "real/padded")
     panels = [*by_source, "grad_norm", "lr", *(["evaluation"] if any(evaluations.values()) else [])]
     figure, axes = plt.subplots(len(panels), len(curves), figsize=(4 * len(curves), 2.2 * len(panels)), squeeze=False)
+    sources = sorted({line["source"] for lines in curves.values() for line in lines})
+    color = {source: f"C{number % 10}" for number, source in enumerate(sources)}
+    named: dict[str, Any] = {}
     for column, (name, lines) in enumerate(curves.items()):
         lines = [line | {"real/padded": line["real_tokens"] / line["padded_tokens"]} for line in lines]
         axes[0][column].set_title(name)
@@ -214,9 +217,10 @@ def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]
             axis.set_ylabel(panel)
             axis.grid(alpha=0.3)
             if panel in by_source:
-                for source in dict.fromkeys(line["source"] for line in lines):
+                for source in sorted({line["source"] for line in lines}):
                     own = [line for line in lines if line["source"] == source]
-                    axis.plot([line["step"] for line in own], [line[panel] for line in own], label=source)
+                    steps, values = [line["step"] for line in own], [line[panel] for line in own]
+                    (named[source],) = axis.plot(steps, values, color=color[source], linewidth=1)
             elif panel == "evaluation":
                 steps = [line["step"] for line in evaluations[name]]
                 axis.plot(steps, [line["figure"] for line in evaluations[name]], "ko-", label="mean")
@@ -224,11 +228,13 @@ def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]
                     values = [next(iter(line["tasks"].get(task, {}).values()), None) for line in evaluations[name]]
                     axis.plot(steps, values, "o--", alpha=0.5, label=task)
             else:
-                axis.plot([line["step"] for line in lines], [line[panel] for line in lines])
+                axis.plot([line["step"] for line in lines], [line[panel] for line in lines], "k", linewidth=1)
         # Beyond so many names a legend hides the curves.
-        for axis in axes[:, column]:
-            if 0 < len(axis.get_legend_handles_labels()[1]) <= 10 and axis in (axes[0][column], axes[-1][column]):
-                axis.legend()
+        if 0 < len(axes[-1][column].get_legend_handles_labels()[1]) <= 10:
+            axes[-1][column].legend()
+    if len(named) <= 20:
+        columns = min(len(named), 3 * len(curves))
+        figure.legend(named.values(), named.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
     return figure
 
 
@@ -256,14 +262,15 @@ def timing(runs: dict[str, Path]) -> str:
 
 
 def shown(config: dict[str, Any], folder: Path) -> str:
-    """With paths below the reported folder given relative to it."""
-    return json.dumps(config, indent=2).replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
+    """With paths below the reported folder, and that of its data, given relative to it."""
+    text = json.dumps(config, indent=2).replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
+    return text.replace(f"{Path(FLAGS.data).resolve().parent}/", "") if FLAGS.data else text
 
 
 def save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     with atomic_file(path) as part:
-        figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
+        figure.savefig(part, format="png", dpi=80, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
 

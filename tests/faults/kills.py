@@ -23,8 +23,10 @@ def sigkill(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
     runs.prepare(folder)
     tally.ask(counts["kills"])
     rng = random.Random(seed)
-    in_saves = ends = 0
-    for stage, kills in zip(runs.STAGES, runs.shares(counts["kills"], len(runs.STAGES))):
+    in_saves = ends = wanted_in_saves = 0
+    of_stages = (runs.shares(counts[count], len(runs.STAGES)) for count in ("kills", "in_saves"))
+    for stage, kills, least_in_saves in zip(runs.STAGES, *of_stages):
+        wanted_in_saves += least_in_saves
         began = time.monotonic()
         runs.finish(stage, folder, folder / f"{stage}-whole", counts["devices"])
         runs.finish(stage, folder, folder / f"{stage}-whole-2", counts["devices"])  # with compiled programs
@@ -36,11 +38,12 @@ def sigkill(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
             before = unfinished(workdir)
             process = runs.start(stage, folder, workdir, counts["devices"])
             what = ""
-            if kills and rng.random() < 0.5:
+            # A save takes some 20 ms, and every second or third time the signal comes too late for it.
+            if kills and (rng.random() < 0.5 or kills <= 4 * (wanted_in_saves - in_saves)):
                 what = f"{stage}: SIGKILL in a save"
                 while process.poll() is None and not unfinished(workdir) - before:
                     time.sleep(0.001)
-                time.sleep(rng.uniform(0, 0.025))
+                time.sleep(rng.uniform(0, 0.02))
             elif kills:
                 what = f"{stage}: SIGKILL after {(delay := rng.uniform(0, seconds)):.2f} s"
                 deadline = time.monotonic() + delay
