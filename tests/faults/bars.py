@@ -22,7 +22,7 @@ TRAINING: dict[str, Bar] = {
         "killed at any time, in any stage: the final state is that of a run never stopped",
         "kills:sigkill",
         dict(kills=100, in_saves=30, devices=8),
-        dict(kills=6, in_saves=1, devices=2),
+        dict(kills=4, in_saves=1, devices=2),
     ),
     "R15": Bar(
         "goodput is told, and at least 85 % with a failure a minute",
@@ -103,7 +103,7 @@ DATA_AND_TEXTS: dict[str, Bar] = {
         "any Unicode text of up to a million characters is one vector of length 1, the same alone and in any batch",
         "texts:texts",
         dict(texts=100_000, long=30, alone=8000, broken=2000, whole=12, tokens=128),
-        dict(texts=2000, long=2, alone=60, broken=20, whole=0, tokens=48),
+        dict(texts=1000, long=2, alone=40, broken=20, whole=0, tokens=48),
     ),
     "R12": Bar(
         "a hostile checkpoint runs no code and crashes nothing: it is read, or refused with an error that names it",
