@@ -15,6 +15,8 @@ import tokenizers
 CHARACTERS_PER_CALL = 4_000_000
 # So many times as long a tokenizer's file may make a text. Those of models replace characters by one or two.
 MOST_GROWTH = 10_000
+# The tokenizers package makes a list of all ids below the largest that no token has. Vocabularies have 300,000 tokens.
+MOST_IDS = 1 << 24
 _UNKNOWN = "a \U00013000 \ua66e"  # a hieroglyph and a letter that one manuscript has
 
 
@@ -26,7 +28,7 @@ class Tokenizer:
       sha256: of its complete definition; token files record it, and training refuses tokens of another tokenizer.
 
     Raises:
-      ValueError: a few letters would fill the memory.
+      ValueError: a few letters, or its ids, would fill the memory.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -34,6 +36,8 @@ class Tokenizer:
             raise ValueError(
                 f"the tokenizer may make a text {growth:.0e} times as long; no more than {MOST_GROWTH:,} is taken"
             )
+        if (largest := max(backend.get_vocab(with_added_tokens=True).values(), default=0)) >= MOST_IDS:
+            raise ValueError(f"the tokenizer has a token with the id {largest}; ids are below {MOST_IDS:,}")
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend

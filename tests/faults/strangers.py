@@ -464,6 +464,8 @@ def directories() -> list[Stranger]:
         Stranger("tokenizer: an empty object", write("tokenizer.json", "{}"), ("tokenizer cannot be read",)),
         Stranger("tokenizer: nested", write("tokenizer.json", "[" * 100_000), ("tokenizer cannot be read",)),
         Stranger("tokenizer: an id of 2^32", tokenizer(_far_id), ("tokenizer",)),
+        Stranger("tokenizer: an id of 2^31", tokenizer(lambda c: c["model"]["vocab"].update({"[PAD]": 2**31})),
+            ("tokenizer", "ids are below")),
         Stranger("tokenizer: [CLS] far away", tokenizer(far_post_processor), ("tokenizer", "rows")),
         Stranger("tokenizer: a text 2^60 times as long", tokenizer(growing), ("tokenizer", "times as long")),
         Stranger("tokenizer: no words", tokenizer(lambda c: c["model"].update(vocab={})), ("tokenizer",)),
