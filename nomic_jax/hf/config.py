@@ -99,7 +99,8 @@ def _sizes(content: dict[str, Any], where: str) -> dict[str, Any]:
         least = 0 if field in ("type_vocab_size", "pad_token_id") or is_float else 1
         if not least <= value <= _LARGEST.get(field, _LARGEST_FLOAT):
             raise ConfigError(f"{where}: {names[0]} is {value!r}, which is out of range")
-        fields[field] = value
+        # JAX takes no whole number of more than 64 bits.
+        fields[field] = float(value) if is_float else value
     for field in _REQUIRED:
         if field not in fields:
             raise ConfigError(f"{where}: {' nor '.join(dict.fromkeys(_SIZES[field]))} is not given")

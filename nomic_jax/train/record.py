@@ -136,12 +136,15 @@ def model_of(record: dict[str, Any]) -> EmbeddingConfig:
     fields = dict(record["model"])
     encoder = EncoderConfig(**fields["encoder"])
     encoder_config(config_json(encoder, ""), "model")  # the ranges that a config.json is held to
+    floats: dict[str, Any] = {}
     for field in dataclasses.fields(encoder):
         value, kind = getattr(encoder, field.name), type(field.default)
         is_off = value is None and field.name == "rope_scaling_factor"
         if not is_off and type(value) is not kind and not (kind is float and type(value) is int):
             raise TypeError(f"model.encoder.{field.name} is {value!r}")
-    model = EmbeddingConfig(**fields | {"encoder": encoder})
+        if kind is float and not is_off:
+            floats[field.name] = float(value)  # JAX takes no whole number of more than 64 bits
+    model = EmbeddingConfig(**fields | {"encoder": dataclasses.replace(encoder, **floats)})
     if not isinstance(model.dim, int | None) or not all(
         isinstance(x, bool) for x in (model.layer_norm, model.normalize)
     ):

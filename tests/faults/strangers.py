@@ -455,6 +455,8 @@ def directories() -> list[Stranger]:
             for name in ("vocab_size", "layer_norm_eps", "initializer_range", "rotary_emb_base", "n_positions")
             for value, word in ((float("nan"), "NaN"), (float("inf"), "Infinity"), (1e300, ""), (-1, ""))
         ),
+        Stranger("config.json: an epsilon of 2^64", fields("config.json", layer_norm_eps=2**64,
+            layer_norm_epsilon=2**64)),
         Stranger("config.json: 10^9 layers", fields("config.json", num_hidden_layers=10**9, n_layer=10**9),
             ("num_hidden_layers", "out of range")),
         Stranger("config.json: 512 layers", fields("config.json", num_hidden_layers=512, n_layer=512), ("missing",)),
