@@ -101,12 +101,12 @@ def compiled_step(
     from jax.sharding import PartitionSpec as P
 
     from benchmarks.steps import CONFIGS, abstract_state, on_mesh
-    from nomic_jax.data.packing import packed_layout
+    from nomic_jax.data.batches.packing import packed_layout
     from nomic_jax.model import EmbeddingConfig
     from nomic_jax.train.config import TrainConfig
+    from nomic_jax.train.objectives import make_stage
     from nomic_jax.train.optim import learning_rate, make_optimizer
     from nomic_jax.train.sharding import DATA, make_mesh
-    from nomic_jax.train.stages import make_stage
     from nomic_jax.train.state import make_train_step
 
     config = CONFIGS[stage].get_config("paper")
@@ -145,7 +145,7 @@ def counted(stage: str, sharding: str, layers: int, rows: int, **options) -> dic
     """Bytes by kind, as ``expected`` has them, and what was compiled; ``options`` are those of ``compiled_step``."""
     import jax
 
-    from nomic_jax.train.hlo import collectives
+    from nomic_jax.train.watch.hlo import collectives
 
     started = time.perf_counter()
     compiled, encoder = compiled_step(stage, sharding, layers, rows, **options)
@@ -179,7 +179,7 @@ def memory_of_loss(pairs: int, dim: int = 768) -> dict:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from nomic_jax.train.loss import contrastive_loss
+    from nomic_jax.train.objectives.loss import contrastive_loss
     from nomic_jax.train.sharding import DATA, make_mesh
 
     mesh = make_mesh()

@@ -25,12 +25,13 @@ import jax
 import numpy as np
 
 from nomic_jax import Embedder
-from nomic_jax.curate import ranking
-from nomic_jax.curate.consistency import FilterOptions, filter_pairs
-from nomic_jax.curate.embed import Encoder
-from nomic_jax.curate.negatives import MiningOptions, mine_negatives
-from nomic_jax.data.sources import read_rows, write_rows
-from nomic_jax.device_ranks import count_above
+from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.filter import ranking
+from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
+from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.inference.device_ranks import count_above
 
 K, NEGATIVES, BATCH = 20, 7, 64
 

@@ -27,11 +27,11 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
-from nomic_jax.data.loader import read_ahead
+from nomic_jax.data.batches.loader import read_ahead
+from nomic_jax.data.batches.pairs import PairStream, make_layout
 from nomic_jax.data.mixture import Source
-from nomic_jax.data.pairs import PairStream, make_layout
-from nomic_jax.data.pretokenize import pretokenize, worker_pool
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 
 
 def write_pairs(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> None:

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from benchmarks.made_up import write_random
 from nomic_jax import Embedder, EncoderConfig
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 
 # Name -> (texts, shortest, longest) in tokens, special tokens included.
 LOADS = {"16-64 tokens": (256, 16, 64), "512 tokens": (64, 512, 512), "2048 tokens": (4, 2048, 2048)}

@@ -22,9 +22,10 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
 from nomic_jax import Embedder
-from nomic_jax.data.sources import read_rows, write_rows
-from nomic_jax.evals.local import read_task
-from nomic_jax.integrations import mteb_encoder
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.evals.suites.local import read_task
+from nomic_jax.inference.integrations import mteb_encoder
 
 KINDS = ("retrieval", "classification", "clustering", "sts")
 

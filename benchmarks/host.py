@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.loads import LONGEST, pair_lengths
-from nomic_jax.data.mixing import Mixing, Sampling
-from nomic_jax.data.mlm import MlmStream
-from nomic_jax.data.packing import bucketed_layout, packed_layout, plan_chunks, segments_for
-from nomic_jax.data.pairs import MAX_CHUNK_TOKENS, PairStream
-from nomic_jax.data.tokens import RaggedTokens
+from nomic_jax.data.batches.mixing import Mixing, Sampling
+from nomic_jax.data.batches.mlm import MlmStream
+from nomic_jax.data.batches.packing import bucketed_layout, packed_layout, plan_chunks, segments_for
+from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS, PairStream
+from nomic_jax.data.tokens.store import RaggedTokens
 
 GPUS_PER_HOST = 8
 PAIR_TOKENS, MINED, NEGATIVES, ROW_TOKENS = 192, 20, 7, 2048

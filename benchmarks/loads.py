@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from nomic_jax.data.loader import Batch
-from nomic_jax.data.packing import Layout, fill_chunks, plan_chunks
-from nomic_jax.data.pairs import layout_for
+from nomic_jax.data.batches.packing import Layout, fill_chunks, plan_chunks
+from nomic_jax.data.batches.pairs import layout_for
+from nomic_jax.data.batches.stream import Batch
 
 # Tokens of 20,000 pairs of heading and section of software documentation (the "docs" of results/padding.md) at these
 # quantiles, in between linear; bert-base-uncased's vocabulary, cut at 2048.

@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint, write_checkpoint
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
 

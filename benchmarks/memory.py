@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from nomic_jax.data.packing import number_compiled
+from nomic_jax.data.batches.packing import number_compiled
 from nomic_jax.model import EncoderConfig, abstract_encoder, encode
 
 POLICIES = ("none", "elementwise", "attention", "layer")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nomic_jax.data.batching import padded_length
-from nomic_jax.data.packing import bucketed_layout, packed_layout, plan_chunks, segments_for
-from nomic_jax.data.pairs import MAX_CHUNK_TOKENS
-from nomic_jax.data.sources import read_rows
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.batches.packing import bucketed_layout, packed_layout, plan_chunks, segments_for
+from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS
+from nomic_jax.data.batches.shapes import padded_length
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 
 # (batch, devices, tokens kept of a text)
 BATCHES = ((16_384, 8, 2048), (16_384, 8, 256), (1024, 8, 2048), (256, 1, 256))

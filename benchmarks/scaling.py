@@ -339,7 +339,7 @@ def main() -> None:
     print(f"The contrastive loss of 2,048 queries of one GPU:\n\n{loss_table()}")
     print(f"Parameters and optimizer state on each GPU:\n\n{sharding_table()}")
     if args.plot:
-        from nomic_jax.evals.pictures import lines
+        from nomic_jax.evals.report.pictures import lines
 
         curves: dict[str, dict[int, float]] = {}
         for step in steps:

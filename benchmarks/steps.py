@@ -13,11 +13,12 @@ from benchmarks.loads import Load
 from configs import contrastive, finetune, mlm
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train.config import TrainConfig
-from nomic_jax.train.flops import peak_flops, training_flops
+from nomic_jax.train.objectives import make_stage
+from nomic_jax.train.objectives.stage import Stage
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import DATA, Sharding, make_mesh, put_rows
-from nomic_jax.train.stages import Stage, make_stage
 from nomic_jax.train.state import TrainState, init_state, make_train_step, state_specs
+from nomic_jax.train.watch.flops import peak_flops, training_flops
 
 CONFIGS = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
 GB = 1e9

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from nomic_jax import Embedder
-from nomic_jax.data.batching import pad_right
+from nomic_jax.data.batches.shapes import pad_right
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import classifier_logits, encode, mlm_logits
-from nomic_jax.train.checkpoint import read_pretrained
+from nomic_jax.run.pretrained import read_pretrained
 
 TEXTS = (
     "search_query: what does an embedder do?",

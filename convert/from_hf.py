@@ -6,7 +6,7 @@
 import argparse
 import sys
 
-from nomic_jax.train.checkpoint import read_pretrained, write_pretrained
+from nomic_jax.run.pretrained import read_pretrained, write_pretrained
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nomic_jax.hf import write_checkpoint
-from nomic_jax.train.checkpoint import read_pretrained
+from nomic_jax.run.pretrained import read_pretrained
 
 
 def main() -> None:

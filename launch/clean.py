@@ -10,10 +10,10 @@ from pathlib import Path
 from absl import flags
 
 from launch.errors import run
-from nomic_jax.curate.cleaning import CleaningOptions, clean_rows
-from nomic_jax.curate.contamination import NGRAM, EvaluationTexts
-from nomic_jax.curate.report import told
-from nomic_jax.evals.retrieval import RetrievalTask
+from nomic_jax.curate.clean.cleaning import CleaningOptions, clean_rows
+from nomic_jax.curate.clean.contamination import NGRAM, EvaluationTexts
+from nomic_jax.curate.engine.report import told
+from nomic_jax.evals.tasks.retrieval import RetrievalTask
 
 FLAGS = flags.FLAGS
 

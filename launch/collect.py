@@ -28,8 +28,8 @@ from absl import flags
 from tqdm import tqdm
 
 from launch.errors import run
-from nomic_jax.curate.held_out import Split, drawn
-from nomic_jax.data.sources import atomic_file, write_json, write_rows
+from nomic_jax.curate.hold_out import Split, sampling_key
+from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
 
 FLAGS = flags.FLAGS
 
@@ -157,7 +157,7 @@ def read_icd10(seed: int) -> list[Diagnosis]:
         for code in icd.get_all_codes(False)
         if (terms := icd.get_inclusion_term(code))
     ]
-    return sorted(diagnoses, key=lambda diagnosis: drawn(seed, diagnosis.title))
+    return sorted(diagnoses, key=lambda diagnosis: sampling_key(seed, diagnosis.title))
 
 
 def installed_files(site_packages: Path, seed: int) -> list[str]:
@@ -176,7 +176,7 @@ def installed_files(site_packages: Path, seed: int) -> list[str]:
             and not path.parts[0].startswith("__editable__")
             and EXCLUDED_FOLDERS.isdisjoint(path.parts)
         ),
-        key=lambda path: drawn(seed, path),
+        key=lambda path: sampling_key(seed, path),
     )
 
 
@@ -257,7 +257,9 @@ def running_text(texts: Iterable[str], held_texts: set[str], seed: int) -> list[
     """Pieces of the texts, each once, in a drawn order, up to MLM_BYTES; no line or paragraph is a held-out text."""
     held = {one_line(text) for text in held_texts}
     kept, size = [], 0
-    for piece in sorted({piece for text in texts for piece in pieces(text)}, key=lambda piece: drawn(seed, piece)):
+    for piece in sorted(
+        {piece for text in texts for piece in pieces(text)}, key=lambda piece: sampling_key(seed, piece)
+    ):
         if held.isdisjoint(map(one_line, [*paragraphs(piece), *piece.split("\n")])):
             kept.append(piece)
             size += len(piece.encode())

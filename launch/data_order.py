@@ -11,9 +11,9 @@ from pathlib import Path
 from absl import flags
 
 from launch.errors import run
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.train.config import TrainConfig
-from nomic_jax.train.loop import make_stream
+from nomic_jax.train.objectives import make_stream
 
 FLAGS = flags.FLAGS
 

@@ -11,7 +11,7 @@ it: killed at any moment, the same command goes on after the last finished shard
 from absl import flags
 
 from launch.errors import run
-from nomic_jax.embed_files import embed_files
+from nomic_jax.inference.embed_files import embed_files
 
 FLAGS = flags.FLAGS
 

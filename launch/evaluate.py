@@ -33,18 +33,18 @@ from absl import flags
 
 from launch import glue
 from launch.errors import run
-from nomic_jax.evals import hub, local, loco, mteb
-from nomic_jax.evals.contract import Embed, TaskError
-from nomic_jax.evals.glue import cells as glue_cells
-from nomic_jax.evals.record import model_sha256, run_cells
-from nomic_jax.evals.report import table, write_report
+from nomic_jax.evals.report.page import table, write_report
+from nomic_jax.evals.report.record import model_sha256, run_cells
+from nomic_jax.evals.suites import hub, local, loco, mteb
+from nomic_jax.evals.suites.glue import cells as glue_cells
+from nomic_jax.evals.tasks.contract import Embed, TaskError
 
 FLAGS = flags.FLAGS
 SUITES = ("local", "mteb", "jina_long", "loco", "glue")
 
 
 class LazyEncoders:
-    """The model, read once and only when something is to be computed: ``nomic_jax.evals.contract.Encoders``."""
+    """The model, read once and only when something is to be computed: ``nomic_jax.evals.tasks.contract.Encoders``."""
 
     def __init__(self, model: str, dtype: str, batch_size: int):
         self.model, self.dtype, self.batch_size = model, dtype, batch_size
@@ -54,7 +54,7 @@ class LazyEncoders:
     def at(self, max_length: int | None) -> Any:
         """The Embedder. Raises ValueError if the model does not take so many tokens."""
         if None not in self._by_length:
-            from nomic_jax.embedder import Embedder  # jax and a model: not for --help, BM25 or a wrong --data
+            from nomic_jax.inference.embedder import Embedder  # jax and a model: not for --help, BM25 or a wrong --data
 
             self._by_length[None] = Embedder.from_pretrained(self.model, dtype=self.dtype)
         embedder = self._by_length[None]
@@ -69,7 +69,7 @@ class LazyEncoders:
         return embed_with(self.at(max_length), normalize, self.batch_size)
 
     def for_mteb(self, max_length: int, dim: int | None, name: str) -> Any:
-        from nomic_jax.integrations import mteb_encoder
+        from nomic_jax.inference.integrations import mteb_encoder
 
         key = (max_length, dim)
         if key not in self._for_mteb:  # it hashes the weights

@@ -12,10 +12,10 @@ from absl import flags
 
 from launch import teacher
 from launch.errors import run
-from nomic_jax.curate.consistency import FilterOptions, filter_pairs
+from nomic_jax.curate.engine.report import told
+from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
 from nomic_jax.curate.mixtures import filter_mixture, is_mixture
-from nomic_jax.curate.report import told
-from nomic_jax.data.sources import expand_files
+from nomic_jax.data.formats.paths import expand_files
 
 flags.adopt_module_key_flags(teacher)  # --help shows them too
 _K = flags.DEFINE_integer("k", 2, "Keep a pair if its document is among the k nearest to its query.")

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.glue import get_config
-from nomic_jax.data.sources import read_rows, write_json
-from nomic_jax.evals import glue, hub
-from nomic_jax.evals.glue import Cell
-from nomic_jax.evals.record import average
-from nomic_jax.train.checkpoint import read_pretrained
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.writing import write_json
+from nomic_jax.evals.report.record import average
+from nomic_jax.evals.suites import glue, hub
+from nomic_jax.evals.suites.glue import Cell
+from nomic_jax.run.pretrained import read_pretrained
 from nomic_jax.train.interruption import Preempted
 
 
@@ -41,7 +42,7 @@ def sweep(
 
     Args:
       identity: of the model, for the report.
-      data: see ``nomic_jax.evals.glue.find_data``.
+      data: see ``nomic_jax.evals.suites.glue.find_data``.
       variant: of configs/glue.py.
       mnli_checkpoint: what rte, stsb and mrpc start from: "" for the best run on mnli, "none" for the model itself.
       batch_size: texts scored together.
@@ -125,7 +126,7 @@ def _discard_other_start(workdir: Path, start: str) -> None:
 def _run(
     cell: Cell, start: str, folder: Path, files: tuple[str, str], variant: str, dtype: str, batch_size: int
 ) -> float:
-    from nomic_jax.classifier import Classifier  # jax: not for --help or a wrong flag
+    from nomic_jax.inference.classifier import Classifier  # jax: not for --help or a wrong flag
     from nomic_jax.train.config import TrainConfig
     from nomic_jax.train.loop import train
 

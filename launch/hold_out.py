@@ -20,10 +20,11 @@ from absl import flags
 from tqdm import tqdm
 
 from launch.errors import run
-from nomic_jax.curate.held_out import Split
+from nomic_jax.curate.hold_out import Split
 from nomic_jax.curate.mixtures import with_files
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
 from nomic_jax.data.mixture import Source, read_mixture
-from nomic_jax.data.sources import atomic_file, read_rows, write_json, write_rows
 
 FLAGS = flags.FLAGS
 

@@ -18,7 +18,7 @@ import json
 import sys
 from collections import Counter
 
-from nomic_jax.train.lineage import trace
+from nomic_jax.run.lineage import trace
 
 
 def main() -> None:

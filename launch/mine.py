@@ -14,10 +14,10 @@ from absl import flags
 
 from launch import teacher
 from launch.errors import run
+from nomic_jax.curate.engine.report import told
+from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
 from nomic_jax.curate.mixtures import is_mixture, mine_mixture
-from nomic_jax.curate.negatives import MiningOptions, mine_negatives
-from nomic_jax.curate.report import told
-from nomic_jax.data.sources import expand_files
+from nomic_jax.data.formats.paths import expand_files
 
 flags.adopt_module_key_flags(teacher)  # --help shows them too
 _K = flags.DEFINE_integer("k", 20, "Candidates a query: its k nearest documents, before its positives are taken out.")

@@ -14,8 +14,8 @@ import time
 from absl import flags
 
 from nomic_jax.data.mixture import ROW_KINDS, read_mixture
-from nomic_jax.data.pretokenize import pretokenize, worker_pool
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 

@@ -17,11 +17,11 @@ import matplotlib.pyplot as plt
 from absl import flags
 
 from launch.errors import run
-from nomic_jax.curate.report import table
-from nomic_jax.data.sources import atomic_file, write_json
+from nomic_jax.curate.engine.report import table
+from nomic_jax.data.formats.writing import atomic_file, write_json
 from nomic_jax.train.evaluation import read_evaluations
-from nomic_jax.train.goodput import KINDS, read_goodput, share
-from nomic_jax.train.metrics import read_metrics
+from nomic_jax.train.watch.goodput import KINDS, read_goodput, share
+from nomic_jax.train.watch.metrics import read_metrics
 
 FLAGS = flags.FLAGS
 # In the order in which they come about; other names follow by alphabet.

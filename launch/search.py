@@ -3,9 +3,9 @@
 from absl import flags
 
 from launch.errors import run
-from nomic_jax.curate.index import top_k
-from nomic_jax.data.sources import read_rows
-from nomic_jax.embedder import Embedder
+from nomic_jax.curate.engine.index import top_k
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.inference.embedder import Embedder
 
 FLAGS = flags.FLAGS
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from absl import flags
 
-from nomic_jax.curate.embed import Encoder
-from nomic_jax.curate.work import Engine, run_here
+from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.tasks import Engine, run_here
 
 INPUT = flags.DEFINE_string(
     "input",
@@ -75,7 +75,7 @@ def engine() -> Engine:
     """The engine that the flags name."""
     if ENGINE.value == "local":
         return run_here
-    from nomic_jax.curate.ray_engine import ray_engine
+    from nomic_jax.curate.engine.ray_engine import ray_engine
 
     made = ray_engine(functools.partial(open_teacher, **_settings()), WORKERS.value)
     from ray import cloudpickle
@@ -110,8 +110,8 @@ def open_teacher(
     """
     import jax
 
-    from nomic_jax.device_ranks import count_above
-    from nomic_jax.embedder import DOCUMENT_PROMPTS, QUERY_PROMPTS, Embedder
+    from nomic_jax.inference.device_ranks import count_above
+    from nomic_jax.inference.embedder import DOCUMENT_PROMPTS, QUERY_PROMPTS, Embedder
 
     embedder = Embedder.from_pretrained(model, dtype=dtype, max_length=max_length)
     if prompts is None:

@@ -16,16 +16,16 @@ from ml_collections import config_flags
 
 from launch.errors import run
 from launch.evaluate import embed_with
-from nomic_jax.embedder import Embedder
-from nomic_jax.evals.local import find_tasks, read_task
-from nomic_jax.evals.retrieval import RetrievalTask
+from nomic_jax.evals.suites.local import find_tasks, read_task
+from nomic_jax.evals.tasks.retrieval import RetrievalTask
 from nomic_jax.hf import Checkpoint
+from nomic_jax.inference.embedder import Embedder
 from nomic_jax.train import hosts
 from nomic_jax.train.config import EvaluationConfig, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, check_metric
-from nomic_jax.train.goodput import process_began
 from nomic_jax.train.interruption import exit_on_sigterm
 from nomic_jax.train.loop import train
+from nomic_jax.train.watch.goodput import process_began
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/mlm.py, contrastive.py, finetune.py or glue.py")
 _WORKDIR = flags.DEFINE_string(
@@ -48,12 +48,12 @@ def main(_: list[str]) -> None:
     exit_on_sigterm()
     config = TrainConfig.from_mapping(_CONFIG.value.to_dict())
     _join()
-    if hosts.is_first():
+    if hosts.is_first_process():
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
         print(f"{config.stage}: {jax.device_count()} device(s){processes}, {jax.devices()[0].device_kind}")
     evaluate = make_evaluation(config.evaluation) if config.evaluation.every else None
     last = train(config, _WORKDIR.value, evaluate=evaluate, began=process_began())
-    if not hosts.is_first():
+    if not hosts.is_first_process():
         return
     if last:
         print(f"{config.stage}: finished with " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))

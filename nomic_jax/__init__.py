@@ -1,23 +1,40 @@
 """Nomic Embed in JAX: train, convert and use long-context text embedders."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nomic_jax.embedder import Embedder
+    from nomic_jax.inference.classifier import Classifier
+    from nomic_jax.inference.embedder import Embedder
+    from nomic_jax.inference.integrations import langchain_embeddings, llama_index_embedding, mteb_encoder
     from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed
 
-__all__ = ["Embedder", "EmbeddingConfig", "EncoderConfig", "embed"]
 __version__ = "0.1.0"
+__all__ = [
+    "Classifier",
+    "Embedder",
+    "EmbeddingConfig",
+    "EncoderConfig",
+    "embed",
+    "langchain_embeddings",
+    "llama_index_embedding",
+    "mteb_encoder",
+]
+
+_MODULES = {
+    "Classifier": "nomic_jax.inference.classifier",
+    "Embedder": "nomic_jax.inference.embedder",
+    "langchain_embeddings": "nomic_jax.inference.integrations",
+    "llama_index_embedding": "nomic_jax.inference.integrations",
+    "mteb_encoder": "nomic_jax.inference.integrations",
+    "EmbeddingConfig": "nomic_jax.model",
+    "EncoderConfig": "nomic_jax.model",
+    "embed": "nomic_jax.model",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used: processes that prepare data need no jax, which takes seconds to import.
-    if name == "Embedder":
-        from nomic_jax.embedder import Embedder
-
-        return Embedder
-    if name in __all__:
-        from nomic_jax import model
-
-        return getattr(model, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Imported when first used: JAX takes seconds to import, and processes that prepare data do not need it.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -20,7 +20,7 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(minilm):
-    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
 
     return Tokenizer.from_directory(minilm)
 

@@ -18,7 +18,7 @@ def write_teacher(directory: Path) -> None:
     import jax
 
     from nomic_jax import EmbeddingConfig, EncoderConfig
-    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
     from nomic_jax.hf import Checkpoint, write_checkpoint
     from nomic_jax.model import init_encoder
 
@@ -71,7 +71,7 @@ def write_small_model(directory: Path) -> None:
     import jax
     import tokenizers
 
-    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
     from nomic_jax.hf import Checkpoint, write_checkpoint
     from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
 

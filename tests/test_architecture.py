@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows of the package, and the packages that it must not need."""
+"""Which package may import which, how large packages and modules may grow, and which libraries are kept out."""
 
 import ast
 import sys
@@ -7,61 +7,127 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Folder -> the folders of nomic_jax it may import from, besides itself.
+PACKAGE = ROOT / "nomic_jax"
+# Package -> the packages of nomic_jax that it may import from, besides itself.
 ALLOWED = {
     "model": set(),
     "data": set(),
     "hf": {"model", "data"},
     "curate": {"data"},
     "evals": {"data"},
-    "embedder": {"model", "hf", "data", "train"},  # train: a run is opened like any other checkpoint
-    "embed_files": {"embedder", "data"},
-    "device_ranks": set(),
-    "classifier": {"model", "data", "train"},
-    "integrations": {"embedder", "evals"},
-    "train": {"model", "hf", "data"},
+    "run": {"model", "hf", "data"},
+    "train": {"model", "hf", "data", "run"},
+    "inference": {"model", "hf", "data", "run", "evals"},
 }
+# Room of a package -> the rooms and modules of that package that it may import from, besides itself.
+ROOMS = {
+    "data": {
+        "formats": set(),
+        "mixture": {"formats"},
+        "tokens": {"formats", "mixture"},
+        "batches": {"formats", "mixture", "tokens"},
+    },
+    "curate": {
+        "engine": set(),
+        "hold_out": set(),
+        "clean": {"engine"},
+        "filter": {"engine"},
+        "mine": {"engine"},
+        "mixtures": {"engine", "filter", "mine"},
+    },
+    "train": {
+        "typed_fields": set(),
+        "config": {"typed_fields"},
+        "sharding": set(),
+        "interruption": set(),
+        "hosts": {"interruption"},
+        "optim": {"config"},
+        "start": {"config"},
+        "objectives": {"config", "sharding", "hosts"},
+        "state": {"sharding", "objectives"},
+        "watch": {"config", "hosts"},
+        "evaluation": {"config", "hosts", "watch"},
+        "loop": {
+            *("config", "sharding", "interruption", "hosts", "optim", "start"),
+            *("objectives", "state", "watch", "evaluation"),
+        },
+        "reproduce": {"config", "sharding", "loop"},
+    },
+    "evals": {"tasks": set(), "report": set(), "suites": {"tasks", "report"}},
+}
+MOST_MODULES = 14  # of a package, with its __init__.py
+MOST_LINES = 400
 FORBIDDEN_EVERYWHERE = {"torch", "sentence_transformers", "launch", "configs", "convert"}
-# numpy and grain only, so that workers never touch the GPU; an encoder comes in as a function.
+# numpy and grain only: data workers must not touch the accelerator, and an encoder comes in as a function.
 WITHOUT_JAX = ("data", "curate", "evals")
 
 
 def imports(file: Path) -> set[str]:
+    """The modules that a file imports, also inside functions; `from package import name` counts as package.name."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-FILES = sorted((ROOT / "nomic_jax").rglob("*.py"))
+def place(file: Path) -> list[str]:
+    return list(file.relative_to(PACKAGE).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+FILES = sorted(PACKAGE.rglob("*.py"))
+INNER = [file for file in FILES if file.parent != PACKAGE]
+
+
+@pytest.mark.parametrize("file", INNER, ids=lambda file: str(file.relative_to(ROOT)))
 def test_arrows(file):
-    part = file.relative_to(ROOT / "nomic_jax").parts[0].removesuffix(".py")
+    package, room, *_ = place(file)
     names = imports(file)
-    used = {name.split(".")[1] for name in names if name.startswith("nomic_jax.")}
-    if part != "__init__":
-        assert used - {part} <= ALLOWED[part]
+    used = [name.split(".")[1:] for name in names if name.startswith("nomic_jax.")]
+    assert {part for part, *_ in used} - {package} <= ALLOWED[package]
+    if package in ROOMS and room != "__init__":
+        rooms = {inner for part, inner, *_ in used if part == package}
+        assert rooms - {room} <= ROOMS[package][room]
     top = {name.split(".")[0] for name in names}
-    allowed_torch = {"torch"} if file == ROOT / "nomic_jax" / "hf" / "files.py" else set()
+    allowed_torch = {"torch"} if file == PACKAGE / "hf" / "files.py" else set()
     assert not top & (FORBIDDEN_EVERYWHERE - allowed_torch)
-    if part in WITHOUT_JAX:
+    if package in WITHOUT_JAX:
         assert not top & {"jax", "flax"}
 
 
-def test_every_part_is_in_the_table():
-    parts = {path.name.removesuffix(".py") for path in (ROOT / "nomic_jax").iterdir()} - {"__init__", "__pycache__"}
-    assert parts == set(ALLOWED)
+def children(folder: Path) -> set[str]:
+    return {path.name.removesuffix(".py") for path in folder.iterdir()} - {"__init__", "__pycache__"}
+
+
+def test_every_package_and_room_is_in_the_tables():
+    assert children(PACKAGE) == set(ALLOWED)
+    for package, rooms in ROOMS.items():
+        assert children(PACKAGE / package) == set(rooms)
+
+
+@pytest.mark.parametrize("table", [ALLOWED, *ROOMS.values()], ids=["nomic_jax", *ROOMS])
+def test_no_arrow_goes_round(table):
+    done: set[str] = set()
+    while done < set(table):
+        free = {part for part, needs in table.items() if needs <= done} - done
+        assert free, f"a circle among {set(table) - done}"
+        done |= free
+
+
+def test_packages_and_modules_stay_small():
+    for folder in {file.parent for file in FILES}:
+        assert len(list(folder.glob("*.py"))) <= MOST_MODULES, folder
+    for file in FILES:
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES, file
 
 
 def test_a_lineage_is_checked_by_python_alone():
-    own = {"nomic_jax.train.lineage", "nomic_jax.train.manifest"}
+    own = {"nomic_jax.run.lineage", "nomic_jax.run.manifest", "nomic_jax.data.formats.writing"}
     files = [ROOT / "launch" / "lineage.py", *(ROOT / f"{name.replace('.', '/')}.py" for name in own)]
-    for file in (*files, ROOT / "nomic_jax" / "__init__.py", ROOT / "nomic_jax" / "train" / "__init__.py"):
+    packages = [PACKAGE, PACKAGE / "run", PACKAGE / "data", PACKAGE / "data" / "formats"]
+    for file in (*files, *(package / "__init__.py" for package in packages)):
         module = ast.parse(file.read_text(encoding="utf-8"))
         for node in module.body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

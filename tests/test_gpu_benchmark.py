@@ -14,7 +14,7 @@ from benchmarks.gpu.__main__ import NO_TIME, machine, read_results, run_process,
 from benchmarks.gpu.plan import TARGETS, TINY, Process, make_plan
 from benchmarks.gpu.table import markdown
 from benchmarks.gpu.training import next_size
-from nomic_jax.data.packing import number_compiled
+from nomic_jax.data.batches.packing import number_compiled
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nomic_jax import Embedder
-from nomic_jax.integrations import langchain_embeddings, llama_index_embedding, mteb_encoder
+from nomic_jax.inference.integrations import langchain_embeddings, llama_index_embedding, mteb_encoder
 
 TEXTS = ["The cat sleeps on the sofa.", "Rockets fly to the moon.", "Bread is baked in an oven."]
 QUERY = "a voyage into space"
@@ -49,7 +49,8 @@ def no_network(monkeypatch):
 
 
 def test_the_module_imports_no_library():
-    code = "import sys, nomic_jax.integrations; print({'mteb', 'langchain_core', 'llama_index'} & set(sys.modules))"
+    libraries = {"mteb", "langchain_core", "llama_index"}
+    code = f"import sys, nomic_jax.inference.integrations; print({libraries} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 

@@ -12,8 +12,8 @@ from benchmarks.made_up import made_up_texts
 from benchmarks.steps import peak_gigabytes
 from benchmarks.timing import timed
 from launch.teacher import open_teacher
-from nomic_jax.curate.embed import encode_checked, texts_per_file
-from nomic_jax.curate.index import own_ranks, top_k
+from nomic_jax.curate.engine.embedding import encode_checked, texts_per_file
+from nomic_jax.curate.engine.index import own_ranks, top_k
 
 Row = dict[str, Any]
 

@@ -12,7 +12,7 @@ from benchmarks.made_up import made_up_texts
 from benchmarks.steps import peak_gigabytes
 from benchmarks.timing import median_seconds, timed
 from nomic_jax import Embedder, embed
-from nomic_jax.train.flops import peak_flops
+from nomic_jax.train.watch.flops import peak_flops
 
 Row = dict[str, Any]
 

@@ -14,11 +14,11 @@ from jax.sharding import AxisType
 from benchmarks.loads import Load, mlm_load, pair_lengths, pair_load
 from benchmarks.steps import GB, TrainStep, paper_settings, peak_gigabytes
 from benchmarks.timing import median_seconds
-from nomic_jax.data.packing import number_compiled
+from nomic_jax.data.batches.packing import number_compiled
 from nomic_jax.hf import read_checkpoint
-from nomic_jax.train.flops import peak_flops
-from nomic_jax.train.hlo import fused_attention_calls, require_fused_attention
 from nomic_jax.train.sharding import DATA
+from nomic_jax.train.watch.flops import peak_flops
+from nomic_jax.train.watch.hlo import fused_attention_calls, require_fused_attention
 
 Row = dict[str, Any]
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import yaml
 
-from nomic_jax.curate.consistency import FilterOptions, scoring
-from nomic_jax.curate.embed import Encoder
-from nomic_jax.curate.negatives import MiningOptions, mine_negatives
-from nomic_jax.curate.report import quarantine, table
-from nomic_jax.curate.selection import threshold_text, write_selection
-from nomic_jax.curate.work import Engine, alone, run_here
+from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.locks import exclusive_lock
+from nomic_jax.curate.engine.report import quarantine, table
+from nomic_jax.curate.engine.tasks import Engine, run_here
+from nomic_jax.curate.filter.consistency import FilterOptions, scoring
+from nomic_jax.curate.filter.selection import threshold_text, write_selection
+from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
+from nomic_jax.data.formats.writing import atomic_file, write_json
 from nomic_jax.data.mixture import COLUMNS, read_mixture
-from nomic_jax.data.sources import atomic_file, write_json
 
 
 def is_mixture(files: str) -> bool:
@@ -140,7 +141,7 @@ def _write(
     report: str,
 ) -> None:
     content = with_files(mixture, f"{{name}}/{file}", changes)
-    with alone(output / ".mixture.lock"):
+    with exclusive_lock(output / ".mixture.lock"):
         for name, text in (("mixture.yaml", content), ("report.md", report)):
             with atomic_file(output / name) as part:
                 part.write_text(text, encoding="utf-8")

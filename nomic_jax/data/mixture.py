@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 import yaml
 
-from nomic_jax.data.hub import is_named
-from nomic_jax.data.rows import BadRow
+from nomic_jax.data.formats.hub import is_named
+from nomic_jax.data.formats.row_checks import BadRow
 
 PREFIXES = ("search_query", "search_document", "classification", "clustering")
 Kind = Literal["text", "pair", "triplet"]
@@ -50,7 +50,7 @@ class Source:
     """Rows of one origin; a batch never mixes two of them.
 
     Attributes:
-      files: see ``nomic_jax.data.sources.expand_files``.
+      files: see ``nomic_jax.data.formats.paths.expand_files``.
       columns: the file's column for each of ``COLUMNS[kind]``, in that order.
       query_prefix, document_prefix: one of PREFIXES, an instruction of several words, or "" for none. Texts get
         "prefix: " in front.

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.model import EmbeddingConfig
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
@@ -22,7 +22,7 @@ class Checkpoint:
       default_prompt_name: the prompt of a text for which none is named.
       similarity: "cosine", "dot", "euclidean" or "manhattan".
       max_length: tokens kept of a text; None for all that the encoder takes.
-      training: the record of each stage that led here, first to last (``nomic_jax.train.record.make_record``).
+      training: the record of each stage that led here, first to last (``nomic_jax.run.record.make_record``).
     """
 
     config: EmbeddingConfig

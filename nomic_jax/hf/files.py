@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from nomic_jax.data.rows import each_key_once
+from nomic_jax.data.formats.row_checks import each_key_once
 
 # Of other types (int8, float8) the values mean nothing without scales that lie elsewhere.
 _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)

@@ -51,7 +51,7 @@ def model_card(
     """Markdown with the front matter of the hub.
 
     Args:
-      training: the stages, first to last, as a checkpoint's record keeps them (nomic_jax/train/checkpoint.py).
+      training: the stages, first to last, as a checkpoint's record keeps them (nomic_jax/run/pretrained.py).
       evaluations: suite -> report of ``launch.evaluate``.
     """
     encoder = config.encoder

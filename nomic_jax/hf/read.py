@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf.checkpoint import SIMILARITIES, Checkpoint
 from nomic_jax.hf.config import encoder_config
 from nomic_jax.hf.files import CheckpointError, check_file, read_json, read_json_list, read_tensors

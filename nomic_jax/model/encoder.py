@@ -31,8 +31,8 @@ KEPT = {
 }
 
 
-class Texts(NamedTuple):
-    """Where the texts of a row lie, see ``encode``."""
+class TextBoundaries(NamedTuple):
+    """Where the texts of a row begin and end; the fields are arguments of ``encode``."""
 
     length_B: jax.Array | None
     segment_BL: jax.Array | None
@@ -105,7 +105,9 @@ class Attention(nnx.Module):
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, config, rngs)
         self.out = Linear(config.hidden_size, config.hidden_size, config, rngs)
 
-    def __call__(self, x_BLD: jax.Array, rope, texts: Texts, wanted_BP: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, rope, boundaries: TextBoundaries, output_position_BP: jax.Array | None
+    ) -> jax.Array:
         B, L, D = x_BLD.shape
         H, K = self.config.num_heads, self.config.head_dim
         qkv_BL3D = checkpoint_name(self.qkv(x_BLD), "qkv")
@@ -116,10 +118,10 @@ class Attention(nnx.Module):
             q_BLHK,
             k_BLHK,
             v_BLHK,
-            **texts._asdict(),
+            **boundaries._asdict(),
             implementation=self.config.attention,
         )
-        return checkpoint_name(self.out(_only(out_BLHK.reshape(B, L, D), wanted_BP)), "out")
+        return checkpoint_name(self.out(_select(out_BLHK.reshape(B, L, D), output_position_BP)), "out")
 
 
 class GatedMlp(nnx.Module):
@@ -154,13 +156,17 @@ class Block(nnx.Module):
         self.mlp = GatedMlp(config, rngs) if config.activation == "swiglu" else GeluMlp(config, rngs)
         self.norm2 = LayerNorm(config, rngs)
 
-    def __call__(self, x_BLD: jax.Array, rope, texts: Texts, wanted_BP: jax.Array | None = None) -> jax.Array:
-        x_BPD = self.norm1(_only(x_BLD, wanted_BP) + self.attention(x_BLD, rope, texts, wanted_BP))
+    def __call__(
+        self, x_BLD: jax.Array, rope, boundaries: TextBoundaries, output_position_BP: jax.Array | None = None
+    ) -> jax.Array:
+        x_BPD = self.norm1(
+            _select(x_BLD, output_position_BP) + self.attention(x_BLD, rope, boundaries, output_position_BP)
+        )
         return self.norm2(x_BPD + self.mlp(x_BPD))
 
 
-def _only(x_BLD: jax.Array, wanted_BP: jax.Array | None) -> jax.Array:
-    return x_BLD if wanted_BP is None else jnp.take_along_axis(x_BLD, wanted_BP[:, :, None], axis=1)
+def _select(x_BLD: jax.Array, output_position_BP: jax.Array | None) -> jax.Array:
+    return x_BLD if output_position_BP is None else jnp.take_along_axis(x_BLD, output_position_BP[:, :, None], axis=1)
 
 
 class Encoder(nnx.Module):
@@ -169,20 +175,22 @@ class Encoder(nnx.Module):
         self.embeddings = Embeddings(config, rngs)
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
 
-    def __call__(self, ids_BL: jax.Array, texts: Texts, wanted_BP: jax.Array | None) -> jax.Array:
-        position_BL, own_length_BL = _positions(ids_BL, texts.length_B, texts.segment_BL, self.config)
+    def __call__(
+        self, ids_BL: jax.Array, boundaries: TextBoundaries, output_position_BP: jax.Array | None
+    ) -> jax.Array:
+        position_BL, own_length_BL = _positions(ids_BL, boundaries.length_B, boundaries.segment_BL, self.config)
         rope = rope_cos_sin(position_BL, own_length_BL, self.config) if self.config.position == "rope" else None
         x_BLD = self.embeddings(ids_BL, position_BL)
         for block in self.layers[:-1]:
-            x_BLD = self._recomputed(block, texts)(x_BLD, rope)
-        # What nobody asks for, nobody sees after the last attention.
-        return self._recomputed(self.layers[-1], texts, wanted_BP)(x_BLD, rope)
+            x_BLD = self._recomputed(block, boundaries)(x_BLD, rope)
+        # After the last attention, compute only the requested positions.
+        return self._recomputed(self.layers[-1], boundaries, output_position_BP)(x_BLD, rope)
 
     def _recomputed(
-        self, block: Block, texts: Texts, wanted_BP: jax.Array | None = None
+        self, block: Block, boundaries: TextBoundaries, output_position_BP: jax.Array | None = None
     ) -> Callable[[jax.Array, Any], jax.Array]:
         def of_texts(x_BLD: jax.Array, rope) -> jax.Array:
-            return block(x_BLD, rope, texts, wanted_BP)
+            return block(x_BLD, rope, boundaries, output_position_BP)
 
         if self.config.recompute == "none":
             return of_texts
@@ -251,9 +259,9 @@ def encode(
     length_B: jax.Array | None = None,
     segment_BL: jax.Array | None = None,
     max_segments: int | None = None,
-    wanted_BP: jax.Array | None = None,
+    output_position_BP: jax.Array | None = None,
 ) -> jax.Array:
-    """Last hidden states [B, L, D] in ``config.dtype``, or [B, P, D] of the tokens ``wanted_BP``.
+    """Last hidden states [B, L, D] in ``config.dtype``, or [B, P, D] of the tokens ``output_position_BP``.
 
     Args:
       params: the tree made by ``init_encoder`` or read from a checkpoint.
@@ -263,10 +271,12 @@ def encode(
       segment_BL: 1, 2, ... for the texts of a packed row and 0 for its padding. Positions restart with every text and
         attention stays inside it. Give at most one of the two; with neither, every token of the row is one text.
       max_segments: the most texts of a packed row, where that is known: flash attention of packed rows needs it.
-      wanted_BP: places in the row of the tokens whose hidden states are wanted; all are by default. For few of them
-        the last layer does less (masked-LM: 5 % of the arithmetic of 12 layers), with the same result.
+      output_position_BP: positions in the row of the tokens whose hidden states are returned; None for all. With few of
+        them the last layer computes less (masked-LM saves 5 % of the arithmetic of 12 layers), with the same result.
 
     Raises:
       ValueError: rows longer than the positions of the encoder.
     """
-    return nnx.merge(_graphdef(config), params)(ids_BL, Texts(length_B, segment_BL, max_segments), wanted_BP)
+    return nnx.merge(_graphdef(config), params)(
+        ids_BL, TextBoundaries(length_B, segment_BL, max_segments), output_position_BP
+    )

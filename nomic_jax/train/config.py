@@ -1,22 +1,18 @@
-"""The settings of a training run as frozen dataclasses, checked before anything is compiled.
+"""The settings of a training run as frozen dataclasses. Each group checks its own fields.
 
-The config files build an ``ml_collections.ConfigDict``; it stops here. What a field means is written once, below.
+The config files build an ``ml_collections.ConfigDict``, which ``TrainConfig.from_mapping`` converts. The dataclasses
+below say what each field means. Invalid settings are reported before compilation starts.
 """
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal
 
 from nomic_jax.model import EncoderConfig
-from nomic_jax.train.loss import MAX_SCALE
+from nomic_jax.train.typed_fields import ConfigurationError, build
 
-
-class ConfigurationError(ValueError):
-    """A field that does not exist or a value that cannot work; the message says what to write instead."""
+# CLIP's bound on 1 / temperature: beyond it training becomes unstable (arXiv:2103.00020, section 2.5).
+MAX_SCALE = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +37,14 @@ class MlmData:
     on_bad_row: Literal["raise", "skip"] = "raise"
     document_mask: bool = False
 
+    lengths: ClassVar = ("seq_len",)
+
+    def check(self, stage: str) -> None:
+        """Raises ConfigurationError for values that cannot work."""
+        _check_cache_dir(self.cache_dir)
+        if not 0 < self.mask_rate < 1:
+            raise ConfigurationError(f"config.data.mask_rate is {self.mask_rate}; it must lie between 0 and 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class PairData:
@@ -51,14 +55,14 @@ class PairData:
       query_length, document_length: tokens kept of each.
       num_negatives: negatives drawn of each row at every visit; 0 for pairs.
       too_few_negatives: "error", or "random" to fill up with other rows' documents.
-      sampling: what decides how often a source is drawn from (nomic_jax/data/mixing.py). "rows": every row once an
-        epoch; "shards": so too, but any file with batches left is as likely as any other at every step, and a batch
-        holds rows of one file; "temperature" or "weights" (of the mixture's sources): an epoch has as many steps as
-        with "rows", small sources may come several times in it and large ones not completely.
+      sampling: how often each source is drawn (``nomic_jax.data.batches.mixing``). "rows": every row once an epoch.
+        "shards": every row once an epoch too; a batch holds rows of one file, and at every step each file with batches
+        left is equally likely. "temperature" or "weights" (of the mixture's sources): an epoch has as many steps as
+        with "rows"; small sources may repeat within it, and large ones may not be used completely.
       sampling_temperature: with "temperature", sources are drawn in proportion to rows ** (1 / temperature).
       remainder: rows that fill no batch at the end of a source: "drop" them in this pass, or "carry" them to the next.
       layout: "padded": all texts of a batch to its longest; "bucketed": chunks of texts of similar length; "packed":
-        several texts a row (nomic_jax/data/packing.py).
+        several texts a row (nomic_jax/data/batches/packing.py).
       chunk_tokens: tokens of a chunk of the last two; 0 for an eighth of a device's share, at most 16,384.
     """
 
@@ -75,6 +79,20 @@ class PairData:
     remainder: Literal["drop", "carry"] = "drop"
     layout: Literal["padded", "bucketed", "packed"] = "padded"
     chunk_tokens: int = 0
+
+    lengths: ClassVar = ("query_length", "document_length")
+
+    def check(self, stage: str) -> None:
+        """Raises ConfigurationError for values that cannot work in the stage."""
+        _check_cache_dir(self.cache_dir)
+        if not self.sampling_temperature > 0:
+            raise ConfigurationError(
+                f"config.data.sampling_temperature is {self.sampling_temperature}; it must be positive"
+            )
+        if (stage == "finetune") != (self.num_negatives > 0):
+            raise ConfigurationError(
+                "config.data.num_negatives must be 0 in the contrastive stage and positive in the finetune stage"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +111,24 @@ class LabelledData:
     columns: tuple[str, ...]
     num_labels: int
     seq_len: int
+
+    lengths: ClassVar = ("seq_len",)
+
+    def check(self, stage: str) -> None:
+        """Raises ConfigurationError for values that cannot work."""
+        if self.num_labels < 1 or len(self.columns) not in (1, 2):
+            raise ConfigurationError(
+                "config.data.num_labels must be at least 1, and config.data.columns name one text or two"
+            )
+
+
+# The data settings of each stage.
+DATA_SETTINGS = {"mlm": MlmData, "contrastive": PairData, "finetune": PairData, "classify": LabelledData}
+
+
+def _check_cache_dir(cache_dir: str) -> None:
+    if cache_dir == "":
+        raise ConfigurationError("config.data.cache_dir is empty; name a directory for the tokenised text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +169,19 @@ class CheckpointConfig:
     keep_every: int = 0
     allow_changed: str = ""
 
+    def check(self, fields: Collection[str]) -> None:
+        """Raises ConfigurationError for values that cannot work; ``fields`` are those of the whole configuration."""
+        if self.every < 1 or self.keep < 1:
+            raise ConfigurationError("config.checkpoint.every and config.checkpoint.keep must be at least 1")
+        if self.keep_every % self.every:
+            raise ConfigurationError("config.checkpoint.keep_every must be a multiple of config.checkpoint.every, or 0")
+        changeable = {"tokenizer", *fields} - {"stage", "model", "checkpoint"}
+        for name in filter(None, self.allow_changed.split(",")):
+            if name not in changeable:
+                raise ConfigurationError(
+                    f"config.checkpoint.allow_changed names {name!r}; it may name {', '.join(sorted(changeable))}"
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
@@ -148,10 +197,17 @@ class EvaluationConfig:
     tasks: str = ""
     metric: str = "ndcg@10"
 
+    def check(self) -> None:
+        """Raises ConfigurationError if one of ``every`` and ``tasks`` is set without the other."""
+        if self.every < 0 or (self.every > 0) != bool(self.tasks):
+            raise ConfigurationError(
+                "config.evaluation needs both: `every` so many steps, and `tasks`, the folders of tasks"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The contrastive loss; masked-LM has none of this. See ``nomic_jax.train.loss.contrastive_loss``.
+    """The contrastive loss; masked-LM has none of this. See ``nomic_jax.train.objectives.loss.contrastive_loss``.
 
     Attributes:
       temperature: of the softmax; where it is learnt, its start.
@@ -215,7 +271,7 @@ class TrainConfig:
         Above 0 only with the layout "packed", whose chunks have one shape; "padded" has no chunks, and keeps all.
       log_every: steps between lines of metrics.jsonl.
       wandb, trackio: the project that the metrics go to besides; empty for none.
-      peak_tflops: of one device, for the MFU; 0 for that of its data sheet, if nomic_jax.train.flops knows it.
+      peak_tflops: of one device, for the MFU; 0 for that of its data sheet, if nomic_jax.train.watch.flops knows it.
       profile: "first:last" steps of which a trace is written to <workdir>/profile; empty for none.
     """
 
@@ -263,8 +319,7 @@ class TrainConfig:
         """
         if not isinstance(values, Mapping):
             raise ConfigurationError(f"config is {values!r}; it should be a group of fields")
-        data_classes = {"mlm": MlmData, "classify": LabelledData}
-        return _build(cls, values, "config", {"data": data_classes.get(str(values.get("stage")), PairData)})
+        return build(cls, values, "config", {"data": DATA_SETTINGS.get(str(values.get("stage")), PairData)})
 
     def check(self, device_count: int) -> None:
         """Raises ConfigurationError for values that cannot work together on so many devices."""
@@ -280,114 +335,29 @@ class TrainConfig:
             )
         if self.accumulate > 1 and self.stage not in ("mlm", "classify"):
             raise ConfigurationError(
-                "config.accumulate must be 1 here: the batch is what a query is compared with; "
+                "config.accumulate must be 1 here: the other rows of the batch serve as negatives; "
                 "to save memory, write config.data.layout=bucketed, whose chunks are computed one at a time"
             )
-        if isinstance(self.data, LabelledData):
-            if self.data.num_labels < 1 or len(self.data.columns) not in (1, 2):
-                raise ConfigurationError(
-                    "config.data.num_labels must be at least 1, and config.data.columns name one text or two"
-                )
-        elif self.data.cache_dir == "":
-            raise ConfigurationError("config.data.cache_dir is empty; name a directory for the tokenised text")
-        if self.evaluation.every < 0 or (self.evaluation.every > 0) != bool(self.evaluation.tasks):
-            raise ConfigurationError(
-                "config.evaluation needs both: `every` so many steps, and `tasks`, the folders of tasks"
-            )
+        self.data.check(self.stage)
+        self.evaluation.check()
         _ = self.profiled_steps
         if self.log_every < 1:
             raise ConfigurationError("config.log_every must be at least 1")
-        if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
-            raise ConfigurationError("config.checkpoint.every and config.checkpoint.keep must be at least 1")
-        if self.checkpoint.keep_every % self.checkpoint.every:
-            raise ConfigurationError("config.checkpoint.keep_every must be a multiple of config.checkpoint.every, or 0")
-        changeable = {"tokenizer"} | {field.name for field in dataclasses.fields(self)} - {
-            "stage",
-            "model",
-            "checkpoint",
-        }
-        for name in filter(None, self.checkpoint.allow_changed.split(",")):
-            if name not in changeable:
-                raise ConfigurationError(
-                    f"config.checkpoint.allow_changed names {name!r}; it may name {', '.join(sorted(changeable))}"
-                )
+        self.checkpoint.check([field.name for field in dataclasses.fields(self)])
         layout = self.data.layout if isinstance(self.data, PairData) else ""
         if not 0 <= self.kept_chunks <= (layout == "packed"):
             raise ConfigurationError(
                 f"config.kept_chunks is {self.kept_chunks:g}; write 0, or up to 1 with config.data.layout=packed"
-            )
-        if isinstance(self.data, MlmData) and not 0 < self.data.mask_rate < 1:
-            raise ConfigurationError(f"config.data.mask_rate is {self.data.mask_rate}; it must lie between 0 and 1")
-        if isinstance(self.data, PairData) and not self.data.sampling_temperature > 0:
-            raise ConfigurationError(
-                f"config.data.sampling_temperature is {self.data.sampling_temperature}; it must be positive"
-            )
-        if isinstance(self.data, PairData) and (self.stage == "finetune") != (self.data.num_negatives > 0):
-            raise ConfigurationError(
-                "config.data.num_negatives must be 0 in the contrastive stage and positive in the finetune stage"
             )
 
     def check_lengths(self, model: EncoderConfig) -> None:
         """Raises ConfigurationError if rows are longer, or embeddings cut wider, than the model was built for."""
         if self.stage != "mlm":
             self.loss.check(model.hidden_size)
-        rows_have_one_length = isinstance(self.data, MlmData | LabelledData)
-        lengths = ("seq_len",) if rows_have_one_length else ("query_length", "document_length")
-        for field in lengths:
+        for field in self.data.lengths:
             length = getattr(self.data, field)
             if not 3 <= length <= model.max_trained_positions:
                 raise ConfigurationError(
                     f"config.data.{field} is {length}; the model trains on 3 to {model.max_trained_positions} tokens "
                     f"(config.model.max_trained_positions)"
                 )
-
-
-def _build(cls: type, values: Mapping[str, Any], where: str, known: Mapping[str, type] | None = None) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls) | dict(known or {})
-    for name in values:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {where}.{close[0]}?" if close else f"; its fields are {', '.join(fields)}"
-            raise ConfigurationError(f"{where} has no field {name!r}{hint}")
-    arguments = {}
-    for name, field in fields.items():
-        if name in values:
-            arguments[name] = _convert(values[name], hints[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING:
-            raise ConfigurationError(f"{where}.{name} is missing")
-    try:
-        return cls(**arguments)
-    except ConfigurationError:
-        raise
-    except ValueError as error:
-        raise ConfigurationError(f"{where}: {error}") from error
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping) and not hasattr(value, "items"):
-            raise ConfigurationError(f"{where} should be a group of fields")
-        return _build(hint, dict(value.items()), where)
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        allowed = typing.get_args(hint)
-        if value not in allowed:
-            raise ConfigurationError(f"{where} is {value!r}; write one of {', '.join(map(str, allowed))}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        return _convert(value, next(option for option in options if option is not type(None)), where)
-    if origin is tuple:  # a list, in the config.json of a run
-        if not isinstance(value, list | tuple):
-            raise ConfigurationError(f"{where} is {value!r}; it should be a tuple")
-        return tuple(_convert(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
-    if hint is float and type(value) is int:
-        value = float(value) if abs(value) < 1e300 else math.inf
-    if type(value) is not hint:
-        raise ConfigurationError(f"{where} is {value!r}; it should be of type {hint.__name__}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigurationError(f"{where} is {value}; it should be a finite number")
-    return value

@@ -9,7 +9,7 @@ from pathlib import Path
 from nomic_jax.hf import Checkpoint
 from nomic_jax.train import hosts
 from nomic_jax.train.config import ConfigurationError, EvaluationConfig
-from nomic_jax.train.metrics import keep_until, read_metrics
+from nomic_jax.train.watch.metrics import keep_until, read_metrics
 
 # Of a model: task -> metric -> value, higher is better.
 Evaluate = Callable[[Checkpoint], Mapping[str, Mapping[str, float]]]
@@ -24,7 +24,7 @@ class Evaluations:
         self._config, self._evaluate = config, evaluate
         self._path = Path(workdir) / "evaluation.jsonl"
         self._figures: dict[int, float] = {}
-        if hosts.is_first() and self._path.exists():
+        if hosts.is_first_process() and self._path.exists():
             lines = keep_until(self._path, start_step)
             self._figures = {line["step"]: _comparable(line["figure"]) for line in lines}
 
@@ -47,12 +47,12 @@ class Evaluations:
             assert self._evaluate is not None
             return {task: dict(metrics) for task, metrics in self._evaluate(model).items()}
 
-        tasks: dict[str, dict[str, float]] = hosts.of_first(scores)
+        tasks: dict[str, dict[str, float]] = hosts.on_first_process(scores)
         values = [metrics[self._config.metric] for metrics in tasks.values() if self._config.metric in metrics]
         check_metric(self._config.metric, tasks.values())
         figure = statistics.fmean(values)
         self._figures[step] = _comparable(figure)
-        if hosts.is_first():
+        if hosts.is_first_process():
             with self._path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, "figure": figure, "tasks": tasks}) + "\n")
         return {f"{task}/{name}": value for task, metrics in tasks.items() for name, value in metrics.items()}

@@ -177,7 +177,7 @@ def _client() -> Any:
     return client
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this process is the one that writes what is written once."""
     return jax.process_index() == 0
 
@@ -195,7 +195,7 @@ def exchange(text: str) -> list[str]:
     return [_wait_for(f"{call}/{i}") for i in range(jax.process_count())]
 
 
-def of_first(value: Callable[[], Any]) -> Any:
+def on_first_process(value: Callable[[], Any]) -> Any:
     """``value()``, as JSON has it, computed by the first process while the others wait.
 
     Raises:
@@ -203,8 +203,8 @@ def of_first(value: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return value()
-    key = f"nomic_jax/of_first/{next(_numbers)}"
-    if is_first():
+    key = f"nomic_jax/on_first_process/{next(_numbers)}"
+    if is_first_process():
         _client().key_value_set(key, json.dumps(value()))
     return json.loads(_wait_for(key))
 
@@ -250,8 +250,8 @@ def check_shared(directory: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    name = of_first(lambda: f".shared-{secrets.token_hex(8)}")
-    if is_first():
+    name = on_first_process(lambda: f".shared-{secrets.token_hex(8)}")
+    if is_first_process():
         directory.mkdir(parents=True, exist_ok=True)
         (directory / name).touch()
     exchange("")
@@ -259,7 +259,7 @@ def check_shared(directory: Path) -> None:
     while not (sees := (directory / name).exists()) and time.monotonic() < deadline:
         time.sleep(1)
     blind = [host for host in exchange("" if sees else socket.gethostname()) if host]
-    if is_first():
+    if is_first_process():
         (directory / name).unlink()
     if blind:
         raise DistributedError(

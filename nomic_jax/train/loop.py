@@ -6,32 +6,26 @@ from pathlib import Path
 
 import jax
 
-from nomic_jax.data.labelled import LabelledRows, LabelledStream
-from nomic_jax.data.loader import Stream, read_ahead
-from nomic_jax.data.mixing import Sampling
-from nomic_jax.data.mixture import ROW_KINDS, read_mixture
-from nomic_jax.data.mlm import MlmStream
-from nomic_jax.data.pairs import PairStream, make_layout
-from nomic_jax.data.pretokenize import pretokenize
-from nomic_jax.data.sources import write_json
-from nomic_jax.data.tokenizer import Tokenizer
-from nomic_jax.data.tokens import TokenStore
+from nomic_jax.data.batches.loader import read_ahead
+from nomic_jax.data.formats.writing import write_json
 from nomic_jax.hf import Checkpoint
-from nomic_jax.model import EmbeddingConfig, EncoderConfig
+from nomic_jax.model import EncoderConfig
+from nomic_jax.run.checkpoints import Checkpoints
+from nomic_jax.run.pretrained import identify, read_pretrained
+from nomic_jax.run.record import make_record, trained_prompts
 from nomic_jax.train import hosts
-from nomic_jax.train.checkpoint import Checkpoints, identify, read_pretrained
-from nomic_jax.train.config import ConfigurationError, LabelledData, MlmData, TrainConfig
+from nomic_jax.train.config import ConfigurationError, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, Evaluations
-from nomic_jax.train.goodput import Goodput
-from nomic_jax.train.hlo import require_fused_attention
 from nomic_jax.train.interruption import Interruption, Preempted
+from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
-from nomic_jax.train.progress import Progress
-from nomic_jax.train.record import make_record, trained_prompts
 from nomic_jax.train.sharding import gather_locally, make_mesh, put_rows, replicated
-from nomic_jax.train.skipped import SkippedSteps
-from nomic_jax.train.stages import make_stage
-from nomic_jax.train.state import init_state, make_train_step
+from nomic_jax.train.start import find_tokenizer, make_model, read_guide, start_values
+from nomic_jax.train.state import TrainState, init_state, make_train_step
+from nomic_jax.train.watch.goodput import Goodput
+from nomic_jax.train.watch.hlo import require_fused_attention
+from nomic_jax.train.watch.progress import Progress
+from nomic_jax.train.watch.skipped import SkippedSteps
 
 
 def train(
@@ -47,7 +41,7 @@ def train(
 
     Args:
       config: every setting of the run.
-      workdir: see ``nomic_jax.train.checkpoint``.
+      workdir: see ``nomic_jax.run.workdir``.
       devices: those to use; all by default.
       evaluate: what ``config.evaluation`` asks for.
       expected_data: the fingerprint that the stream must have.
@@ -70,15 +64,9 @@ def train(
     mesh = make_mesh(devices)
     config.check(mesh.size)
     pretrained = read_pretrained(config.init_from) if config.init_from else None
-    model = _model(config, pretrained)
+    model = make_model(config, pretrained)
     config.check_lengths(model.encoder)
-    tokenizer = _tokenizer(config, pretrained)
-    if tokenizer.vocab_size > model.encoder.vocab_size:
-        # JAX would clamp the ids that are too large to the last row and train on.
-        raise ConfigurationError(
-            f"the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the model has {model.encoder.vocab_size} word "
-            f"embeddings; write a config.model.vocab_size of at least {tokenizer.vocab_size}, or the right tokenizer"
-        )
+    tokenizer = find_tokenizer(config, pretrained, model)
     stream = make_stream(config, tokenizer, mesh.size)
     if expected_data and stream.fingerprint != expected_data:
         raise ConfigurationError(
@@ -90,12 +78,12 @@ def train(
     hosts.check_agreement(config=dataclasses.asdict(config), data=stream.fingerprint)
     hosts.check_shared(workdir)
 
-    stage = make_stage(config, model, stream.layout, _guide(config, model, tokenizer))
+    stage = make_stage(config, model, stream.layout, read_guide(config, model, tokenizer))
     schedule = learning_rate(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
     train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding)
     record = make_record(
-        config,
+        dataclasses.asdict(config),
         model,
         stream,
         tokenizer,
@@ -106,24 +94,33 @@ def train(
     )
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
-        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint, record))
+        kept = config.checkpoint
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir,
+                record,
+                every=kept.every,
+                keep=kept.keep,
+                keep_every=kept.keep_every,
+                on_first_process=hosts.on_first_process,
+            )
+        )
         checkpoints.check_same_run()
         start = checkpoints.latest_step or 0
-        state = init_state(
-            jax.random.key(config.seed), stage, optimizer, mesh, _start_values(config, pretrained), config.sharding
-        )
+        pretrained_params = start_values(config, pretrained)
+        state = init_state(jax.random.key(config.seed), stage, optimizer, mesh, pretrained_params, config.sharding)
         frozen = jax.device_put(stage.frozen, replicated(mesh))
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore(state)
-            if hosts.is_first():
+            state = TrainState.from_checkpoint(checkpoints.restore(state.to_checkpoint()))
+            if hosts.is_first_process():
                 print(f"{config.stage}: going on from step {start} of {steps} in {workdir}")
         else:
-            if hosts.is_first():
+            if hosts.is_first_process():
                 tokenizer.save(workdir)
                 resolved = dataclasses.asdict(config) | {"model": dataclasses.asdict(model.encoder)}
                 write_json(workdir / "config.json", resolved)
-            checkpoints.save(0, state)
-        if start < end and hosts.is_first():
+            checkpoints.save(0, state.to_checkpoint())
+        if start < end and hosts.is_first_process():
             stack.enter_context(goodput.recorded(workdir, start))
 
         skipped = SkippedSteps(workdir, start, stream)
@@ -134,7 +131,7 @@ def train(
         for step, batch in enumerate(goodput.steps(batches), start + 1):
             rows = put_rows(batch.arrays, mesh)
             if step == start + 1 and _should_be_fused(model.encoder):
-                # Nothing is compiled twice by it.
+                # This reuses the compiled program.
                 require_fused_attention(train_step.lower(state, rows, frozen).compile().as_text() or "")
             state, metrics = train_step(state, rows, frozen)
             skipped.add(step, batch.source, metrics)
@@ -152,7 +149,7 @@ def train(
                 skipped.catch_up()
                 goodput.saved(step)
                 with goodput.spending("checkpoint"):
-                    checkpoints.save(step, state)
+                    checkpoints.save(step, state.to_checkpoint())
             checkpoints.check()
             if stopping and step < steps:
                 with goodput.spending("checkpoint"):
@@ -168,109 +165,3 @@ def train(
 def _should_be_fused(encoder: EncoderConfig) -> bool:
     # In float32 there is no kernel, and nobody trains fast.
     return jax.default_backend() == "gpu" and encoder.dtype != "float32" and encoder.attention != "xla"
-
-
-def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1) -> Stream:
-    """The stage's batches, tokenising first whatever is not in the cache yet.
-
-    Of several processes the first one reads the files; the others open what it made, or make it where they do not share
-    its cache.
-    """
-    data = config.data
-    if isinstance(data, LabelledData):
-        name = Path(data.mixture).parent.name
-        rows = LabelledRows(data.mixture, data.columns, data.num_labels, tokenizer, data.seq_len, name)
-        return LabelledStream(rows, tokenizer, batch_size=config.batch_size, seq_len=data.seq_len, seed=config.seed)
-    sources = read_mixture(data.mixture, ROW_KINDS[config.stage])
-
-    def open_stores(fingerprints: list[str]) -> list[TokenStore]:
-        return [
-            pretokenize(source, tokenizer, data.cache_dir, on_bad_row=data.on_bad_row, fingerprint=fingerprint)
-            for source, fingerprint in zip(sources, fingerprints)
-        ]
-
-    stores = open_stores(hosts.of_first(lambda: [store.fingerprint for store in open_stores([""] * len(sources))]))
-    if isinstance(data, MlmData):
-        return MlmStream(
-            stores,
-            tokenizer,
-            batch_size=config.batch_size,
-            seq_len=data.seq_len,
-            mask_rate=data.mask_rate,
-            document_mask=data.document_mask,
-            seed=config.seed,
-        )
-    return PairStream(
-        stores,
-        tokenizer,
-        own_candidates_only=frozenset(source.name for source in sources if not source.in_batch_negatives),
-        batch_size=config.batch_size,
-        query_length=data.query_length,
-        document_length=data.document_length,
-        num_negatives=data.num_negatives,
-        too_few_negatives=data.too_few_negatives,
-        sampling=Sampling(
-            data.sampling,
-            data.sampling_temperature if data.sampling == "temperature" else 1.0,
-            tuple(source.weight for source in sources) if data.sampling == "weights" else (),
-            data.remainder,
-        ),
-        layout=make_layout(
-            data.layout,
-            stores,
-            query_length=data.query_length,
-            document_length=data.document_length,
-            documents_per_row=1 + data.num_negatives,
-            rows_per_device=config.batch_size // devices,
-            chunk_tokens=data.chunk_tokens,
-        ),
-        devices=devices,
-        seed=config.seed,
-    )
-
-
-def _model(config: TrainConfig, pretrained: Checkpoint | None) -> EmbeddingConfig:
-    if pretrained is None:
-        return EmbeddingConfig(config.model, layer_norm=config.loss.layer_norm)
-    ours = {name: getattr(config.model, name) for name in ("dtype", "attention", "recompute")}
-    encoder = dataclasses.replace(pretrained.config.encoder, **ours)
-    # The contrastive loss takes cosine similarities of whole vectors, whatever the checkpoint makes of them.
-    return dataclasses.replace(
-        pretrained.config,
-        encoder=encoder,
-        layer_norm=pretrained.config.layer_norm or config.loss.layer_norm,
-        dim=None,
-        normalize=True,
-    )
-
-
-def _tokenizer(config: TrainConfig, pretrained: Checkpoint | None) -> Tokenizer:
-    if config.data.tokenizer:
-        return Tokenizer.from_pretrained(config.data.tokenizer)
-    if pretrained is not None and pretrained.tokenizer is not None:
-        return pretrained.tokenizer
-    raise ConfigurationError("no tokenizer is named; write config.data.tokenizer (a directory or a hub name)")
-
-
-def _guide(config: TrainConfig, model: EmbeddingConfig, tokenizer: Tokenizer) -> Checkpoint | None:
-    if not config.loss.guide or config.stage == "mlm":
-        return None
-    guide = read_pretrained(config.loss.guide)
-    where = f"config.loss.guide: {config.loss.guide}"
-    if guide.tokenizer is None or guide.tokenizer.vocabulary != tokenizer.vocabulary:
-        raise ConfigurationError(f"{where} has another vocabulary than this run: it would take the tokens for others")
-    encoder = dataclasses.replace(guide.config.encoder, dtype=model.encoder.dtype, attention=model.encoder.attention)
-    config.check_lengths(encoder)
-    return dataclasses.replace(guide, config=dataclasses.replace(guide.config, encoder=encoder))
-
-
-def _start_values(config: TrainConfig, pretrained: Checkpoint | None) -> dict:
-    """The entries of the parameter tree that do not start at random."""
-    if pretrained is None:
-        return {}
-    wanted = ["encoder"]
-    if config.stage == "mlm":
-        wanted.append("mlm_head")
-    elif config.loss.learn_temperature:
-        wanted.append("temperature")
-    return {name: pretrained.params[name] for name in wanted if name in pretrained.params}

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from nomic_jax.train.checkpoint import DamagedCheckpoint
+from nomic_jax.run.manifest import find_damage
+from nomic_jax.run.record import check_format, describe_surroundings
+from nomic_jax.run.workdir import DamagedCheckpoint
 from nomic_jax.train.config import CheckpointConfig, ConfigurationError, EvaluationConfig, TrainConfig
 from nomic_jax.train.loop import train
-from nomic_jax.train.manifest import find_damage
-from nomic_jax.train.record import check_format, describe_surroundings
 from nomic_jax.train.sharding import make_mesh, replicated
 
 

@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nomic_jax.train.objectives.stage import Stage
 from nomic_jax.train.sharding import DATA, Sharding, divided, replicated, whole
-from nomic_jax.train.stages import Stage
 
 
 class TrainState(NamedTuple):
@@ -19,6 +19,14 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: dict
     opt_state: optax.OptState
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """The trees that a checkpoint holds, see ``nomic_jax.run.checkpoints``."""
+        return {"params": self.params, "training": {"step": self.step, "opt_state": self.opt_state}}
+
+    @classmethod
+    def from_checkpoint(cls, trees: dict[str, Any]) -> "TrainState":
+        return cls(trees["training"]["step"], trees["params"], trees["training"]["opt_state"])
 
 
 def init_state(

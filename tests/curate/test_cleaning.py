@@ -6,11 +6,12 @@ import re
 
 import pytest
 
-from nomic_jax.curate.cleaning import REASONS, CleaningOptions, clean_rows
-from nomic_jax.curate.contamination import EvaluationTexts
-from nomic_jax.curate.duplicates import bands_and_rows
-from nomic_jax.curate.words import words_of
-from nomic_jax.data.sources import BadRow, write_rows
+from nomic_jax.curate.clean.cleaning import REASONS, CleaningOptions, clean_rows
+from nomic_jax.curate.clean.contamination import EvaluationTexts
+from nomic_jax.curate.clean.duplicates import bands_and_rows
+from nomic_jax.curate.clean.words import words_of
+from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.writing import write_rows
 
 COLUMNS = ("query", "document")
 

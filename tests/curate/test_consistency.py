@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import yaml
 
-from nomic_jax import device_ranks
-from nomic_jax.curate import embed
-from nomic_jax.curate import index as index_module
-from nomic_jax.curate.consistency import FilterOptions
-from nomic_jax.curate.consistency import filter_pairs as filter_with_options
-from nomic_jax.curate.embed import Encoder
-from nomic_jax.curate.index import ApproximateIndex, own_ranks, top_k
+from nomic_jax.curate.engine import embedding as embed
+from nomic_jax.curate.engine import index as index_module
+from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.index import ApproximateIndex, own_ranks, top_k
+from nomic_jax.curate.filter.consistency import FilterOptions
+from nomic_jax.curate.filter.consistency import filter_pairs as filter_with_options
 from nomic_jax.curate.mixtures import filter_mixture
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.data.sources import read_rows, write_rows
+from nomic_jax.inference import device_ranks
 
 
 class Killed(Exception):

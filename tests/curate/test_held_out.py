@@ -8,7 +8,7 @@ import yaml
 
 from launch.hold_out import hold_out
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.evals.retrieval import RetrievalTask
+from nomic_jax.evals.tasks.retrieval import RetrievalTask
 
 SETTINGS = dict(queries=20, documents=30, labelled_share=0.2, most_pairs=None, group=None, seed=0)
 

@@ -8,13 +8,15 @@ import shutil
 import numpy as np
 import pytest
 
-from nomic_jax.curate import embed
-from nomic_jax.curate.embed import Encoder
+from nomic_jax.curate.engine import embedding as embed
+from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.text_store import TextFile, TextFileWriter
+from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
 from nomic_jax.curate.mixtures import mine_mixture
-from nomic_jax.curate.negatives import MiningOptions, mine_negatives
-from nomic_jax.curate.texts import TextFile, TextFileWriter
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.writing import json_line, write_rows
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.data.sources import BadRow, json_line, read_rows, write_rows
 
 OUTPUTS = ("triplets.jsonl", "summary.json", "report.md")
 

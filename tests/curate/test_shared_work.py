@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from nomic_jax.curate.arrays import Pieces, save_array
-from nomic_jax.curate.embed import texts_per_file
-from nomic_jax.curate.rows import CountedRows, count_rows, equal_blocks
-from nomic_jax.curate.work import claim, hold_settings
-from nomic_jax.data.sources import write_rows
+from nomic_jax.curate.engine.embedding import texts_per_file
+from nomic_jax.curate.engine.locks import claim
+from nomic_jax.curate.engine.row_blocks import CountedRows, count_rows, equal_blocks
+from nomic_jax.curate.engine.settings import locked_settings
+from nomic_jax.curate.engine.sharded_array import ShardedArray, save_array
+from nomic_jax.data.formats.writing import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +33,16 @@ def test_a_claim_is_exclusive_and_can_be_taken_again(tmp_path):
 
 
 def test_settings_of_a_running_process_cannot_be_replaced(tmp_path):
-    with hold_settings(tmp_path, {"model": "a"}):
-        with pytest.raises(ValueError, match="model was 'a', is 'b'"), hold_settings(tmp_path, {"model": "b"}):
+    with locked_settings(tmp_path, {"model": "a"}):
+        with pytest.raises(ValueError, match="model was 'a', is 'b'"), locked_settings(tmp_path, {"model": "b"}):
             pass
-        with hold_settings(tmp_path, {"model": "a"}):
+        with locked_settings(tmp_path, {"model": "a"}):
             pass
     # It finished nothing, and it is over.
-    with hold_settings(tmp_path, {"model": "b"}):
+    with locked_settings(tmp_path, {"model": "b"}):
         pass
     save_array(tmp_path / "00000.scores.npy", np.zeros(1))
-    with pytest.raises(ValueError, match="model was 'b', is 'a'"), hold_settings(tmp_path, {"model": "a"}):
+    with pytest.raises(ValueError, match="model was 'b', is 'a'"), locked_settings(tmp_path, {"model": "a"}):
         pass
 
 
@@ -90,8 +91,8 @@ def test_files_of_embeddings_depend_on_the_number_of_texts_alone():
 def test_pieces_are_one_array(tmp_path):
     whole = np.random.default_rng(0).normal(size=(25, 3)).astype(np.float32)
     for number in range(4):
-        save_array(Pieces.file(tmp_path, number), whole[number * 7 : number * 7 + 7])
-    pieces = Pieces(tmp_path, 25, 7)
+        save_array(ShardedArray.file(tmp_path, number), whole[number * 7 : number * 7 + 7])
+    pieces = ShardedArray(tmp_path, 25, 7)
     assert (pieces.shape, pieces.dtype, len(pieces)) == ((25, 3), np.float32, 25)
     for rows in (slice(0, 25), slice(6, 8), slice(7, 14), slice(20, 99), slice(3, 3)):
         np.testing.assert_array_equal(pieces[rows], whole[rows])

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.mixture import Source
-from nomic_jax.data.pretokenize import pretokenize, worker_pool
-from nomic_jax.data.sources import BadRow
+from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
 from tests.data.test_formats import write_tfds
 
 GOOD = [{"query": f"query {i}", "document": f"document {i}"} for i in range(9)]

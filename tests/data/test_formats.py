@@ -14,8 +14,10 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from nomic_jax.data.rows import Mark
-from nomic_jax.data.sources import BadRow, RejectedRows, Rows, expand_braces, expand_files, open_file, read_rows
+from nomic_jax.data.formats.file_format import Mark
+from nomic_jax.data.formats.paths import expand_braces, expand_files
+from nomic_jax.data.formats.reading import Rows, open_file, read_rows
+from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
 
 ROWS = [
     {"query": f"què {i}", "document": "書 " * (i % 7) + f"d{i}", "negatives": [f"n{j}" for j in range(i % 3)]}
@@ -120,10 +122,10 @@ def test_rows_in_order_and_at_random(tmp_path, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_scan_cuts_a_file_into_pieces_that_make_up_the_whole(tmp_path, form):
     name = write(form, tmp_path, ROWS)
-    for piece_bytes in (1, 3000, 1 << 30):
+    for span_bytes in (1, 3000, 1 << 30):
         found, pieces = [], 0
         for file in expand_files(name):
-            scan = open_file(file, COLUMNS, ()).scan(piece_bytes)
+            scan = open_file(file, COLUMNS, ()).scan(span_bytes)
             starts = [mark.row for mark in scan.marks]
             assert starts[0] == 0 and starts == sorted(set(starts))
             for mark, stop in zip(scan.marks, [*starts[1:], scan.rows]):
@@ -158,7 +160,7 @@ def test_a_scan_finds_lines_in_chunks_as_in_one(tmp_path, monkeypatch):
         if chunk < 64:
             (tmp_path / "rows.jsonl").write_bytes(content[:2000].rsplit(b"\n", 1)[0])
             whole_short = open_file(file, {}).scan(500)
-        monkeypatch.setattr("nomic_jax.data.jsonl.CHUNK", chunk)
+        monkeypatch.setattr("nomic_jax.data.formats.jsonl.CHUNK", chunk)
         assert open_file(file, {}).scan(500) == (whole_short if chunk < 64 else whole)
         monkeypatch.undo()
         (tmp_path / "rows.jsonl").write_bytes(content)
@@ -310,7 +312,7 @@ def test_files_missing_or_named_twice(tmp_path):
 def test_reading_needs_neither_jax_nor_tensorflow(tmp_path):
     name = write_tfds(tmp_path, ROWS[:4])
     code = (
-        "import sys; from nomic_jax.data.sources import read_rows\n"
+        "import sys; from nomic_jax.data.formats.reading import read_rows\n"
         f"assert len(list(read_rows({name!r}, {{'query': str}}))) == 4\n"
         "assert 'tensorflow' not in sys.modules and 'jax' not in sys.modules, sys.modules.keys()"
     )

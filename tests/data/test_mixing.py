@@ -7,11 +7,11 @@ import time
 import numpy as np
 import pytest
 
-from nomic_jax.data.loader import read_ahead
-from nomic_jax.data.mixing import Mixing, Sampling
+from nomic_jax.data.batches.loader import read_ahead
+from nomic_jax.data.batches.mixing import Mixing, Sampling
+from nomic_jax.data.batches.pairs import PairStream, make_layout
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.data.pairs import PairStream, make_layout
-from nomic_jax.data.pretokenize import pretokenize
+from nomic_jax.data.tokens.pretokenize import pretokenize
 
 
 class Store:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nomic_jax.data.formats.paths import expand_braces
+from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.mixture import MixtureError, read_mixture
-from nomic_jax.data.pretokenize import pretokenize
-from nomic_jax.data.sources import BadRow, expand_braces
+from nomic_jax.data.tokens.pretokenize import pretokenize
 
 MIXTURES = Path(__file__).parent.parent.parent / "configs" / "data"
 
@@ -195,7 +196,7 @@ def test_counts_with_a_total_will_do(tmp_path, tokenizer):
 
 def test_offsets_are_read_in_parts(tmp_path, tokenizer, monkeypatch):
     folder = write_shards(tmp_path / "filtered", spread=(40, 30, 20))
-    monkeypatch.setattr("nomic_jax.data.shards.CHARACTERS", 100)
+    monkeypatch.setattr("nomic_jax.data.formats.shard_index.CHARACTERS", 100)
     assert pretokenize(read_original(folder)[0], tokenizer, tmp_path / "cache", progress=False).rows == 70
     (folder / "offsets.json.gz").write_bytes(gzip.compress(b'{"bucket/filtered/shard-00000.jsonl.gz": {"0": [0, 4'))
     with pytest.raises(BadRow, match=r"offsets\.json\.gz: not of the form .*breaks off"):

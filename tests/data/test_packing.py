@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from nomic_jax.data.batching import Shape
-from nomic_jax.data.packing import bucketed_layout, fill_chunks, packed_layout, plan_chunks
+from nomic_jax.data.batches.packing import bucketed_layout, fill_chunks, packed_layout, plan_chunks
+from nomic_jax.data.batches.shapes import Shape
 
 QUERY, DOCUMENT = (12, 0.5), (120, 0.8)  # median and sigma of log-normal lengths, as in web search pairs
 

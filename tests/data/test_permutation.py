@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from grain.experimental import index_shuffle
 
-from nomic_jax.data.permutation import shuffled
+from nomic_jax.data.batches.permutation import shuffled
 
 
 @pytest.mark.parametrize(

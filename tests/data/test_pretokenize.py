@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from nomic_jax.data import inventory, pieces
-from nomic_jax.data.batching import hash_texts
+from nomic_jax.data.batches.pairs import PairStream
+from nomic_jax.data.batches.shapes import hash_texts
+from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.data.pairs import PairStream
-from nomic_jax.data.pretokenize import pretokenize, worker_pool
-from nomic_jax.data.sources import BadRow
-from nomic_jax.data.tokenizer import Tokenizer, truncate
-from nomic_jax.data.tokens import TokenStore
+from nomic_jax.data.tokens import scans as inventory
+from nomic_jax.data.tokens import spans as pieces
+from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
+from nomic_jax.data.tokens.store import TokenStore
+from nomic_jax.data.tokens.tokenizer import Tokenizer, truncate
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -55,7 +56,7 @@ def test_bytes_do_not_depend_on_workers_or_pieces(shards, tokenizer, tmp_path, m
     source = source_of(shards)
     whole = pretokenize(source, tokenizer, tmp_path / "whole", on_bad_row="skip", progress=False)
     assert whole.rows == 300 and whole.file_rows == [40, 50, 60, 70, 80] and whole.manifest["rejected"] == 5
-    monkeypatch.setattr(inventory, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(inventory, "SPAN_BYTES", 1000)
     in_pieces = pretokenize(source, tokenizer, tmp_path / "pieces", on_bad_row="skip", progress=False)
     with worker_pool(tokenizer, 2) as pool:
         by_two = pretokenize(source, tokenizer, tmp_path / "two", on_bad_row="skip", progress=False, pool=pool)
@@ -74,7 +75,7 @@ def test_a_bad_row_in_a_worker_is_named(shards, tokenizer, tmp_path):
 
 def test_finished_pieces_are_not_made_again(shards, tokenizer, tmp_path, monkeypatch):
     source = source_of(shards)
-    monkeypatch.setattr(inventory, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(inventory, "SPAN_BYTES", 1000)
     expected = pretokenize(source, tokenizer, tmp_path / "whole", on_bad_row="skip", progress=False)
     made, write_json = [], pieces.write_json
 
@@ -145,12 +146,12 @@ def test_a_killed_command_goes_on(tokenizer, minilm, corpus, tmp_path):
     assert not list((tmp_path / "cache").glob("data-*"))
     kept = {path.parent.name for path in times}
     script = (
-        "import sys; from nomic_jax.data import pieces; real = pieces.tokenise_piece\n"
-        "import nomic_jax.data.pretokenize as p, launch.pretokenize\n"
+        "import sys; from nomic_jax.data.tokens import spans as pieces; real = pieces.tokenise_span\n"
+        "import nomic_jax.data.tokens.pretokenize as p, launch.pretokenize\n"
         "def once(piece, *more):\n"
         f"    assert piece.name not in {sorted(kept)!r} or (piece.path / 'counts.json').exists()\n"
         "    return real(piece, *more)\n"
-        "p.tokenise_piece = once\n"
+        "p.tokenise_span = once\n"
         "import runpy; sys.argv = sys.argv[1:]; runpy.run_module('launch.pretokenize', run_name='__main__')"
     )
     resumed = [sys.executable, "-c", script, *command(tmp_path / "cache", 1)[2:]]

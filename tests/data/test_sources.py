@@ -10,18 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nomic_jax.data import jsonl
+from nomic_jax.data.formats import jsonl
+from nomic_jax.data.formats.file_format import Mark
+from nomic_jax.data.formats.parquet import read_parquet_footer
+from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.reading import open_file, read_rows
+from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
+from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.data.mixture import MixtureError, read_mixture, with_prefix
-from nomic_jax.data.rows import Mark
-from nomic_jax.data.sources import (
-    BadRow,
-    RejectedRows,
-    expand_files,
-    open_file,
-    read_parquet_footer,
-    read_rows,
-    write_rows,
-)
 
 GOOD = {"query": "q", "document": "d"}
 FAULTS = {

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from nomic_jax.data.loader import read_ahead
+from nomic_jax.data.batches.loader import read_ahead
+from nomic_jax.data.batches.mlm import MlmStream
+from nomic_jax.data.batches.pairs import PairStream
+from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.data.mlm import MlmStream
-from nomic_jax.data.pairs import PairStream
-from nomic_jax.data.pretokenize import pretokenize
-from nomic_jax.data.sources import BadRow
+from nomic_jax.data.tokens.pretokenize import pretokenize
 
 
 @pytest.fixture(scope="module")

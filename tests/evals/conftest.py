@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nomic_jax.data.sources import write_rows
+from nomic_jax.data.formats.writing import write_rows
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def tiny_model(tmp_path_factory, minilm) -> Path:
     """A tiny nomic-bert of random weights that was trained on 32 tokens and takes 256."""
     import jax
 
-    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
     from nomic_jax.hf import Checkpoint
     from nomic_jax.hf.write import write_checkpoint
     from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder

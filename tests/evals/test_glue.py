@@ -14,17 +14,17 @@ import pytest
 import launch.glue
 from configs.glue import get_config
 from launch.evaluate import evaluate
-from nomic_jax.classifier import Classifier
-from nomic_jax.data.labelled import LabelledRows, LabelledStream, encode_rows
-from nomic_jax.data.sources import BadRow, write_rows
-from nomic_jax.evals import glue, hub
-from nomic_jax.evals.contract import TaskError
+from nomic_jax.data.batches.labelled import LabelledRows, LabelledStream, encode_rows
+from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.evals.suites import glue, hub
+from nomic_jax.evals.tasks.contract import TaskError
+from nomic_jax.inference.classifier import Classifier
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, encode
 from nomic_jax.train.config import TrainConfig
-from nomic_jax.train.loop import make_stream
+from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import make_mesh, put_rows
-from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
 
 ROWS = 320
@@ -209,7 +209,7 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from nomic_jax.hf.write import write_checkpoint
-    from nomic_jax.train.checkpoint import read_pretrained
+    from nomic_jax.run.pretrained import read_pretrained
 
     workdir = folder / "mnli" / "lr0.01-batch16-seed0"
     write_checkpoint(tmp_path / "hf", read_pretrained(workdir))

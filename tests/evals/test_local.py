@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from launch.evaluate import evaluate, table
-from nomic_jax.data.sources import BadRow, write_rows
-from nomic_jax.evals.classification import ClassificationTask
-from nomic_jax.evals.clustering import ClusteringTask
-from nomic_jax.evals.contract import TaskError
-from nomic_jax.evals.local import read_task
-from nomic_jax.evals.retrieval import RetrievalTask
-from nomic_jax.evals.sts import StsTask
+from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.evals.suites.local import read_task
+from nomic_jax.evals.tasks.classification import ClassificationTask
+from nomic_jax.evals.tasks.clustering import ClusteringTask
+from nomic_jax.evals.tasks.contract import TaskError
+from nomic_jax.evals.tasks.retrieval import RetrievalTask
+from nomic_jax.evals.tasks.sts import StsTask
 
 MAX_LENGTH = 48
 ONE = '{"text": "a", "label": 1}'
@@ -104,8 +105,8 @@ def test_classification_of_the_suite_mteb_is_that_of_a_model_without_normalisati
     from sentence_transformers import SentenceTransformer
 
     from nomic_jax import Embedder
-    from nomic_jax.evals.mteb import UNNORMALIZED, score
-    from nomic_jax.integrations import mteb_encoder
+    from nomic_jax.evals.suites.mteb import UNNORMALIZED, score
+    from nomic_jax.inference.integrations import mteb_encoder
 
     model = SentenceTransformer(str(minilm), device="cpu")
     model = SentenceTransformer(modules=[model[0], model[1]], device="cpu")

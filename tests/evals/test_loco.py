@@ -12,10 +12,11 @@ import pytest
 
 from launch.evaluate import evaluate
 from nomic_jax import Embedder
-from nomic_jax.data.sources import BadRow, write_rows
-from nomic_jax.evals import loco
-from nomic_jax.evals.contract import TaskError, unit_length
-from nomic_jax.evals.loco import LocoTask
+from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.evals.suites import loco
+from nomic_jax.evals.suites.loco import LocoTask
+from nomic_jax.evals.tasks.contract import TaskError, unit_length
 
 SECTIONS = [
     {"section_name": "Introduction", "paragraphs": ["One.", "Two."]},

@@ -11,9 +11,9 @@ import pytest
 
 from launch.evaluate import evaluate
 from nomic_jax import Embedder
-from nomic_jax.evals import hub, mteb
-from nomic_jax.evals.contract import TaskError
-from nomic_jax.integrations import mteb_encoder
+from nomic_jax.evals.suites import hub, mteb
+from nomic_jax.evals.tasks.contract import TaskError
+from nomic_jax.inference.integrations import mteb_encoder
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -70,7 +70,7 @@ def test_every_type_runs_and_a_second_run_computes_nothing(minilm, only, tmp_pat
 
 
 def mteb_types():
-    from nomic_jax.evals.published import MTEB_TYPES
+    from nomic_jax.evals.report.published import MTEB_TYPES
 
     return MTEB_TYPES
 
@@ -183,7 +183,7 @@ def test_a_gated_or_missing_data_set_is_said(code, status, message, tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     program = (
-        "from nomic_jax.evals import hub\n"
+        "from nomic_jax.evals.suites import hub\n"
         "assert hub.is_reachable()\n"
         "for get in (lambda: hub.load('x/y', None, 'test'), lambda: hub.download('x/y', 'a.zip')):\n"
         "    try:\n        get()\n    except hub.TaskError as error:\n        print(error)\n"

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from launch.evaluate import evaluate, table
-from nomic_jax.data.sources import BadRow, write_rows
-from nomic_jax.evals import bm25, retrieval
-from nomic_jax.evals.contract import TaskError
-from nomic_jax.evals.local import task_sha256
-from nomic_jax.evals.retrieval import RetrievalTask, search, top_k
+from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.evals.suites.local import task_sha256
+from nomic_jax.evals.tasks import bm25, retrieval
+from nomic_jax.evals.tasks.contract import TaskError
+from nomic_jax.evals.tasks.retrieval import RetrievalTask, search, top_k
 
 
 def write_task(folder: Path, queries: dict, corpus: dict, qrels: dict[tuple[str, str], int]) -> Path:
@@ -168,8 +169,8 @@ def test_evaluate_refuses_to_mix_figures(tmp_path):
 
 
 def test_a_run_that_went_on_is_another_model(tmp_path):
-    from nomic_jax.evals.record import model_sha256
-    from nomic_jax.train.manifest import write_manifest
+    from nomic_jax.evals.report.record import model_sha256
+    from nomic_jax.run.manifest import write_manifest
 
     (tmp_path / "config.json").write_text("{}")
     hashes = set()

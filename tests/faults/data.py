@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from nomic_jax.data.mixture import with_prefix
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 from tests.corpus import find_minilm, pairs_of_words, write_teacher
 from tests.faults import processes, runs
 from tests.faults.damage import KINDS

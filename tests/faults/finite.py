@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from nomic_jax.train.config import TrainConfig
-from nomic_jax.train.metrics import read_metrics
-from nomic_jax.train.skipped import MOST_IN_A_ROW
+from nomic_jax.train.watch.metrics import read_metrics
+from nomic_jax.train.watch.skipped import MOST_IN_A_ROW
 from tests.corpus import find_minilm
 from tests.faults import processes, runs
 from tests.faults.tally import Tally
@@ -111,10 +111,10 @@ def _plant_words(config: TrainConfig, rows: dict[int, str], folder: Path) -> Tra
     """A word in some texts of the file; in the model that the run starts from, its embedding is not a number."""
     import jax
 
-    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
     from nomic_jax.hf import Checkpoint
     from nomic_jax.model import EmbeddingConfig, init_encoder
-    from nomic_jax.train.checkpoint import write_pretrained
+    from nomic_jax.run.pretrained import write_pretrained
 
     file = Path(config.data.mixture)
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -149,13 +149,13 @@ def _run(
     """Plants one row in each of some steps, trains, and looks at every step."""
     import jax
 
-    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
     from nomic_jax.model import EmbeddingConfig
+    from nomic_jax.run.pretrained import read_pretrained
     from nomic_jax.train import loop
-    from nomic_jax.train.checkpoint import read_pretrained
+    from nomic_jax.train.objectives import make_stage
     from nomic_jax.train.optim import learning_rate, make_optimizer
     from nomic_jax.train.sharding import make_mesh, put_rows
-    from nomic_jax.train.stages import make_stage
     from nomic_jax.train.state import make_train_step
 
     tokenizer = Tokenizer.from_directory(find_minilm())

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nomic_jax.train.manifest import MANIFEST, write_manifest
+from nomic_jax.run.manifest import MANIFEST, write_manifest
 from tests.corpus import write_small_model
 from tests.faults import processes, runs, stranger_runs, strangers
 from tests.faults.audit import Watch
@@ -62,7 +62,7 @@ def hostile(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> No
 
 def _make(folder: Path) -> None:
     """A sound model and a sound run, and their like outside of where they are read from."""
-    from nomic_jax.train.checkpoint import read_pretrained, write_pretrained
+    from nomic_jax.run.pretrained import read_pretrained, write_pretrained
 
     write_small_model(folder / "sound" / "model")
     write_pretrained(folder / "sound" / "run", read_pretrained(folder / "sound" / "model"))
@@ -92,7 +92,7 @@ class Reader:
 
         from nomic_jax import Embedder
         from nomic_jax.hf import write_checkpoint
-        from nomic_jax.train.checkpoint import read_pretrained
+        from nomic_jax.run.pretrained import read_pretrained
 
         self._folder, self._tally = folder, tally
         self._open, self._write, self._embedder = read_pretrained, write_checkpoint, Embedder

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from nomic_jax.train.goodput import KINDS, read_goodput, share
 from nomic_jax.train.interruption import EXIT_CODE
+from nomic_jax.train.watch.goodput import KINDS, read_goodput, share
 from tests.faults import processes, runs
 from tests.faults.tally import Tally
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from nomic_jax.train.manifest import MANIFEST, write_manifest
+from nomic_jax.run.manifest import MANIFEST, write_manifest
 from tests.corpus import find_minilm
 from tests.faults import processes, runs
 from tests.faults.tally import Tally

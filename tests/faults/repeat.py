@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nomic_jax.data.loader import Stream, read_ahead
+from nomic_jax.data.batches.loader import read_ahead
+from nomic_jax.data.batches.stream import Stream
 from nomic_jax.train.config import PairData
-from nomic_jax.train.metrics import read_metrics
+from nomic_jax.train.watch.metrics import read_metrics
 from tests.faults import processes, runs
 from tests.faults.tally import Tally
 
@@ -78,8 +79,8 @@ def order(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None
 
 
 def _stream(settings: dict[str, object], folder: Path, devices: int) -> Stream:
-    from nomic_jax.data.tokenizer import Tokenizer
-    from nomic_jax.train.loop import make_stream
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
+    from nomic_jax.train.objectives import make_stream
     from tests.corpus import find_minilm
 
     config = runs.configuration("contrastive", folder, **settings)
@@ -142,7 +143,7 @@ def _distances(workdirs: list[Path]) -> list[float]:
     """Of all parameters of each but the first one, as a share of the first one's norm."""
     import jax
 
-    from nomic_jax.train.checkpoint import read_pretrained
+    from nomic_jax.run.pretrained import read_pretrained
 
     def norm(tree: dict) -> float:
         return float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(tree))))
@@ -213,9 +214,9 @@ runpy.run_module("launch.lineage", run_name="__main__", alter_sys=True)
 
 def _rows_of_steps(stage: str, folder: Path, init_from: str) -> dict[int, dict[str, list[int]]]:
     """Step -> source -> rows: of pairs and triplets, found by the hashes of their texts in the files themselves."""
-    from nomic_jax.data.batching import hash_texts
-    from nomic_jax.data.tokenizer import Tokenizer
-    from nomic_jax.train.loop import make_stream
+    from nomic_jax.data.batches.shapes import hash_texts
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
+    from nomic_jax.train.objectives import make_stream
     from tests.corpus import find_minilm
 
     tokenizer = Tokenizer.from_directory(find_minilm())

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 from nomic_jax.train.config import TrainConfig
-from nomic_jax.train.metrics import read_metrics
+from nomic_jax.train.watch.metrics import read_metrics
 from tests.corpus import find_minilm, write_corpus
 from tests.faults import processes
 

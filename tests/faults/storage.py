@@ -1,6 +1,7 @@
 """R3, R6, R8: flipped bits, cut and missing files, full disks, other numbers of devices."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import random
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from nomic_jax.train.manifest import find_damage
+from nomic_jax.run.manifest import find_damage
 from tests.faults import processes, runs
 from tests.faults.tally import Tally
 
@@ -52,8 +53,10 @@ def damage(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> Non
     import jax
     import numpy as np
 
-    from nomic_jax.train.checkpoint import Checkpoints, DamagedCheckpoint, read_pretrained
-    from nomic_jax.train.config import CheckpointConfig
+    from nomic_jax.run.checkpoints import Checkpoints
+    from nomic_jax.run.pretrained import read_pretrained
+    from nomic_jax.run.workdir import DamagedCheckpoint
+    from nomic_jax.train import hosts
 
     def same(left: dict, right: dict) -> bool:
         return jax.tree.all(jax.tree.map(np.array_equal, left, right))
@@ -100,7 +103,7 @@ def damage(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> Non
                 except DamagedCheckpoint as error:
                     if name not in str(error):
                         problems.append(f"said {error}")
-                with Checkpoints(workdir, CheckpointConfig(every=1, keep=3), {}) as checkpoints:
+                with Checkpoints(workdir, {}, every=1, keep=3, on_first_process=hosts.on_first_process) as checkpoints:
                     if checkpoints.latest_step != before:
                         problems.append(f"would go on from step {checkpoints.latest_step}")
                 if not (workdir / "rejected" / str(latest)).is_dir():
@@ -206,15 +209,14 @@ def restore_anywhere(counts: dict[str, int], seed: int, folder: Path, tally: Tal
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
     from nomic_jax.model import EmbeddingConfig
-    from nomic_jax.train.checkpoint import Checkpoints
-    from nomic_jax.train.config import CheckpointConfig
-    from nomic_jax.train.loop import make_stream
+    from nomic_jax.run.checkpoints import Checkpoints
+    from nomic_jax.run.record import make_record
+    from nomic_jax.train import hosts
+    from nomic_jax.train.objectives import make_stage, make_stream
     from nomic_jax.train.optim import learning_rate, make_optimizer
-    from nomic_jax.train.record import make_record
     from nomic_jax.train.sharding import make_mesh
-    from nomic_jax.train.stages import make_stage
     from nomic_jax.train.state import TrainState, state_specs
     from tests.corpus import find_minilm
 
@@ -231,21 +233,24 @@ def restore_anywhere(counts: dict[str, int], seed: int, folder: Path, tally: Tal
     numbers = np.random.default_rng(seed)
     host = jax.tree.map(lambda leaf: (1e3 * numbers.standard_normal(leaf.shape)).astype(leaf.dtype), state)
     zeros = jax.tree.map(np.zeros_like, host)
-    record = make_record(config, model, make_stream(config, tokenizer), tokenizer, device_count=1)
+    record = make_record(dataclasses.asdict(config), model, make_stream(config, tokenizer), tokenizer, device_count=1)
 
     def put(state: TrainState, device_count: int, sharding) -> TrainState:
         mesh = make_mesh(jax.devices()[:device_count])
         specs = state_specs(state, mesh, sharding)
         return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), state, specs)
 
-    keep_all = CheckpointConfig(every=1, keep=9)
     for number, saved in enumerate(places):
-        with Checkpoints(folder / str(number), keep_all, record) as checkpoints:
-            checkpoints.save(1, put(host, *saved))
+        with Checkpoints(
+            folder / str(number), record, every=1, keep=9, on_first_process=hosts.on_first_process
+        ) as checkpoints:
+            checkpoints.save(1, put(host, *saved).to_checkpoint())
         for place in places:
             wanted = put(zeros, *place)
-            with Checkpoints(folder / str(number), keep_all, record) as checkpoints:
-                restored = checkpoints.restore(wanted)
+            with Checkpoints(
+                folder / str(number), record, every=1, keep=9, on_first_process=hosts.on_first_process
+            ) as checkpoints:
+                restored = TrainState.from_checkpoint(checkpoints.restore(wanted.to_checkpoint()))
             leaves = list(zip(*map(jax.tree.leaves, (restored, host, wanted)), strict=True))
             same = all(np.array_equal(np.asarray(leaf), mine) for leaf, mine, _ in leaves)
             placed = all(leaf.sharding == like.sharding for leaf, _, like in leaves)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nomic_jax.train.manifest import MANIFEST, sha256_of_file, sha256_of_json
+from nomic_jax.run.manifest import MANIFEST, sha256_of_file, sha256_of_json
 from tests.faults.strangers import (
     Stranger,
     all_of,

@@ -123,7 +123,7 @@ def _small_embedder(max_length: int):
     import jax
 
     from nomic_jax import Embedder
-    from nomic_jax.data.tokenizer import Tokenizer
+    from nomic_jax.data.tokens.tokenizer import Tokenizer
     from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
 
     config = EmbeddingConfig(EncoderConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64))
@@ -133,7 +133,7 @@ def _small_embedder(max_length: int):
 
 def _compile_all(embedder) -> None:
     """Every shape of a batch that there can be."""
-    from nomic_jax.data.batching import LENGTHS
+    from nomic_jax.data.batches.shapes import LENGTHS
 
     for length in (length for length in LENGTHS if length <= embedder.max_length):
         for rows in (1 << power for power in range(6)):

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nomic_jax import Embedder
-from nomic_jax.data.rows import BadRow
-from nomic_jax.data.sources import open_file, read_rows
+from nomic_jax.data.formats.reading import open_file, read_rows
+from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
 from tests.fuzz.conftest import TIMES
 from tests.fuzz.strategies import damaged

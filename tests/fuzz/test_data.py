@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from configs import contrastive, finetune, mlm
+from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.reading import open_file, read_rows
+from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
+from nomic_jax.data.formats.shard_index import check_shards
 from nomic_jax.data.mixture import COLUMNS, MixtureError, Source, read_mixture
-from nomic_jax.data.rows import BadRow, RejectedRows
-from nomic_jax.data.shards import check_shards
-from nomic_jax.data.sources import expand_files, open_file, read_rows
 from nomic_jax.train.config import ConfigurationError, TrainConfig
 from tests.fuzz.conftest import TIMES
 from tests.fuzz.strategies import ANYTHING, as_bytes, broken_json, changed, damaged

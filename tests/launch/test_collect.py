@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from launch.collect import GROUP, POOL, clean, collect, pieces, read_code, read_functions
+from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.data.sources import read_rows
-from nomic_jax.evals.retrieval import RetrievalTask
+from nomic_jax.evals.tasks.retrieval import RetrievalTask
 
 SETTINGS = {"code_pairs": 60, "held_out": 20, "pool": 30}
 REPEATED = "Returns the answer that every file of this package gives to the question."

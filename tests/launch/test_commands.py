@@ -11,7 +11,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from nomic_jax import Embedder
-from nomic_jax.train.checkpoint import read_pretrained
+from nomic_jax.run.pretrained import read_pretrained
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -14,7 +14,7 @@ import pytest
 
 from launch.teacher import open_teacher
 from nomic_jax import Embedder
-from nomic_jax.data.sources import write_rows
+from nomic_jax.data.formats.writing import write_rows
 from tests.corpus import pairs_of_words, write_teacher
 
 ROOT = Path(__file__).parent.parent.parent

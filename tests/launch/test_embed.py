@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from nomic_jax import Embedder
-from nomic_jax import embed_files as embed
-from nomic_jax.data.sources import BadRow, write_rows
-from nomic_jax.embed_files import embed_files
+from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.inference import embed_files as embed
+from nomic_jax.inference.embed_files import embed_files
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
 
 ROOT = Path(__file__).parent.parent.parent
@@ -193,7 +194,7 @@ def test_killed_while_the_output_is_put_together(fake, rows, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         original = operator.attrgetter(function)(embed)
-        patch.setattr(f"nomic_jax.embed_files.{function}", die)
+        patch.setattr(f"nomic_jax.inference.embed_files.{function}", die)
         with pytest.raises(Killed):
             embed_files("m", rows, output, shard_rows=8)
     assert (work_folder(output) / f"assembled{output.suffix}").exists() and not output.exists()

@@ -146,7 +146,7 @@ def test_wanted_positions_are_those_of_all():
         return jnp.sum(jnp.take_along_axis(hidden, wanted[:, :, None], axis=1) * direction)
 
     def of_wanted(params):
-        return jnp.sum(encode(params, ids, config, wanted_BP=wanted) * direction)
+        return jnp.sum(encode(params, ids, config, output_position_BP=wanted) * direction)
 
     (expected, gradient), (ours, own) = (jax.value_and_grad(f)(params) for f in (of_all, of_wanted))
     np.testing.assert_allclose(ours, expected, rtol=1e-5)

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, NomicBertConfig, NomicBertForMas
 from nomic_jax.hf import read_checkpoint
 from nomic_jax.hf.keymap import encoder_keymap, to_params
 from nomic_jax.model import EncoderConfig, abstract_encoder, encode, mlm_logits
-from nomic_jax.train.loss import masked_cross_entropy
+from nomic_jax.train.objectives.loss import masked_cross_entropy
 
 TOLERANCE = 2e-5
 # Of the texts of a batch; the last one is beyond the trained positions, so under dynamic NTK.

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nomic_jax.data.batching import Shape, pad_right
-from nomic_jax.data.packing import Layout, fill_chunks, plan_chunks
+from nomic_jax.data.batches.packing import Layout, fill_chunks, plan_chunks
+from nomic_jax.data.batches.shapes import Shape, pad_right
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, init_encoder
-from nomic_jax.train.chunks import embed_chunks
+from nomic_jax.train.objectives.chunks import embed_chunks
 from nomic_jax.train.sharding import DATA, make_mesh, put_rows
 
 # init_std: large enough that attention prefers some tokens to others.

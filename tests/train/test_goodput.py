@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nomic_jax.train.goodput import Goodput, process_began, read_goodput, share
+from nomic_jax.train.watch.goodput import Goodput, process_began, read_goodput, share
 
 
 class Clock:

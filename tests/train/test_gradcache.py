@@ -12,9 +12,8 @@ from transformers import NomicBertModel
 from nomic_jax.hf import Checkpoint, write_checkpoint
 from nomic_jax.hf.keymap import encoder_keymap, to_params
 from nomic_jax.model import EmbeddingConfig, abstract_encoder
-from nomic_jax.train.loop import make_stream
+from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.sharding import make_mesh, put_rows
-from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
 from tests.train.test_stages import load_config
 

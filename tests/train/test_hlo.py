@@ -8,8 +8,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.collectives import counted
-from nomic_jax.train.hlo import Collective, MissingKernel, collectives, fused_attention_calls, require_fused_attention
 from nomic_jax.train.sharding import DATA, make_mesh
+from nomic_jax.train.watch.hlo import (
+    Collective,
+    MissingKernel,
+    collectives,
+    fused_attention_calls,
+    require_fused_attention,
+)
 
 # Lines in the form that XLA prints for a GPU.
 FORWARD = (

@@ -23,15 +23,16 @@ import optax
 import pytest
 import yaml
 
-from nomic_jax.data import pretokenize as data_pretokenize
-from nomic_jax.data import tokens
 from nomic_jax.data.mixture import read_mixture
+from nomic_jax.data.tokens import pretokenize as data_pretokenize
+from nomic_jax.data.tokens import store as tokens
+from nomic_jax.run.pretrained import read_pretrained
 from nomic_jax.train import hosts
-from nomic_jax.train.checkpoint import read_pretrained
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.interruption import EXIT_CODE
-from nomic_jax.train.loop import make_stream, train
-from nomic_jax.train.metrics import read_metrics
+from nomic_jax.train.loop import train
+from nomic_jax.train.objectives import make_stream
+from nomic_jax.train.watch.metrics import read_metrics
 from tests.train.test_stages import STAGES, load_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -426,7 +427,7 @@ def test_jobset_names_fields_that_exist():
 
 
 def test_results_are_json():
-    """``of_first`` hands on what JSON makes of it, with one process too."""
-    assert hosts.of_first(lambda: ["a"]) == json.loads('["a"]')
+    """``on_first_process`` hands on what JSON makes of it, with one process too."""
+    assert hosts.on_first_process(lambda: ["a"]) == json.loads('["a"]')
     assert hosts.exchange("text") == ["text"]
     hosts.check_shared(Path("/nowhere"))

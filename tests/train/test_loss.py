@@ -11,7 +11,7 @@ import pytest
 import torch
 from jax.sharding import PartitionSpec as P
 
-from nomic_jax.train.loss import contrastive_loss, init_temperature, masked_cross_entropy, temperature_of
+from nomic_jax.train.objectives.loss import contrastive_loss, init_temperature, masked_cross_entropy, temperature_of
 from nomic_jax.train.sharding import DATA, make_mesh
 
 B, E, G, TEMPERATURE = 16, 12, 5, 0.05

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nomic_jax.data.loader import Batch
+from nomic_jax.data.batches.stream import Batch
 from nomic_jax.model import EncoderConfig, abstract_encoder, encode
 from nomic_jax.train.config import ConfigurationError
-from nomic_jax.train.flops import peak_flops, training_flops
 from nomic_jax.train.loop import train
-from nomic_jax.train.metrics import read_metrics
+from nomic_jax.train.watch.flops import peak_flops, training_flops
+from nomic_jax.train.watch.metrics import read_metrics
 from tests.train.test_stages import load_config
 
 
@@ -82,7 +82,7 @@ class Figures:
 
 
 def test_the_best_checkpoint_is_kept(corpus, minilm, tmp_path):
-    from nomic_jax.train.checkpoint import read_pretrained
+    from nomic_jax.run.pretrained import read_pretrained
 
     config = load_config(
         "contrastive",

@@ -20,14 +20,15 @@ import pytest
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from nomic_jax.train import loop
-from nomic_jax.train.checkpoint import Checkpoints, DamagedCheckpoint, SaveError, read_pretrained
-from nomic_jax.train.config import CheckpointConfig, ConfigurationError
+from nomic_jax.run.checkpoints import Checkpoints, SaveError
+from nomic_jax.run.manifest import MANIFEST
+from nomic_jax.run.pretrained import read_pretrained
+from nomic_jax.run.record import ResumeError, check_same_run
+from nomic_jax.run.workdir import DamagedCheckpoint
+from nomic_jax.train import hosts, loop
+from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.interruption import EXIT_CODE, Interruption
 from nomic_jax.train.loop import train
-from nomic_jax.train.manifest import MANIFEST
-from nomic_jax.train.record import ResumeError, check_same_run
-from nomic_jax.train.state import TrainState
 from tests.faults.runs import figures
 from tests.train.test_stages import load_config
 
@@ -149,30 +150,35 @@ print("gone on")
     assert "SIGTERM: stopped outside of the steps; the same command goes on" in process.stderr
 
 
-def tiny_state(step):
+def tiny_trees(step):
     # Random, so that compression leaves it large.
     big = jax.random.normal(jax.random.key(step), (1 << 19,))
-    return TrainState(jnp.int32(step), {"small": jnp.ones(7), "big": big}, {"big": big + 1})
+    return {
+        "params": {"small": jnp.ones(7), "big": big},
+        "training": {"step": jnp.int32(step), "opt_state": {"big": big + 1}},
+    }
 
 
 def test_what_is_kept(tmp_path):
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=2, keep_every=3), {}) as checkpoints:
+    with Checkpoints(
+        tmp_path, {}, every=1, keep=2, keep_every=3, on_first_process=hosts.on_first_process
+    ) as checkpoints:
         for step in range(8):
             assert checkpoints.is_due(step)
-            checkpoints.save(step, tiny_state(step))
-            checkpoints.save(step, tiny_state(step))  # it has it
+            checkpoints.save(step, tiny_trees(step))
+            checkpoints.save(step, tiny_trees(step))  # it has it
     assert steps_in(tmp_path) == [3, 6, 7]
 
 
 def test_a_failed_save_is_heard_of_at_the_next_step(tmp_path):
     logging.set_verbosity(logging.FATAL)
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=2), {}) as checkpoints:
-        checkpoints.save(1, tiny_state(1))
+    with Checkpoints(tmp_path, {}, every=1, keep=2, on_first_process=hosts.on_first_process) as checkpoints:
+        checkpoints.save(1, tiny_trees(1))
         checkpoints.wait()
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
         try:
-            checkpoints.save(2, tiny_state(2))
+            checkpoints.save(2, tiny_trees(2))
             with pytest.raises(
                 SaveError, match=r"step 2 .*File too large.*up to 4\.2 MB.*free there.*goes on from step 1"
             ):
@@ -183,9 +189,9 @@ def test_a_failed_save_is_heard_of_at_the_next_step(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             logging.set_verbosity(logging.WARNING)
     assert os.listdir(tmp_path / "checkpoints") == ["1"]
-    with Checkpoints(tmp_path, CheckpointConfig(every=1, keep=2), {}) as checkpoints:
+    with Checkpoints(tmp_path, {}, every=1, keep=2, on_first_process=hosts.on_first_process) as checkpoints:
         assert checkpoints.latest_step == 1
-        checkpoints.save(2, tiny_state(2))
+        checkpoints.save(2, tiny_trees(2))
     assert steps_in(tmp_path) == [1, 2]
 
 

@@ -11,9 +11,10 @@ import jax
 import pytest
 
 from nomic_jax.hf import write_checkpoint
-from nomic_jax.train.checkpoint import DamagedCheckpoint, identify, read_pretrained
+from nomic_jax.run.lineage import trace
+from nomic_jax.run.pretrained import identify, read_pretrained
+from nomic_jax.run.workdir import DamagedCheckpoint
 from nomic_jax.train.config import ConfigurationError
-from nomic_jax.train.lineage import trace
 from nomic_jax.train.loop import train
 from nomic_jax.train.reproduce import reproduce
 from tests.train.test_stages import load_config

@@ -6,12 +6,11 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
-from nomic_jax.train.hlo import collectives
-from nomic_jax.train.loop import make_stream
+from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import DATA, divided, make_mesh, put_rows
-from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
+from nomic_jax.train.watch.hlo import collectives
 from tests.train.test_stages import STAGES, load_config
 
 

@@ -10,15 +10,15 @@ import pytest
 import tokenizers
 
 from nomic_jax.data.mixture import read_mixture
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, init_encoder
-from nomic_jax.train.checkpoint import read_pretrained, write_pretrained
+from nomic_jax.run.pretrained import read_pretrained, write_pretrained
 from nomic_jax.train.config import ConfigurationError, TrainConfig
-from nomic_jax.train.loop import make_stream, train
+from nomic_jax.train.loop import train
+from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import make_mesh, put_rows
-from nomic_jax.train.stages import make_stage
 from nomic_jax.train.state import init_state, make_train_step
 
 TINY = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=2048, dtype="float32")
@@ -102,7 +102,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(corpus, minilm, toke
 )
 def test_layouts_give_the_same_step(stage, layout, kept_chunks, corpus, minilm, tokenizer, monkeypatch):
     # Every length is compiled; a few are enough.
-    monkeypatch.setattr("nomic_jax.data.packing.LENGTH_STEP", 24)
+    monkeypatch.setattr("nomic_jax.data.batches.packing.LENGTH_STEP", 24)
     plain = load_config(stage, corpus, minilm)
     data = dataclasses.replace(plain.data, layout=layout, chunk_tokens=128)
     chunked = dataclasses.replace(plain, data=data, kept_chunks=kept_chunks)
@@ -112,7 +112,7 @@ def test_layouts_give_the_same_step(stage, layout, kept_chunks, corpus, minilm, 
 def test_mlm_head_in_parts_gives_the_same_step(corpus, minilm, tokenizer, monkeypatch):
     config = load_config("mlm", corpus, minilm)
     whole = three_steps(config, tokenizer, 2)
-    monkeypatch.setattr("nomic_jax.train.stages.PREDICTIONS_AT_A_TIME", 60)
+    monkeypatch.setattr("nomic_jax.train.objectives.mlm.PREDICTIONS_AT_A_TIME", 60)
     assert_same(three_steps(config, tokenizer, 2), whole)
 
 

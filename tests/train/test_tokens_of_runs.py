@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from nomic_jax.data.mixing import Sampling
+from nomic_jax.data.batches.mixing import Sampling
 from nomic_jax.data.mixture import ROW_KINDS, read_mixture
-from nomic_jax.data.pretokenize import pretokenize, worker_pool
-from nomic_jax.data.tokenizer import Tokenizer
+from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.train.config import ConfigurationError
-from nomic_jax.train.loop import make_stream
+from nomic_jax.train.objectives import make_stream
 from tests.train.test_stages import STAGES, load_config
 
 

@@ -1,0 +1,76 @@
+"""Overlap of training texts with evaluation tasks, by shared runs of words."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from nomic_jax.curate.clean.words import word_ngrams, words_of
+
+NGRAM = 13  # Brown et al. 2020 (GPT-3), appendix C
+Part = Literal["queries", "documents"]
+PARTS: tuple[Part, ...] = ("queries", "documents")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationTexts:
+    """Of one task."""
+
+    queries: Sequence[str]
+    documents: Sequence[str]
+
+
+class Contamination:
+    """Looks for runs of n words that a training text shares with a query or a document of an evaluation task.
+
+    A text of fewer than n words counts as a whole: it is found only where another text consists of the same words.
+    Memory: about 100 bytes for each word of the evaluation texts.
+    """
+
+    def __init__(self, tasks: Mapping[str, EvaluationTexts], n: int = NGRAM):
+        if n < 1:
+            raise ValueError(f"n-grams of {n} words; write a number such as {NGRAM}")
+        self.tasks, self.n = tasks, n
+        self._places = [(name, part) for name in tasks for part in PARTS]
+        # Which places (as bits) an n-gram stands in. Its hash takes a third of the memory of the words.
+        self._bits: dict[int, int] = {}
+        for bit, (name, part) in enumerate(self._places):
+            for text in getattr(tasks[name], part):
+                for gram in self._grams(text):
+                    self._bits[gram] = self._bits.get(gram, 0) | 1 << bit
+        self._met: set[int] = set()
+        self._rows = [0] * len(self._places)
+        self._examples: list[dict[str, Any] | None] = [None] * len(self._places)
+
+    def check(self, texts: Iterable[str], row: int) -> set[tuple[str, Part]]:
+        """The tasks and parts that the texts of a row overlap with; they are counted."""
+        found = 0
+        for text in texts:
+            for ngram in self._ngrams(text):
+                bits = self._bits.get(hash(ngram), 0)
+                if bits:
+                    self._met.add(hash(ngram))
+                    for bit in range(len(self._places)):
+                        if bits >> bit & 1 and self._examples[bit] is None:
+                            self._examples[bit] = {"row": row, "words": ngram}
+                    found |= bits
+        places = [bit for bit in range(len(self._places)) if found >> bit & 1]
+        for bit in places:
+            self._rows[bit] += 1
+        return {self._places[bit] for bit in places}
+
+    def report(self) -> list[dict[str, Any]]:
+        """For each task and part: how many training rows overlap, and how many of the evaluation texts are met."""
+        lines = []
+        for (name, part), rows, example in zip(self._places, self._rows, self._examples):
+            texts = getattr(self.tasks[name], part)
+            met = sum(any(gram in self._met for gram in self._grams(text)) for text in texts)
+            share = round(met / max(1, len(texts)), 4)
+            line = {"task": name, "part": part, "texts": len(texts), "texts_met": met, "share_met": share}
+            lines.append(line | {"training_rows": rows, "example": example})
+        return lines
+
+    def _ngrams(self, text: str) -> list[str]:
+        return word_ngrams(words_of(text), self.n)
+
+    def _grams(self, text: str) -> list[int]:
+        return [hash(ngram) for ngram in self._ngrams(text)]

@@ -1,0 +1,101 @@
+"""The engine of many machines: shards of a task are rows of a Ray data set, made by actors that hold the encoder.
+
+All machines see the output by the same path (NFS, for instance), and have nomic_jax installed. Ray finds its cluster as
+it always does (RAY_ADDRESS); without one, it starts on this machine.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.tasks import WAIT_SECONDS, Engine, Task, make_shard, missing_shards
+
+
+def ray_engine(load: Callable[[], Encoder], workers: int | None = None) -> Engine:
+    """An ``Engine`` of Ray Data.
+
+    Args:
+      load: opens the encoder, in each actor. It is pickled.
+      workers: actors at once; None for one for each GPU of the cluster, or for each node where there is none.
+
+    Raises:
+      ModuleNotFoundError: ray is not installed.
+    """
+    try:
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('--engine=ray needs Ray: pip install "nomic_jax[ray]"') from error
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def run(task: Task, encoder: Encoder | None, wait: bool = True) -> None:
+        pending = missing_shards(task)
+        if not pending:
+            return
+        with tqdm(
+            total=len(task),
+            initial=len(task) - len(pending),
+            desc=task.label,
+            unit=" shards",
+            disable=not task.progress,
+        ) as bar:
+            while pending:
+                made = _make(pending, task, load if encoder else None, workers, bar)
+                pending = missing_shards(task)
+                if not wait:
+                    return
+                if pending and not made:
+                    time.sleep(WAIT_SECONDS)
+
+    return run
+
+
+def _make(pending: list[int], task: Task, load: Callable[[], Encoder] | None, workers: int | None, bar: Any) -> int:
+    import ray.data
+
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    count = min(workers or gpus or nodes, len(pending))
+    # One processor stays free for Ray's own tasks; an actor's are what numpy and faiss compute with.
+    processors = resources.get("CPU", 1.0)
+    cpus = max((processors - 1) // count, min(1.0, processors / count))
+    shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
+    rows = shards.map(
+        _Worker,  # type: ignore[arg-type]
+        fn_constructor_args=(task, load),
+        num_cpus=cpus,
+        num_gpus=min(1.0, gpus / count) if load and gpus else None,
+        compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
+    )
+    made = 0
+    for row in rows.iter_rows():
+        if row["error"]:
+            raise ValueError(row["error"])
+        made += row["made"]
+        bar.update(row["made"])
+    return made
+
+
+class _Worker:
+    """An actor."""
+
+    def __init__(self, task: Task, load: Callable[[], Encoder] | None):
+        self.task, self.load = task, load
+        self.encoder: Encoder | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if self.load and self.encoder is None:
+                self.encoder = self.load()
+            return row | {"made": int(make_shard(self.task, row["shard"], self.encoder)), "error": ""}
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            # The user's to read: as an exception it would come wrapped in Ray's, with the traces of three processes.
+            return row | {"made": 0, "error": str(error)}

@@ -1,0 +1,177 @@
+"""Rows of an input by number, in blocks, so that workers can share them without copies of the data."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.reading import RowCheck, is_readable, open_file, usable_rows
+from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RejectedRows
+from nomic_jax.data.formats.writing import write_json
+
+QUARANTINED = "quarantined.json"  # in the work folder
+
+
+class AlreadyRejected(RejectedRows):
+    """For rows that are met again, and stand in the side file since they were met first."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, error: BadRow, raw: bytes) -> None:
+        self.count += 1
+
+
+def readable_files(
+    files: str, columns: Mapping[str, type], on_bad_row: str, rejected: RejectedRows, *, progress: bool = True
+) -> list[str]:
+    """The files, under on_bad_row="skip" without those that cannot be read to their end: ``rejected`` has those."""
+    found = expand_files(files)
+    with tqdm(found, "looking through files", unit=" files", disable=not progress or on_bad_row == "raise") as bar:
+        return [file for file in bar if is_readable(file, columns, None, on_bad_row, rejected)]
+
+
+def read_file(
+    file: str,
+    columns: Mapping[str, type],
+    on_bad_row: str,
+    rejected: RejectedRows,
+    *,
+    others: tuple[str, ...] | None = None,
+    further_check: RowCheck = lambda row, where: None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of one of ``readable_files``, as ``read_rows`` has them."""
+    numbered = open_file(file, columns, others).numbered()
+    return usable_rows(numbered, columns, others, False, on_bad_row, rejected, further_check)
+
+
+def read_quarantined(work: Path) -> list[Quarantined]:
+    """The files that were set aside when the work began."""
+    file = work / QUARANTINED
+    return [Quarantined(**one) for one in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+
+
+def write_quarantined(work: Path, quarantined: list[Quarantined]) -> None:
+    if quarantined:
+        write_json(work / QUARANTINED, [one._asdict() for one in quarantined])
+    else:
+        (work / QUARANTINED).unlink(missing_ok=True)
+
+
+class CountedRows:
+    """The usable rows of files, numbered from 0 over all of them.
+
+    Attributes:
+      counts: {file: usable rows}, in order.
+      rejected: rows that were skipped, and files that were set aside.
+      quarantined: these; their counts are 0.
+    """
+
+    def __init__(
+        self,
+        counts: Mapping[str, int],
+        rejected: int,
+        columns: Mapping[str, type],
+        quarantined: Sequence[Quarantined] = (),
+    ):
+        self.counts, self.rejected, self.columns = dict(counts), rejected, dict(columns)
+        self.quarantined = list(quarantined)
+        self._open: Iterator[dict[str, Any]] = iter(())
+        self._at = -1  # number of the next row of _open; -1 for none
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": iter(()), "_at": -1}
+
+    def read(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(file, row) of every row, with all its columns."""
+        for file in self.counts:
+            for row in self._read_file(file, None):
+                yield file, row
+
+    def block(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """Rows start ... stop - 1, with the columns that are checked.
+
+        Called with rising numbers it reads every file once; going back, it reads from the beginning of a file.
+
+        Raises:
+          ValueError: a file has other rows than were counted.
+        """
+        files, first = self._file_of(start)
+        if not first <= self._at <= start:
+            self._open, self._at = (row for file in files for row in self._read_file(file, ())), first
+        for row in self._open:
+            self._at += 1
+            if self._at > start:
+                yield row
+            if self._at == stop:
+                return
+
+    def _file_of(self, number: int) -> tuple[list[str], int]:
+        """The files from the one that holds the row, and the number of its first row."""
+        start, files = 0, list(self.counts)
+        for i, file in enumerate(files):
+            if start + self.counts[file] > number:
+                return files[i:], start
+            start += self.counts[file]
+        raise IndexError(number)
+
+    def _read_file(self, file: str, others: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
+        count = 0
+        if not self.counts[file]:
+            return
+        for row in read_file(file, self.columns, "skip", AlreadyRejected(), others=others):
+            count += 1
+            if count <= self.counts[file]:
+                yield row
+        if count != self.counts[file]:
+            raise ValueError(f"{file} has {count} rows where {self.counts[file]} were counted: it changed meanwhile")
+
+
+def count_rows(
+    files: str, columns: Mapping[str, type], record: Path, side_file: Path, *, on_bad_row: str, progress: bool = True
+) -> CountedRows:
+    """Reads all rows once, before anything is embedded, so that a bad row is known early. ``record`` remembers it.
+
+    Files that were set aside are in QUARANTINED beside it.
+
+    Raises:
+      BadRow: see ``read_rows``.
+      ValueError: there is no usable row.
+    """
+    if record.exists():
+        held = json.loads(record.read_text(encoding="utf-8"))
+        if on_bad_row == "skip" or not held["rejected"]:
+            counts = dict(zip(expand_files(files), held["rows"]))
+            return CountedRows(counts, held["rejected"], columns, read_quarantined(record.parent))
+    rejected = RejectedRows(side_file)
+    counts = dict.fromkeys(expand_files(files), 0)
+    readable = readable_files(files, columns, on_bad_row, rejected, progress=progress)
+    with tqdm(desc="reading", unit=" rows", disable=not progress) as bar:
+        for file in readable:
+            for _ in read_file(file, columns, on_bad_row, rejected, others=()):
+                counts[file] += 1
+                bar.update()
+    if not any(counts.values()):
+        raise no_usable_row(files, rejected)
+    write_quarantined(record.parent, rejected.quarantined)
+    write_json(record, {"rows": list(counts.values()), "rejected": rejected.count})
+    return CountedRows(counts, rejected.count, columns, rejected.quarantined)
+
+
+def no_usable_row(files: str, rejected: RejectedRows) -> ValueError:
+    reasons = "".join(f"; {one}" for one in rejected.quarantined[:3])
+    return ValueError(
+        f"{files} has no usable row; {rejected.count} rejected rows and files are in {rejected.side_file}{reasons}"
+    )
+
+
+def equal_blocks(rows: int, block_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of as few blocks as ``block_size`` allows, of sizes that differ by at most one."""
+    count = -(-rows // block_size)
+    return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]

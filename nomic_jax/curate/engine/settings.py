@@ -1,0 +1,117 @@
+"""The settings that intermediate files depend on, recorded beside them and compared at every start."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nomic_jax.curate.engine import embedding
+from nomic_jax.curate.engine.locks import take_lock
+from nomic_jax.curate.engine.row_blocks import read_quarantined
+from nomic_jax.data.formats.file_format import sha256_of_file
+from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.writing import write_json
+from nomic_jax.data.tokens.scans import check_distinct
+
+
+def settings_sha256(work: Path) -> str:
+    """The hash of what ``locked_settings`` has recorded in ``work``, for the rule of ``matching_summary``."""
+    return hashlib.sha256((work / "settings.json").read_bytes()).hexdigest()
+
+
+def matching_summary(rule: Mapping[str, Any], output: Path, names: Iterable[str]) -> dict[str, Any] | None:
+    """The summary.json, if it tells of this rule and the files are there: of another process, or of a run before.
+
+    Otherwise it is taken away, so that none lies beside files that are being replaced: it is to be written last.
+    """
+    file = output / "summary.json"
+    if file.exists() and all((output / name).exists() for name in names):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        if all(name in summary and summary[name] == value for name, value in rule.items()):
+            return summary
+    file.unlink(missing_ok=True)
+    return None
+
+
+@contextlib.contextmanager
+def locked_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Records in ``work`` what its files depend on, or checks that they were made, and are, under the same settings.
+
+    While it is held, no other process replaces the record.
+
+    Raises:
+      ValueError: they were made under others, or another process is making them; the message says which.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    record = work / "settings.json"
+    settings = {"texts_per_file": embedding.TEXTS_PER_FILE, **settings}
+    with (work / ".settings.lock").open("a+") as lock:
+        wait = fcntl.LOCK_NB
+        while True:
+            # A run that failed before it finished a piece (a mistyped column, say) must not bind the next one.
+            if take_lock(lock, fcntl.LOCK_EX | wait) and not any(work.rglob("[0-9]*.npy")):
+                for path in work.iterdir():
+                    if path.name not in (".settings.lock", record.name):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                write_json(record, settings)
+            take_lock(lock, fcntl.LOCK_SH)
+            if record.exists() or any(work.rglob("[0-9]*.npy")):
+                break
+            wait = 0  # whoever was about to write it has been killed
+        # Now that nobody can replace it.
+        _compare_settings(work, record, settings)
+        yield
+
+
+def _compare_settings(work: Path, record: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        held = json.loads(record.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{record} is missing or broken ({error}); delete {work} to begin again") from error
+    names = [name for name in sorted(held.keys() | settings.keys()) if held.get(name) != settings.get(name)]
+    if names:
+        was, now = (
+            {name: repr(them[name]) if name in them else "absent" for name in names} for them in (held, settings)
+        )
+        changes = [f"{name} was {was[name]}, is {now[name]}{_set_aside(work, name)}" for name in names[:3]]
+        more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"{work} holds work done with other settings: {'; '.join(changes)}{more}. "
+            f"Give another --output, or delete {work} to begin again"
+        )
+
+
+def _set_aside(work: Path, name: str) -> str:
+    """Why the file of a name of ``fingerprints`` was not read, if it was not."""
+    for one in (*read_quarantined(work), *read_quarantined(work / "pairs")):
+        if name.endswith(f": {one.file.rsplit('/', 1)[-1]}"):
+            return " (it was set aside, as it could not be read)"
+    return ""
+
+
+def fingerprints(label: str, files: Iterable[str], on_bad_row: str = "raise") -> dict[str, str]:
+    """{"label number: name": SHA-256 of its content}, for ``locked_settings``.
+
+    Without the folder, which may be spelled in another way, or move.
+
+    Raises:
+      ValueError: two files of the input are the same.
+      BadRow: one is a folder, or may not be read, under on_bad_row="raise"; else its hash is empty.
+    """
+
+    def sha256(file: str) -> str:
+        try:
+            return sha256_of_file(file)
+        except BadRow:
+            if on_bad_row == "raise":
+                raise
+            return ""
+
+    hashes = [(file, sha256(file)) for file in files]
+    if label == "input":
+        check_distinct(hashes)
+    return {f"{label} {i}: {file.rsplit('/', 1)[-1]}": sha256 for i, (file, sha256) in enumerate(hashes, 1)}

@@ -1,0 +1,75 @@
+"""Where each pair's own document stands among the documents of its block."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from nomic_jax.curate.engine.embedding import Encoder, embed_texts
+from nomic_jax.curate.engine.index import RECALL_AT, ApproximateIndex, own_ranks
+from nomic_jax.curate.engine.row_blocks import CountedRows, equal_blocks
+from nomic_jax.curate.engine.text_store import distinct_texts
+from nomic_jax.data.formats.writing import write_json
+
+SCORES = np.dtype([("rank", np.int32), ("score", np.float32)])
+
+
+class RankingTask:
+    """The task of ranking each pair's own document among the distinct documents of its block: SCORES [N] a block.
+
+    Equal documents (up to surrounding whitespace) are one, so they share a rank and do not push each other out. Memory
+    holds the texts of one block; its embeddings are in files.
+    """
+
+    def __init__(
+        self,
+        rows: CountedRows,
+        work: Path,
+        columns: tuple[str, str],
+        *,
+        block_size: int,
+        approximate_above: int | None,
+        progress: bool,
+    ):
+        self.label = "ranking blocks"
+        self.rows, self.work, self.columns, self.progress = rows, work, columns, progress
+        self.approximate_above = approximate_above
+        self.blocks = equal_blocks(len(rows), block_size)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def file(self, shard: int) -> Path:
+        return self.work / f"{shard:05d}.scores.npy"
+
+    def recall_file(self, shard: int) -> Path:
+        return self.work / f"{shard:05d}.recall.json"
+
+    def make(self, shard: int, encoder: Encoder | None) -> np.ndarray:
+        assert encoder is not None
+        folder, label = self.work / f"{shard:05d}", f"block {shard}"
+        queries, documents = [], []
+        for row in self.rows.block(*self.blocks[shard]):
+            queries.append(row[self.columns[0]])
+            documents.append(row[self.columns[1]])
+        texts, own_N = distinct_texts(documents)
+        del documents
+        query_NE = embed_texts(
+            queries, encoder.query, folder / "queries", label=f"{label}: embedding queries", progress=self.progress
+        )
+        document_DE = embed_texts(
+            texts, encoder.document, folder / "documents", label=f"{label}: embedding documents", progress=self.progress
+        )
+        index = None
+        if self.approximate_above is not None and len(texts) > self.approximate_above:
+            index = ApproximateIndex(query_NE, document_DE, folder / "index.faiss")
+            write_json(self.recall_file(shard), index.recall(query_NE, RECALL_AT))
+        scores = np.empty(len(queries), SCORES)
+        scores["rank"], scores["score"] = own_ranks(
+            query_NE, document_DE, own_N, index=index, count=encoder.count_above, progress=self.progress
+        )
+        return scores
+
+    def tidy(self, shard: int) -> None:
+        # With the ranks saved, the embeddings (6 GB for a million pairs of width 768) have done their work.
+        shutil.rmtree(self.work / f"{shard:05d}", ignore_errors=True)

@@ -1,0 +1,106 @@
+"""The tasks of embedding many distinct texts, and of finding the nearest documents of each query among them."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nomic_jax.curate.engine.embedding import Encoder, encode_checked, texts_per_file
+from nomic_jax.curate.engine.index import ApproximateIndex, top_k
+from nomic_jax.curate.engine.sharded_array import ShardedArray
+from nomic_jax.curate.engine.text_store import TextFile
+from nomic_jax.curate.mine.corpus import Pairs
+from nomic_jax.data.formats.writing import write_json
+
+QUERIES_PER_FILE = 4096  # searched between two points of restart
+NEAR = np.dtype([("document", np.int64), ("score", np.float32)])
+
+
+class EmbeddingTask:
+    """The task of embedding texts: float32 [``texts_per_file``, E] a file."""
+
+    def __init__(self, texts: TextFile, role: Literal["query", "document"], folder: Path, progress: bool):
+        self.label = f"embedding {'queries' if role == 'query' else 'documents'}"
+        self.texts, self.role, self.folder, self.progress = texts, role, folder, progress
+        self.per_file = texts_per_file(len(texts))
+
+    def __len__(self) -> int:
+        return -(-len(self.texts) // self.per_file)
+
+    def file(self, shard: int) -> Path:
+        return ShardedArray.file(self.folder, shard)
+
+    def make(self, shard: int, encoder: Encoder | None) -> np.ndarray:
+        assert encoder is not None
+        start = shard * self.per_file
+        texts = [self.texts[i] for i in range(start, min(start + self.per_file, len(self.texts)))]
+        return encode_checked(getattr(encoder, self.role), texts)
+
+    def tidy(self, shard: int) -> None:
+        pass
+
+
+class SearchTask:
+    """The task of finding the k nearest documents of each query, NEAR [QUERIES_PER_FILE, k] a file.
+
+    Document -1 stands where an approximate search finds fewer.
+    """
+
+    def __init__(self, pairs: Pairs, work: Path, k: int, approximate_above: int | None, progress: bool):
+        self.label, self.progress = "searching", progress
+        self.queries, self.documents, self.work = len(pairs.queries), len(pairs.documents), work
+        self.k = min(k, self.documents)
+        self.is_approximate = approximate_above is not None and self.documents > approximate_above
+        self.folder = work / f"near-{self.k}-{'approximate' if self.is_approximate else 'exact'}"
+
+    def __len__(self) -> int:
+        return -(-self.queries // QUERIES_PER_FILE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        cached = ("query_QE", "document_DE", "index", "near")
+        return {name: value for name, value in self.__dict__.items() if name not in cached}
+
+    def file(self, shard: int) -> Path:
+        return ShardedArray.file(self.folder, shard)
+
+    @functools.cached_property
+    def query_QE(self) -> ShardedArray:
+        return ShardedArray(self.work / "queries", self.queries, texts_per_file(self.queries))
+
+    @functools.cached_property
+    def document_DE(self) -> ShardedArray:
+        return ShardedArray(self.work / "documents", self.documents, texts_per_file(self.documents))
+
+    @functools.cached_property
+    def near(self) -> ShardedArray:
+        """What was found."""
+        return ShardedArray(self.folder, self.queries, QUERIES_PER_FILE)
+
+    @functools.cached_property
+    def index(self) -> ApproximateIndex:
+        return ApproximateIndex(self.query_QE, self.document_DE, self.work / "index.faiss")
+
+    def make(self, shard: int, encoder: Encoder | None) -> np.ndarray:
+        start = shard * QUERIES_PER_FILE
+        queries = self.query_QE[start : start + QUERIES_PER_FILE]
+        if self.is_approximate:
+            found = self.index.top_k(queries, self.k, progress=self.progress)
+        else:
+            found = top_k(queries, self.document_DE, self.k, progress=self.progress)
+        near = np.empty((len(queries), self.k), NEAR)
+        near["document"], near["score"] = found
+        return near
+
+    def tidy(self, shard: int) -> None:
+        pass
+
+    def recall(self) -> str | dict[str, Any]:
+        """Of an approximate search, measured once; otherwise "exact"."""
+        if not self.is_approximate:
+            return "exact"
+        file = self.folder / "recall.json"
+        if not file.exists():
+            write_json(file, self.index.recall(self.query_QE, self.k))
+        return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,166 @@
+"""The distinct queries and documents of rows, and what belongs together, on disk."""
+
+import contextlib
+import functools
+import json
+import shutil
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from nomic_jax.curate.engine.row_blocks import (
+    AlreadyRejected,
+    no_usable_row,
+    read_file,
+    read_quarantined,
+    readable_files,
+    write_quarantined,
+)
+from nomic_jax.curate.engine.text_store import TextFile, TextFileWriter
+from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
+from nomic_jax.data.formats.writing import write_json
+
+
+class Pairs:
+    """Every query with each of its positives: a row whose document column holds a list is a pair for each text of it.
+
+    Attributes:
+      queries, documents: distinct texts, those of the corpus after those of the rows.
+      query_P, document_P: each pair's place in them, int64.
+      own_Q: the document that equals a query, or -1.
+      rows, rejected: input rows used, and those skipped or files set aside.
+      quarantined: files that were set aside.
+    """
+
+    def __init__(self, folder: Path):
+        counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+        self.rows, self.rejected, self._holds_lists = (counts[n] for n in ("rows", "rejected", "holds_lists"))
+        self.quarantined = read_quarantined(folder)
+        self.queries, self.documents = TextFile(folder / "queries.txt"), TextFile(folder / "documents.txt")
+        load = functools.partial(np.load, mmap_mode="r")
+        self.query_P, self.document_P, self.own_Q, self._positives, self._ends_Q = (
+            load(folder / f"{name}.npy") for name in ("query", "document", "own", "positives", "positives_end")
+        )
+
+    def __len__(self) -> int:
+        return len(self.query_P)
+
+    def positives(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents of all rows with one of the queries: (place in ``queries``, document), by place."""
+        starts = np.where(queries > 0, self._ends_Q[queries - 1], 0)
+        counts = self._ends_Q[queries] - starts
+        place_M = np.repeat(np.arange(len(queries)), counts)
+        within_M = np.arange(len(place_M)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return place_M, np.asarray(self._positives[np.repeat(starts, counts) + within_M])
+
+    def read(self, files: str, query_column: str, document_column: str) -> Iterator[dict[str, Any]]:
+        """The pairs as rows, in order: the input's rows, with one text as document."""
+        set_aside = {one.file for one in self.quarantined}
+        readable = [file for file in expand_files(files) if file not in set_aside]
+        for row in _rows(readable, query_column, document_column, self._holds_lists, "skip", AlreadyRejected()):
+            for document in row[document_column] if self._holds_lists else [row[document_column]]:
+                yield row | {document_column: document}
+
+
+def collect_pairs(
+    files: str,
+    query_column: str,
+    document_column: str,
+    corpus: str | None,
+    corpus_column: str,
+    folder: Path,
+    side_file: Path,
+    *,
+    on_bad_row: str,
+    progress: bool = True,
+) -> Pairs:
+    """Reads rows and corpus once into ``folder``, unless that was done. Memory: about 150 bytes a distinct text.
+
+    Raises:
+      BadRow: a row that cannot be used, under on_bad_row="raise".
+      ValueError: there is no usable row.
+    """
+    counts_file = folder / "counts.json"
+    if counts_file.exists():
+        pairs = Pairs(folder)
+        if on_bad_row == "skip" or not pairs.rejected:
+            return pairs
+    shutil.rmtree(folder, ignore_errors=True)
+    queries, documents = TextFileWriter(folder / "queries.txt"), TextFileWriter(folder / "documents.txt")
+    query_P, document_P = array("q"), array("q")
+    rejected = RejectedRows(side_file)
+    holds_lists = _first_document_is_list(files, query_column, document_column)
+    kinds = _kinds(query_column, document_column, holds_lists)
+    readable = readable_files(files, kinds, on_bad_row, rejected, progress=progress)
+    of_corpus = {corpus_column: str}
+    readable_corpus = readable_files(corpus, of_corpus, on_bad_row, rejected, progress=progress) if corpus else []
+    rows = 0
+    with tqdm(desc="reading", unit=" rows", disable=not progress) as bar:
+        for row in _rows(readable, query_column, document_column, holds_lists, on_bad_row, rejected):
+            query = queries.add(row[query_column])
+            for document in row[document_column] if holds_lists else [row[document_column]]:
+                query_P.append(query)
+                document_P.append(documents.add(document))
+            rows += 1
+            bar.update()
+        if not rows:
+            raise no_usable_row(files, rejected)
+        for file in readable_corpus:
+            for row in read_file(file, of_corpus, on_bad_row, rejected, others=()):
+                documents.add(row[corpus_column])
+                bar.update()
+    own_Q = np.fromiter((documents.place.get(key, -1) for key in queries.place), np.int64, len(queries.place))
+    order = np.lexsort((np.frombuffer(document_P, np.int64), np.frombuffer(query_P, np.int64)))
+    by_query = np.stack([np.frombuffer(query_P, np.int64)[order], np.frombuffer(document_P, np.int64)[order]], axis=1)
+    is_new = np.concatenate([[True], (by_query[1:] != by_query[:-1]).any(axis=1)])
+    query_M, document_M = by_query[is_new].T
+    arrays = {
+        "query": np.frombuffer(query_P, np.int64),
+        "document": np.frombuffer(document_P, np.int64),
+        "own": own_Q,
+        "positives": document_M,
+        "positives_end": np.cumsum(np.bincount(query_M, minlength=len(own_Q))),
+    }
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    queries.close()
+    documents.close()
+    write_quarantined(folder, rejected.quarantined)
+    write_json(counts_file, {"rows": rows, "rejected": rejected.count, "holds_lists": holds_lists})
+    return Pairs(folder)
+
+
+def _first_document_is_list(files: str, query_column: str, document_column: str) -> bool:
+    """Whether documents are texts or lists of them is one for the whole input; any other row is a bad one."""
+    for file in expand_files(files):
+        with contextlib.suppress(BadRow):  # it is met again, and then it is said
+            rows = read_file(file, {query_column: str}, "skip", AlreadyRejected(), others=(document_column,))
+            for row in rows:
+                return isinstance(row.get(document_column), list)
+    return False
+
+
+def _kinds(query_column: str, document_column: str, holds_lists: bool) -> dict[str, type]:
+    return {query_column: str, document_column: list if holds_lists else str}
+
+
+def _rows(
+    files: list[str],
+    query_column: str,
+    document_column: str,
+    holds_lists: bool,
+    on_bad_row: str,
+    rejected: RejectedRows,
+) -> Iterator[dict[str, Any]]:
+    def check(row: Mapping[str, Any], where: str) -> None:
+        if not row[document_column]:
+            raise BadRow(f"{where}: column {document_column!r} is an empty list, so there is no positive")
+
+    kinds = _kinds(query_column, document_column, holds_lists)
+    for file in files:
+        yield from read_file(file, kinds, on_bad_row, rejected, further_check=check)

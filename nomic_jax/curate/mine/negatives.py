@@ -1,0 +1,325 @@
+"""Hard negatives: for each pair, the documents that a teacher finds near its query though they do not belong to it."""
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.index import pair_scores
+from nomic_jax.curate.engine.locks import exclusive_lock
+from nomic_jax.curate.engine.report import Sample, quarantine, table
+from nomic_jax.curate.engine.settings import fingerprints, locked_settings, matching_summary, settings_sha256
+from nomic_jax.curate.engine.tasks import Engine, run_here
+from nomic_jax.curate.mine.candidates import EmbeddingTask, SearchTask
+from nomic_jax.curate.mine.corpus import Pairs, collect_pairs
+from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
+
+PAIRS_AT_ONCE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class MiningOptions:
+    """Which documents become negatives.
+
+    A row's positives are its own document and those of every row with the same query. They, and a document that equals
+    the query, are never negatives. Texts are equal if they differ in surrounding whitespace only.
+
+    Attributes:
+      k: candidates a query: its k nearest documents, before positives are taken out.
+      margin: keep candidates that score less than margin * the positive's score (NV-Retriever's TopK-PercPos), the
+        lowest one's where a query has several, as in sentence-transformers; 0 keeps all. Below zero the same distance
+        counts: less than the positive's score - (1 - margin) * its absolute value.
+      range_min, range_max: keep candidates of ranks range_min ... range_max - 1, counted from 0 without the positives.
+      num_negatives: what training needs of each row.
+      too_few: what becomes of a row with fewer: "drop" it, fill it up with "random" documents that are not among its
+        candidates (one that the margin took out may well be a positive), or stop with an "error".
+      seed: of the random documents, which depend on it, the pair's number and the documents, on nothing else.
+      approximate_above: search among more distinct documents than this by an ``ApproximateIndex``, whose recall is
+        reported; None for exact search always.
+    """
+
+    k: int = 20
+    margin: float = 0.95
+    range_min: int = 0
+    range_max: int | None = None
+    num_negatives: int = 7
+    too_few: str = "drop"
+    seed: int = 0
+    approximate_above: int | None = None
+
+    def __post_init__(self):
+        end = self.k if self.range_max is None else self.range_max
+        if not 0 <= self.range_min < end <= self.k:
+            raise ValueError(
+                f"range_min {self.range_min} and range_max {end} must be a range of ranks below k, {self.k}; raise k"
+            )
+        if not 1 <= self.num_negatives <= end - self.range_min:
+            raise ValueError(
+                f"num_negatives is {self.num_negatives}; at most {end - self.range_min} can be found: raise k, or "
+                f"lower num_negatives"
+            )
+        if not 0 <= self.margin <= 1:
+            raise ValueError(
+                f"margin is {self.margin}; write a share of the positive's score such as 0.95, or 0 for none"
+            )
+        if self.too_few not in ("drop", "random", "error"):
+            raise ValueError(f'too_few is {self.too_few!r}; write "drop", "random" or "error"')
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Of one pair.
+
+    Attributes:
+      excluded: the documents that are not its negatives: the query's positives, and its own text.
+      near: the query's nearest documents with their scores, best first; None without a teacher.
+      score: of the pair's document.
+      lowest: the lowest score of a positive of the query.
+    """
+
+    number: int
+    query: int
+    excluded: set[int]
+    near: list[tuple[int, float]] | None
+    score: float
+    lowest: float
+
+
+def mine_negatives(
+    files: str,
+    output: str | os.PathLike,
+    encoder: Encoder | None,
+    options: MiningOptions,
+    *,
+    query_column: str = "query",
+    document_column: str = "document",
+    corpus: str | None = None,
+    corpus_column: str = "document",
+    on_bad_row: str = "raise",
+    engine: Engine = run_here,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Writes the rows with their negatives: triplets, in input order.
+
+    A row keeps its columns and gains ``negatives`` (texts, nearest first), and where an encoder is at work
+    ``negative_scores`` and ``document_score``. A row whose document column holds a list of positives becomes a triplet
+    for each. Negatives come from the distinct documents of rows and ``corpus``. Texts and embeddings are in files;
+    memory holds about 150 bytes for each distinct text and 100 for each pair. Any number of processes may work on one
+    output: they share embedding and search. ``output`` receives
+
+        triplets.jsonl  the rows
+        rejected.jsonl  rows that could not be used and files that were set aside, under on_bad_row="skip"
+        summary.json    the dictionary that is returned
+        report.md       the same to read, with a sample of written and dropped rows
+        work/           embeddings: a run that was killed, or another with other options, does not make them again
+
+    Args:
+      encoder: the teacher, or None for ``options.k`` random documents a row (fewer if there are no more).
+      corpus: files of more documents, in ``corpus_column``.
+      engine: where texts are embedded and searched.
+
+    Raises:
+      ValueError: ``output`` holds embeddings of other files or columns, or of another encoder; no usable row; a row
+        with too few negatives, under too_few="error" or where there are not enough documents for "random".
+      BadRow: a row that cannot be used, under on_bad_row="raise".
+    """
+    output = Path(output)
+    work = output / "work"
+    settings = {"query_column": query_column, "document_column": document_column}
+    settings |= fingerprints("input", expand_files(files), on_bad_row)
+    if encoder:
+        settings |= encoder.identity
+    if corpus:
+        settings |= {"corpus_column": corpus_column, **fingerprints("corpus", expand_files(corpus), on_bad_row)}
+    with locked_settings(work, settings):
+        with exclusive_lock(work / ".pairs.lock"):
+            pairs = collect_pairs(
+                files,
+                query_column,
+                document_column,
+                corpus,
+                corpus_column,
+                work / "pairs",
+                output / "rejected.jsonl",
+                on_bad_row=on_bad_row,
+                progress=progress,
+            )
+        search = SearchTask(pairs, work, options.k, options.approximate_above, progress)
+        if encoder:
+            for wait in (False, True):  # what another process has at hand need not be waited for at once
+                engine(EmbeddingTask(pairs.queries, "query", work / "queries", progress), encoder, wait)
+                engine(EmbeddingTask(pairs.documents, "document", work / "documents", progress), encoder, wait)
+            engine(search, None, True)
+        rule = {
+            "options": dataclasses.asdict(options),
+            "negatives_are": "mined" if encoder else "random",
+            "settings_sha256": settings_sha256(work),
+        }
+        with exclusive_lock(work / ".select.lock"):
+            summary = matching_summary(rule, output, ("triplets.jsonl", "report.md"))
+            if summary is None:
+                rows = pairs.read(files, query_column, document_column)
+                summary = rule | _write_triplets(
+                    rows, output, pairs, search if encoder else None, options, query_column, document_column
+                )
+                summary["search"] = search.recall() if encoder else "none"
+                with atomic_file(output / "report.md") as part:
+                    part.write_text(_report(files, summary), encoding="utf-8")
+                del summary["samples"]
+                write_json(output / "summary.json", summary)
+    return summary
+
+
+def _write_triplets(
+    rows: Iterator[dict[str, Any]],
+    output: Path,
+    pairs: Pairs,
+    search: SearchTask | None,
+    options: MiningOptions,
+    query_column: str,
+    document_column: str,
+) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    sizes: Counter[int] = Counter()
+    written, dropped = Sample(), Sample()
+
+    def triplets() -> Iterator[dict[str, Any]]:
+        for row, candidates in zip(rows, _candidates(pairs, search), strict=True):
+            number, query = candidates.number, row[query_column]
+            negatives, row_counts = _choose(candidates, pairs, search, options)
+            counts.update(row_counts)
+            if len(negatives) < options.num_negatives:
+                if options.too_few != "drop":
+                    raise ValueError(_too_few(number, query, len(negatives), pairs, options))
+                dropped.add((number, query, row[document_column], len(negatives)))
+                continue
+            triplet = row | {"negatives": [pairs.documents[document] for document, _ in negatives]}
+            _declare(triplet, [query_column, document_column, "negatives"])
+            if search:
+                triplet["negative_scores"] = [round(score, 6) for _, score in negatives]
+                triplet["document_score"] = round(candidates.score, 6)
+            sizes[len(negatives)] += 1
+            written.add((number, query, row[document_column], triplet))
+            yield triplet
+
+    write_rows(output / "triplets.jsonl", triplets())
+    return {
+        "rows": pairs.rows,
+        "pairs": len(pairs),
+        "written": written.seen,
+        "dropped_too_few": dropped.seen,
+        "filled_with_random": counts["filled"],
+        "candidates_beyond_margin": counts["beyond_margin"],
+        "rejected": pairs.rejected,
+        "quarantined": [one._asdict() for one in pairs.quarantined],
+        "distinct_queries": len(pairs.queries),
+        "distinct_documents": len(pairs.documents),
+        "negatives": [{"negatives": size, "rows": count} for size, count in sorted(sizes.items())],
+        "samples": (written, dropped),
+    }
+
+
+def _declare(row: dict[str, Any], columns: list[str]) -> None:
+    """Rows in the original's format say in metadata.objective of which columns they consist."""
+    metadata = row.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("objective"), dict):
+        row["metadata"] = metadata | {"objective": metadata["objective"] | {"triplet": [columns]}}
+
+
+def _candidates(pairs: Pairs, search: SearchTask | None) -> Iterator[Candidates]:
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        chunk = slice(start, start + PAIRS_AT_ONCE)
+        query_P, document_P = np.asarray(pairs.query_P[chunk]), np.asarray(pairs.document_P[chunk])
+        place_M, document_M = pairs.positives(query_P)
+        excluded: list[set[int]] = [set() if own < 0 else {own} for own in pairs.own_Q[query_P].tolist()]
+        for place, document in zip(place_M.tolist(), document_M.tolist()):
+            excluded[place].add(document)
+        score_P, lowest_P = np.zeros(len(query_P)), np.zeros(len(query_P))
+        near: list[list[tuple[int, float]] | None] = [None] * len(query_P)
+        if search:
+            score_P = pair_scores(search.query_QE, query_P, search.document_DE, document_P)
+            score_M = pair_scores(search.query_QE, query_P[place_M], search.document_DE, document_M)
+            lowest_P = np.full(len(query_P), np.inf, np.float32)
+            np.minimum.at(lowest_P, place_M, score_M)
+            near = [[item for item in items if item[0] >= 0] for items in search.near[query_P].tolist()]
+        for i, values in enumerate(zip(query_P.tolist(), excluded, near, score_P.tolist(), lowest_P.tolist())):
+            yield Candidates(start + i, *values)
+
+
+def _choose(
+    candidates: Candidates, pairs: Pairs, search: SearchTask | None, options: MiningOptions
+) -> tuple[list[tuple[int, float]], dict[str, int]]:
+    """The documents that are negatives of a pair with their scores, and what happened on the way, to be counted."""
+    excluded = candidates.excluded
+    if candidates.near is None:
+        drawn = _random_documents(candidates.number, options.k, pairs, excluded, options)
+        return [(document, 0.0) for document in drawn], {}
+    ranked = [(document, score) for document, score in candidates.near if document not in excluded]
+    ranked = ranked[options.range_min : options.range_max]
+    limit = candidates.lowest - (1 - options.margin) * abs(candidates.lowest) if options.margin else float("inf")
+    chosen = [(document, score) for document, score in ranked if score < limit]
+    counts = {"beyond_margin": len(ranked) - len(chosen)}
+    missing = options.num_negatives - len(chosen)
+    if missing > 0 and options.too_few == "random":
+        assert search is not None
+        counts["filled"] = 1
+        near = {document for document, _ in candidates.near}
+        drawn = _random_documents(candidates.number, missing, pairs, excluded | near, options)
+        query_P = np.full(len(drawn), candidates.query)
+        scores = pair_scores(search.query_QE, query_P, search.document_DE, np.array(drawn, np.int64))
+        chosen += zip(drawn, scores.tolist())
+    return chosen, counts
+
+
+def _random_documents(number: int, count: int, pairs: Pairs, excluded: set[int], options: MiningOptions) -> list[int]:
+    """``count`` distinct documents that are not excluded, or all of them if there are fewer."""
+    random = np.random.default_rng((options.seed, number))
+    drawn = random.choice(len(pairs.documents), min(count + len(excluded), len(pairs.documents)), replace=False)
+    return [document for document in drawn.tolist() if document not in excluded][:count]
+
+
+def _too_few(number: int, query: str, found: int, pairs: Pairs, options: MiningOptions) -> str:
+    where = f"row {number} (query {query[:80]!r}) has {found} negatives of the {options.num_negatives} it needs"
+    if options.too_few == "random":
+        return f"{where}, and no more among the {len(pairs.documents)} distinct documents: lower k, or add a corpus"
+    return f'{where}: raise k or margin, or set too_few to "drop" or "random"'
+
+
+def _report(files: str, summary: dict[str, Any]) -> str:
+    written, dropped = summary["samples"]
+    lines = []
+    for number, query, document, triplet in sorted(written.items, key=lambda item: item[0]):
+        lines.append((number, "query", "", query))
+        lines.append(("", "document", triplet.get("document_score", ""), document))
+        scores = triplet.get("negative_scores", [""] * len(triplet["negatives"]))
+        lines += [
+            ("", f"negative {i}", s, text) for i, (s, text) in enumerate(zip(scores, triplet["negatives"][:3]), 1)
+        ]
+    header = ("pair", "query", "document", "negatives left")
+    options = ", ".join(f"{name} {value}" for name, value in summary["options"].items() if value is not None)
+    counts = [(name.replace("_", " "), value) for name, value in summary.items() if isinstance(value, int)]
+    return (
+        f"# Negatives of {files}\n\n{summary['negatives_are'].capitalize()}, with {options}.{_recall(summary)}\n\n"
+        f"{quarantine(summary)}{table(('', 'count'), counts)}\n"
+        f"{table(('negatives', 'pairs'), [tuple(size.values()) for size in summary['negatives']])}\n"
+        f"## Written, a sample\n\n{table(('pair', '', 'score', 'text'), lines)}\n"
+        f"## Dropped for too few, a sample\n\n{table(header, sorted(dropped.items))}"
+    )
+
+
+def _recall(summary: dict[str, Any]) -> str:
+    search = summary["search"]
+    if isinstance(search, str):
+        return ""
+    return (
+        f" The search was approximate (nlist {search['nlist']}, nprobe {search['nprobe']}): it found "
+        f"{search['recall']:.1%} of the {search['k']} nearest of {search['queries']:,} queries."
+    )

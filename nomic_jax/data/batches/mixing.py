@@ -1,0 +1,183 @@
+"""Which rows of which source come at a step, as a function of (seed, step) alone.
+
+Batches are drawn from units: a source, or each of its files. A unit goes through its rows again and again, every time
+in another order, and gives them in batches that are numbered from 0 on. An epoch is a number of batches of each unit:
+
+  rows         as many as its rows fill: every row once an epoch, in proportion to rows at any time
+  shards       the same for each file, and at every step any file that has batches left is as likely as any other
+  temperature  of all batches a share in proportion to rows ** (1 / temperature): 1 is proportional, more is more even
+  weights      of all batches a share in proportion to the weight of the source
+
+With the last two an epoch has as many steps as with "rows", but small units may have come several times in it and large
+ones not completely. What is left over when a unit's rows are not a multiple of the batch is dropped in that pass (other
+rows in the next one), or, if carried, comes first in the unit's next batch.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from nomic_jax.data.batches.permutation import shuffled
+from nomic_jax.data.tokens.store import TokenStore
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How sources share the steps; see the module.
+
+    Attributes:
+      by: what decides.
+      temperature: with by="temperature".
+      weights: of each source, with by="weights".
+      remainder: what becomes of rows that do not fill a batch.
+    """
+
+    by: Literal["rows", "shards", "temperature", "weights"] = "rows"
+    temperature: float = 1.0
+    weights: tuple[float, ...] = ()
+    remainder: Literal["drop", "carry"] = "drop"
+
+
+class Unit(NamedTuple):
+    """Rows start ... start + rows - 1 of a source."""
+
+    source: int
+    start: int
+    rows: int
+
+
+class _Epoch(NamedTuple):
+    """The batches of an epoch: ``counts`` of each unit, the first of which has the number ``first``."""
+
+    number: int
+    steps_before: int
+    first: np.ndarray
+    counts: np.ndarray
+
+
+class Mixing:
+    """Attributes: steps_per_epoch: of the first epoch; with carried remainders later ones may have a few more."""
+
+    def __init__(self, stores: Sequence[TokenStore], batch_size: int, seed: int, sampling: Sampling):
+        """
+        Raises:
+          ValueError: a source (with by="shards" all files of one, with a carried remainder any file) has fewer rows
+            than a batch; weights or a temperature that are not positive.
+        """
+        self.batch_size, self.seed, self.sampling = batch_size, seed, sampling
+        self.units = _units(stores, batch_size, sampling)
+        self._rows = np.array([unit.rows for unit in self.units], np.int64)
+        whole = self._rows // batch_size if sampling.remainder == "drop" else self._rows / batch_size
+        # Batches of each unit in an epoch; not always a whole number.
+        self._rate = whole.astype(np.float64)
+        if sampling.by in ("temperature", "weights"):
+            share = self._shares(len(stores))
+            self._rate = whole.sum() * share / share.sum()
+        self._schedules: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.steps_per_epoch = int(self._before(1).sum())
+
+    def rows_of_step(self, step: int) -> tuple[int, np.ndarray]:
+        """(index of the source, its row numbers [batch_size])."""
+        index, batch = self.batch_of_step(step)
+        return self.units[index].source, self.rows_of_batch(index, batch)
+
+    def batch_of_step(self, step: int) -> tuple[int, int]:
+        """(index of the unit, number of its batch)."""
+        epoch = self._epoch(step)
+        slot = step - epoch.steps_before
+        if self.sampling.by != "rows":
+            order, rank = self._schedule(epoch)
+            index = int(order[slot])
+            return index, int(epoch.first[index] + rank[slot])
+        slot = int(shuffled(range(slot, slot + 1), int(epoch.counts.sum()), self.seed, epoch.number)[0])
+        ends = np.cumsum(epoch.counts)
+        index = int(np.searchsorted(ends, slot, side="right"))
+        return index, int(epoch.first[index] + slot - (ends[index] - epoch.counts[index]))
+
+    def rows_of_batch(self, index: int, batch: int) -> np.ndarray:
+        """Row numbers [batch_size] of a unit's source."""
+        unit, B = self.units[index], self.batch_size
+        seed = self.seed + 1 + index
+        if self.sampling.remainder == "drop":
+            epoch, place = divmod(batch, unit.rows // B)
+            return unit.start + shuffled(range(place * B, (place + 1) * B), unit.rows, seed, epoch)
+        epoch, first = divmod(batch * B, unit.rows)
+        # What this pass has left comes before the next one, which has enough: no unit is smaller than a batch.
+        left, beyond = range(first, min(first + B, unit.rows)), range(first + B - unit.rows)
+        parts = [shuffled(left, unit.rows, seed, epoch), shuffled(beyond, unit.rows, seed, epoch + 1)]
+        return unit.start + np.concatenate(parts)
+
+    def _shares(self, sources: int) -> np.ndarray:
+        if self.sampling.by == "temperature":
+            if not self.sampling.temperature > 0:
+                raise ValueError(f"the sampling temperature is {self.sampling.temperature}; it must be positive")
+            return self._rows.astype(np.float64) ** (1 / self.sampling.temperature)
+        weights = np.array(self.sampling.weights, np.float64)
+        if len(weights) != sources or not (weights > 0).all():
+            raise ValueError(f"sampling by weights needs one above 0 for each of {sources} sources, found {weights}")
+        return weights
+
+    def _before(self, epoch: int) -> np.ndarray:
+        """Batches of each unit before an epoch."""
+        # The addend makes up for products such as 3 * (1 / 3 * 9) that end just below a whole number.
+        return np.floor(epoch * self._rate + 1e-6).astype(np.int64)
+
+    def _epoch(self, step: int) -> _Epoch:
+        # Each floor takes less than one step away, so this is not beyond the epoch and at most a few before it.
+        number = int(step / self._rate.sum())
+        first, after = self._before(number), self._before(number + 1)
+        while after.sum() <= step:
+            number, first, after = number + 1, after, self._before(number + 2)
+        return _Epoch(number, int(first.sum()), first, after - first)
+
+    def _schedule(self, epoch: _Epoch) -> tuple[np.ndarray, np.ndarray]:
+        """(unit, how many batches of it came before in the epoch) of each step of an epoch."""
+        held = self._schedules.get(epoch.number)
+        if held is None:
+            rng = np.random.default_rng([self.seed, epoch.number])
+            order = np.repeat(np.arange(len(self.units)), epoch.counts)
+            ends = np.cumsum(epoch.counts)
+            first = (ends - epoch.counts)[order]
+            if self.sampling.by == "shards":
+                # If every file gives a batch whenever a clock of its own rings, all at the same rate, the next one is
+                # any of those that have some left, with equal probability.
+                time = np.concatenate([[0.0], np.cumsum(rng.exponential(size=len(order)))])
+                order = order[np.argsort(time[1:] - time[first], kind="stable")]
+            else:
+                order = rng.permutation(order)
+            rank = np.empty(len(order), np.int64)
+            rank[np.argsort(order, kind="stable")] = np.arange(len(order)) - first
+            held = order, rank
+            latest = list(self._schedules.items())[-1:]  # some threads may still be in the epoch before
+            self._schedules = dict(latest) | {epoch.number: held}
+        return held
+
+
+def _units(stores: Sequence[TokenStore], batch_size: int, sampling: Sampling) -> list[Unit]:
+    units: list[Unit] = []
+    for source, store in enumerate(stores):
+        parts = store.file_rows if sampling.by == "shards" else [len(store)]
+        starts = np.cumsum([0, *parts]).tolist()
+        small = [rows for rows in parts if 0 < rows < batch_size]
+        if max(parts) < batch_size:
+            files = f" in {len(parts)} files, the largest has {max(parts)}" if len(parts) > 1 else ""
+            raise ValueError(
+                f"source {store.name!r} has {len(store)} rows{files}, fewer than config.batch_size {batch_size}; "
+                f"lower the batch size or leave the source out"
+            )
+        if small and sampling.remainder == "carry":
+            raise ValueError(
+                f"source {store.name!r} has a file of {small[0]} rows, fewer than config.batch_size {batch_size}; with "
+                f"config.data.sampling=shards its rows cannot be carried: join files, or sample by rows"
+            )
+        if small:
+            warnings.warn(
+                f"source {store.name!r}: {sum(small)} rows in {len(small)} files that are smaller than a batch are "
+                f"never used with config.data.sampling=shards",
+                stacklevel=2,
+            )
+        units += [Unit(source, start, rows) for start, rows in zip(starts, parts) if rows >= batch_size]
+    return units

@@ -1,0 +1,224 @@
+"""Contrastive batches: every batch holds rows of one source, queries and documents padded on the right."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from nomic_jax.data.batches.mixing import Mixing, Sampling
+from nomic_jax.data.batches.packing import (
+    Layout,
+    bucketed_layout,
+    fill_chunks,
+    packed_layout,
+    plan_chunks,
+    segments_for,
+)
+from nomic_jax.data.batches.shapes import hash_texts, pad_flat, padded_length
+from nomic_jax.data.batches.stream import Batch, share
+from nomic_jax.data.tokens.store import TokenStore, check_tokenizer, flat_indices
+from nomic_jax.data.tokens.tokenizer import Tokenizer
+
+LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths decide on the buckets
+MAX_CHUNK_TOKENS = 16_384  # fills a GPU; larger ones are bucketed more coarsely, hence with more padding
+
+
+def make_layout(
+    kind: Literal["padded", "bucketed", "packed"],
+    stores: Sequence[TokenStore],
+    *,
+    query_length: int,
+    document_length: int,
+    documents_per_row: int,
+    rows_per_device: int,
+    chunk_tokens: int = 0,
+) -> Layout | None:
+    """How the texts of a batch are laid out; None for "padded": all to the longest of the batch.
+
+    Without ``chunk_tokens`` a chunk is an eighth of what a device has to do of an average batch, so that what its last
+    chunk leaves empty is little, and at most MAX_CHUNK_TOKENS.
+    """
+    if kind == "padded":
+        return None
+    lengths, tokens_per_row = [], 0.0
+    for store in stores:
+        sample = np.arange(min(len(store), LAYOUT_SAMPLE))
+        query = np.minimum(store.columns["query"].lengths(sample), query_length)
+        document = np.minimum(store.columns["document"].lengths(sample), document_length)
+        lengths += [query, document]
+        share_of_rows = len(store) / sum(map(len, stores))
+        tokens_per_row += share_of_rows * float(query.mean() + documents_per_row * document.mean())
+    lengths_of_all = np.concatenate(lengths)
+    longest = max(query_length, document_length)
+    return layout_for(kind, lengths_of_all, longest, tokens_per_row * rows_per_device, chunk_tokens)
+
+
+def layout_for(
+    kind: Literal["padded", "bucketed", "packed"],
+    lengths: np.ndarray,
+    longest: int,
+    tokens_per_device: float,
+    chunk_tokens: int = 0,
+) -> Layout | None:
+    """``make_layout`` for texts of such lengths, of ``longest`` tokens at most, with so many a device and batch."""
+    if kind == "padded":
+        return None
+    budget = max(chunk_tokens or min(int(tokens_per_device / 8), MAX_CHUNK_TOKENS), longest)
+    if kind == "packed":
+        return packed_layout(longest, budget, segments=segments_for(lengths, longest))
+    return bucketed_layout(lengths, longest, budget, parts=(1, 4))
+
+
+class PairStream:
+    """Pairs, or triplets when ``num_negatives`` is given; ``sampling`` decides how often a source is visited.
+
+    By default every source gives its full batches (rows // batch_size) in an epoch, all of them in one shuffled order;
+    rows are shuffled within their source. The negatives of a row are drawn anew at every visit.
+
+    Without a layout, arrays of a batch (b rows, M negatives, Lq and Ld from a short menu of lengths):
+      query_ids [b, Lq], query_length [b], document_ids [b, 1 + M, Ld], document_length [b, 1 + M]: document 0 of each
+      row is the positive. query_hash [b, 2] and document_hash [b, 1 + M, 2], uint32: equal where the token ids that the
+      model sees are equal. in_batch_negatives [b]: false for the sources in ``own_candidates_only``, whose queries are
+      compared with their own row alone.
+    With one, the texts lie in chunks (``nomic_jax.data.batches.packing.fill_chunks``), and the rows of query_hash,
+      document_hash and in_batch_negatives are in the order of the plan, device by device.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        query_length: int,
+        document_length: int,
+        num_negatives: int = 0,
+        too_few_negatives: Literal["error", "random"] = "error",
+        own_candidates_only: frozenset[str] = frozenset(),
+        sampling: Sampling | None = None,
+        layout: Layout | None = None,
+        devices: int = 1,
+        seed: int = 0,
+    ):
+        sampling = sampling or Sampling()
+        self.stores: Sequence[TokenStore] = list(stores)
+        check_tokenizer(self.stores, tokenizer)
+        self.batch_size, self.seed, self.num_negatives = batch_size, seed, num_negatives
+        self.query_length, self.document_length = query_length, document_length
+        self.pad_id = tokenizer.special_id("[PAD]")
+        if num_negatives and too_few_negatives == "error":
+            for store in self.stores:
+                _check_negatives(store, num_negatives)
+        self.mixing = Mixing(self.stores, batch_size, seed, sampling)
+        self.steps_per_epoch = self.mixing.steps_per_epoch
+        self.rows = sum(len(store) for store in self.stores)
+        self.own_candidates_only = own_candidates_only
+        self.layout, self.devices = layout, devices
+        apart = tuple(sorted(own_candidates_only))
+        settings = (batch_size, query_length, document_length, num_negatives, too_few_negatives, seed, sampling, *apart)
+        fingerprints = tuple(store.fingerprint for store in self.stores)
+        self.fingerprint = hashlib.sha256(repr(settings + fingerprints).encode()).hexdigest()
+
+    def rows_of_step(self, step: int) -> tuple[int, np.ndarray]:
+        """(index of the source, its row numbers [batch_size]) of a step."""
+        return self.mixing.rows_of_step(step)
+
+    def row_numbers(self, step: int) -> dict[str, list[int]]:
+        source, rows = self.rows_of_step(step)
+        return {self.stores[source].name: rows.tolist()}
+
+    def batch(self, step: int, shard: int = 0, shard_count: int = 1) -> Batch:
+        source, rows = self.rows_of_step(step)
+        store = self.stores[source]
+        # For all rows, not this process's alone: every process must arrive at the same shapes.
+        candidates = self._candidates(store, rows, step)
+        query_lengths = np.minimum(store.columns["query"].lengths(rows), self.query_length)
+        document_lengths = np.minimum(_candidate_lengths(store, candidates), self.document_length)
+        real_tokens = int(query_lengths.sum() + document_lengths.sum())
+        token_pairs = int((query_lengths.astype(np.int64) ** 2).sum() + (document_lengths.astype(np.int64) ** 2).sum())
+        plan, own_devices = None, slice(0, 1)
+        own = np.arange(self.batch_size)[share(self.batch_size, shard, shard_count)]
+        if self.layout is not None:
+            plan = plan_chunks(query_lengths, document_lengths, self.layout, self.devices)
+            own_devices = share(self.devices, shard, shard_count)
+            own = plan.rows[own_devices].ravel()  # device by device
+        queries, query_length = store.columns["query"].gather(rows[own], self.query_length)
+        documents, document_length = _gather_candidates(store, candidates[own].ravel(), self.document_length)
+        arrays = {
+            "query_hash": hash_texts(queries, query_length),
+            "document_hash": hash_texts(documents, document_length).reshape(own.size, -1, 2),
+            "in_batch_negatives": np.full(own.size, store.name not in self.own_candidates_only),
+        }
+        if self.layout is not None and plan is not None:
+            lengths = plan.length[own_devices]
+            starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
+            ids = np.empty(int(lengths.sum()), np.int32)
+            b = plan.rows.shape[1]  # of a device's texts, its queries come first
+            ids[flat_indices(starts[:, :b].ravel(), query_length)] = queries
+            ids[flat_indices(starts[:, b:].ravel(), document_length)] = documents
+            arrays |= fill_chunks(plan, self.layout, own_devices, ids, lengths.ravel(), self.pad_id)
+            return Batch(arrays, store.name, real_tokens, plan.waited_tokens, token_pairs)
+        Lq = padded_length(int(query_lengths.max()), self.query_length)
+        Ld = padded_length(int(document_lengths.max()), self.document_length)
+        arrays |= {
+            "query_ids": pad_flat(queries, query_length, Lq, self.pad_id),
+            "query_length": query_length.astype(np.int32),
+            "document_ids": pad_flat(documents, document_length, Ld, self.pad_id).reshape(own.size, -1, Ld),
+            "document_length": document_length.astype(np.int32).reshape(own.size, -1),
+        }
+        padded_tokens = self.batch_size * Lq + candidates.size * Ld
+        return Batch(arrays, store.name, real_tokens, padded_tokens, token_pairs)
+
+    def _candidates(self, store: TokenStore, rows: np.ndarray, step: int) -> np.ndarray:
+        """What queries are compared with, [B, 1 + M]: r < rows is document r, rows + n is text n of the negatives."""
+        if not self.num_negatives:
+            return rows[:, None]
+        return np.stack([self._candidates_of_row(store, row, step) for row in rows.tolist()])
+
+    def _candidates_of_row(self, store: TokenStore, row: int, step: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, step, row])
+        mined = np.arange(store.negative_rows[row], store.negative_rows[row + 1])
+        drawn = len(store) + rng.permutation(mined)[: self.num_negatives]
+        # A filler that happens to be the row's own positive is masked by the loss, like any duplicate of it.
+        fillers = rng.integers(0, len(store), self.num_negatives - len(drawn))
+        return np.concatenate([[row], drawn, fillers])
+
+
+def _candidate_lengths(store: TokenStore, candidates: np.ndarray) -> np.ndarray:
+    lengths = store.columns["document"].lengths(np.minimum(candidates, len(store) - 1))
+    if (candidates >= len(store)).any():
+        of_negatives = store.columns["negatives"].lengths(np.maximum(candidates - len(store), 0))
+        lengths = np.where(candidates < len(store), lengths, of_negatives)
+    return lengths
+
+
+def _gather_candidates(store: TokenStore, candidates: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids one text after the other, lengths) of candidates [N], documents and negatives mixed."""
+    is_document = candidates < len(store)
+    if is_document.all():
+        return store.columns["document"].gather(candidates, max_length)
+    parts = {
+        "document": (is_document, candidates[is_document]),
+        "negatives": (~is_document, candidates[~is_document] - len(store)),
+    }
+    gathered = {column: store.columns[column].gather(texts, max_length) for column, (_, texts) in parts.items()}
+    lengths = np.empty(len(candidates), np.int64)
+    for column, (where, _) in parts.items():
+        lengths[where] = gathered[column][1]
+    ids = np.empty(int(lengths.sum()), np.int32)
+    starts = np.cumsum(lengths) - lengths
+    for column, (where, _) in parts.items():
+        ids[flat_indices(starts[where], lengths[where])] = gathered[column][0]
+    return ids, lengths
+
+
+def _check_negatives(store: TokenStore, needed: int) -> None:
+    counts = np.diff(store.negative_rows)
+    short = np.flatnonzero(counts < needed)
+    if len(short):
+        raise ValueError(
+            f"source {store.name!r}: {len(short)} of {len(store)} rows have fewer than {needed} negatives, first row "
+            f"{short[0]} with {counts[short[0]]}; mine more, lower config.data.num_negatives, or set "
+            f'config.data.too_few_negatives="random" to fill up with other rows\' documents'
+        )

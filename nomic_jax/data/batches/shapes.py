@@ -1,0 +1,79 @@
+"""Rows of different lengths into arrays of few shapes: every new shape costs a compilation."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+
+
+def padded_length(longest: int, max_length: int) -> int:
+    """The smallest of LENGTHS that holds ``longest`` tokens, at most ``max_length``."""
+    return min(next((length for length in LENGTHS if length >= longest), max_length), max_length)
+
+
+def pad_right(rows: Sequence[np.ndarray], length: int, pad_id: int) -> np.ndarray:
+    """int32 [len(rows), length]."""
+    lengths = np.array([len(ids) for ids in rows], np.int64)
+    return pad_flat(np.concatenate(rows) if len(rows) else np.zeros(0, np.int32), lengths, length, pad_id)
+
+
+def pad_flat(ids: np.ndarray, lengths: np.ndarray, length: int, pad_id: int) -> np.ndarray:
+    """int32 [len(lengths), length] of texts that lie one after the other."""
+    out = np.full((len(lengths), length), pad_id, np.int32)
+    out[np.arange(length) < lengths[:, None]] = ids
+    return out
+
+
+def hash_texts(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """uint32 [texts, 2]: 64 bits of each of the texts that lie one after the other; equal where their ids are.
+
+    The sum of a hash (splitmix64) of each token and its place, hashed once more; as two halves because JAX has no
+    uint64 by default.
+    """
+    ends = np.cumsum(lengths)
+    place = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    hashed = _mix(ids.astype(np.uint64) << np.uint64(32) | place.astype(np.uint64))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashed)])
+    hashes = _mix(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
+    return np.ascontiguousarray(hashes.astype("<u8")).view("<u4").reshape(-1, 2)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+class Shape(NamedTuple):
+    """Of a padded batch."""
+
+    rows: int
+    length: int
+
+
+def length_sorted_batches(
+    lengths: np.ndarray, *, max_length: int, batch_size: int, tokens_per_device: int, devices: int
+) -> Iterator[tuple[np.ndarray, Shape]]:
+    """(indices of the texts, shape to pad them to) of every batch.
+
+    Longest first: neighbours have similar lengths, and memory runs out at once if it does. The shapes are few: lengths
+    of the menu, and row counts that are the most that fit or a power of two, as multiples of the devices.
+
+    Args:
+      lengths: tokens of each text, none above ``max_length``.
+      batch_size: most texts of a batch, over all devices.
+      tokens_per_device: most tokens of a batch on one device, padding included; a text is never split.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        length = padded_length(int(lengths[order[start]]), max_length)
+        fitting = 1 << (max(1, tokens_per_device // length).bit_length() - 1)
+        most = min(batch_size, fitting * devices)
+        rows = order[start : start + most]
+        size = min(most, 1 << (len(rows) - 1).bit_length())
+        yield rows, Shape(-(-size // devices) * devices, length)
+        start += len(rows)

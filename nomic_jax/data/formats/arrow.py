@@ -1,0 +1,186 @@
+"""Rows of Arrow files as Hugging Face ``datasets`` writes them, and what all columnar formats share."""
+
+import functools
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, sha256_of_file
+from nomic_jax.data.formats.row_checks import BadRow, RawRow, listed
+
+if TYPE_CHECKING:  # imported where it is used: most commands read jsonl only
+    import pyarrow as pa
+
+
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream
+
+
+class ArrowRows(FileRows):
+    """See ``FileRows``. Local files are memory-mapped."""
+
+    def __len__(self) -> int:
+        return sum(len(batch) for batch in self._batches())
+
+    def numbered(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, RawRow]]:
+        yield from numbered_rows(self.file, self._batches(), start, stop, self.wanted)
+
+    def scan(self, span_bytes: int) -> Scan:
+        sizes: list[tuple[int, int]] = []
+        broken = ""
+        try:
+            for batch in self._batches():
+                sizes.append((len(batch), batch.get_total_buffer_size()))
+                self._check(batch if self.wanted is None else batch.select(self.wanted))
+        except BadRow as error:
+            broken = str(error)
+        rows, marks = marks_of_sizes(iter(sizes), span_bytes)
+        return Scan(sha256_of_file(self.file), rows, marks, broken=broken)
+
+    def _check(self, batch: "pa.RecordBatch") -> None:
+        import pyarrow as pa
+
+        try:
+            check_buffers(batch)
+        except pa.ArrowInvalid as error:
+            raise self._broken(error) from error
+
+    def _batches(self) -> Iterable["pa.RecordBatch"]:
+        fs, path = fsspec.core.url_to_fs(self.file)
+        return self._mapped if "file" in fs.protocol else self._streamed(fs, path)
+
+    @functools.cached_property
+    def _mapped(self) -> list["pa.RecordBatch"]:
+        """Their values stay in the file until they are looked at."""
+        import pyarrow as pa
+
+        try:
+            if os.path.getsize(self.file) == 0:
+                raise BadRow(f"{self.file}: the file is empty; write or fetch it again")
+            return list(self._read(pa.memory_map(self.file)))
+        except (pa.ArrowException, OSError) as error:
+            raise self._broken(error) from error
+
+    def _streamed(self, fs: fsspec.AbstractFileSystem, path: str) -> Iterator["pa.RecordBatch"]:
+        import pyarrow as pa
+
+        try:
+            with fs.open(path, "rb") as f:
+                yield from self._read(pa.PythonFile(f, "r"))
+        except (pa.ArrowException, OSError) as error:
+            raise self._broken(error) from error
+
+    def _read(self, f: "pa.NativeFile") -> Iterator["pa.RecordBatch"]:
+        import pyarrow as pa
+
+        try:
+            reader = pa.ipc.open_stream(f)
+        except pa.ArrowInvalid:  # the other of Arrow's two formats
+            f.seek(0)
+            file_reader = pa.ipc.open_file(f)
+            check_schema(file_reader.schema, self.columns, self.others or (), self.file)
+            for i in range(file_reader.num_record_batches):
+                yield file_reader.get_batch(i)
+        else:
+            check_schema(reader.schema, self.columns, self.others or (), self.file)
+            yield from reader
+            # A stream that was cut between two batches looks like a shorter one, but for this.
+            f.seek(max(0, f.size() - len(_END)))
+            if f.read() != _END:
+                raise pa.ArrowInvalid("it breaks off: there is no end mark")
+
+    def _broken(self, error: Exception) -> BadRow:
+        return BadRow(f"{self.file}: not a readable Arrow file ({error}); write or fetch it again")
+
+
+def numbered_rows(
+    file: str,
+    batches: Iterable["pa.RecordBatch"],
+    start: int,
+    stop: int | None,
+    wanted: list[str] | None,
+    first: int = 0,
+) -> Iterator[tuple[str, RawRow]]:
+    """The rows start ... stop - 1 of batches whose first row is number ``first`` of the file."""
+    import pyarrow as pa
+
+    for batch in batches:
+        if stop is not None and first >= stop:
+            return
+        skipped = max(0, start - first)
+        end = len(batch) if stop is None else min(len(batch), stop - first)
+        if skipped < end:
+            chosen = batch.slice(skipped, end - skipped)
+            if wanted is not None:
+                chosen = chosen.select(wanted)
+            try:
+                check_buffers(chosen)
+            except pa.ArrowInvalid as error:
+                rows = f"{first + skipped} and {first + end - 1} (counted from 0)"
+                raise BadRow(f"{file}: broken between the rows {rows} ({error}); write or fetch it again") from error
+            for number, row in enumerate(_python_rows(chosen), first + skipped):
+                yield f"{file}: row {number} (counted from 0)", row
+        first += len(batch)
+
+
+def check_schema(schema: "pa.Schema", columns: Mapping[str, type], others: Collection[str], file: str) -> None:
+    """Raises BadRow unless the columns are there, with texts or lists of texts in them."""
+    for column in (*columns, *others):
+        if column not in schema.names:
+            raise BadRow(f"{file}: no column {column!r}; the file has {listed(schema.names)}")
+    for column, kind in columns.items():
+        found = schema.field(column).type
+        if not _holds_texts(found, kind):
+            wanted = "lists of texts" if kind is list else "text"
+            raise BadRow(f"{file}: column {column!r} should hold {wanted}, found the type {found}")
+
+
+def _holds_texts(found: "pa.DataType", kind: type) -> bool:
+    from pyarrow import types
+
+    if types.is_null(found):  # what stands in each row says it better
+        return True
+    if kind is list:
+        lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
+        return any(is_list(found) for is_list in lists) and _holds_texts(found.value_type, str)
+    if types.is_dictionary(found):
+        found = found.value_type
+    return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
+
+
+def check_buffers(batch: "pa.RecordBatch") -> None:
+    """Raises ArrowInvalid where values would lie outside the memory that holds them: pyarrow looks there unasked."""
+    for column in batch.columns:
+        # As bytes, because texts that are not UTF-8 are faults of their rows.
+        column.view(_as_bytes(column.type)).validate(full=True)
+
+
+def _as_bytes(kind: "pa.DataType") -> "pa.DataType":
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_string(kind):
+        return pa.binary()
+    if types.is_large_string(kind):
+        return pa.large_binary()
+    if types.is_list(kind):
+        return pa.list_(_as_bytes(kind.value_type))
+    if types.is_large_list(kind):
+        return pa.large_list(_as_bytes(kind.value_type))
+    return kind
+
+
+def _python_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]]:
+    """The rows with Python values; a text that is not UTF-8 stays bytes."""
+
+    def value(scalar):
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError as error:
+            return error.object
+
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [dict(zip(batch.schema.names, map(value, scalars))) for scalars in zip(*batch.columns)]

@@ -1,0 +1,150 @@
+"""Data sets that are named, not located, as local files with random access.
+
+    hf:sentence-transformers/all-nli?config=triplet&split=train     of the Hugging Face hub, or hf:A_LOCAL_FOLDER
+    tfds:wiki40b/en:1.3.0?split=train&data_dir=DIR                  of TensorFlow Datasets
+
+The hub's data are downloaded once, to the cache of ``datasets``; those of TensorFlow Datasets must be prepared already.
+"""
+
+import json
+import os
+import re
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from nomic_jax.data.formats.array_record import ArrayRecordRows, is_array_record
+from nomic_jax.data.formats.row_checks import BadRow
+
+PREFIXES = ("hf:", "tfds:")
+# Where the hub keeps its own conversion of data sets whose authors wrote a loading script, which nobody runs any more.
+CONVERTED = "refs/convert/parquet"
+# NAMESPACE:NAME would be somebody's code, fetched and executed.
+_TFDS_NAME = re.compile(r"\w+(/[\w.+=-]+)?(:[\d.*]+)?")
+_TFDS_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
+
+
+def is_named(pattern: str) -> bool:
+    return pattern.startswith(PREFIXES) and "://" not in pattern
+
+
+def files_of(name: str) -> list[str]:
+    """The files of a data set's split, in order.
+
+    Raises:
+      FileNotFoundError: there is no such data set here, and none could be fetched.
+      ValueError: no such configuration or split, or one without random access.
+    """
+    scheme, _, rest = name.partition(":")
+    path, _, query = rest.partition("?")
+    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    allowed = {"hf": {"config", "split", "revision"}, "tfds": {"split", "data_dir"}}[scheme]
+    if not path or (unknown := sorted(options.keys() - allowed)):
+        what = f"unknown option {unknown[0]!r}" if path else "no data set is named"
+        raise ValueError(f"{name}: {what}; write {scheme}:NAME?split=train, options are {', '.join(sorted(allowed))}")
+    split = options.setdefault("split", "train")
+    if "[" in split:
+        raise ValueError(f"{name}: parts of a split are not supported; name whole splits (train, or train+test)")
+    return _hub_files(name, path, options) if scheme == "hf" else _tfds_files(name, path, options)
+
+
+def load_split(path: str, config: str | None, split: str, revision: str | None = None) -> Any:
+    """What ``datasets`` loads; the hub's own conversion where the authors published a loading script."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, config, split=split, revision=revision)
+    except RuntimeError as error:
+        if "script" not in str(error) or revision:
+            raise
+        try:
+            return datasets.load_dataset(path, config, split=split, revision=CONVERTED)
+        except Exception as of_conversion:
+            raise error from of_conversion
+
+
+def _hub_files(name: str, path: str, options: dict[str, str]) -> list[str]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    if not os.path.exists(path):
+        _check_reachable(name, path)
+    try:
+        found = load_split(path, options.get("config"), options["split"], options.get("revision"))
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {_first_line(error)}") from error
+    finally:
+        datasets.enable_progress_bars()
+    files = [file["filename"] for file in found.cache_files]
+    if not files:
+        raise ValueError(f"{name}: `datasets` keeps it in memory only; save it with save_to_disk and name the folder")
+    return files
+
+
+def _check_reachable(name: str, path: str) -> None:
+    """`datasets` tries for half a minute to reach what is not there; this answers at once."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return  # it looks into its cache alone
+    try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=10)
+    except Exception as error:  # of the network, of the hub, of a malformed name
+        raise FileNotFoundError(
+            f"{name}: no folder {path!r} is here, and no such data set could be reached on the hub "
+            f"({type(error).__name__}: {_first_line(error)}); with HF_HUB_OFFLINE=1 one downloaded before will do"
+        ) from error
+
+
+def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
+    try:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.data_sources.base import file_instructions
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{name}: needs pip install tensorflow-datasets importlib_resources") from error
+    if not _TFDS_NAME.fullmatch(path):
+        raise ValueError(f"{name}: no name of a prepared data set; write tfds:NAME[/CONFIG][:VERSION]")
+    folder = Path(options.get("data_dir") or "~/tensorflow_datasets").expanduser()
+    _check_features(folder / re.split("[/:]", path)[0], name)
+    try:
+        source: Any = tfds.data_source(path, split=options["split"], data_dir=options.get("data_dir"), download=False)
+        instructions = file_instructions(source.dataset_info, options["split"])
+    except json.JSONDecodeError as error:
+        raise BadRow(
+            f"{name}: features.json or dataset_info.json of the prepared data set is broken ({error}); prepare it again"
+        ) from error
+    except (ImportError, AssertionError, NotImplementedError, OSError, ValueError) as error:
+        # Of a data set that it would have to prepare it asks for TensorFlow, at length.
+        raise FileNotFoundError(
+            f"{name}: {_first_line(error)} (looked for it in {options.get('data_dir') or '~/tensorflow_datasets'}; "
+            f'it must be prepared there, with file_format="array_record" or "parquet")'
+        ) from error
+    files = [os.fspath(instruction.filename) for instruction in instructions]
+    for file, instruction in zip(files, instructions):
+        expected = instruction.examples_in_shard
+        if is_array_record(file) and (found := len(ArrayRecordRows(file, {}, ()))) != expected:
+            raise BadRow(f"{file}: has {found} rows, dataset_info.json says {expected}; prepare the data set again")
+    return files
+
+
+def _check_features(folder: Path, name: str) -> None:
+    """Raises BadRow for a features.json that names a class of another package: TensorFlow Datasets would import it."""
+    for file in folder.rglob("features.json"):
+        classes: list[str] = []
+
+        def note(content: dict[str, Any], classes: list[str] = classes) -> None:
+            named = (content.get(key) for key in ("pythonClassName", "python_class_name", "type"))
+            classes.extend(x for x in named if isinstance(x, str) and "." in x)
+
+        try:
+            json.loads(file.read_bytes(), object_hook=note)
+        except ValueError:
+            continue  # it is told of when it is opened
+        if foreign := [x for x in classes if not _TFDS_CLASS.fullmatch(x)]:
+            raise BadRow(f"{name}: {file} names the class {foreign[0]!r}, which is none of tensorflow_datasets")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,83 @@
+"""Rows of parquet files."""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import fsspec
+
+from nomic_jax.data.formats.arrow import check_buffers, check_schema, numbered_rows
+from nomic_jax.data.formats.file_format import (
+    FileRows,
+    Mark,
+    Scan,
+    marks_of_sizes,
+    named_if_unreadable,
+    sha256_of_file,
+)
+from nomic_jax.data.formats.row_checks import BadRow, RawRow
+
+if TYPE_CHECKING:  # imported where it is used: most commands read jsonl only
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+ROWS_AT_ONCE = 1024  # decoded
+
+
+class ParquetRows(FileRows):
+    """See ``FileRows``. Random access decodes a row group up to the row."""
+
+    def __len__(self) -> int:
+        return read_parquet_footer(self.file, self.columns, self.others or ())[0]
+
+    def numbered(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, RawRow]]:
+        with open_parquet(self.file) as parquet:
+            check_schema(parquet.schema_arrow, self.columns, self.others or (), self.file)
+            first, group = 0, 0
+            while group < parquet.num_row_groups and first + parquet.metadata.row_group(group).num_rows <= start:
+                first += parquet.metadata.row_group(group).num_rows
+                group += 1
+            groups = list(range(group, parquet.num_row_groups))
+            batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=self.wanted)
+            yield from numbered_rows(self.file, batches, start, stop, None, first)
+
+    def scan(self, span_bytes: int) -> Scan:
+        rows, broken = 0, ""
+        marks: tuple[Mark, ...] = ()
+        try:
+            with open_parquet(self.file) as parquet:
+                groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+                rows, marks = marks_of_sizes(((group.num_rows, group.total_byte_size) for group in groups), span_bytes)
+                check_schema(parquet.schema_arrow, self.columns, self.others or (), self.file)
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=self.wanted):
+                    check_buffers(batch)
+        except BadRow as error:
+            broken = str(error)
+        return Scan(sha256_of_file(self.file), rows, marks, broken=broken)
+
+
+@contextlib.contextmanager
+def open_parquet(file: str) -> Iterator["pq.ParquetFile"]:
+    """The open file; whatever pyarrow finds wrong with it, now or when it is read, becomes a BadRow that names it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with named_if_unreadable(file), fsspec.open(file, "rb") as f:
+        try:
+            # Bytes come in as they are decoded: by default a column's of a whole row group, often all, are read ahead.
+            yield pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            raise BadRow(f"{file}: not a readable parquet file ({error}); write or fetch it again") from error
+
+
+def read_parquet_footer(
+    file: str, columns: Mapping[str, type], others: Collection[str] = ()
+) -> tuple[int, "pa.Schema"]:
+    """Number of rows and the schema, checked to hold the columns as ``read_rows`` would.
+
+    Raises:
+      BadRow: a broken file, one without the columns or with other types.
+    """
+    with open_parquet(file) as parquet:
+        check_schema(parquet.schema_arrow, columns, others, file)
+        return parquet.metadata.num_rows, parquet.schema_arrow

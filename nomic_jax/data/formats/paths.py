@@ -1,0 +1,153 @@
+"""The files that a path, glob, brace range, folder, URL or data set name stands for."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import fsspec
+
+from nomic_jax.data.formats import hub
+from nomic_jax.data.formats.row_checks import BadRow
+
+MOST_FILES = 1_000_000
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet", ".arrow")
+
+
+def expand_files(pattern: str | os.PathLike) -> list[str]:
+    """The files of what is named, in a fixed order.
+
+    The pattern is a path, a glob, a brace range or list, a folder (its files that end in one of SUFFIXES, or the
+    shards that ``datasets`` saved with save_to_disk), any fsspec URL of these (s3://, gs://), or a data set of the
+    Hugging Face hub or of TensorFlow Datasets (``nomic_jax.data.formats.hub``). ``shard-{00000..00538}.jsonl.gz`` names
+    every file of the range, so a missing one is an error. A glob takes the files that exist.
+
+    Raises:
+      FileNotFoundError: nothing matches, or a file of a brace range is missing.
+      ValueError: a file is named twice.
+      ModuleNotFoundError, OSError: a remote file system needs a package, or cannot be reached.
+    """
+    pattern = os.fspath(pattern)
+    if hub.is_named(pattern):
+        return hub.files_of(pattern)
+    if re.search(r"[\0\ud800-\udb7f]", pattern):
+        raise ValueError(f"{pattern!r} names no files: it holds characters that no name has")
+    try:
+        fs, path = fsspec.core.url_to_fs(pattern)
+        return _expand(fs, path, pattern)
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{pattern}: {error}") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # every remote file system has exceptions of its own
+        raise OSError(f"{pattern}: cannot be reached ({type(error).__name__}: {error})") from error
+
+
+def _expand(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[str]:
+    names = expand_braces(path)
+    existing = _existing(fs, names)
+    files: list[str] = []
+    missing = []
+    for name in names:
+        if any(c in name for c in "*?["):
+            found = sorted(fs.glob(name))
+        elif name not in existing:
+            found = []
+        elif not name.endswith(SUFFIXES) and fs.isdir(name):
+            found = _files_of_folder(fs, name)
+        else:
+            found = [name]
+        files += found
+        missing += [] if found else [name]
+    if missing and len(names) > 1:
+        raise FileNotFoundError(f"{pattern}: {len(missing)} of {len(names)} files are missing, first {missing[:1]}")
+    if missing:
+        raise FileNotFoundError(f"no file matches {pattern}{_hub_hint(pattern)}")
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise ValueError(f"{pattern}: the file {twice} is named twice; its rows would count double")
+    return [fs.unstrip_protocol(f) if "://" in pattern else f for f in files]
+
+
+def expand_braces(text: str) -> list[str]:
+    """Every text that ``{0..12}``, ``{00..12}`` (of equal width, as in a shell) and ``{a,b}`` stand for.
+
+    Raises:
+      ValueError: they are more than MOST_FILES.
+    """
+    texts, is_expanded = [text], False
+    while not is_expanded:
+        further: list[str] = []
+        is_expanded = True
+        for one in texts:
+            parts = _expand_first_brace(one)
+            is_expanded &= parts is None
+            further += parts or [one]
+            if len(further) > MOST_FILES:
+                raise ValueError(f"{text}: its braces name more than {MOST_FILES:,} files")
+        texts = further
+    return texts
+
+
+def _expand_first_brace(text: str) -> list[str] | None:
+    """None if there is none."""
+    brace = re.search(r"\{(?:([0-9]{1,20})\.\.([0-9]{1,20})|([^{}]*,[^{}]*))\}", text)
+    if brace is None:
+        return None
+    first, last, names = brace.groups()
+    if names is None:
+        width = max(len(first), len(last)) if first[0] == "0" or last[0] == "0" else 0
+        step = 1 if int(first) <= int(last) else -1
+        numbers = range(int(first), int(last) + step, step)
+        if max(len(first), len(last)) > 18 or len(numbers) > MOST_FILES:
+            raise ValueError(f"{text}: the range {brace[0]} names more than {MOST_FILES:,} files")
+        parts = [f"{i:0{width}d}" for i in numbers]
+    else:
+        parts = names.split(",")
+    return [text[: brace.start()] + part + text[brace.end() :] for part in parts]
+
+
+def _existing(fs: fsspec.AbstractFileSystem, names: list[str]) -> set[str]:
+    """Those of the files that exist. A remote folder is listed once, instead of a question for every shard."""
+    if "file" in fs.protocol or "http" in fs.protocol or len(names) < 4:
+        return {name for name in names if fs.exists(name)}
+    found: set[str] = set()
+    for folder in {fs._parent(name) for name in names}:
+        with contextlib.suppress(FileNotFoundError):
+            found |= set(fs.ls(folder, detail=False))
+    return {name for name in names if name in found}
+
+
+def _files_of_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    folder = folder.rstrip("/")
+    names = {file.rsplit("/", 1)[-1] for file in fs.ls(folder, detail=False)}
+    if "dataset_dict.json" in names:
+        splits = _listed(fs, f"{folder}/dataset_dict.json", lambda content: list(content["splits"]))
+        raise FileNotFoundError(f"{folder} holds the splits {', '.join(splits)}; name one: {folder}/{splits[0]}")
+    if "state.json" in names:  # what save_to_disk writes; it says which shards there are, and their order
+        shards = _listed(
+            fs, f"{folder}/state.json", lambda content: [shard["filename"] for shard in content["_data_files"]]
+        )
+        if missing := [shard for shard in shards if shard not in names]:
+            raise FileNotFoundError(f"{folder}: {len(missing)} of {len(shards)} files are missing, first {missing[:1]}")
+        return [f"{folder}/{shard}" for shard in shards]
+    return [f"{folder}/{name}" for name in sorted(names) if name.endswith(SUFFIXES)]
+
+
+def _listed(fs: fsspec.AbstractFileSystem, file: str, names_of: Callable[[Any], list]) -> list[str]:
+    """Names from a file that ``datasets`` wrote."""
+    try:
+        names = names_of(json.loads(fs.cat_file(file)))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadRow(f"{file}: not as `datasets` writes it ({error!r}); save the data set again") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BadRow(f"{file}: names no files; save the data set again")
+    return names
+
+
+def _hub_hint(pattern: str) -> str:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not pattern.endswith(SUFFIXES):
+        return f"; for a data set of the Hugging Face hub write hf:{pattern}"
+    return ""

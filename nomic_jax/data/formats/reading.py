@@ -1,0 +1,166 @@
+"""Rows of files in every format, with errors that name file and line."""
+
+import bisect
+import itertools
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from nomic_jax.data.formats.array_record import ArrayRecordRows, is_array_record
+from nomic_jax.data.formats.arrow import ArrowRows
+from nomic_jax.data.formats.file_format import FileRows, Mark, Scan, sha256_of_file
+from nomic_jax.data.formats.jsonl import JsonlRows
+from nomic_jax.data.formats.parquet import ParquetRows
+from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RawRow, RejectedRows, check_row, parse_row
+
+RowCheck = Callable[[Mapping[str, Any], str], None]
+
+
+def open_file(
+    file: str,
+    columns: Mapping[str, type],
+    others: Collection[str] | None = None,
+    marks: Collection[Mark] = (),
+) -> FileRows:
+    """The rows of one of ``expand_files``'s files, by its name; what is no other format is jsonl.
+
+    Args:
+      columns, others: see ``read_rows``.
+      marks: places where rows of a jsonl file are known to start.
+    """
+    if file.endswith(".parquet"):
+        return ParquetRows(file, columns, others)
+    if file.endswith(".arrow"):
+        return ArrowRows(file, columns, others)
+    if is_array_record(file):
+        return ArrayRecordRows(file, columns, others)
+    return JsonlRows(file, columns, others, marks)
+
+
+class Rows:
+    """The rows of all files that match, with random access: ``len(rows)``, ``rows[i]``.
+
+    Takes what ``read_rows`` takes; a row is checked when it is asked for. The first look at a jsonl file is a pass over
+    it, to find its lines; a compressed one is decompressed up to the row.
+    """
+
+    def __init__(
+        self,
+        pattern: str | os.PathLike,
+        columns: Mapping[str, type],
+        *,
+        others: Collection[str] | None = None,
+        allow_empty: bool = False,
+    ):
+        self.columns, self.others, self.allow_empty = columns, others, allow_empty
+        self.files = [open_file(file, columns, others) for file in expand_files(pattern)]
+        self.ends = list(itertools.accumulate(len(rows) for rows in self.files))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Raises BadRow for a row that cannot be used."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        file = bisect.bisect_right(self.ends, i)
+        row = i - (self.ends[file - 1] if file else 0)
+        where, raw = next(self.files[file].numbered(row, row + 1))
+        values = parse_row(raw, where)
+        check_row(values, self.columns, self.allow_empty, where)
+        return _chosen(values, self.columns, self.others)
+
+
+def read_rows(
+    pattern: str | os.PathLike,
+    columns: Mapping[str, type],
+    *,
+    others: Collection[str] | None = None,
+    allow_empty: bool = False,
+    on_bad_row: str = "raise",
+    rejected: RejectedRows | None = None,
+    further_check: RowCheck = lambda row, where: None,
+) -> Iterator[dict[str, Any]]:
+    """Rows of the files that match, in order, each checked to hold the columns. Files are read as the rows are taken.
+
+    Args:
+      pattern: see ``expand_files``.
+      columns: name -> ``str`` (a text, not empty) or ``list`` (a list of such texts).
+      others: further columns to pass on, unchecked; None for all there are. A jsonl row may lack them, other files may
+        not, and only what is named is decoded of those.
+      allow_empty: take empty texts too.
+      on_bad_row: "raise", or "skip" to hand bad rows to ``rejected`` and go on.
+      rejected: required for "skip".
+      further_check: (row, where it stands) -> None; raises BadRow.
+
+    Raises:
+      BadRow: broken JSON or UTF-8, a missing column, a wrong type, an empty text; a cut gzip, a broken or empty file, a
+        parquet file without the columns. Skipping, each file is read to its end first; one that cannot be is one entry
+        in ``rejected``, and none of its rows comes.
+    """
+    check_policy(on_bad_row)
+    if on_bad_row == "skip" and rejected is None:
+        raise ValueError('on_bad_row="skip" needs `rejected`, so that no row is lost unseen')
+    for file in expand_files(pattern):
+        if rejected is None or is_readable(file, columns, others, on_bad_row, rejected):
+            rows = open_file(file, columns, others)
+            yield from usable_rows(rows.numbered(), columns, others, allow_empty, on_bad_row, rejected, further_check)
+
+
+def is_readable(
+    file: str, columns: Mapping[str, type], others: Collection[str] | None, on_bad_row: str, rejected: RejectedRows
+) -> bool:
+    """Under "skip", False of a file that cannot be read to its end, which ``rejected`` sets aside; True otherwise."""
+    if on_bad_row == "raise":
+        return True
+    scan = scan_file(file, columns, others, 1 << 62)
+    if scan.broken:
+        rejected.quarantine(Quarantined(file, scan.broken, scan.rows))
+    return not scan.broken
+
+
+def scan_file(file: str, columns: Mapping[str, type], others: Collection[str] | None, span_bytes: int) -> Scan:
+    """``FileRows.scan``; what is wrong with the file is in ``broken``."""
+    try:
+        return open_file(file, columns, others).scan(span_bytes)
+    except BadRow as error:
+        broken = str(error)
+    try:
+        return Scan(sha256_of_file(file), 0, (), broken=broken)
+    except BadRow:
+        return Scan("", 0, (), broken=broken)
+
+
+def check_policy(on_bad_row: str) -> None:
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f'on_bad_row is {on_bad_row!r}; write "raise" or "skip"')
+
+
+def usable_rows(
+    numbered: Iterator[tuple[str, RawRow]],
+    columns: Mapping[str, type],
+    others: Collection[str] | None,
+    allow_empty: bool,
+    on_bad_row: str,
+    rejected: RejectedRows | None,
+    further_check: RowCheck = lambda row, where: None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of ``FileRows.numbered`` that can be used; see ``read_rows``. A file that breaks off raises BadRow."""
+    for where, raw in numbered:
+        try:
+            row = parse_row(raw, where)
+            check_row(row, columns, allow_empty, where)
+            further_check(row, where)
+        except BadRow as error:
+            if on_bad_row == "raise":
+                raise
+            assert rejected is not None
+            rejected.add(error, raw if isinstance(raw, bytes) else json.dumps(raw, default=str).encode())
+            continue
+        yield _chosen(row, columns, others)
+
+
+def _chosen(row: dict[str, Any], columns: Mapping[str, type], others: Collection[str] | None) -> dict[str, Any]:
+    return row if others is None else {name: row[name] for name in row if name in columns or name in others}

@@ -1,0 +1,296 @@
+"""Sources to token stores: in spans, by several processes, and after a kill with the spans that were finished.
+
+What is written does not depend on the number of processes: the files decide where spans begin.
+
+    CACHE/<source>-<fingerprint>/            the store (``nomic_jax.data.tokens.store``)
+    CACHE/.<source>-<settings>.pieces/       finished spans of one that is being made
+    CACHE/.scans/                            what is known of files (``nomic_jax.data.tokens.scans``)
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tqdm import tqdm
+
+from nomic_jax.data.formats.file_format import Mark, Scan
+from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.reading import check_policy
+from nomic_jax.data.formats.row_checks import Quarantined
+from nomic_jax.data.formats.shard_index import check_shards
+from nomic_jax.data.mixture import COLUMNS, Source
+from nomic_jax.data.tokens.scans import scan_files
+from nomic_jax.data.tokens.spans import Span, ids_dtype, join_spans, kinds_of_columns, tokenise_span
+from nomic_jax.data.tokens.store import FORMAT, TokenStore
+from nomic_jax.data.tokens.tokenizer import Tokenizer
+
+
+def pretokenize(
+    source: Source,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    *,
+    on_bad_row: str = "raise",
+    progress: bool = True,
+    fingerprint: str = "",
+    pool: Executor | None = None,
+) -> TokenStore:
+    """The token store of a source, made now unless ``cache_dir`` has it already.
+
+    The directory's name holds the fingerprint: other files, columns, prefixes or another tokenizer give another store.
+    A kill leaves no half store, and what was done is not done again. Of processes that want the same store at the same
+    time, on any number of hosts, one makes it and the others wait.
+
+    Args:
+      fingerprint: of the store, where another process has found it out. If the cache has that store, it is opened, and
+        of the source's files nothing is read.
+      pool: of ``worker_pool``; without one this process does it all, the tokenizer with a thread for each core.
+
+    Raises:
+      BadRow: a row that cannot be used, under on_bad_row="raise"; counts or offsets that are not those of the files.
+      ValueError: what is here has another fingerprint than the one given; fewer rows than ``source.rows``; the same
+        file twice; no usable row.
+    """
+    if fingerprint and _is_made(known := _directory(cache_dir, source, fingerprint)):
+        return TokenStore(known)
+    check_policy(on_bad_row)
+    files = expand_files(source.files)
+    scans = scan_files(
+        files, kinds_of_columns(source), cache_dir, on_bad_row=on_bad_row, executor=pool, progress=progress
+    )
+    settings = {
+        "format": FORMAT,
+        "source": {
+            "name": source.name,
+            "kind": source.kind,
+            "columns": list(source.columns),
+            "query_prefix": source.query_prefix,
+            "document_prefix": source.document_prefix,
+        },
+        "tokenizer": tokenizer.sha256,
+        "on_bad_row": on_bad_row,
+    }
+    identity = settings | {"files": [scan.sha256 for scan in scans]}
+    found = _sha256(identity)
+    if fingerprint and found != fingerprint:
+        raise ValueError(
+            f"source {source.name!r} is not the same on {socket.gethostname()} as on the host of the first process: "
+            f"its files or the tokenizer differ; copy them again, or put them on a file system that all hosts share"
+        )
+    directory = _directory(cache_dir, source, found)
+    if not _is_made(directory):
+        _tell_of_other_tokenizer(directory, source, tokenizer)
+        work = directory.with_name(f".{source.name}-{_sha256(settings | {'pattern': source.files})[:16]}")
+        work.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(work, f"tokenising {source.name}") as spans:
+            if not _is_made(directory):
+                check_shards(files, scans)
+                job = functools.partial(Span, source, on_bad_row, str(spans))
+                with _full_disk_explained(cache_dir, source.name):
+                    about = identity | {"fingerprint": found, "paths": [str(file) for file in files]}
+                    _make(directory, files, scans, job, tokenizer, about, pool, progress)
+            shutil.rmtree(spans, ignore_errors=True)
+    store = TokenStore(directory)
+    for one in store.quarantined:  # said at every start, not at the first alone
+        tqdm.write(str(one), file=sys.stderr)
+    seen = store.rows + store.manifest["rejected"]
+    if seen < source.rows:
+        raise ValueError(
+            f"source {source.name!r} has {seen:,} rows in {len(files)} files, its mixture expects at least "
+            f"{source.rows:,}; fetch what is missing of {source.files}, or lower its field `rows`"
+        )
+    return store
+
+
+@contextlib.contextmanager
+def worker_pool(tokenizer: Tokenizer, workers: int) -> Iterator[Executor | None]:
+    """So many processes that tokenise, one core each; None for one worker, which is this process."""
+    if workers == 1:
+        yield None
+        return
+    # Not forked: a fork of a process with threads (of the tokenizer, of jax) may hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.backend.to_str(),))
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a worker process died, perhaps for want of memory; the same command goes on, with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_tokenizer: Tokenizer | None = None
+
+
+def _start_worker(tokenizer: str) -> None:
+    global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+    _worker_tokenizer = Tokenizer(Backend.from_str(tokenizer))
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _directory(cache_dir: str | Path, source: Source, fingerprint: str) -> Path:
+    return Path(cache_dir) / f"{source.name}-{fingerprint[:16]}"
+
+
+def _is_made(directory: Path) -> bool:
+    return (directory / "manifest.json").exists()
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _tell_of_other_tokenizer(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
+    for manifest in sorted(directory.parent.glob(f"{glob.escape(source.name)}-*/manifest.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            other = json.loads(manifest.read_text(encoding="utf-8"))
+            if other["source"]["name"] == source.name and other["tokenizer"] != tokenizer.sha256:
+                tqdm.write(
+                    f"{manifest.parent} has tokens of {source.name} by another tokenizer "
+                    f"({other['tokenizer'][:16]}); tokenising with {tokenizer.sha256[:16]}",
+                    file=sys.stderr,
+                )
+                return
+
+
+@contextlib.contextmanager
+def _lock(work: Path, doing: str) -> Iterator[Path]:
+    """A folder for spans, for one process at a time; the kernel lets the next one in if that process is killed."""
+    lock = work.with_name(f"{work.name}.lock")
+    with lock.open("w") as f:
+        try:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tqdm.write(f"waiting for another process that is {doing} (it holds {lock})", file=sys.stderr)
+                fcntl.flock(f, fcntl.LOCK_EX)
+        except OSError as error:
+            tqdm.write(f"{lock}: no locks on this file system ({error}); two may be {doing}", file=sys.stderr)
+            # Then two may be at it, each in a folder of its own, and the first one that is ready counts.
+            yield work.with_name(f"{work.name}.{socket.gethostname()}-{os.getpid()}.pieces")
+        else:
+            # Nobody else is at it: what is there was left by a process that was killed.
+            for left in work.parent.glob(f"{glob.escape(work.name)}.*.pieces"):
+                shutil.rmtree(left, ignore_errors=True)
+            yield work.with_name(f"{work.name}.pieces")
+
+
+@contextlib.contextmanager
+def _full_disk_explained(cache_dir: str | Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"{cache_dir} is full ({error.strerror}) while {name!r} is tokenised; what is done stays. Tokens take "
+            f"about half the space of the text, and twice that until they are complete"
+        ) from error
+
+
+def _make(
+    directory: Path,
+    files: list[str],
+    scans: list[Scan],
+    job: Callable[..., Span],
+    tokenizer: Tokenizer,
+    identity: dict[str, Any],
+    pool: Executor | None,
+    progress: bool,
+) -> None:
+    spans = [
+        [
+            job(file, mark, stop, f"{scan.sha256[:32]}-{mark.row}-{stop}")
+            for mark, stop in ([] if scan.broken else _bounds(scan))
+        ]
+        for file, scan in zip(files, scans)
+    ]
+    quarantined = [Quarantined(file, scan.broken, scan.rows) for file, scan in zip(files, scans) if scan.broken]
+    in_order = list(itertools.chain(*spans))
+    name, kind = identity["source"]["name"], identity["source"]["kind"]
+    with tqdm(
+        desc=f"tokenising {name}",
+        unit=" rows",
+        total=sum(span.stop - span.mark.row for span in in_order),
+        disable=not progress,
+    ) as bar:
+        if pool is None:
+            counts = [tokenise_span(span, tokenizer, bar.update) for span in in_order]
+        else:
+            waiting = [pool.submit(_tokenise_in_worker, span) for span in in_order]
+            try:
+                counts = []
+                for future in waiting:
+                    counts.append(future.result())
+                    bar.update(counts[-1]["rows"] + counts[-1]["rejected"])
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                raise
+    per_file = iter(counts)
+    file_rows = [sum(count["rows"] for count in itertools.islice(per_file, len(of_file))) for of_file in spans]
+    totals = {
+        "rows": sum(file_rows),
+        "file_rows": file_rows,
+        "rejected": sum(count["rejected"] for count in counts) + len(quarantined),
+        "quarantined": [one._asdict() for one in quarantined],
+        "tokens": {column: sum(count["tokens"][column] for count in counts) for column in COLUMNS[kind]},
+    }
+    if totals["rows"] == 0:
+        reasons = "".join(f"; {one}" for one in quarantined[:3])
+        raise ValueError(f"source {name!r} has no usable row ({totals['rejected']} rejected{reasons})")
+    if totals["rejected"]:
+        tqdm.write(
+            f"{name}: {totals['rejected']} of {totals['rows'] + totals['rejected']} rows and files were rejected, see "
+            f"{directory / 'rejected.jsonl'}",
+            file=sys.stderr,
+        )
+    join_spans(
+        [span.path for span in in_order],
+        quarantined,
+        COLUMNS[kind],
+        ids_dtype(tokenizer),
+        identity | totals,
+        directory,
+    )
+
+
+def _bounds(scan: Scan) -> list[tuple[Mark, int]]:
+    """Where its spans begin and end."""
+    return list(zip(scan.marks, [*(mark.row for mark in scan.marks[1:]), scan.rows]))
+
+
+def _tokenise_in_worker(span: Span) -> dict[str, Any]:
+    assert _worker_tokenizer is not None
+    return tokenise_span(span, _worker_tokenizer, lambda rows: None)

@@ -1,0 +1,146 @@
+"""A store is made in spans: rows of a file that one worker tokenises, and a kill does not undo."""
+
+import contextlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from nomic_jax.data.formats.file_format import Mark
+from nomic_jax.data.formats.reading import open_file, usable_rows
+from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RejectedRows
+from nomic_jax.data.formats.writing import write_json
+from nomic_jax.data.mixture import COLUMNS, Source, with_prefix
+from nomic_jax.data.tokens.tokenizer import Tokenizer
+
+ROWS_PER_CALL = 4096  # enough for the tokenizer to use every core, little enough for memory
+LENGTH = np.dtype("<u4")
+
+
+class Span(NamedTuple):
+    """Rows of a file that are tokenised together."""
+
+    source: Source
+    on_bad_row: str
+    folder: str
+    file: str
+    mark: Mark
+    stop: int
+    name: str  # of the folder of what is done
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / self.name
+
+
+def kinds_of_columns(source: Source) -> dict[str, type]:
+    return {column: list if name == "negatives" else str for name, column in zip(COLUMNS[source.kind], source.columns)}
+
+
+def ids_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def tokenise_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any]) -> dict[str, Any]:
+    """Writes the span unless it is there, and returns its numbers of rows, tokens and rejected rows."""
+    done = span.path / "counts.json"
+    if done.exists():
+        counts = json.loads(done.read_text(encoding="utf-8"))
+        advance(counts["rows"] + counts["rejected"])
+        return counts
+    part = span.path.with_name(f"{span.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    source, names = span.source, COLUMNS[span.source.kind]
+    prefixes = {"query": source.query_prefix, "document": source.document_prefix, "negatives": source.document_prefix}
+    kinds = kinds_of_columns(source)
+    rejected = RejectedRows(part / "rejected.jsonl")
+    numbered = open_file(span.file, kinds, (), [span.mark]).numbered(span.mark.row, span.stop)
+    rows = usable_rows(numbered, kinds, None, False, span.on_bad_row, rejected, source.check_row)
+    tokens = dict.fromkeys(names, 0)
+    count = seen = 0
+    with contextlib.ExitStack() as stack:
+        ids = {name: stack.enter_context((part / f"{name}.ids").open("wb")) for name in names}
+        lengths = {name: stack.enter_context((part / f"{name}.lengths").open("wb")) for name in names}
+        negatives = stack.enter_context((part / "negatives.counts").open("wb")) if "negatives" in names else None
+        while batch := list(itertools.islice(rows, ROWS_PER_CALL)):
+            for name, column in zip(names, source.columns):
+                texts = [row[column] for row in batch]
+                if negatives is not None and name == "negatives":
+                    negatives.write(np.array([len(own) for own in texts], LENGTH).tobytes())
+                    texts = [text for own in texts for text in own]
+                encoded = tokenizer.encode([with_prefix(prefixes.get(name, ""), text) for text in texts])
+                if encoded:
+                    ids[name].write(np.concatenate(encoded).astype(ids_dtype(tokenizer)).tobytes())
+                    lengths[name].write(np.array([len(row) for row in encoded], LENGTH).tobytes())
+                    tokens[name] += sum(len(row) for row in encoded)
+            count += len(batch)
+            advance(count + rejected.count - seen)
+            seen = count + rejected.count
+    if count + rejected.count != span.stop - span.mark.row:
+        raise BadRow(f"{span.file}: changed while it was read; start again")
+    counts = {"rows": count, "rejected": rejected.count, "tokens": tokens}
+    write_json(part / "counts.json", counts)
+    shutil.rmtree(span.path, ignore_errors=True)
+    part.rename(span.path)
+    return counts
+
+
+def join_spans(
+    spans: list[Path],
+    quarantined: Sequence[Quarantined],
+    columns: tuple[str, ...],
+    dtype: np.dtype,
+    manifest: dict[str, Any],
+    directory: Path,
+) -> None:
+    """The store of the spans, one after the other; it appears complete or not at all."""
+    store = spans[0].with_name("store")
+    shutil.rmtree(store, ignore_errors=True)
+    store.mkdir()
+    for column in columns:
+        _join_counts(store / f"{column}.offsets.npy", [span / f"{column}.lengths" for span in spans])
+        with (store / f"{column}.ids.npy").open("wb") as f:
+            _write_header(f, dtype, manifest["tokens"][column])
+            for span in spans:
+                _append(span / f"{column}.ids", f)
+    if "negatives" in columns:
+        _join_counts(store / "negatives.rows.npy", [span / "negatives.counts" for span in spans])
+    rejected = RejectedRows(store / "rejected.jsonl")
+    for one in quarantined:
+        rejected.add(BadRow(str(one)), b"")
+    with (store / "rejected.jsonl").open("ab") as f:
+        for span in spans:
+            _append(span / "rejected.jsonl", f)
+    write_json(store / "manifest.json", manifest)
+    try:
+        store.rename(directory)
+    except OSError:
+        if not (directory / "manifest.json").exists():  # else another process was first
+            raise
+
+
+def _join_counts(path: Path, spans: list[Path]) -> None:
+    """Writes the running sums of the spans' counts, from 0 on."""
+    total = 0
+    with path.open("wb") as f:
+        _write_header(f, np.dtype("<i8"), 1 + sum(span.stat().st_size for span in spans) // LENGTH.itemsize)
+        f.write(np.zeros(1, "<i8").tobytes())
+        for span in spans:
+            sums = total + np.cumsum(np.fromfile(span, LENGTH), dtype="<i8")
+            f.write(sums.tobytes())
+            total = int(sums[-1]) if len(sums) else total
+
+
+def _write_header(f: IO[bytes], dtype: np.dtype, size: int) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
+    np.lib.format.write_array_header_1_0(f, header)
+
+
+def _append(file: Path, to: IO[bytes]) -> None:
+    with contextlib.suppress(FileNotFoundError), file.open("rb") as f:
+        shutil.copyfileobj(f, to, 1 << 22)

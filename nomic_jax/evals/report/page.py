@@ -1,0 +1,293 @@
+"""OUTPUT/report.md: every figure of the folder beside the published ones, and pictures of them; a terminal table."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nomic_jax.data.formats.writing import atomic_file
+from nomic_jax.evals.report import pictures, published
+from nomic_jax.evals.report.published import MTEB_TYPES, Published
+from nomic_jax.evals.report.record import label, main_score
+
+MTEB_TASKS = 56  # of MTEB(eng, v1)
+TITLES = {
+    "mteb": "MTEB(eng, v1)",
+    "jina_long": "Long context: the set of Jina",
+    "loco": "Long context: LoCo",
+    "glue": "GLUE",
+    "local": "Local tasks",
+}
+
+
+class Run(NamedTuple):
+    """One model with one set of settings on one suite.
+
+    Attributes:
+      model: its name, with what is special about the run.
+      max_length, dim: tokens and components kept, None for what the model or suite says.
+      tasks: name -> figures.
+    """
+
+    model: str
+    max_length: int | None
+    dim: int | None
+    tasks: dict[str, dict[str, Any]]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return {name: main_score(figures) for name, figures in self.tasks.items()}
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else float("nan")
+
+
+def average_by_type(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Task type -> mean main score of its tasks, as in the paper's tables; the overall average is over all tasks."""
+    by_type: dict[str, list[float]] = {}
+    for figures in tasks.values():
+        by_type.setdefault(figures.get("type", "Retrieval"), []).append(main_score(figures))
+    return {kind: mean(scores) for kind, scores in by_type.items()}
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report as text: for each type of task a line a task and averages, then the tasks that failed."""
+    by_type: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, figures in sorted(report["tasks"].items(), key=_place):
+        by_type.setdefault(figures.get("type", "Retrieval"), {})[name] = figures
+    lines: list[tuple[str, list[str]]] = []
+    for kind, tasks in by_type.items():
+        first = next(iter(tasks.values()))
+        columns = sorted(
+            (key for key, value in first.items() if isinstance(value, float)), key=first.get("metric", "").__ne__
+        )
+        lines.append((kind, [f"{column:>16}" for column in columns]))
+        lines += [(name, [f"{figures[column]:16.4f}" for column in columns]) for name, figures in tasks.items()]
+        for setting, alike in _by_setting(tasks).items():
+            if len(alike) > 1:
+                means = [mean(figures[column] for figures in alike) for column in columns]
+                lines.append((f"average{setting}", [f"{value:16.4f}" for value in means]))
+    if len(by_type) > 1:
+        for setting, alike in _by_setting(report["tasks"]).items():
+            lines.append((f"all tasks{setting}", [f"{mean(map(main_score, alike)):16.4f}", "  (main scores)"]))
+    width = max(len(name) for name in [*(name for name, _ in lines), *report["failed"], ""])
+    failed = [f"{name:{width}}  FAILED: {error}" for name, error in report["failed"].items()]
+    return "\n".join([f"{name:{width}}{''.join(cells)}" for name, cells in lines] + failed)
+
+
+def _place(item: tuple[str, dict[str, Any]]) -> tuple[str, int, int]:
+    """Of a task in the table: by name, by length, the widest embeddings first."""
+    name, figures = item
+    return figures.get("task", name), figures.get("max_length", 0), -figures.get("dim", 0)
+
+
+def _by_setting(tasks: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """ " @<length> dim <n>" -> tasks; "" where all have the same."""
+    found: dict[tuple[int | None, int | None], list[dict[str, Any]]] = {}
+    for figures in tasks.values():
+        found.setdefault((figures.get("max_length"), figures.get("dim")), []).append(figures)
+    return {label(" ", *key) if len(found) > 1 else "": alike for key, alike in found.items()}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes report.md, and the pictures it shows, for all reports of ``launch.evaluate`` in the folder."""
+    folder = Path(folder)
+    reports = read_reports(folder)
+    sections = ["# Evaluation\n"]
+    for suite, title in TITLES.items():
+        runs = [run for name, report in reports.items() if report["suite"] == suite for run in runs_of(name, report)]
+        if runs:
+            sections.append(f"## {title}\n\n{_SECTIONS[suite](folder, runs)}")
+    sections += [_matryoshka(folder, reports), _failures(reports)]
+    with atomic_file(folder / "report.md") as part:
+        part.write_text("\n".join(section for section in sections if section), encoding="utf-8")
+    return folder / "report.md"
+
+
+def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
+    """Model's name -> report, of the folder's files that are one."""
+    reports = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and {"suite", "tasks"} <= content.keys():
+            reports[path.stem] = content
+    return reports
+
+
+def runs_of(name: str, report: dict[str, Any]) -> list[Run]:
+    name = name.removesuffix(f"-{report['suite']}")
+    settings: dict[tuple[int | None, int | None], dict[str, dict[str, Any]]] = {}
+    for name_of_cell, figures in report["tasks"].items():
+        key = (figures.get("max_length"), figures.get("dim"))
+        settings.setdefault(key, {})[figures.get("task", name_of_cell)] = figures
+    # By length, and the widest first.
+    ordered = sorted(settings.items(), key=lambda item: (item[0][0] or 0, -(item[0][1] or 0)))
+    return [Run(name + (f", {dim} dims" if dim else ""), length, dim, tasks) for (length, dim), tasks in ordered]
+
+
+def _in_picture(run: Run, runs: list[Run]) -> str:
+    """The model's name, with the length where it was run at several."""
+    is_one_of_several = sum(other.model == run.model for other in runs) > 1
+    return f"{run.model} @{run.max_length}" if is_one_of_several else run.model
+
+
+def _mteb(folder: Path, runs: list[Run]) -> str:
+    rows: list[list[Any]] = []
+    groups: dict[str, dict[str, float]] = {}
+    for run in runs:
+        types = average_by_type(run.tasks)
+        is_whole = len(run.tasks) == MTEB_TASKS
+        note = f"this run, {run.max_length} tokens" + ("" if is_whole else f"; {len(run.tasks)} of {MTEB_TASKS} tasks")
+        percent = {kind: 100 * score for kind, score in types.items()}
+        groups[_in_picture(run, runs)] = percent
+        cells = [percent.get(kind, "") for kind in MTEB_TYPES]
+        rows.append([run.model, 100 * mean(run.scores.values()), *cells, note])
+    rows += [
+        [row.model, row.average, *(row.by.get(kind, "") for kind in MTEB_TYPES), row.source] for row in published.MTEB
+    ]
+    groups |= {row.model: row.by for row in published.MTEB if row.by}
+    pictures.bars(folder / "mteb.png", groups, MTEB_TYPES, "average score, per cent")
+    caution = "A run with fewer tasks has averages over those alone, which do not compare with the others.\n\n"
+    caution = caution if any(len(run.tasks) < MTEB_TASKS for run in runs) else ""
+    header = ["model", "average", *MTEB_TYPES, "source"]
+    return (
+        f"Main scores, per cent; averages by type of task, and over all tasks.\n\n{caution}{markdown(header, rows)}\n"
+        f"![Score by type of task](mteb.png)\n\n{_by_task(runs)}"
+    )
+
+
+def _by_length(folder: Path, runs: list[Run], suite: str, known: Sequence[Published], metric: str) -> str:
+    tasks = sorted({task for run in runs for task in run.tasks})
+    rows: list[list[Any]] = []
+    lines: dict[str, dict[int, float]] = {}
+    for run in runs:
+        scores = {task: 100 * score for task, score in run.scores.items()}
+        rows.append(
+            [run.model, run.max_length, mean(scores.values()), *(scores.get(task, "") for task in tasks), "this run"]
+        )
+        if run.max_length is not None:
+            lines.setdefault(run.model, {})[run.max_length] = mean(scores.values())
+    for row in known:
+        lines[row.model] = {int(length): score for length, score in row.by.items()}
+        rows += [[row.model, length, score, *[""] * len(tasks), row.source] for length, score in row.by.items()]
+    pictures.lines(folder / f"{suite}.png", lines, "tokens", metric)
+    header = ["model", "tokens", "average", *tasks, "source"]
+    return f"{metric}.\n\n{markdown(header, rows)}\n![{metric} by length]({suite}.png)\n"
+
+
+def _jina(folder: Path, runs: list[Run]) -> str:
+    metric = "nDCG@10 (retrieval) and V-measure (clustering), per cent"
+    return _by_length(folder, runs, "jina_long", published.JINA_LONG, metric)
+
+
+def _loco(folder: Path, runs: list[Run]) -> str:
+    return _by_length(folder, runs, "loco", published.LOCO, "nDCG@10, per cent")
+
+
+def _glue(folder: Path, runs: list[Run]) -> str:
+    tasks = published.GLUE_TASKS
+    rows: list[list[Any]] = []
+    groups: dict[str, dict[str, float]] = {}
+    for run in runs:
+        groups[run.model] = run.scores
+        note = "this run" if len(run.tasks) == len(tasks) else f"this run; {len(run.tasks)} of {len(tasks)} tasks"
+        rows.append([run.model, mean(run.scores.values()), *(run.scores.get(task, "") for task in tasks), note])
+    rows += [[row.model, row.average, *(row.by.get(task, "") for task in tasks), row.source] for row in published.GLUE]
+    groups |= {row.model: row.by for row in published.GLUE if row.by}
+    pictures.bars(folder / "glue.png", groups, tasks, "score on the development set")
+    details = [
+        [run.model, task, *(figures.get(name, "") for name in ("metric", "learning_rate", "batch_size", "seeds"))]
+        for run in runs
+        for task, figures in run.tasks.items()
+    ]
+    return (
+        f"Development sets; medians over the seeds, at the best learning rate and batch size.\n\n"
+        f"{markdown(['model', 'average', *tasks, 'source'], rows, digits=3)}\n![GLUE by task](glue.png)\n\n"
+        f"{markdown(['model', 'task', 'metric', 'learning rate', 'batch', 'score of each seed'], details, digits=4)}"
+    )
+
+
+def _local(folder: Path, runs: list[Run]) -> str:
+    text = ""
+    types = dict.fromkeys(kind for run in runs for kind in average_by_type(run.tasks))
+    for kind in types:
+        own = [
+            (run, {task: figures for task, figures in run.tasks.items() if figures.get("type", "Retrieval") == kind})
+            for run in runs
+        ]
+        own = [(run, tasks) for run, tasks in own if tasks]
+        names = sorted({task for _, tasks in own for task in tasks})
+        metric = next(figures.get("metric", "ndcg@10") for _, tasks in own for figures in tasks.values())
+        rows = [
+            [
+                run.model,
+                run.max_length or "",
+                mean(map(main_score, tasks.values())),
+                *(main_score(tasks[name]) if name in tasks else "" for name in names),
+            ]
+            for run, tasks in own
+        ]
+        text += f"{kind}, {metric}:\n\n{markdown(['model', 'tokens', 'average', *names], rows, digits=4)}\n"
+    groups = {_in_picture(run, runs): average_by_type(run.tasks) for run in runs if run.dim is None}
+    if groups:
+        pictures.bars(folder / "local.png", groups, tuple(types), "average of the main metric")
+        text += "![Score by type of task](local.png)\n"
+    return text
+
+
+def _by_task(runs: list[Run]) -> str:
+    tasks = sorted(
+        {(figures["type"], task) for run in runs for task, figures in run.tasks.items()},
+        key=lambda pair: (MTEB_TYPES.index(pair[0]) if pair[0] in MTEB_TYPES else len(MTEB_TYPES), pair),
+    )
+    rows = [
+        [kind, task, *(100 * run.scores[task] if task in run.tasks else "" for run in runs)] for kind, task in tasks
+    ]
+    return markdown(["type", "task", *(f"{run.model} @{run.max_length}" for run in runs)], rows)
+
+
+def _matryoshka(folder: Path, reports: dict[str, dict[str, Any]]) -> str:
+    rows: list[list[Any]] = []
+    lines: dict[str, dict[int, float]] = {}
+    for name, report in reports.items():
+        for run in runs_of(name, report):
+            if run.dim is not None:
+                model = f"{name.removesuffix('-' + report['suite'])}, {report['suite']}"
+                model += f" @{run.max_length}" if run.max_length else ""
+                score = 100 * mean(run.scores.values())
+                lines.setdefault(model, {})[run.dim] = score
+                rows.append([model, run.dim, score, "this run"])
+    if not rows:
+        return ""
+    if any(report["suite"] == "mteb" for report in reports.values()):
+        lines["nomic-embed-text-v1.5, mteb"] = {int(dim): score for dim, score in published.MATRYOSHKA.items()}
+        rows += [
+            ["nomic-embed-text-v1.5, mteb", dim, score, published.V15_CARD]
+            for dim, score in published.MATRYOSHKA.items()
+        ]
+    pictures.lines(folder / "matryoshka.png", lines, "components kept", "average score, per cent")
+    header = ["model, suite", "components", "average", "source"]
+    return f"## Components kept\n\n{markdown(header, rows)}\n![Score by components kept](matryoshka.png)\n"
+
+
+def _failures(reports: dict[str, dict[str, Any]]) -> str:
+    rows = [[name, task, error] for name, report in reports.items() for task, error in report.get("failed", {}).items()]
+    return f"## Failed\n\n{markdown(['report', 'task', 'error'], rows)}" if rows else ""
+
+
+_SECTIONS = {"mteb": _mteb, "jina_long": _jina, "loco": _loco, "glue": _glue, "local": _local}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], digits: int = 2) -> str:
+    def cell(value: Any) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(cell, value))
+        # A learning rate in its own notation, a score to so many digits.
+        text = f"{value:g}" if isinstance(value, float) and 0 < abs(value) < 1e-3 else None
+        text = text or (f"{value:.{digits}f}" if isinstance(value, float) else " ".join(str(value).split()))
+        return text.replace("|", "\\|")
+
+    lines = [list(header), ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

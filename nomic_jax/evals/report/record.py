@@ -1,0 +1,140 @@
+"""The figures of one model on one suite, in one JSON file that a killed run goes on with.
+
+    {"model", "model_sha256", "suite", "dtype", "max_length",
+     "tasks":   {label: {metric: value, ..., "task", "type", "metric": name of the main one, and its settings}},
+     "failed":  {label: what was wrong},
+     "average": {metric: mean over the tasks that have it, " @<max_length> dim <n>" behind it where there are several}}
+
+A label is the task's name, followed by "@<max_length>" and " dim <n>" where a suite has several of them.
+"""
+
+import hashlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nomic_jax.data.formats.writing import write_json
+
+# Files of a model folder that decide its vectors; of a run, the hashes of its checkpoints' files stand for them.
+MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "vocab.txt", "manifest.sha256.json")
+
+
+class Cell(NamedTuple):
+    """One figure to be had.
+
+    Attributes:
+      label: unique in its suite.
+      score: computes what the report's "tasks" hold.
+      sha256: of the task's content, where it lies in files.
+    """
+
+    label: str
+    score: Callable[[], dict[str, Any]]
+    sha256: str = ""
+
+
+def label(task: str, max_length: int | None = None, dim: int | None = None) -> str:
+    return task + (f"@{max_length}" if max_length else "") + (f" dim {dim}" if dim else "")
+
+
+def model_sha256(model: str) -> str:
+    """Identifies what a model folder, a run or a checkpoint of one holds.
+
+    Of BM25 and of hub names "": their name is all there is to go by.
+    """
+    digest = hashlib.sha256()
+    files = [file for pattern in MODEL_FILES for file in sorted(Path(model).rglob(pattern))]
+    for file in files:
+        with file.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest() if files else ""
+
+
+def open_report(path: Path, identity: dict[str, Any], cells: Sequence[Cell] = ()) -> dict[str, Any]:
+    """The report at ``path``, or a new one.
+
+    Raises:
+      ValueError: the report holds figures of another model, length or task content.
+    """
+    if not path.exists():
+        return identity | {"tasks": {}}
+    report = json.loads(path.read_text(encoding="utf-8"))
+    advice = "give another --name, or delete the file"
+    for field, value in identity.items():
+        if report.get(field) != value:
+            raise ValueError(f"{path} was made with {field} {report.get(field)!r}, this is {value!r}; {advice}")
+    for cell in cells:
+        if report["tasks"].get(cell.label, {}).get("sha256", cell.sha256) != cell.sha256:
+            raise ValueError(f"{path} holds figures of another content of task {cell.label!r}; {advice}")
+    return report
+
+
+def run_cells(
+    path: Path, identity: dict[str, Any], cells: Sequence[Cell], prepare: Callable[[], object]
+) -> dict[str, Any]:
+    """Computes what the report at ``path`` does not have yet, writing it after every task, and returns it.
+
+    A task that fails is listed under "failed", and the others go on; only what would fail every task alike, such as a
+    library that is not installed, ends the run.
+
+    Args:
+      prepare: called once, before the first task that has no figures; what it raises ends the run.
+    """
+    report = open_report(path, identity, cells) | {"failed": {}}
+    missing = [cell for cell in cells if cell.label not in report["tasks"]]
+    if missing:
+        prepare()
+    for number, cell in enumerate(missing, len(cells) - len(missing) + 1):
+        print(f"task {number} of {len(cells)}: {cell.label}", file=sys.stderr)
+        started = time.monotonic()
+        try:
+            found = cell.score()
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:
+            report["failed"][cell.label] = f"{type(error).__name__}: {error}"
+            print(f"{cell.label} failed: {report['failed'][cell.label]}", file=sys.stderr)
+            if not isinstance(error, (ValueError, OSError)):  # a defect, of ours or of a library: where it came from
+                traceback.print_exc()
+        else:
+            report["tasks"][cell.label] = found | ({"sha256": cell.sha256} if cell.sha256 else {})
+            seconds = time.monotonic() - started
+            print(f"    {found['metric']} {main_score(found):.4f}, {seconds:.0f} s", file=sys.stderr)
+        report["average"] = average(report["tasks"].values())
+        write_json(path, report)
+    report["average"] = average(report["tasks"].values())
+    return report
+
+
+def main_score(figures: dict[str, Any]) -> float:
+    """The one figure that a task's averages are made of."""
+    return figures["score"] if "score" in figures else figures[figures.get("metric", "ndcg@10")]
+
+
+def average(tasks: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """metric -> its mean over the tasks that have it; of several lengths or numbers of components, each by itself."""
+    tasks = list(tasks)
+    chosen = {(task.get("max_length"), task.get("dim")) for task in tasks}
+    values: dict[str, list[float]] = {}
+    for task in tasks:
+        setting = label(" ", task.get("max_length"), task.get("dim")) if len(chosen) > 1 else ""
+        for metric, value in task.items():
+            if isinstance(value, float):
+                values.setdefault(metric + setting, []).append(value)
+    return {metric: sum(column) / len(column) for metric, column in values.items()}
+
+
+def figures(task: Any, found: Iterable[tuple[str, float]], max_length: int | None, dim: int | None) -> dict[str, Any]:
+    """What a report keeps of a task of ours: metrics, the main one first, counts, and what it was computed with."""
+    metrics = dict(found)
+    described = {"type": task.type, "metric": next(iter(metrics))}
+    return metrics | task.counts | described | settings(task.name, max_length, dim)
+
+
+def settings(task: str, max_length: int | None, dim: int | None) -> dict[str, Any]:
+    values = {"task": task, "max_length": max_length, "dim": dim}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,190 @@
+"""GLUE's tasks, their data and metrics, and the sweep of the paper (section 4.1); the training comes in as a function.
+
+Data have the columns of GLUE on the hub (nyu-mll/glue), which are those of TFDS. In files: DATA/<task>/ with
+train and validation (for mnli, validation or validation_matched) as .jsonl, .jsonl.gz, .parquet or, as the hub keeps
+them, <split>-*.parquet.
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import urllib.parse
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.evals.report.published import GLUE_TASKS
+from nomic_jax.evals.suites.hub import column, load
+from nomic_jax.evals.tasks.contract import TaskError
+
+HUB = "nyu-mll/glue"
+LEARNING_RATES, BATCH_SIZES, SEEDS = (1e-5, 2e-5, 3e-5), (16, 32), (0, 1, 2, 3, 4)
+
+
+class GlueTask(NamedTuple):
+    """Attributes: columns: one text or two; num_labels: 1 for a regression; validation: the split that is scored."""
+
+    columns: tuple[str, ...]
+    num_labels: int
+    metric: str
+    validation: str = "validation"
+    from_mnli: bool = False
+
+
+_PAIR = ("sentence1", "sentence2")
+TASKS = {
+    "cola": GlueTask(("sentence",), 2, "matthews_correlation"),
+    "sst2": GlueTask(("sentence",), 2, "accuracy"),
+    "mrpc": GlueTask(_PAIR, 2, "accuracy", from_mnli=True),
+    "stsb": GlueTask(_PAIR, 1, "pearson", from_mnli=True),
+    "qqp": GlueTask(("question1", "question2"), 2, "accuracy"),
+    "mnli": GlueTask(("premise", "hypothesis"), 3, "accuracy", "validation_matched"),
+    "qnli": GlueTask(("question", "sentence"), 2, "accuracy"),
+    "rte": GlueTask(_PAIR, 2, "accuracy", from_mnli=True),
+}
+# mnli first: others start from it.
+ORDER = ("mnli", *(task for task in GLUE_TASKS if task != "mnli"))
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Cell:
+    """One finetuning run of the sweep."""
+
+    task: str
+    learning_rate: float
+    batch_size: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"lr{self.learning_rate:g}-batch{self.batch_size}-seed{self.seed}"
+
+
+def cells(
+    tasks: Sequence[str], learning_rates: Sequence[float], batch_sizes: Sequence[int], seeds: Sequence[int]
+) -> list[Cell]:
+    """The sweep, mnli first; () stands for all tasks and for the paper's values.
+
+    Raises:
+      ValueError: GLUE has no task of a name.
+    """
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise ValueError(f"--tasks: GLUE has no task {unknown[0]!r}; it has {', '.join(GLUE_TASKS)}")
+    grid = (learning_rates or LEARNING_RATES, batch_sizes or BATCH_SIZES, seeds or SEEDS)
+    wanted = [task for task in ORDER if not tasks or task in tasks]
+    return [Cell(task, *values) for task in wanted for values in itertools.product(*grid)]
+
+
+def score(task: str, logits_NC: np.ndarray, labels: Sequence[float]) -> float:
+    """The task's metric of logits [N, labels] (cola: Matthews, stsb: Pearson, the others: accuracy)."""
+    from scipy.stats import pearsonr
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+    metric = TASKS[task].metric
+    if metric == "pearson":
+        return float(pearsonr(logits_NC[:, 0], labels).statistic)
+    of_labels = matthews_corrcoef if metric == "matthews_correlation" else accuracy_score
+    return float(of_labels(labels, logits_NC.argmax(axis=1)))
+
+
+def find_data(task: str, data: str, cache: Path) -> tuple[str, str]:
+    """(training files, validation files) of a task.
+
+    Args:
+      data: a folder; "tfds:glue" or "tfds:glue?data_dir=DIR", as TFDS prepares it (array_record or parquet); or "" for
+        the hub. What is not in files of these columns is written to ``cache`` once.
+
+    Raises:
+      TaskError: the data cannot be had, or have another form.
+      FileNotFoundError: a folder has no such files.
+    """
+    splits = ("train", TASKS[task].validation)
+    if data and not data.startswith("tfds:"):
+        train, validation = (_file(Path(data) / task, split) for split in splits)
+        return train, validation
+    files = [cache / task / f"{split}.jsonl" for split in splits]
+    for split, file in zip(splits, files):
+        if not file.exists():
+            where = f"glue/{task} of TFDS" if data else f"{HUB} {task}"
+            rows = _of_tfds(data, task, split) if data else load(HUB, task, split)
+            write_rows(file, _checked(rows, TASKS[task], where))
+    return str(files[0]), str(files[1])
+
+
+def summarize(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Task -> the median over the seeds at the learning rate and batch size where it is highest, and those.
+
+    Args:
+      results: of each run {"task", "learning_rate", "batch_size", "seed", "score", "start"}.
+    """
+    runs: dict[str, dict[tuple[float, int], dict[int, float]]] = {}
+    for result in results:
+        settings = (result["learning_rate"], result["batch_size"])
+        runs.setdefault(result["task"], {}).setdefault(settings, {})[result["seed"]] = result["score"]
+    summary = {}
+    for task in sorted(runs, key=GLUE_TASKS.index):
+        medians = {settings: statistics.median(scores.values()) for settings, scores in runs[task].items()}
+        # Of equals the smaller learning rate and batch.
+        best = min(medians, key=lambda settings: (-medians[settings], settings))
+        summary[task] = {
+            "score": medians[best],
+            "type": "GLUE",
+            "metric": TASKS[task].metric,
+            "task": task,
+            "learning_rate": f"{best[0]:g}",
+            "batch_size": best[1],
+            "starts": sorted({Path(result["start"]).name for result in results if result["task"] == task}),
+            "seeds": [runs[task][best][seed] for seed in sorted(runs[task][best])],
+            "runs": sum(len(scores) for scores in runs[task].values()),
+        }
+    return summary
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The finished runs below a folder."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/lr*.json"))]
+
+
+def best_mnli_run(folder: Path) -> Path:
+    """The working directory of the finished run on mnli with the highest score, which other tasks start from.
+
+    Raises:
+      TaskError: none is finished.
+    """
+    scores = {file: json.loads(file.read_text(encoding="utf-8"))["score"] for file in folder.glob("mnli/lr*.json")}
+    if not scores:
+        raise TaskError(
+            "it starts from the best run on mnli, and none is finished: run --tasks=mnli first, or say what to start "
+            "from with --mnli_checkpoint=DIR (--mnli_checkpoint=none for the model itself)"
+        )
+    return max(scores, key=lambda file: (scores[file], file)).with_suffix("")
+
+
+def _file(folder: Path, split: str) -> str:
+    names = [split, "validation"] if split == "validation_matched" else [split]
+    for name in names:
+        for suffix in (".jsonl", ".jsonl.gz", ".parquet"):
+            if (folder / f"{name}{suffix}").is_file():
+                return str(folder / f"{name}{suffix}")
+        if list(folder.glob(f"{name}-*.parquet")):
+            return str(folder / f"{name}-*.parquet")
+    raise FileNotFoundError(f"{folder} has no {' or '.join(names)} (.jsonl, .jsonl.gz, .parquet or <split>-*.parquet)")
+
+
+def _of_tfds(data: str, task: str, split: str) -> Iterable[dict[str, Any]]:
+    name, _, query = data.removeprefix("tfds:").partition("?")
+    options = dict(urllib.parse.parse_qsl(query))
+    if name.rstrip("/") != "glue" or options.keys() - {"data_dir"}:
+        raise TaskError(f"--data={data}: write tfds:glue, or tfds:glue?data_dir=DIR")
+    named = f"tfds:glue/{task}?{urllib.parse.urlencode(options | {'split': split})}"
+    return read_rows(named, dict.fromkeys(TASKS[task].columns, str), others=("label",), allow_empty=True)
+
+
+def _checked(rows: Iterable[dict[str, Any]], task: GlueTask, where: str) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        yield {name: column(row, name, where) for name in (*task.columns, "label")}

@@ -1,0 +1,150 @@
+"""Folders of jsonl as evaluations, without code; the kind follows from the files and columns.
+
+    queries.jsonl {"_id", "text"}, corpus.jsonl {"_id", "title", "text"},
+      qrels.jsonl {"query_id", "document_id", "score"}               retrieval: ndcg@10
+    train.jsonl and test.jsonl {"text", "label"}                     classification: accuracy
+    test.jsonl {"text", "label"}                                     clustering: v_measure
+    test.jsonl {"sentence1", "sentence2", "score"}                   STS: spearman
+
+An optional task.json names the prompts where they are not those of the type of task:
+{"query_prompt", "document_prompt"} for retrieval, {"prompt"} for the others.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.evals.report.record import Cell, figures, label
+from nomic_jax.evals.tasks import bm25
+from nomic_jax.evals.tasks.classification import FILES as LABELLED_FILES
+from nomic_jax.evals.tasks.classification import ClassificationTask
+from nomic_jax.evals.tasks.clustering import ClusteringTask
+from nomic_jax.evals.tasks.contract import Encoders, TaskError, TruncatedEmbeddings
+from nomic_jax.evals.tasks.retrieval import FILES as RETRIEVAL_FILES
+from nomic_jax.evals.tasks.retrieval import RetrievalTask
+from nomic_jax.evals.tasks.sts import StsTask
+
+LocalTask = RetrievalTask | ClassificationTask | ClusteringTask | StsTask
+FORMS = "queries, corpus and qrels.jsonl; train and test.jsonl; or test.jsonl alone"
+
+
+def read_task(folder: str | Path) -> LocalTask:
+    """The task in a folder.
+
+    Raises:
+      TaskError, BadRow: what is there is no task, or a broken one; the message names the file.
+    """
+    folder = Path(folder)
+    if any((folder / name).is_file() for name in RETRIEVAL_FILES):
+        return RetrievalTask.read(folder)
+    test = folder / "test.jsonl"
+    if not test.is_file():
+        raise TaskError(f"{folder} has no test.jsonl; a task is made of {FORMS}")
+    prompt = _prompt(folder / "task.json")
+    columns = set(next(islice(read_rows(test, {}), 1), {}))
+    if {"sentence1", "sentence2", "score"} <= columns:
+        return StsTask.read(folder, prompt)
+    if not {"text", "label"} <= columns:
+        raise TaskError(
+            f"{test} has the columns {', '.join(sorted(columns)) or 'none'}; write text and label (classification with "
+            f"a train.jsonl, clustering without), or sentence1, sentence2 and score (STS)"
+        )
+    kind = ClassificationTask if (folder / "train.jsonl").is_file() else ClusteringTask
+    return kind.read(folder, prompt)
+
+
+def find_tasks(data: Iterable[str], names: Sequence[str] = ()) -> dict[str, Path]:
+    """Task name -> folder, of task folders and folders of task folders; only ``names`` if there are any.
+
+    Raises:
+      FileNotFoundError: a folder does not exist or holds no task.
+      ValueError: two tasks have one name, or none has one of ``names``.
+    """
+    tasks: dict[str, Path] = {}
+    for given in map(Path, data):
+        if not given.is_dir():
+            raise FileNotFoundError(f"--data: there is no folder {given}")
+        folders = [
+            folder
+            for folder in (given, *sorted(given.iterdir()))
+            # One of the files is enough: what is missing is then reported, not overlooked.
+            if any((folder / file).is_file() for file in (*RETRIEVAL_FILES, *LABELLED_FILES))
+        ]
+        if not folders:
+            raise FileNotFoundError(f"--data: neither {given} nor its folders are a task ({FORMS})")
+        for folder in folders:
+            name = folder.resolve().name
+            if tasks.setdefault(name, folder) != folder:
+                raise ValueError(f"--data: {tasks[name]} and {folder} are both named {name!r}; rename one")
+    if unknown := [name for name in names if name not in tasks]:
+        raise ValueError(f"--tasks: there is no task {unknown[0]!r} in --data; there are {', '.join(tasks)}")
+    return {name: folder for name, folder in tasks.items() if not names or name in names}
+
+
+def task_sha256(folder: str | Path) -> str:
+    """Identifies a task's content: figures of two runs can be compared if it is equal."""
+    digest = hashlib.sha256()
+    for name in (*RETRIEVAL_FILES, "task.json", *LABELLED_FILES):
+        file = Path(folder) / name
+        # Files that the first tasks did not know are left out where they are not, so that their hashes stay.
+        if file.is_file() or name not in LABELLED_FILES:
+            digest.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+    return digest.hexdigest()
+
+
+def cells(
+    encoders: Encoders, folders: dict[str, Path], lengths: Sequence[int], dims: Sequence[int | None]
+) -> list[Cell]:
+    """A cell for each task, length (() for the model's own) and number of components (None for all)."""
+    found = []
+    all_lengths: list[int | None] = [*lengths] or [None]
+    for name, folder in folders.items():
+        for length in all_lengths:
+            # What is compared has length 1; what a classifier or k-means sees is what the model's users get.
+            cuts = {normalize: TruncatedEmbeddings(normalize) for normalize in (True, False)}
+            for dim in dims:
+                found.append(
+                    Cell(
+                        label(name, length if len(lengths) > 1 else None, dim),
+                        functools.partial(_score, encoders, folder, length, dim, cuts, dim == dims[-1]),
+                        task_sha256(folder),
+                    )
+                )
+    return found
+
+
+def _score(
+    encoders: Encoders,
+    folder: Path,
+    length: int | None,
+    dim: int | None,
+    cuts: dict[bool, TruncatedEmbeddings],
+    is_last: bool,
+) -> dict[str, Any]:
+    task = read_task(folder)
+    if encoders.model == "bm25":
+        if not isinstance(task, RetrievalTask):
+            raise TaskError(f"{folder}: BM25 ranks documents; {task.type} needs embeddings")
+        return figures(task, bm25.run(task), None, None)
+    normalize = isinstance(task, RetrievalTask)
+    embed = encoders.embed(length, normalize and dim is None)
+    try:
+        return figures(task, task.run(cuts[normalize].to(dim, embed) if dim else embed), length, dim)
+    finally:
+        if is_last:
+            cuts[normalize].forget()
+
+
+def _prompt(file: Path) -> str | None:
+    try:
+        given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise TaskError(f"{file}: broken JSON ({error})") from error
+    if not isinstance(given, dict) or given.keys() - {"prompt"} or not isinstance(given.get("prompt", ""), str):
+        raise TaskError(f'{file}: expected the name of a prompt, such as {{"prompt": "classification"}}')
+    return given.get("prompt")

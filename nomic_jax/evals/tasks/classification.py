@@ -1,0 +1,98 @@
+"""Classification: how well a logistic regression on few embedded examples labels the others, by mteb's protocol.
+
+Ten experiments, each on 8 examples a label (fewer where there are fewer), drawn as mteb draws them; the figures are
+means over the experiments.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nomic_jax.evals.tasks.contract import PROMPTS, Embed, TaskError, embedded
+from nomic_jax.evals.tasks.labelled import Label, read_labelled
+
+EXPERIMENTS, SAMPLES_PER_LABEL, SEED, MAX_ITERATIONS = 10, 8, 42, 100
+FILES = ("train.jsonl", "test.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationTask:
+    """Labelled texts to learn from and to be judged on."""
+
+    name: str
+    train_texts: tuple[str, ...]
+    train_labels: tuple[Label, ...]
+    test_texts: tuple[str, ...]
+    test_labels: tuple[Label, ...]
+    prompt: str = PROMPTS["Classification"]
+    type = "Classification"
+    metrics = ("accuracy", "f1", "f1_weighted")
+
+    @classmethod
+    def read(cls, folder: str | Path, prompt: str | None = None) -> "ClassificationTask":
+        """Reads train.jsonl and test.jsonl, each {"text", "label"}; a label is a string or an integer.
+
+        Raises:
+          TaskError: labels of different kinds, a label of test.jsonl that train.jsonl does not have, only one label.
+          BadRow: a row that cannot be used; the message names file and line.
+        """
+        folder = Path(folder)
+        train, test = (read_labelled(folder / name) for name in FILES)
+        known = set(train.labels)
+        if len(known) < 2:
+            raise TaskError(f"{folder / 'train.jsonl'}: all rows have the label {train.labels[0]!r}; two are needed")
+        if unknown := [label for label in test.labels if label not in known]:
+            raise TaskError(f"{folder / 'test.jsonl'}: no row of train.jsonl has the label {unknown[0]!r}")
+        return cls(folder.name, train.texts, train.labels, test.texts, test.labels, prompt or cls.prompt)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"train": len(self.train_texts), "test": len(self.test_texts), "labels": len(set(self.train_labels))}
+
+    def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
+        """(metric, mean over the experiments): accuracy, f1 (macro), f1_weighted."""
+        samples = self.samples()
+        used = sorted(set().union(*samples))
+        train_NE = embedded(embed, [self.train_texts[i] for i in used], self.prompt)
+        test_NE = embedded(embed, list(self.test_texts), self.prompt)
+        place = {i: n for n, i in enumerate(used)}
+        return self._score([(train_NE[[place[i] for i in sample]], sample) for sample in samples], test_NE)
+
+    def samples(self) -> list[list[int]]:
+        """Rows of the training set for each experiment; mteb shuffles the last order on, always from the same seed."""
+        order = list(range(len(self.train_labels)))
+        samples = []
+        for _ in range(EXPERIMENTS):
+            np.random.RandomState(SEED).shuffle(order)
+            counts: dict[Label, int] = {}
+            sample = []
+            for i in order:
+                label = self.train_labels[i]
+                if counts.get(label, 0) < SAMPLES_PER_LABEL:
+                    counts[label] = counts.get(label, 0) + 1
+                    sample.append(i)
+            samples.append(sample)
+        return samples
+
+    def _score(
+        self, experiments: list[tuple[np.ndarray, list[int]]], test_NE: np.ndarray
+    ) -> Iterator[tuple[str, float]]:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import accuracy_score, f1_score
+
+        figures = []
+        for train_NE, sample in experiments:
+            classifier = LogisticRegression(max_iter=MAX_ITERATIONS, random_state=SEED)
+            classifier.fit(train_NE, [self.train_labels[i] for i in sample])
+            found, wanted = classifier.predict(test_NE), list(self.test_labels)
+            figures.append(
+                {
+                    "accuracy": accuracy_score(wanted, found),
+                    "f1": f1_score(wanted, found, average="macro"),
+                    "f1_weighted": f1_score(wanted, found, average="weighted"),
+                }
+            )
+        for name in figures[0]:
+            yield name, float(np.mean([experiment[name] for experiment in figures]))

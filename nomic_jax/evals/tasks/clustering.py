@@ -1,0 +1,55 @@
+"""Clustering: whether k-means on the embeddings finds the labels again, by the protocol of MTEB(eng, v1).
+
+That is mteb's AbsTaskClusteringLegacy, by which the published figures were made: mini-batch k-means with as many
+clusters as there are labels, scored by the V-measure. (mteb's newer protocol draws samples; its figures differ.)
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from nomic_jax.evals.tasks.contract import PROMPTS, Embed, TaskError, embedded
+from nomic_jax.evals.tasks.labelled import Label, read_labelled
+
+BATCH_SIZE, SEED = 500, 42
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusteringTask:
+    """Texts and the labels that their clusters are compared with."""
+
+    name: str
+    texts: tuple[str, ...]
+    labels: tuple[Label, ...]
+    prompt: str = PROMPTS["Clustering"]
+    type = "Clustering"
+    metrics = ("v_measure",)
+
+    @classmethod
+    def read(cls, folder: str | Path, prompt: str | None = None) -> "ClusteringTask":
+        """Reads test.jsonl, {"text", "label"}; a label is a string or an integer.
+
+        Raises:
+          TaskError: labels of different kinds, only one label.
+          BadRow: a row that cannot be used; the message names file and line.
+        """
+        folder = Path(folder)
+        texts, labels = read_labelled(folder / "test.jsonl")
+        if len(set(labels)) < 2:
+            raise TaskError(f"{folder / 'test.jsonl'}: all rows have the label {labels[0]!r}; two are needed")
+        return cls(folder.name, texts, labels, prompt or cls.prompt)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"texts": len(self.texts), "labels": len(set(self.labels))}
+
+    def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
+        """("v_measure", value)."""
+        from sklearn.cluster import MiniBatchKMeans
+        from sklearn.metrics import v_measure_score
+
+        x_NE = embedded(embed, list(self.texts), self.prompt)
+        kmeans = MiniBatchKMeans(
+            n_clusters=self.counts["labels"], batch_size=BATCH_SIZE, n_init="auto", random_state=SEED
+        )
+        yield "v_measure", float(v_measure_score(self.labels, kmeans.fit(x_NE).labels_))

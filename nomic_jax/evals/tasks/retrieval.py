@@ -1,0 +1,178 @@
+"""Retrieval on a local task: exact search, scored as trec_eval does (nDCG@10, recall@1/10/100, MRR@10).
+
+A task is a folder in BEIR's shape:
+
+    queries.jsonl   {"_id", "text"}
+    corpus.jsonl    {"_id", "text"} and, optionally, "title", which goes in front of the text
+    qrels.jsonl     {"query_id", "document_id", "score"}; a score above 0 is relevant, and is the gain
+    task.json       optional, {"query_prompt", "document_prompt"}: names in the model's prompts (PROMPTS by default)
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.evals.tasks import contract
+from nomic_jax.evals.tasks.contract import Embed, TaskError, embedded
+
+PROMPTS = {f"{side}_prompt": contract.PROMPTS[side] for side in ("query", "document")}
+FILES = ("queries.jsonl", "corpus.jsonl", "qrels.jsonl")
+RECALL_AT = (1, 10, 100)
+DEPTH = max(RECALL_AT)
+QUERY_BLOCK, DOCUMENT_BLOCK = 256, 16384  # 50 MB of scores and keys at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalTask:
+    """Queries, documents and which of them belong together.
+
+    Attributes:
+      queries: those judged in qrels. As in pytrec_eval and mteb, one that is judged without a relevant document scores
+        0 in everything, and one that is not judged at all is left out.
+      documents: by descending id, the order in which trec_eval ranks documents of equal score.
+      relevance: for every query, its relevant documents' indices -> gain (> 0).
+      query_prompt, document_prompt: names in the model's prompts.
+    """
+
+    name: str
+    queries: tuple[str, ...]
+    documents: tuple[str, ...]
+    relevance: tuple[dict[int, int], ...]
+    query_prompt: str = PROMPTS["query_prompt"]
+    document_prompt: str = PROMPTS["document_prompt"]
+    type = "Retrieval"
+    metrics = ("ndcg@10", *(f"recall@{k}" for k in RECALL_AT), "mrr@10")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "RetrievalTask":
+        """Reads a task folder.
+
+        Raises:
+          TaskError: a file is missing, an id is unknown or given twice, or no query has a relevant document.
+          BadRow: a row that cannot be used; the message names file and line.
+        """
+        folder = Path(folder)
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise TaskError(f"{folder} has no {name}; a retrieval task needs {', '.join(FILES)}")
+        queries = _texts(folder / "queries.jsonl")
+        corpus = dict(sorted(_texts(folder / "corpus.jsonl").items(), reverse=True))
+        index = {document_id: i for i, document_id in enumerate(corpus)}
+        relevance: dict[str, dict[int, int]] = {}
+        qrels = folder / "qrels.jsonl"
+        for row in read_rows(qrels, {"query_id": str, "document_id": str}):
+            query_id, document_id, score = row["query_id"], row["document_id"], row.get("score")
+            where = f"{qrels}: query {query_id!r}, document {document_id!r}"
+            if query_id not in queries:
+                raise TaskError(f"{where}: queries.jsonl has no such query")
+            if document_id not in index:
+                raise TaskError(f"{where}: corpus.jsonl has no such document")
+            if not isinstance(score, int):
+                raise TaskError(f"{where}: score is {score!r}; write an integer, 0 for not relevant")
+            gains = relevance.setdefault(query_id, {})
+            if score > 0:
+                gains[index[document_id]] = score
+        if not any(relevance.values()):
+            raise TaskError(f"{qrels}: no query has a relevant document (a score above 0)")
+        return cls(
+            name=folder.name,
+            queries=tuple(queries[query_id] for query_id in relevance),
+            documents=tuple(corpus.values()),
+            relevance=tuple(relevance.values()),
+            **_prompts(folder / "task.json"),
+        )
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"queries": len(self.queries), "documents": len(self.documents)}
+
+    def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
+        """(metric, mean over the queries), with vectors of ``embed`` compared by inner product."""
+        query_QE = embedded(embed, list(self.queries), self.query_prompt)
+        document_NE = embedded(embed, list(self.documents), self.document_prompt)
+        return self.score(search(query_QE, document_NE, DEPTH))
+
+    def score(self, ranking_QK: np.ndarray) -> Iterator[tuple[str, float]]:
+        """(metric, mean over the queries) of document indices [Q, K], best first, K = DEPTH or all documents."""
+        gain_QK = np.array(
+            [[gains.get(i, 0) for i in row] for gains, row in zip(self.relevance, ranking_QK.tolist())], np.float64
+        )
+        best_QK = np.zeros((len(gain_QK), 10))
+        for best_K, gains in zip(best_QK, self.relevance):
+            top = sorted(gains.values(), reverse=True)[:10]
+            best_K[: len(top)] = top
+        # Above an ideal of 0 the gain is 0 too.
+        yield "ndcg@10", float(np.mean(_dcg(gain_QK[:, :10]) / np.maximum(_dcg(best_QK), 1e-9)))
+        hit_QK = gain_QK > 0
+        relevant_Q = np.maximum([len(gains) for gains in self.relevance], 1)
+        for k in RECALL_AT:
+            yield f"recall@{k}", float(np.mean(hit_QK[:, :k].sum(axis=1) / relevant_Q))
+        first_Q = hit_QK[:, :10].argmax(axis=1)
+        yield "mrr@10", float(np.mean(hit_QK[:, :10].any(axis=1) / (first_Q + 1)))
+
+
+def search(query_QE: np.ndarray, document_NE: np.ndarray, k: int) -> np.ndarray:
+    """The k best documents by inner product, exactly: indices int64 [Q, min(k, N)]; see ``top_k`` for ties."""
+    found = [np.zeros((0, min(k, len(document_NE))), np.int64)]
+    for start in range(0, len(query_QE), QUERY_BLOCK):
+        query_BE = query_QE[start : start + QUERY_BLOCK]
+        blocks = range(0, len(document_NE), DOCUMENT_BLOCK)
+        found.append(top_k((query_BE @ document_NE[i : i + DOCUMENT_BLOCK].T for i in blocks), k))
+    return np.concatenate(found)
+
+
+def top_k(score_blocks: Iterable[np.ndarray], k: int) -> np.ndarray:
+    """Indices int64 [Q, min(k, N)] of the best scores, best first; of equal scores the lower index comes first.
+
+    Args:
+      score_blocks: [Q, n] scores of consecutive documents, N in all. They are compared as float32, as in trec_eval.
+    """
+    best_QK: np.ndarray | None = None
+    seen = 0
+    for score_QN in score_blocks:
+        bits = (np.asarray(score_QN, np.float32) + 0.0).view(np.int32)  # + 0.0: makes -0.0 equal to 0.0
+        # Score and index in one integer, so that equal scores have an order and a partition is exact: the bits of a
+        # float32 sort as an integer once those below the sign are flipped for negative numbers.
+        score_key = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64) << 32
+        key_QN = score_key | (0xFFFFFFFF - np.arange(seen, seen + bits.shape[1]))
+        seen += bits.shape[1]
+        if best_QK is not None:
+            key_QN = np.concatenate([best_QK, key_QN], axis=1)
+        best_QK = np.partition(key_QN, -k, axis=1)[:, -k:] if key_QN.shape[1] > k else key_QN
+    if best_QK is None:
+        raise ValueError("top_k needs at least one block of scores")
+    return 0xFFFFFFFF - (np.sort(best_QK, axis=1)[:, ::-1] & 0xFFFFFFFF)
+
+
+def _dcg(gain_QK: np.ndarray) -> np.ndarray:
+    return gain_QK @ (1 / np.log2(np.arange(gain_QK.shape[1]) + 2))
+
+
+def _texts(file: Path) -> dict[str, str]:
+    """id -> text, with BEIR's title in front. A document may be empty: published corpora have some."""
+    texts = {}
+    for row in read_rows(file, {"_id": str}):
+        parts: list[Any] = [row.get("title") or "", row.get("text")]
+        if not all(isinstance(part, str) for part in parts):
+            raise TaskError(f"{file}: {row['_id']!r} needs a text (and, if at all, a title), both strings")
+        if row["_id"] in texts:
+            raise TaskError(f"{file}: the _id {row['_id']!r} is given twice")
+        texts[row["_id"]] = " ".join(parts).strip()
+    return texts
+
+
+def _prompts(file: Path) -> dict[str, str]:
+    try:
+        given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise TaskError(f"{file}: broken JSON ({error})") from error
+    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+        raise TaskError(f"{file}: expected an object with the names of prompts, such as {json.dumps(PROMPTS)}")
+    if unknown := given.keys() - PROMPTS.keys():
+        raise TaskError(f"{file}: unknown field {sorted(unknown)[0]!r}; the fields are {', '.join(PROMPTS)}")
+    return PROMPTS | given

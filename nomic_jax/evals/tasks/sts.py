@@ -1,0 +1,59 @@
+"""Semantic textual similarity: correlation between given scores of pairs and the cosine of their embeddings."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.evals.tasks.contract import PROMPTS, Embed, TaskError, embedded, unit_length
+
+
+@dataclasses.dataclass(frozen=True)
+class StsTask:
+    """Pairs of texts with scores; higher is more alike, on any scale."""
+
+    name: str
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    scores: tuple[float, ...]
+    prompt: str = PROMPTS["STS"]
+    type = "STS"
+    metrics = ("spearman", "pearson")
+
+    @classmethod
+    def read(cls, folder: str | Path, prompt: str | None = None) -> "StsTask":
+        """Reads test.jsonl, {"sentence1", "sentence2", "score"}.
+
+        Raises:
+          TaskError: a score that is no finite number, or scores that are all equal.
+          BadRow: a row that cannot be used; the message names file and line.
+        """
+        folder = Path(folder)
+        file = folder / "test.jsonl"
+        rows = list(read_rows(file, {"sentence1": str, "sentence2": str}))
+        scores: list[Any] = [row.get("score") for row in rows]
+        for number, score in enumerate(scores, 1):
+            if type(score) not in (int, float) or not np.isfinite(score):
+                raise TaskError(f"{file}: row {number} has the score {score!r}; write a number for each")
+        if len(set(scores)) < 2:
+            raise TaskError(f"{file}: every pair has the same score, with which nothing can correlate")
+        first, second = (tuple(row[column] for row in rows) for column in ("sentence1", "sentence2"))
+        return cls(folder.name, first, second, tuple(map(float, scores)), prompt or cls.prompt)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"pairs": len(self.scores)}
+
+    def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
+        """("spearman", rank correlation) and ("pearson", linear correlation)."""
+        from scipy.stats import pearsonr, spearmanr
+
+        first_NE, second_NE = (
+            unit_length(embedded(embed, list(texts), self.prompt)) for texts in (self.first, self.second)
+        )
+        cosine_N = np.einsum("ne,ne->n", first_NE, second_NE)
+        yield "spearman", float(spearmanr(self.scores, cosine_N).statistic)
+        yield "pearson", float(pearsonr(self.scores, cosine_N).statistic)

@@ -1,0 +1,89 @@
+"""The inference function of a classifier: texts or pairs of texts in, logits out."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nomic_jax.data.batches.labelled import encode_rows
+from nomic_jax.data.batches.shapes import length_sorted_batches, pad_right
+from nomic_jax.data.tokens.tokenizer import Tokenizer, check_unicode
+from nomic_jax.inference.embedder import TOKENS_PER_CALL, TOKENS_PER_CALL_ELSEWHERE
+from nomic_jax.model import EncoderConfig, encode
+from nomic_jax.model.heads import classifier_logits
+from nomic_jax.run.pretrained import read_pretrained
+
+
+class Classifier:
+    """An encoder with a classification head.
+
+    Attributes:
+      params: "encoder" and "classifier", on the device.
+      config: the encoder.
+      max_length: tokens kept of a text or pair.
+      labels: names of the labels, in the order of the logits; one for a regression.
+    """
+
+    def __init__(
+        self, params: dict, config: EncoderConfig, tokenizer: Tokenizer, *, max_length: int, labels: Sequence[str] = ()
+    ):
+        self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
+        self.params = jax.device_put({name: params[name] for name in ("encoder", "classifier")})
+        count = self.params["classifier"]["out"]["bias"].shape[0]
+        self.labels = tuple(labels) or tuple(f"LABEL_{i}" for i in range(count))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, max_length: int | None = None) -> "Classifier":
+        """Opens a run of the stage "classify", one of its checkpoints, or a ...ForSequenceClassification directory.
+
+        Args:
+          path: see above.
+          max_length: tokens kept of a text; None for what the checkpoint says, or else all that the encoder takes.
+
+        Raises:
+          ValueError: there is no classifier, or no tokenizer.
+        """
+        checkpoint = read_pretrained(path)
+        if "classifier" not in checkpoint.params or checkpoint.tokenizer is None:
+            raise ValueError(f"{path} holds no classifier, or no tokenizer")
+        config = checkpoint.config.encoder
+        return cls(
+            checkpoint.params,
+            config,
+            checkpoint.tokenizer,
+            max_length=max_length or checkpoint.max_length or config.max_positions,
+            labels=checkpoint.labels,
+        )
+
+    def logits(self, texts: Sequence[str] | Sequence[tuple[str, ...]], batch_size: int = 64) -> np.ndarray:
+        """float32 [N, labels], in the order of the texts or pairs of texts; one of a regression is its value."""
+        rows = [(text,) if isinstance(text, str) else text for text in texts]
+        for i, row in enumerate(rows):
+            for text in row:
+                check_unicode(text, "input", i)
+        ids = encode_rows(self.tokenizer, rows, self.max_length)
+        out = np.zeros((len(ids), len(self.labels)), np.float32)
+        lengths = np.array([len(x) for x in ids], np.int32)
+        for places, shape in length_sorted_batches(
+            lengths,
+            max_length=self.max_length,
+            batch_size=batch_size,
+            tokens_per_device=TOKENS_PER_CALL.get(jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE),
+            devices=1,
+        ):
+            # Rows beyond the texts have one token, and nobody sees what becomes of them.
+            ids_BL, length_B = np.zeros(shape, np.int32), np.ones(shape.rows, np.int32)
+            ids_BL[: len(places)] = pad_right([ids[i] for i in places], shape.length, self.config.pad_token_id)
+            length_B[: len(places)] = lengths[places]
+            out[places] = np.asarray(_logits(self.params, ids_BL, length_B, self.config))[: len(places)]
+        return out
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _logits(params: dict, ids_BL: jax.Array, length_B: jax.Array, config: EncoderConfig) -> jax.Array:
+    first_B1 = jnp.zeros((len(ids_BL), 1), jnp.int32)
+    hidden_B1D = encode(params["encoder"], ids_BL, config, length_B=length_B, output_position_BP=first_B1)
+    return classifier_logits(params["classifier"], hidden_B1D, config)

@@ -1,0 +1,209 @@
+"""Where a checkpoint comes from, checked back to the bytes of its data, with Python's standard library alone.
+
+A checkpoint's manifest holds SHA-256 of its files; its record the hash of the checkpoint before it, and of each source
+the hashes of its files, whose fingerprint is part of what the run refuses to go on without. All are made again here.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from nomic_jax.run.manifest import MANIFEST, find_damage, hash_files, sha256_of_file, sha256_of_json, weight_files
+
+ORBAX_RECORD = "_CHECKPOINT_METADATA"
+Status = Literal["verified", "changed", "not at hand", "not recorded"]
+
+
+class Finding(NamedTuple):
+    """Attributes:
+    status: "not at hand": it may be as it was, but is not where it was nor in the folders to look in.
+    what: part of the lineage, with where it lies.
+    detail: hashes.
+    """
+
+    status: Status
+    what: str
+    detail: str = ""
+
+
+def trace(path: str | Path, folders: Sequence[str | Path] = ()) -> Iterator[Finding]:
+    """Every part of the lineage of a checkpoint of a run, of the latest one of a run, or of an export.
+
+    Args:
+      path: RUN, RUN/best, RUN/checkpoints/STEP, or a Hugging Face directory with training.json.
+      folders: where data files and earlier runs lie now, if not where they were; they are found by name and by hash.
+
+    Raises:
+      FileNotFoundError: none of these is at ``path``.
+      ValueError: its record cannot be read.
+    """
+    path = Path(path).resolve()
+    try:
+        yield from _trace(path, _Files(folders))
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: the record of its training is none of this version ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _trace(path: Path, files: "_Files") -> Iterator[Finding]:
+    if (path / "checkpoints").is_dir():
+        steps = [int(step.name) for step in (path / "checkpoints").iterdir() if step.name.isdecimal()]
+        if not steps:
+            raise FileNotFoundError(f"{path}/checkpoints holds no finished checkpoint")
+        path = path / "checkpoints" / str(max(steps))
+    if (path / MANIFEST).exists() or (path / ORBAX_RECORD).exists():
+        yield from _checkpoint(path, files)
+    elif (path / "training.json").exists():
+        yield Finding("not recorded", f"weights of {path}", "compare them with the run's: python -m convert.check")
+        records = _read(path / "training.json")
+        for number, record in enumerate(reversed(records)):
+            yield from _stage(record, files)
+            if number == len(records) - 1:
+                yield from _parent(record, [], files)
+    else:
+        raise FileNotFoundError(
+            f"{path} is neither a run, nor RUN/checkpoints/STEP, nor an export with a training.json"
+        )
+
+
+def _checkpoint(path: Path, files: "_Files") -> Iterator[Finding]:
+    problem = find_damage(path)
+    yield (
+        Finding("changed", f"checkpoint {path}", problem)
+        if problem
+        else Finding("verified", f"checkpoint {path}", f"sha256 {_read(path / MANIFEST)['sha256']}")
+    )
+    record = _record(path)
+    if record is None:
+        yield Finding("changed", f"record of {path}", "it cannot be read")
+        return
+    yield from _tokenizer(path.parent.parent / "tokenizer.json", record)
+    yield from _stage(record, files)
+    yield from _parent(record, record.get("earlier", []), files)
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    try:
+        return _read(path / ORBAX_RECORD)["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _tokenizer(file: Path, record: dict[str, Any]) -> Iterator[Finding]:
+    expected = record.get("tokenizer_sha256")
+    if expected is None:
+        yield Finding("not recorded", f"tokenizer {file}")
+        return
+    if not file.exists():
+        yield Finding("not at hand", f"tokenizer {file}", f"sha256 {expected}")
+        return
+    try:
+        content = _read(file)
+        # What the tokenizers package hashes: the same definition, without white space.
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        if hashlib.sha256(text.encode()).hexdigest() == expected:
+            yield Finding("verified", f"tokenizer {file}", f"sha256 {expected}")
+        elif content["model"].get("type") == "Unigram":
+            yield Finding("not at hand", f"tokenizer {file}", "its numbers are compared by the tokenizers package only")
+        else:
+            yield Finding("changed", f"tokenizer {file}", f"it had the sha256 {expected}")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        yield Finding("changed", f"tokenizer {file}", "it cannot be read")
+
+
+def _stage(record: dict[str, Any], files: "_Files") -> Iterator[Finding]:
+    """The data of one stage."""
+    if "config" not in record:
+        yield Finding("not recorded", "imported weights: where they come from")
+        return
+    stage = record["config"]["stage"]
+    for source in record["sources"]:
+        name = f"source {source['name']!r} of {stage}"
+        if "identity" not in source:
+            yield Finding("not recorded", f"files of {name}", f"fingerprint {source['fingerprint']}")
+            continue
+        hashes = [file["sha256"] for file in source["files"]]
+        if sha256_of_json(source["identity"] | {"files": hashes}) != source["fingerprint"]:
+            yield Finding("changed", name, f"its files and settings have not the fingerprint {source['fingerprint']}")
+            continue
+        yield Finding("verified", name, f"fingerprint {source['fingerprint']} of {len(hashes)} files")
+        for file in source["files"]:
+            yield files.find(f"file of {name}", file["path"], file["sha256"])
+
+
+def _parent(record: dict[str, Any], earlier: list[dict[str, Any]], files: "_Files") -> Iterator[Finding]:
+    """What a stage started from, and its guide; if they are not at hand, what the record itself says of them."""
+    for role in ("parent", "guide"):
+        origin = record.get(role)
+        if not origin:
+            continue
+        what = f"{role} {origin['path']}"
+        found = files.checkpoint(origin)
+        if found is None:
+            yield Finding("not at hand", what, f"sha256 {origin['sha256']}")
+        elif found[1] != origin["sha256"]:
+            yield Finding("changed", f"{role} {found[0]}", f"it had the sha256 {origin['sha256']}, it has {found[1]}")
+        elif (found[0] / MANIFEST).exists():
+            inner = _record(found[0])
+            if role == "parent" and earlier and (inner or {}) | {"earlier": 0} != earlier[-1] | {"earlier": 0}:
+                yield Finding("changed", f"record of {found[0]}", "it is not that of the checkpoints after it")
+            yield from _checkpoint(found[0], files)
+            continue
+        else:
+            yield Finding("verified", f"{role} {found[0]}", f"sha256 {origin['sha256']}")
+        if role == "parent":
+            for before in reversed(earlier):
+                yield from _stage(before, files)
+
+
+class _Files:
+    """Finds what was moved, by name or hash, below some folders."""
+
+    def __init__(self, folders: Sequence[str | Path]):
+        self._by_name: dict[str, list[Path]] = {}
+        self._hashes: dict[Path, str] = {}
+        for folder in folders:
+            if not Path(folder).exists():
+                raise FileNotFoundError(f"{folder} does not exist")
+            inside = [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).rglob("*"))
+            for path in inside:
+                if path.is_file():
+                    self._by_name.setdefault(path.name, []).append(path)
+
+    def find(self, what: str, path: str, sha256: str) -> Finding:
+        candidates = [Path(path)] if Path(path).is_file() else []
+        candidates += self._by_name.get(Path(path).name, [])
+        for candidate in candidates:
+            if candidate not in self._hashes:
+                self._hashes[candidate] = sha256_of_file(candidate)
+            if self._hashes[candidate] == sha256:
+                return Finding("verified", f"{what}: {candidate}", f"sha256 {sha256}")
+        if candidates:
+            return Finding("changed", f"{what}: {candidates[0]}", f"it had the sha256 {sha256}")
+        return Finding("not at hand", f"{what}: {path}", f"sha256 {sha256}")
+
+    def checkpoint(self, origin: dict[str, Any]) -> tuple[Path, str] | None:
+        """(where it is, its hash) of a checkpoint or Hugging Face directory; None if it is not found."""
+        path = Path(origin["path"])
+        if (path / MANIFEST).exists():
+            return path, _manifest_hash(path)
+        if path.is_dir() and "step" not in origin:
+            return path, hash_files(path, weight_files(path))
+        for manifest in self._by_name.get(MANIFEST, []):
+            if _manifest_hash(manifest.parent) == origin["sha256"]:
+                return manifest.parent, origin["sha256"]
+        return None
+
+
+def _manifest_hash(checkpoint: Path) -> str:
+    try:
+        return _read(checkpoint / MANIFEST)["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

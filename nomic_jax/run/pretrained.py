@@ -1,0 +1,173 @@
+"""Reads the weights of a run, of one of its checkpoints, or of a Hugging Face directory."""
+
+import contextlib
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
+from nomic_jax.hf.files import check_file
+from nomic_jax.model import abstract_encoder
+from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
+from nomic_jax.run.manifest import MANIFEST, find_damage, hash_files, weight_files
+from nomic_jax.run.record import FORMAT, check_format, check_same_arrays, import_of, model_of, trained_prompts
+from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_sound, list_damage
+
+
+def read_pretrained(path: str | Path) -> Checkpoint:
+    """From a run's working directory (its latest checkpoint), one of its checkpoints (``best`` too), or a Hugging Face
+    directory.
+
+    What is wrong with a run's latest checkpoints is warned of, and the latest sound one taken.
+
+    Raises:
+      FileNotFoundError: none of these is at ``path``.
+      DamagedCheckpoint: the checkpoint that ``path`` names, or every one of the run, is damaged.
+    """
+    path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
+    if (path / "checkpoints").is_dir():
+        return _read_run(path, None)
+    if (path / "config.json").exists():
+        return read_checkpoint(path)
+    if path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir():
+        return _read_run(path.parent.parent, int(path.name))
+    raise FileNotFoundError(
+        f"{path} is neither the working directory of a run, nor a checkpoint in it, nor a Hugging Face directory"
+    )
+
+
+def identify(path: str | Path) -> dict[str, Any]:
+    """Of what ``read_pretrained`` reads at ``path``: where it is, its step if it is of a run, and a hash of its files.
+
+    The hash is that of a checkpoint's manifest, which holds those of its files; of a Hugging Face directory the same is
+    made from its configuration, tokenizer and weights.
+    """
+    path = Path(path).resolve()
+    if (path / "checkpoints").is_dir():
+        step, _ = latest_sound(path / "checkpoints")
+        path = path / "checkpoints" / str(step)
+    if path.parent.name == "checkpoints":
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return {"path": str(path), "step": int(path.name), "sha256": manifest["sha256"]}
+    return {"path": str(path), "sha256": hash_files(path, weight_files(path))}
+
+
+def _read_run(workdir: Path, step: int | None) -> Checkpoint:
+    from orbax.checkpoint import v1 as ocp  # takes seconds to import, and only runs need it
+
+    directory = (workdir / "checkpoints").absolute()
+    if step is not None:
+        problem = find_damage(directory / str(step))
+        if problem:
+            others = ", ".join(str(other) for other in finished_steps(directory) if other != step)
+            raise DamagedCheckpoint(f"{directory / str(step)}: {problem}; there are also the steps: {others or 'none'}")
+    else:
+        step, damaged = latest_sound(directory)
+        if damaged and step is None:
+            raise DamagedCheckpoint(f"{directory} holds no sound checkpoint: {list_damage(damaged)}")
+        if damaged:
+            warnings.warn(f"{list_damage(damaged)}; taking step {step} instead", stacklevel=1)
+    if step is None:
+        raise FileNotFoundError(f"{directory} holds no finished checkpoint")
+    path = directory / str(step)
+    # The hashes were right: what is wrong from here on was written so, by another program or with intent.
+    with _explained(path, "metadata"):
+        saved = ocp.checkpointables_metadata(path)
+        record = dict(saved.custom_metadata or {})
+        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    check_format(record, path)
+    with _explained(path, "record"):
+        model = model_of(record)
+        abstract = {"encoder": abstract_encoder(model.encoder)}
+        if record["has_mlm_head"]:
+            abstract["mlm_head"] = abstract_mlm_head(model.encoder)
+        if record.get("config", {}).get("loss", {}).get("learn_temperature"):
+            abstract["temperature"] = {"log_scale": jax.ShapeDtypeStruct((), jnp.float32)}
+        if num_labels := record.get("num_labels", 0):
+            abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
+    with _explained(path, "arrays"):
+        # Before any is read: their sizes are in the record, and memory is taken for what it says.
+        check_same_arrays({"params": saved.metadata["params"]}, {"params": abstract})
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+        params = ocp.load_checkpointables(path, {"params": abstract})["params"]
+    try:
+        if (workdir / "tokenizer.json").exists():
+            check_file(workdir / "tokenizer.json")
+        tokenizer = Tokenizer.from_directory(workdir)
+    except (KeyboardInterrupt, SystemExit, FileNotFoundError, CheckpointError):
+        raise
+    except BaseException as error:  # the tokenizers package raises bare Exceptions, and BaseExceptions where it panics
+        raise DamagedCheckpoint(f"{workdir / 'tokenizer.json'}: the tokenizer cannot be read ({error})") from error
+    if tokenizer.sha256 != (trained_with := str(record.get("tokenizer_sha256", tokenizer.sha256))):
+        raise DamagedCheckpoint(
+            f"{workdir / 'tokenizer.json'} is damaged or another: step {step} was trained with the tokenizer "
+            f"{trained_with[:16]}, this one is {tokenizer.sha256[:16]}; put the right file there"
+        )
+    if tokenizer.vocab_size > model.encoder.vocab_size:
+        raise DamagedCheckpoint(
+            f"{workdir / 'tokenizer.json'} makes ids up to {tokenizer.vocab_size - 1}, the embedding table of step "
+            f"{step} has {model.encoder.vocab_size} rows; put the right file there"
+        )
+    with _explained(path, "record"):
+        earlier = record.pop("earlier")
+        if not isinstance(earlier, list) or not all(isinstance(stage, dict) for stage in earlier):
+            raise ValueError("earlier should be a list of records")
+        read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(earlier))
+        if "imported" in record:
+            return dataclasses.replace(read, **import_of(record["imported"], model))
+        return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
+
+
+@contextlib.contextmanager
+def _explained(path: Path, what: str) -> Iterator[None]:
+    """Whatever orbax, tensorstore and our own reading raise where a checkpoint is not what its hashes make it seem."""
+    try:
+        yield
+    except (DamagedCheckpoint, OSError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise DamagedCheckpoint(f"{path}: its {what} cannot be used ({type(error).__name__}: {reason})") from error
+
+
+def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
+    """Weights as a working directory with one checkpoint, which ``read_pretrained`` and ``init_from`` take.
+
+    A classifier is left out: it belongs to one task.
+
+    Raises:
+      FileExistsError: the directory holds checkpoints already.
+    """
+    from orbax.checkpoint import v1 as ocp  # takes seconds to import, and only runs need it
+
+    workdir = Path(workdir)
+    if finished_steps(workdir / "checkpoints"):
+        raise FileExistsError(f"{workdir} holds checkpoints already; choose another directory")
+    if source.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer; a run needs the one that its embeddings belong to")
+    workdir.mkdir(parents=True, exist_ok=True)
+    source.tokenizer.save(workdir)
+    imported = ("prompts", "default_prompt_name", "similarity", "max_length")
+    record = {
+        "format": FORMAT,
+        "model": dataclasses.asdict(source.config),
+        "has_mlm_head": "mlm_head" in source.params,
+        "tokenizer_sha256": source.tokenizer.sha256,
+        "earlier": list(source.training),
+        "imported": {name: getattr(source, name) for name in imported},
+        "step": 0,
+    }
+    params = {name: part for name, part in source.params.items() if name != "classifier"}
+    part = (workdir / "checkpoints" / "0.part").absolute()
+    ocp.save_checkpointables(part, {"params": params}, custom_metadata=record, overwrite=True)
+    commit(part)

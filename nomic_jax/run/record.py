@@ -1,0 +1,238 @@
+"""What a checkpoint says of the run it belongs to, and whether another run may go on from it."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nomic_jax.data.batches.stream import Stream
+from nomic_jax.data.tokens.store import IDENTITY, TokenStore
+from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.hf import NOMIC_PROMPTS
+from nomic_jax.hf.checkpoint import SIMILARITIES
+from nomic_jax.hf.config import config_json, encoder_config
+from nomic_jax.model import EmbeddingConfig, EncoderConfig
+
+FORMAT = 2
+_PACKAGES = ("nomic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+
+
+class ResumeError(ValueError):
+    """A working directory whose run was another one; the message says what differs."""
+
+
+def make_record(
+    settings: Mapping[str, Any],
+    model: EmbeddingConfig,
+    stream: Stream,
+    tokenizer: Tokenizer,
+    *,
+    device_count: int,
+    parent: dict[str, Any] | None = None,
+    guide: dict[str, Any] | None = None,
+    earlier: list[dict] | None = None,
+) -> dict:
+    """What a checkpoint says of itself, as JSON.
+
+    Args:
+      settings: the configuration of the run, as ``dataclasses.asdict`` gives it.
+      model, stream, tokenizer: of the run.
+      device_count: devices of the run, over all processes.
+      parent, guide: what it started from, None for random weights, and the guide of its loss; see
+        ``nomic_jax.run.pretrained.identify``.
+      earlier: the records of the stages before it, see ``Checkpoint.training``.
+    """
+    return {
+        "format": FORMAT,
+        "config": settings,
+        "model": dataclasses.asdict(model),
+        "has_mlm_head": settings["stage"] == "mlm",
+        "parent": parent,
+        "guide": guide,
+        "num_labels": settings["data"].get("num_labels", 0),
+        "earlier": earlier or [],
+        "sources": [_describe(store) for store in stream.stores],
+        "data_fingerprint": stream.fingerprint,
+        "tokenizer_sha256": tokenizer.sha256,
+        "device_count": device_count,
+        **describe_surroundings(),
+    }
+
+
+def _describe(store: TokenStore) -> dict[str, Any]:
+    """A source; with what its fingerprint is made of, for ``nomic_jax.run.lineage``."""
+    manifest = store.manifest
+    source = {
+        "name": store.name,
+        "rows": store.rows,
+        "fingerprint": store.fingerprint,
+        "query_prefix": manifest["source"]["query_prefix"],
+        "document_prefix": manifest["source"]["document_prefix"],
+    }
+    if "files" in manifest:
+        paths = manifest.get("paths", [""] * len(manifest["files"]))
+        source["identity"] = {name: manifest[name] for name in IDENTITY}
+        source["files"] = [{"path": path, "sha256": sha256} for path, sha256 in zip(paths, manifest["files"])]
+    return source
+
+
+def describe_surroundings() -> dict[str, Any]:
+    """What the bits of a result depend on besides the record's settings: devices, packages, our own code."""
+    package = Path(__file__).parent.parent
+    sources = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        sources.update(f"{file.relative_to(package).as_posix()} ".encode() + hashlib.sha256(file.read_bytes()).digest())
+    commit = ""
+    if (package.parent / ".git").exists():
+        with contextlib.suppress(OSError):
+            git = subprocess.run(
+                ["git", "-C", str(package.parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            )
+            commit = git.stdout.strip()
+    return {
+        "device_kind": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        # The hash is of what ran, also where it differs from the commit.
+        "code": {"commit": commit, "sha256": sources.hexdigest()},
+    }
+
+
+# What may change between the parts of a run without making it another run.
+_FREE_FIELDS = (
+    "checkpoint",
+    "evaluation",
+    "kept_chunks",
+    "log_every",
+    "peak_tflops",
+    "profile",
+    "sharding",
+    "trackio",
+    "wandb",
+)
+# Of the model: what decides on speed and memory, not on what is computed.
+_FREE_OF_MODEL = ("encoder.attention", "encoder.recompute")
+
+
+def check_format(record: dict[str, Any], path: Path) -> None:
+    found = record.get("format")
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        advice = "update nomic_jax" if newer else "use the version of nomic_jax that wrote it"
+        raise ResumeError(f"{path} has format {found!r:.100}; this version reads {FORMAT}: {advice}")
+
+
+def model_of(record: dict[str, Any]) -> EmbeddingConfig:
+    """The model that a record describes; one of many errors if it describes none."""
+    fields = dict(record["model"])
+    encoder = EncoderConfig(**fields["encoder"])
+    encoder_config(config_json(encoder, ""), "model")  # the ranges that a config.json is held to
+    floats: dict[str, Any] = {}
+    for field in dataclasses.fields(encoder):
+        value, kind = getattr(encoder, field.name), type(field.default)
+        is_off = value is None and field.name == "rope_scaling_factor"
+        if not is_off and type(value) is not kind and not (kind is float and type(value) is int):
+            raise TypeError(f"model.encoder.{field.name} is {value!r}")
+        if kind is float and not is_off:
+            floats[field.name] = float(value)  # JAX takes no whole number of more than 64 bits
+    model = EmbeddingConfig(**fields | {"encoder": dataclasses.replace(encoder, **floats)})
+    if not isinstance(model.dim, int | None) or not all(
+        isinstance(x, bool) for x in (model.layer_norm, model.normalize)
+    ):
+        raise TypeError("model.dim, model.layer_norm or model.normalize")
+    return model
+
+
+def import_of(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, Any]:
+    """What ``write_pretrained`` keeps of a Hugging Face directory; one of many errors if it is not that."""
+    kinds = {"prompts": dict | None, "default_prompt_name": str | None, "similarity": str, "max_length": int | None}
+    wrong = next((name for name, kind in kinds.items() if not isinstance(fields[name], kind)), None)
+    if wrong or not all(isinstance(text, str) for text in (fields["prompts"] or {}).values()):
+        raise TypeError(f"imported.{wrong or 'prompts'} is {fields[wrong or 'prompts']!r}")
+    name, length = fields["default_prompt_name"], fields["max_length"]
+    if fields["similarity"] not in SIMILARITIES or name not in (None, *(fields["prompts"] or NOMIC_PROMPTS)):
+        raise ValueError(f"imported.similarity is {fields['similarity']!r}, imported.default_prompt_name {name!r}")
+    if length is not None and not 2 <= length <= model.encoder.max_positions:
+        raise ValueError(f"imported.max_length is {length}, not within 2..{model.encoder.max_positions}")
+    return {name: fields[name] for name in kinds}
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Raises ResumeError, with what was found and expected, if the checkpoint at ``path`` is of another run."""
+    check_format(saved, path)
+    if "config" not in saved:
+        raise ResumeError(f"{path} is imported; name its working directory as config.init_from, and another --workdir")
+    # Through JSON, as the saved one went: tuples become lists.
+    current = json.loads(json.dumps(current))
+    allowed = current["config"]["checkpoint"]["allow_changed"].split(",")
+    differences: list[tuple[str, str, Any, Any]] = []  # (name for allow_changed, what, before, now)
+    for part in ("config", "model"):
+        before, now = _flat(saved[part]), _flat(current[part])
+        for key in sorted(before.keys() | now.keys()):
+            group = key.partition(".")[0] if part == "config" else ""
+            # The model comes whole; of the data, see below.
+            if group not in (*_FREE_FIELDS, "model", "data") and (part != "model" or key not in _FREE_OF_MODEL):
+                differences.append((group, f"{part}.{key}", before.get(key), now.get(key)))
+    differences += [("tokenizer", "tokenizer_sha256", saved["tokenizer_sha256"], current["tokenizer_sha256"])]
+    if saved["data_fingerprint"] != current["data_fingerprint"]:
+        differences += [("data", *difference) for difference in _data_differences(saved, current)]
+    for group, name, before, now in differences:
+        if before != now and not (group and group in allowed):
+            override = f"; or --config.checkpoint.allow_changed={group} to go on all the same" if group else ""
+            raise ResumeError(
+                f"this working directory holds a run whose {name} was {before!r}; now it is {now!r}; "
+                f"take another --workdir, or the same settings and data to go on{override}"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _data_differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of what makes the data another, the most telling first."""
+    for key, value in current["config"]["data"].items():
+        # File names may change; the fingerprint knows whether the rows did.
+        if key not in ("mixture", "tokenizer", "cache_dir"):
+            yield f"config.data.{key}", saved["config"]["data"].get(key), value
+    before, now = ([source["name"] for source in record["sources"]] for record in (saved, current))
+    yield "list of sources", before, now
+    for before, now in zip(saved["sources"], current["sources"]):
+        for key in ("query_prefix", "document_prefix", "rows", "fingerprint"):
+            yield f"{key} of the source {now['name']!r}", before[key], now[key]
+    yield "data_fingerprint", saved["data_fingerprint"], current["data_fingerprint"]
+
+
+def check_same_arrays(saved: Any, wanted: Any) -> None:
+    """Raises ResumeError naming the first array that differs in shape or type or is in one of the two trees alone."""
+    before, now = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in (saved, wanted)
+    )
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ResumeError(
+                f"the checkpoint has {name} as {before.get(name, 'nothing')}, the run {now.get(name, 'nothing')}: "
+                f"another model or optimizer; use the version of nomic_jax that wrote it, or take another --workdir"
+            )
+
+
+def trained_prompts(record: dict[str, Any]) -> dict[str, str] | None:
+    """Of the model of a run: None for nomic's; {} if its pairs carried no prefix at all: it must get none either."""
+    prefixes = [source[side] for source in record["sources"] for side in ("query_prefix", "document_prefix")]
+    return None if record["config"]["stage"] == "mlm" or any(prefixes) else {}

@@ -1,0 +1,105 @@
+"""Contrastive pretraining on pairs and finetuning with hard negatives (paper sections 3.3 and 3.4)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from nomic_jax.data.batches.mixing import Sampling
+from nomic_jax.data.batches.packing import Layout
+from nomic_jax.data.batches.pairs import PairStream, make_layout
+from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.hf import Checkpoint
+from nomic_jax.model import EmbeddingConfig, embed, init_encoder
+from nomic_jax.train.config import PairData, TrainConfig
+from nomic_jax.train.objectives.chunks import embed_chunks
+from nomic_jax.train.objectives.loss import contrastive_loss, init_temperature, temperature_of
+from nomic_jax.train.objectives.sources import open_sources
+from nomic_jax.train.objectives.stage import LossSums, Stage
+from nomic_jax.train.sharding import DATA
+
+# The arrays of a batch that ``embed_chunks`` reads.
+CHUNK_ARRAYS = ("ids", "shape", "place", "segment", "length")
+
+
+def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int) -> PairStream:
+    data = config.data
+    assert isinstance(data, PairData)
+    sources, stores = open_sources(config, tokenizer)
+    return PairStream(
+        stores,
+        tokenizer,
+        own_candidates_only=frozenset(source.name for source in sources if not source.in_batch_negatives),
+        batch_size=config.batch_size,
+        query_length=data.query_length,
+        document_length=data.document_length,
+        num_negatives=data.num_negatives,
+        too_few_negatives=data.too_few_negatives,
+        sampling=Sampling(
+            data.sampling,
+            data.sampling_temperature if data.sampling == "temperature" else 1.0,
+            tuple(source.weight for source in sources) if data.sampling == "weights" else (),
+            data.remainder,
+        ),
+        layout=make_layout(
+            data.layout,
+            stores,
+            query_length=data.query_length,
+            document_length=data.document_length,
+            documents_per_row=1 + data.num_negatives,
+            rows_per_device=config.batch_size // devices,
+            chunk_tokens=data.chunk_tokens,
+        ),
+        devices=devices,
+        seed=config.seed,
+    )
+
+
+def make_stage(
+    config: TrainConfig, model: EmbeddingConfig, layout: Layout | None = None, guide: Checkpoint | None = None
+) -> Stage:
+    options = config.loss
+    guide_model = None if guide is None else dataclasses.replace(guide.config, dim=None, normalize=True)
+
+    def init(key: jax.Array) -> dict:
+        params = {"encoder": init_encoder(key, model.encoder)}
+        return params | {"temperature": init_temperature(options.temperature)} if options.learn_temperature else params
+
+    def embeddings(encoder: dict, model: EmbeddingConfig, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Embeddings of the queries [b, E] and of their documents [b, C, E]."""
+        b, C, _ = rows["document_hash"].shape
+        if layout is not None:
+            chunks = {name: rows[name] for name in CHUNK_ARRAYS if name in rows}
+            text_NE = embed_chunks(encoder, chunks, model, layout, kept_chunks=config.kept_chunks)
+            return text_NE[:b], text_NE[b:].reshape(b, C, -1)
+        queries = {"ids": rows["query_ids"], "length": rows["query_length"]}
+        documents = {
+            "ids": rows["document_ids"].reshape(-1, rows["document_ids"].shape[-1]),
+            "length": rows["document_length"].reshape(-1),
+        }
+        return embed(encoder, queries, model), embed(encoder, documents, model).reshape(b, C, -1)
+
+    def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
+        query_bE, document_bCE = embeddings(params["encoder"], model, rows)
+        guides = (None, None) if guide_model is None else embeddings(params["guide"], guide_model, rows)
+        total, metrics = contrastive_loss(
+            query_bE,
+            document_bCE,
+            rows["query_hash"],
+            rows["document_hash"],
+            temperature=temperature_of(params["temperature"]) if options.learn_temperature else options.temperature,
+            axis_name=DATA,
+            bidirectional=options.bidirectional,
+            in_batch_negatives=rows["in_batch_negatives"],
+            guide_query_bG=guides[0],
+            guide_document_bCG=guides[1],
+            guide_margin=options.guide_margin,
+            matryoshka_dims=options.matryoshka_dims,
+            matryoshka_weights=options.matryoshka_weights,
+            column_tile=options.column_tile,
+        )
+        # A constant, but computed from the rows: the weight must vary over devices as the loss does.
+        weight = jnp.sum(jnp.ones_like(rows["in_batch_negatives"], jnp.float32))
+        return LossSums(total, weight, metrics)
+
+    return Stage(init, loss, {} if guide is None else {"guide": guide.params["encoder"]})

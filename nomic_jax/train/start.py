@@ -1,0 +1,76 @@
+"""What a run starts from: the model, its tokenizer, the guide of its loss, and the weights that are not random."""
+
+import dataclasses
+
+from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.hf import Checkpoint
+from nomic_jax.model import EmbeddingConfig
+from nomic_jax.run.pretrained import read_pretrained
+from nomic_jax.train.config import ConfigurationError, TrainConfig
+
+
+def make_model(config: TrainConfig, pretrained: Checkpoint | None) -> EmbeddingConfig:
+    """The encoder and its pooling: the architecture of ``pretrained``, or of ``config.model`` without one."""
+    if pretrained is None:
+        return EmbeddingConfig(config.model, layer_norm=config.loss.layer_norm)
+    ours = {name: getattr(config.model, name) for name in ("dtype", "attention", "recompute")}
+    encoder = dataclasses.replace(pretrained.config.encoder, **ours)
+    # The contrastive loss takes cosine similarities of whole vectors, also of a checkpoint that cuts or does not
+    # normalise them.
+    return dataclasses.replace(
+        pretrained.config,
+        encoder=encoder,
+        layer_norm=pretrained.config.layer_norm or config.loss.layer_norm,
+        dim=None,
+        normalize=True,
+    )
+
+
+def find_tokenizer(config: TrainConfig, pretrained: Checkpoint | None, model: EmbeddingConfig) -> Tokenizer:
+    """The tokenizer that the configuration names, else that of ``pretrained``.
+
+    Raises:
+      ConfigurationError: there is none, or the model has no embedding for some of its ids.
+    """
+    if config.data.tokenizer:
+        tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
+    elif pretrained is not None and pretrained.tokenizer is not None:
+        tokenizer = pretrained.tokenizer
+    else:
+        raise ConfigurationError("no tokenizer is named; write config.data.tokenizer (a directory or a hub name)")
+    if tokenizer.vocab_size > model.encoder.vocab_size:
+        # JAX would clamp larger ids to the last row of the embedding table without an error.
+        raise ConfigurationError(
+            f"the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the model has {model.encoder.vocab_size} word "
+            f"embeddings; write a config.model.vocab_size of at least {tokenizer.vocab_size}, or the right tokenizer"
+        )
+    return tokenizer
+
+
+def read_guide(config: TrainConfig, model: EmbeddingConfig, tokenizer: Tokenizer) -> Checkpoint | None:
+    """The model that ``config.loss.guide`` names, computed in the run's dtype; None if it names none.
+
+    Raises:
+      ConfigurationError: it has another vocabulary, or was trained on shorter texts.
+    """
+    if not config.loss.guide or config.stage == "mlm":
+        return None
+    guide = read_pretrained(config.loss.guide)
+    where = f"config.loss.guide: {config.loss.guide}"
+    if guide.tokenizer is None or guide.tokenizer.vocabulary != tokenizer.vocabulary:
+        raise ConfigurationError(f"{where} has another vocabulary than this run: it would take the tokens for others")
+    encoder = dataclasses.replace(guide.config.encoder, dtype=model.encoder.dtype, attention=model.encoder.attention)
+    config.check_lengths(encoder)
+    return dataclasses.replace(guide, config=dataclasses.replace(guide.config, encoder=encoder))
+
+
+def start_values(config: TrainConfig, pretrained: Checkpoint | None) -> dict:
+    """The entries of the parameter tree that do not start at random."""
+    if pretrained is None:
+        return {}
+    names = ["encoder"]
+    if config.stage == "mlm":
+        names.append("mlm_head")
+    elif config.loss.learn_temperature:
+        names.append("temperature")
+    return {name: pretrained.params[name] for name in names if name in pretrained.params}

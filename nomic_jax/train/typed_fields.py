@@ -1,0 +1,75 @@
+"""Frozen dataclasses from mappings: every field is known, present, and of its declared type."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+class ConfigurationError(ValueError):
+    """A field that does not exist or a value that cannot work; the message says what to write instead."""
+
+
+def build(cls: type, values: Mapping[str, Any], where: str, known: Mapping[str, type] | None = None) -> Any:
+    """An instance of the dataclass ``cls`` with ``values`` as its fields, each checked against its annotation.
+
+    Args:
+      cls: a dataclass; its fields may be dataclasses too.
+      values: field -> value, nested like the dataclasses; from a ConfigDict, or from JSON.
+      where: the name of this group of fields in errors, such as "config.optim".
+      known: field -> the type to use instead of its annotation.
+
+    Raises:
+      ConfigurationError: an unknown or missing field, or a value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls) | dict(known or {})
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {where}.{close[0]}?" if close else f"; its fields are {', '.join(fields)}"
+            raise ConfigurationError(f"{where} has no field {name!r}{hint}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _convert(values[name], hints[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING:
+            raise ConfigurationError(f"{where}.{name} is missing")
+    try:
+        return cls(**arguments)
+    except ConfigurationError:
+        raise
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping) and not hasattr(value, "items"):
+            raise ConfigurationError(f"{where} should be a group of fields")
+        return build(hint, dict(value.items()), where)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise ConfigurationError(f"{where} is {value!r}; write one of {', '.join(map(str, allowed))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(value, next(option for option in options if option is not type(None)), where)
+    if origin is tuple:  # a list, in the config.json of a run
+        if not isinstance(value, list | tuple):
+            raise ConfigurationError(f"{where} is {value!r}; it should be a tuple")
+        return tuple(_convert(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        value = float(value) if abs(value) < 1e300 else math.inf
+    if type(value) is not hint:
+        raise ConfigurationError(f"{where} is {value!r}; it should be of type {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigurationError(f"{where} is {value}; it should be a finite number")
+    return value

@@ -1,0 +1,121 @@
+"""Metrics of a run: metrics.jsonl is the record; TensorBoard, wandb and trackio are views of it."""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import secrets
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from nomic_jax.data.formats.writing import atomic_file
+from nomic_jax.train.config import TrainConfig
+
+FLUSH_SECONDS = 30  # at most so old is what TensorBoard shows
+
+
+class MetricsWriter:
+    """Appends to a run's metrics, after taking back what a killed run wrote past its last checkpoint."""
+
+    def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
+        self._trackers = _open_trackers(config, workdir)
+        self._path = workdir / "metrics.jsonl"
+        keep_until(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        # Not SummaryWriter: its thread dies on a full disk, and then its queue blocks the training for ever.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._events.write_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # Of an open file it does not say which.
+            raise OSError(error.errno, error.strerror, str(self._path.parent)) from error
+        self.show(step, values)
+
+    def show(self, step: int, values: dict[str, Any]) -> None:
+        """To the views alone."""
+        try:
+            summary = Summary(
+                value=[
+                    Summary.Value(tag=name, simple_value=value)
+                    for name, value in values.items()
+                    if isinstance(value, (int, float))
+                ]
+            )
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            # Of an open file it does not say which.
+            raise OSError(error.errno, error.strerror, str(self._path.parent)) from error
+
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+        # What a full disk kept from being written was heard of in `write`.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
+
+
+def _open_trackers(config: TrainConfig, workdir: Path) -> list[ModuleType]:
+    """wandb and trackio, as far as they are asked for: their modules have the same functions.
+
+    Raises:
+      ModuleNotFoundError: one is not installed.
+    """
+    trackers = []
+    for name in ("wandb", "trackio"):
+        project = getattr(config, name)
+        if not project:
+            continue
+        try:
+            tracker = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"config.{name} needs the package: pip install {name}") from error
+        run = {"project": project, "name": workdir.name, "config": dataclasses.asdict(config), "resume": "allow"}
+        if name == "wandb":
+            # A run is gone on with under its id, and names need not differ.
+            known = workdir / "wandb_id"
+            if not known.exists():
+                known.write_text(secrets.token_hex(8), encoding="utf-8")
+            run |= {"id": known.read_text(encoding="utf-8"), "dir": str(workdir)}
+        tracker.init(**run)
+        trackers.append(tracker)
+    return trackers
+
+
+def read_metrics(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in order; a last line cut off by a kill is left out."""
+    path = Path(workdir) / name
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Takes back the lines past a step, and returns those that stay."""
+    kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
+    with atomic_file(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return kept
