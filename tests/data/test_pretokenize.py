@@ -146,7 +146,7 @@ def test_a_killed_command_goes_on(tokenizer, minilm, corpus, tmp_path):
     assert not list((tmp_path / "cache").glob("data-*"))
     kept = {path.parent.name for path in times}
     script = (
-        "import sys; from nomic_jax.data.tokens.store import spans as pieces; real = pieces.tokenise_span\n"
+        "import sys; from nomic_jax.data.tokens import spans as pieces; real = pieces.tokenise_span\n"
         "import nomic_jax.data.tokens.pretokenize as p, launch.pretokenize\n"
         "def once(piece, *more):\n"
         f"    assert piece.name not in {sorted(kept)!r} or (piece.path / 'counts.json').exists()\n"
