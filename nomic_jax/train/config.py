@@ -22,11 +22,11 @@ class MlmData:
     Attributes:
       mixture: a mixture .yaml, or files with a column "text": path, folder, glob, brace range, URL, hf:NAME, tfds:NAME.
       tokenizer: directory or hub name; empty for that of ``init_from``.
-      cache_dir: where tokenised text is kept for later runs.
-      on_bad_row: "raise" or "skip" (skipped rows are kept in a side file and counted).
-      seq_len: tokens of a row.
+      cache_dir: directory of tokenised text, reused by later runs.
+      on_bad_row: "raise", or "skip" to write bad rows to a side file and count them.
+      seq_len: tokens in a row.
       mask_rate: share of a row's tokens to predict.
-      document_mask: keep attention and positions inside each document of a row.
+      document_mask: restrict attention to the document of each token, and restart positions in every document.
     """
 
     mixture: str
@@ -48,22 +48,24 @@ class MlmData:
 
 @dataclasses.dataclass(frozen=True)
 class PairData:
-    """Pairs or triplets; fields that are not explained here are those of MlmData.
+    """Pairs or triplets. MlmData explains the fields that are not listed here.
 
     Attributes:
       mixture: a mixture .yaml, or files with the columns "query" and "document" (and "negatives").
-      query_length, document_length: tokens kept of each.
-      num_negatives: negatives drawn of each row at every visit; 0 for pairs.
-      too_few_negatives: "error", or "random" to fill up with other rows' documents.
-      sampling: how often each source is drawn (``nomic_jax.data.batches.mixing``). "rows": every row once an epoch.
+      query_length, document_length: maximum number of tokens of a query and of a document.
+      num_negatives: negatives sampled from a row each time it is used; 0 for pairs.
+      too_few_negatives: "error", or "random" to take the missing negatives from the documents of other rows.
+      sampling: how often each source is sampled (``nomic_jax.data.batches.mixing``). "rows": every row once an epoch.
         "shards": every row once an epoch too; a batch holds rows of one file, and at every step each file with batches
         left is equally likely. "temperature" or "weights" (of the mixture's sources): an epoch has as many steps as
         with "rows"; small sources may repeat within it, and large ones may not be used completely.
-      sampling_temperature: with "temperature", sources are drawn in proportion to rows ** (1 / temperature).
-      remainder: rows that fill no batch at the end of a source: "drop" them in this pass, or "carry" them to the next.
-      layout: "padded": all texts of a batch to its longest; "bucketed": chunks of texts of similar length; "packed":
-        several texts a row (nomic_jax/data/batches/packing.py).
-      chunk_tokens: tokens of a chunk of the last two; 0 for an eighth of a device's share, at most 16,384.
+      sampling_temperature: with "temperature", a source is sampled in proportion to rows ** (1 / temperature).
+      remainder: what happens to the rows at the end of a source that do not fill a batch: "drop" them in this epoch, or
+        "carry" them into the next.
+      layout: how texts are arranged in a batch (``nomic_jax.data.batches.packing``). "padded": every text is padded to
+        the longest. "bucketed": chunks of texts of similar length. "packed": several texts in a row.
+      chunk_tokens: tokens in a chunk of a bucketed or packed layout; 0 for an eighth of a device's share of the batch,
+        at most 16,384.
     """
 
     mixture: str
@@ -97,13 +99,13 @@ class PairData:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledData:
-    """Labelled texts, or pairs of texts, for a classifier; fields that are not explained here are those of MlmData.
+    """Labelled texts or pairs of texts for a classifier. MlmData explains the fields that are not listed here.
 
     Attributes:
-      mixture: jsonl or parquet files with these columns and "label".
-      columns: the text, or the two texts of a pair.
-      num_labels: labels are 0 ... num_labels - 1; 1 for a regression, whose labels are numbers.
-      seq_len: tokens kept of a text or pair.
+      mixture: jsonl or parquet files with the columns of ``columns`` and "label".
+      columns: the column of the text, or the two columns of a pair.
+      num_labels: number of classes, labelled 0 ... num_labels - 1; 1 for a regression on numeric labels.
+      seq_len: maximum number of tokens of a text or pair.
     """
 
     mixture: str
@@ -136,9 +138,9 @@ class OptimConfig:
     """AdamW and its schedule.
 
     Attributes:
-      lr: the peak, reached after the warm-up.
-      clip_norm: largest global gradient norm; 0 for no clipping.
-      warmup: optimizer steps, or their share of all steps if below 1.
+      lr: peak learning rate, reached after the warm-up.
+      clip_norm: maximum global gradient norm; 0 for no clipping.
+      warmup: number of optimizer steps; below 1, the share of all steps.
       decay: "linear" to 0, "inverse_sqrt", or "cosine" to 0.
     """
 
@@ -154,14 +156,14 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved, and what of it is kept.
+    """How often checkpoints are saved, and which are kept.
 
     Attributes:
       every: steps between checkpoints (the last step is always saved).
-      keep: so many latest ones.
-      keep_every: also each one of a step that is a multiple of it, for good; 0 for none.
-      allow_changed: what may differ from the run that is gone on with, names separated by commas: "data", "tokenizer",
-        or other fields of the configuration.
+      keep: number of latest checkpoints to keep.
+      keep_every: checkpoints at multiples of this step are never deleted; 0 for none.
+      allow_changed: what may differ when a run resumes, as comma-separated names: "data", "tokenizer", or other fields
+        of the configuration.
     """
 
     every: int
@@ -185,12 +187,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Scores while training. A checkpoint is saved with each, and the one with the best figure is kept for good.
+    """Evaluation during training. A checkpoint is saved after each evaluation, and the best one is never deleted.
 
     Attributes:
       every: steps between evaluations (the last step is always evaluated); 0 for none.
-      tasks: task folders of launch.evaluate, or folders of them, separated by commas.
-      metric: what decides which checkpoint is the best: its mean over the tasks, the higher the better.
+      tasks: comma-separated task folders of launch.evaluate, or folders that contain task folders.
+      metric: the metric whose mean over the tasks selects the best checkpoint; higher is better.
     """
 
     every: int = 0
@@ -201,26 +203,29 @@ class EvaluationConfig:
         """Raises ConfigurationError if one of ``every`` and ``tasks`` is set without the other."""
         if self.every < 0 or (self.every > 0) != bool(self.tasks):
             raise ConfigurationError(
-                "config.evaluation needs both: `every` so many steps, and `tasks`, the folders of tasks"
+                "config.evaluation needs both `every`, a number of steps, and `tasks`, folders of tasks"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The contrastive loss; masked-LM has none of this. See ``nomic_jax.train.objectives.loss.contrastive_loss``.
+    """The contrastive loss; masked-LM ignores it. See ``nomic_jax.train.objectives.loss.contrastive_loss``.
 
     Attributes:
-      temperature: of the softmax; where it is learnt, its start.
-      learn_temperature: make it a parameter (CLIP), carried from stage to stage.
-      bidirectional: the mean of query -> document and document -> query.
-      matryoshka_dims: the loss is a sum over embeddings cut to so many components; () for the whole alone.
-      matryoshka_weights: a weight for each of them; () for 1 each.
+      temperature: temperature of the softmax; its initial value if it is learnt.
+      learn_temperature: make the temperature a parameter (CLIP); the next stage starts from the learnt value.
+      bidirectional: use the mean of the losses query -> document and document -> query.
+      matryoshka_dims: embedding sizes of the Matryoshka loss, which sums the losses of the truncated embeddings; () for
+        the full size only.
+      matryoshka_weights: a weight for each of ``matryoshka_dims``; () for 1 each.
       layer_norm: LayerNorm after pooling (nomic-embed-text-v1.5).
-      column_tile: candidates compared at a time, which bounds the memory of very large batches; 0 for all at once.
-      guide: an embedder (a run or a Hugging Face directory) with the same tokenizer, which stays as it is: candidates
-        that it finds more similar to a query than the query's positive are no negatives (GISTEmbed, arXiv:2402.16829).
-        It sees the texts with their prefixes.
-      guide_margin: so much more similar, in cosine similarity.
+      column_tile: number of candidates compared at a time, to bound the memory of very large batches; 0 for all at
+        once.
+      guide: a frozen embedder (a run or a Hugging Face directory) with the same tokenizer. Candidates that it scores
+        above a query's positive do not count as negatives (GISTEmbed, arXiv:2402.16829). It reads the texts with their
+        prefixes.
+      guide_margin: a candidate is dropped if its guide score exceeds the positive's by more than this cosine
+      similarity.
     """
 
     temperature: float
@@ -234,7 +239,7 @@ class LossConfig:
     guide_margin: float = 0.0
 
     def check(self, hidden_size: int) -> None:
-        """Raises ConfigurationError for values that cannot work with embeddings of this width."""
+        """Raises ConfigurationError for values that cannot work with embeddings of ``hidden_size`` components."""
         if not self.temperature > 0:
             raise ConfigurationError(
                 f"config.loss.temperature is {self.temperature}; it must be positive (paper: 0.02)"
@@ -260,19 +265,21 @@ class TrainConfig:
 
     Attributes:
       stage: "mlm", "contrastive" or "finetune"; or "classify", a classifier on top of the encoder.
-      init_from: a run's working directory, one of its checkpoints, or a Hugging Face directory; empty for random
-        weights. Its architecture then replaces ``model``, of which only dtype, attention and recompute still count.
+      init_from: the model to start from: a run's working directory, one of its checkpoints, or a Hugging Face
+      directory;
+        empty for random weights. Its architecture replaces ``model``, except for dtype, attention and recompute.
       batch_size: rows, pairs or queries of an optimizer step, over all devices.
-      accumulate: micro-batches of a step (masked-LM only: a contrastive batch cannot be cut).
+      accumulate: micro-batches of a step. Contrastive batches cannot be split: their rows are each other's negatives.
       steps: optimizer steps; -1 for ``epochs`` passes over the data; 0 writes the initial weights and stops.
       sharding: "replicated", "zero1" or "fsdp", see ``nomic_jax.train.sharding``.
-      kept_chunks: share of the chunks of texts whose activations are kept for the backward pass. The others are
-        computed again in it, one at a time, which bounds memory for any batch at the price of one more forward pass.
-        Above 0 only with the layout "packed", whose chunks have one shape; "padded" has no chunks, and keeps all.
+      kept_chunks: share of the chunks whose activations are kept for the backward pass. The backward pass recomputes
+        the other chunks one at a time, which bounds the memory of any batch and costs one more forward pass. Above 0
+        only with the layout "packed", whose chunks have one shape; "padded" has no chunks and keeps all activations.
       log_every: steps between lines of metrics.jsonl.
-      wandb, trackio: the project that the metrics go to besides; empty for none.
-      peak_tflops: of one device, for the MFU; 0 for that of its data sheet, if nomic_jax.train.watch.flops knows it.
-      profile: "first:last" steps of which a trace is written to <workdir>/profile; empty for none.
+      wandb, trackio: project to which metrics are also logged; empty for none.
+      peak_tflops: peak of one device, for the MFU; 0 for its data sheet's value, if ``nomic_jax.train.watch.flops`` has
+        it.
+      profile: "first:last", the steps whose trace is written to <workdir>/profile; empty for none.
     """
 
     stage: Literal["mlm", "contrastive", "finetune", "classify"]
@@ -298,10 +305,10 @@ class TrainConfig:
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
-        """(first, last)
+        """The first and the last step of ``profile``.
 
         Raises:
-          ConfigurationError: the field is something else than two numbers of steps.
+          ConfigurationError: the field does not hold two step numbers.
         """
         if not self.profile:
             return None
@@ -312,7 +319,7 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """From a config file's ConfigDict, or from the config.json of a run.
+        """Builds the settings from a config file's ConfigDict, or from the config.json of a run.
 
         Raises:
           ConfigurationError: an unknown, missing or impossible field.
@@ -322,7 +329,7 @@ class TrainConfig:
         return build(cls, values, "config", {"data": DATA_SETTINGS.get(str(values.get("stage")), PairData)})
 
     def check(self, device_count: int) -> None:
-        """Raises ConfigurationError for values that cannot work together on so many devices."""
+        """Raises ConfigurationError for values that cannot work together on ``device_count`` devices."""
         if self.accumulate < 1:
             raise ConfigurationError(f"config.accumulate is {self.accumulate}; it must be at least 1")
         divisor = device_count * self.accumulate
@@ -351,7 +358,7 @@ class TrainConfig:
             )
 
     def check_lengths(self, model: EncoderConfig) -> None:
-        """Raises ConfigurationError if rows are longer, or embeddings cut wider, than the model was built for."""
+        """Raises ConfigurationError for texts longer than the model trains on, or loss options it cannot compute."""
         if self.stage != "mlm":
             self.loss.check(model.hidden_size)
         for field in self.data.lengths:

@@ -1,4 +1,4 @@
-"""Scores of the model while it trains, and which checkpoint has the best one."""
+"""Evaluations during training, and the step with the best score."""
 
 import json
 import math
@@ -11,12 +11,15 @@ from nomic_jax.train import hosts
 from nomic_jax.train.config import ConfigurationError, EvaluationConfig
 from nomic_jax.train.watch.metrics import keep_until, read_metrics
 
-# Of a model: task -> metric -> value, higher is better.
+# (model) -> {task: {metric: value}}; higher is better.
 Evaluate = Callable[[Checkpoint], Mapping[str, Mapping[str, float]]]
 
 
 class Evaluations:
-    """evaluation.jsonl: step, figure (the mean of ``config.metric`` over the tasks), and all scores by task."""
+    """Runs the evaluations that are due and records them in evaluation.jsonl.
+
+    A line holds the step, the figure (the mean of ``config.metric`` over the tasks), and all scores by task.
+    """
 
     def __init__(self, config: EvaluationConfig, workdir: Path, start_step: int, evaluate: Evaluate | None):
         if config.every and evaluate is None:
@@ -30,7 +33,7 @@ class Evaluations:
 
     @property
     def best_step(self) -> int | None:
-        """That of the highest figure, the earliest of equals."""
+        """The step with the highest figure; the earliest one of equal figures."""
         return max(self._figures, key=lambda step: (self._figures[step], -step), default=None)
 
     def is_due(self, step: int, last_step: int) -> bool:
@@ -59,14 +62,14 @@ class Evaluations:
 
 
 def check_metric(metric: str, tasks: Iterable[Iterable[str]]) -> None:
-    """Raises ConfigurationError unless one of the tasks, of which the metrics are given, has this one."""
+    """Raises ConfigurationError unless one of the tasks has the metric; ``tasks`` holds the metrics of each task."""
     known = {name for metrics in tasks for name in metrics}
     if metric not in known:
         raise ConfigurationError(f"config.evaluation.metric is {metric!r}; the tasks have {', '.join(sorted(known))}")
 
 
 def _comparable(figure: float) -> float:
-    """A model that has diverged must not be the best one."""
+    """The figure, or minus infinity if it is not finite: a diverged model must not be the best one."""
     return figure if math.isfinite(figure) else -math.inf
 
 

@@ -1,9 +1,9 @@
-"""Several processes as one run: how they find each other, and what they tell each other beside the collectives.
+"""Several processes as one run: how they connect, and the messages they exchange besides the collectives.
 
-Every process runs the same command and comes to the same plan; each builds only its own rows of a batch, and the first
-one writes what is written once (metrics, configuration, messages). The texts below travel through the coordination
-service of ``jax.distributed``, not through the devices: waiting there has no time limit of its own, which tokenising
-for hours needs, and it can tell which process failed.
+Every process runs the same command and computes the same plan. Each process builds only its own rows of a batch. The
+first process writes what is written once (metrics, configuration, messages). Messages go through the coordination
+service of ``jax.distributed``, not through the devices: waiting there has no time limit, which hours of tokenising
+need, and it can report which process failed.
 """
 
 import contextlib
@@ -31,29 +31,29 @@ from jax._src import distributed
 from nomic_jax.train.interruption import EXIT_CODE
 
 PATIENCE_SECONDS = 20
-CONNECT_SECONDS = 900  # a container image may take longer to come to one host than to another
+CONNECT_SECONDS = 900  # one host may take longer than another to pull a container image
 POLL_SECONDS = 2
-VISIBLE_SECONDS = 90  # NFS clients look for new files of others once a minute
+VISIBLE_SECONDS = 90  # an NFS client may notice new files of other hosts only after a minute
 _FAILURES = "nomic_jax/failures"
 _numbers = itertools.count()
 
 
 class DistributedError(ValueError):
-    """Processes that cannot run together; the message says which flag, variable or host it is about."""
+    """Processes that cannot run together; the message names the flag, variable or host."""
 
 
 class OtherProcessFailed(ValueError):
-    """Another process has ended with an error, which the message repeats."""
+    """Another process ended with an error; the message repeats it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Of one process in a run.
+    """The place of one process in a run.
 
     Attributes:
       coordinator_address: host:port of the first process.
-      num_processes, process_id: how many there are, and which one this is, from 0.
-      local_device_ids: the GPUs of this host that it uses; None for all that it sees.
+      num_processes, process_id: number of processes, and the index of this one, from 0.
+      local_device_ids: the GPUs of this host that the process uses; None for all visible ones.
     """
 
     coordinator_address: str
@@ -78,10 +78,10 @@ class Place:
 def place_from_flags(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> Place | None:
-    """None if no flag is given.
+    """The place that the flags describe; None if no flag is given.
 
     Raises:
-      DistributedError: some are given, but not all, or not usable.
+      DistributedError: some flags are missing, or a value cannot be used.
     """
     given = {
         "--coordinator_address": coordinator_address,
@@ -97,12 +97,12 @@ def place_from_flags(
 
 
 def place_from_slurm(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """Of a process that ``srun`` started with others; None for one alone, an interactive shell or a batch script.
+    """The place of a process that ``srun`` started with others; None for a single process, a shell or a batch script.
 
-    JAX's own detection would do, except that it gives each process one GPU, also where srun starts one process a node,
-    and that it takes the batch script itself, where SLURM sets nearly the same variables, for one of the processes.
+    JAX's own detection has two faults. It gives each process one GPU even if srun starts one process per node. It also
+    counts the batch script itself as a process, because SLURM sets nearly the same variables there.
     """
-    # Of the allocation SLURM_NTASKS speaks, of what srun started only this one.
+    # SLURM_NTASKS describes the allocation; only this variable describes what srun started.
     count = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if count == 1:
         return None
@@ -117,18 +117,18 @@ def place_from_slurm(environ: Mapping[str, str] = os.environ) -> Place | None:
             f"srun started {count} processes, but {error} is missing or not what SLURM sets; give "
             f"--coordinator_address, --num_processes and --process_id instead, or --distributed=off"
         ) from error
-    # From the ephemeral ports, another one for each step, so that two at a time do not meet.
+    # An ephemeral port that differs between steps, so that two steps at a time do not collide.
     port = 61_440 + (job * 7 + step) % 4096
-    # With several processes on a node each takes one GPU, unless srun lets it see that one only.
+    # With several processes on a node, each uses one GPU, unless srun already shows each process one GPU only.
     alone = count == nodes or len(environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
     return Place(f"{host}:{port}", count, process_id, None if alone else (local_id,))
 
 
 def connect(place: Place) -> None:
-    """Before anything else of JAX is used; returns once all processes are there.
+    """Connects the processes; to be called before anything else of JAX. Returns once all processes have connected.
 
-    If they do not come within CONNECT_SECONDS, JAX ends the process itself, with a stack trace; the message before it
-    says what to look for.
+    After CONNECT_SECONDS without them, JAX ends the process with a stack trace. The message before it says what to
+    check.
 
     Raises:
       DistributedError: the first process cannot listen at its address.
@@ -157,10 +157,10 @@ def connect(place: Place) -> None:
 
 
 def connect_as_jax_finds() -> None:
-    """As ``connect``, in surroundings that JAX knows: Open MPI, the Kubernetes API, TPU pods.
+    """Connects like ``connect``, by JAX's own detection of Open MPI, the Kubernetes API and TPU pods.
 
     Raises:
-      DistributedError: it finds none.
+      DistributedError: JAX detects none of them.
     """
     try:
         jax.distributed.initialize()
@@ -178,15 +178,15 @@ def _client() -> Any:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Whether this process writes what is written once."""
     return jax.process_index() == 0
 
 
 def exchange(text: str) -> list[str]:
-    """What every process gave, in their order, once all have called this; all must make the same calls.
+    """Returns the texts of all processes, in process order. Every process must make the same calls.
 
     Raises:
-      OtherProcessFailed: one has ended with an error instead.
+      OtherProcessFailed: a process ended with an error instead.
     """
     if jax.process_count() == 1:
         return [text]
@@ -196,10 +196,10 @@ def exchange(text: str) -> list[str]:
 
 
 def on_first_process(value: Callable[[], Any]) -> Any:
-    """``value()``, as JSON has it, computed by the first process while the others wait.
+    """Returns ``value()``, which the first process computes while the others wait. The value must be JSON.
 
     Raises:
-      OtherProcessFailed: it failed there.
+      OtherProcessFailed: the first process failed.
     """
     if jax.process_count() == 1:
         return value()
@@ -222,7 +222,7 @@ def _wait_for(key: str) -> str:
 
 
 def check_agreement(config: Mapping[str, Any], data: str) -> None:
-    """That all processes have the same configuration, fingerprint of the data, versions and number of devices.
+    """Checks that all processes have the same configuration, data fingerprint, versions and number of devices.
 
     Raises:
       DistributedError: in all processes, if one differs.
@@ -243,10 +243,10 @@ def check_agreement(config: Mapping[str, Any], data: str) -> None:
 
 
 def check_shared(directory: Path) -> None:
-    """That all processes see the same directory.
+    """Checks that all processes see the same directory.
 
     Raises:
-      DistributedError: in all processes, if one does not see what the first one writes.
+      DistributedError: in all processes, if one does not see a file of the first process.
     """
     if jax.process_count() == 1:
         return
@@ -270,15 +270,15 @@ def check_shared(directory: Path) -> None:
 
 @contextlib.contextmanager
 def leave_on_error() -> Iterator[None]:
-    """Around a whole command: one process that ends with an error lets the others know and does not wait for them.
+    """Wraps a whole command: a process that ends with an error tells the others, and exits without waiting for them.
 
-    At its exit JAX waits for all processes to reach theirs, which they do not, as they wait for this one.
+    JAX's exit handler would wait for all processes, which in turn wait for this one.
     """
     try:
         yield
     except SystemExit as end:
         if end.code in (None, 0, EXIT_CODE):
-            raise  # all of them are ending
+            raise  # all processes are ending
         code, cause = end.code if isinstance(end.code, int) else 1, end.__context__
         if not jax.distributed.is_initialized():
             raise
@@ -293,13 +293,13 @@ def leave_on_error() -> Iterator[None]:
     else:
         return
     state = distributed.global_state
-    # A process that fails because another one did has nothing new to say.
+    # A process that fails because another one failed has no new error to report.
     if not isinstance(cause, OtherProcessFailed):
         reason = f"process {state.process_id} on {socket.gethostname()} failed: {cause or f'exit code {code}'}"
         with contextlib.suppress(Exception):
             _client().key_value_set(f"{_FAILURES}/{state.process_id}", reason, allow_overwrite=True)
     if state.process_id == 0:
-        # The service ends with the first process, and all others with the service: time for them to hear of it.
+        # The service ends with the first process, and the others with the service. They need time to read the error.
         time.sleep(3 * POLL_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,35 +10,36 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # EX_TEMPFAIL: to schedulers, "start it again"
+EXIT_CODE = 75  # EX_TEMPFAIL, which tells schedulers to start the command again
 
 
 class Preempted(Exception):
-    """A run was told to stop and has saved what it had; the same command goes on from there."""
+    """A signal stopped the run after a save; the same command resumes it."""
 
 
 def exit_on_sigterm() -> None:
-    """Until an ``Interruption`` is entered, SIGTERM ends the process at once, with the exit code of a preemption.
+    """Makes SIGTERM end the process at once, with EXIT_CODE, until an ``Interruption`` is entered.
 
-    Nothing is cleaned up, as with SIGKILL. With several processes JAX replaces it when they connect.
+    Nothing is cleaned up, as with SIGKILL. With several processes, JAX replaces this handler when they connect.
     """
 
     def leave(number: int, _: FrameType | None) -> None:
-        with contextlib.suppress(RuntimeError, OSError, ValueError):  # it may have come in the middle of a print
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # the signal may arrive during a print
             sys.stdout.flush()
             sys.stderr.flush()
         os.write(2, b"\nSIGTERM: stopped outside of the steps; the same command goes on\n")
-        # An exception would be lost where Python or JAX drops what is raised: in __del__, weakref callbacks, tracing.
+        # Python and JAX drop exceptions raised in __del__, in weakref callbacks and while tracing.
         os._exit(EXIT_CODE)
 
     signal.signal(signal.SIGTERM, leave)
 
 
 class Interruption:
-    """While entered, notes SIGTERM and the first SIGINT instead of dying of them; a second SIGINT interrupts at once.
+    """While entered, records SIGTERM and the first SIGINT, so that the run stops after a step.
 
-    Python takes signals in the main thread only; in another one nothing is caught, nor is what was ignored before. With
-    several processes SIGTERM is left to JAX, which makes all of them stop after the same step; Ctrl-C means at once.
+    A second SIGINT interrupts at once. Python handles signals in the main thread only; in other threads, nothing is caught. A signal that was ignored
+    before stays ignored. With several processes, JAX handles SIGTERM and stops all of them after the same step; Ctrl-C
+    interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Interruption:
         self._previous: dict[signal.Signals, signal.Handlers | object] = {}
 
     def at(self, step: int) -> bool:
-        """Whether to stop after this step."""
+        """Whether the run should stop after this step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.name = "SIGTERM"
         return bool(self.name)
@@ -55,7 +56,7 @@ class Interruption:
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 previous = signal.getsignal(number)
-                # None: a handler that is not Python's, which could not be put back.
+                # None is a handler that Python did not install and cannot restore.
                 if previous not in (None, signal.SIG_IGN):
                     self._previous[number] = previous
                     signal.signal(number, self._note)
@@ -69,5 +70,5 @@ class Interruption:
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            # Not print: the signal may have come in the middle of one.
+            # Not print: the signal may have arrived during a print.
             os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")

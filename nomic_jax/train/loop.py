@@ -37,27 +37,27 @@ def train(
     expected_data: str = "",
     began: float | None = None,
 ) -> dict[str, float]:
-    """Runs a stage to its last step, going on from the latest checkpoint of ``workdir`` if there is one.
+    """Runs a stage to its last step. Resumes from the latest checkpoint of ``workdir`` if there is one.
 
     Args:
       config: every setting of the run.
       workdir: see ``nomic_jax.run.workdir``.
-      devices: those to use; all by default.
-      evaluate: what ``config.evaluation`` asks for.
+      devices: the devices to use; all by default.
+      evaluate: computes the scores that ``config.evaluation`` requests.
       expected_data: the fingerprint that the stream must have.
-      began: when the command did, on the clock of ``time.monotonic``, for the goodput; now by default.
-      stop: ends this part of the run after so many steps, as an interruption would, but without an error.
+      began: start of the command on the clock of ``time.monotonic``, for the goodput; now by default.
+      stop: stop after this step, like an interruption but without an error.
 
     Returns:
       The metrics of the last step; empty if the run had finished before.
 
     Raises:
-      ConfigurationError, MixtureError, BadRow, ResumeError, DamagedCheckpoint: before the first step, with what to do
-        instead.
-      MissingKernel: on a GPU, attention would not be flash attention, and nobody asked for that.
-      SaveError: a checkpoint could not be written; at the next step.
+      ConfigurationError, MixtureError, BadRow, ResumeError, DamagedCheckpoint: the run cannot start; the message says
+        what to change.
+      MissingKernel: on a GPU, attention would not be flash attention, and the configuration does not ask for that.
+      SaveError: a checkpoint could not be written; raised at the next step.
       DivergedError: too many steps in a row were not finite.
-      Preempted: there was SIGTERM or Ctrl-C; what has been done is saved.
+      Preempted: SIGTERM or Ctrl-C stopped the run, and the last step is saved.
     """
     workdir = Path(workdir)
     goodput = Goodput(began)
@@ -163,5 +163,5 @@ def train(
 
 
 def _should_be_fused(encoder: EncoderConfig) -> bool:
-    # In float32 there is no kernel, and nobody trains fast.
+    # cuDNN has no float32 kernel.
     return jax.default_backend() == "gpu" and encoder.dtype != "float32" and encoder.attention != "xla"

@@ -11,7 +11,7 @@ DECAYED = ("kernel", "embedding")
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then the decay; counts optimizer steps, not micro-batches."""
+    """Linear warm-up to the peak, then the decay, by optimizer steps (not micro-batches)."""
     warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
     warmup = min(warmup, steps)
     rest = max(steps - warmup, 1)
@@ -23,10 +23,10 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
         start = max(warmup, 1)
 
         def decay(step):
-            # join_schedules evaluates every part at every step, this one at negative steps too.
+            # join_schedules evaluates every part at every step, so this one at negative steps too.
             return config.lr * (start / (start + jnp.maximum(step, 0))) ** 0.5
 
-    # The first step already moves: with a warm-up from exactly 0 its gradient would be thrown away.
+    # The first step has a positive rate: a warm-up from exactly 0 would discard its gradient.
     return optax.join_schedules([lambda step: config.lr * (step + 1) / max(warmup, 1), decay], [warmup])
 
 

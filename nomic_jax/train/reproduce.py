@@ -1,4 +1,4 @@
-"""Runs a stage again from what its checkpoint says of itself, and compares the two to the bit."""
+"""Trains a stage again from the record in its checkpoint, and compares the two results bit for bit."""
 
 import dataclasses
 import hashlib
@@ -21,10 +21,10 @@ from nomic_jax.train.sharding import make_mesh, replicated
 
 class Reproduction(NamedTuple):
     """Attributes:
-    step: of the checkpoint.
-    expected, found: SHA-256 of all arrays (parameters, optimizer state, step) of the checkpoint, and of its repetition.
+    step: step of the checkpoint.
+    expected, found: SHA-256 of all arrays (parameters, optimizer state, step) of the checkpoint and of the repetition.
     differing: array -> norm of the difference as a share of the array's norm.
-    surroundings: what is another now than it was then: versions, devices, code.
+    surroundings: versions, devices and code that differ from those of the original run.
     """
 
     step: int
@@ -43,12 +43,12 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
 
     Args:
       checkpoint: <workdir of the run>/checkpoints/<step>, or a link to it.
-      workdir: of the repetition; one that was interrupted is gone on with.
-      mixture, init_from: where the data and the model before it are now, if they were moved. Data with other content
-        are refused: their fingerprint is in the record.
+      workdir: working directory of the repetition; an interrupted repetition is resumed.
+      mixture, init_from: where the data and the initial model are now, if they were moved. Data with other content are
+        refused, because the record holds their fingerprint.
 
     Raises:
-      DamagedCheckpoint, ConfigurationError, ResumeError: it cannot be repeated; the message says why.
+      DamagedCheckpoint, ConfigurationError, ResumeError: the checkpoint cannot be reproduced; the message says why.
     """
     path = Path(checkpoint).resolve()
     if path.parent.name != "checkpoints" or not path.is_dir():
@@ -74,7 +74,7 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
         config,
         init_from=there,
         data=dataclasses.replace(config.data, mixture=mixture or config.data.mixture),
-        # The steps are those of the run; what it saved, told and measured on the way changed none of them.
+        # Saving, logging and evaluating do not change the steps.
         checkpoint=CheckpointConfig(every=config.checkpoint.every, keep=1),
         evaluation=EvaluationConfig(),
         wandb="",
@@ -110,7 +110,7 @@ def hash_state(checkpoint: str | Path) -> str:
 
 
 def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
-    # Onto one device, whatever it was saved from: the file's own sharding needs as many devices as there were.
+    # Onto one device: the sharding in the file needs the original number of devices.
     sharding = replicated(make_mesh(jax.local_devices()[:1]))
     saved = ocp.checkpointables_metadata(checkpoint).metadata
     abstract = {

@@ -1,7 +1,7 @@
-"""Where arrays live: one mesh axis; rows over it, and the state by one table.
+"""How arrays are placed: rows are split over the one mesh axis, and the state by one of three tables.
 
-replicated   every device holds parameters and optimizer state whole (plain data parallelism)
-zero1        the optimizer state is divided over the devices; each updates its part of the parameters
+replicated   every device holds all parameters and the whole optimizer state (plain data parallelism)
+zero1        the optimizer state is divided over the devices; each device updates its part of the parameters
 fsdp         the parameters are divided too, and gathered at the start of a step
 """
 
@@ -14,13 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 DATA = "data"
 Sharding = Literal["replicated", "zero1", "fsdp"]
-# Names of leaves that are divided; norms and biases are too small to be worth it. Optimizer moments have the names of
+# Names of the leaves that are divided. Norms and biases are too small to matter. Optimizer moments have the names of
 # their parameters.
 DIVIDED = ("kernel", "embedding")
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices of all processes along one axis, or those given."""
+    """A mesh of one axis over ``devices``, by default all devices of all processes."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)
 
@@ -30,10 +30,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def divided(tree: Any, mesh: Mesh) -> Any:
-    """A PartitionSpec for every leaf: those named in DIVIDED along the first axis that is a multiple of the devices.
+    """A PartitionSpec for every leaf. Leaves named in DIVIDED are split along the first axis divisible by the devices.
 
-    Whole where there is none: of the 137M model all matrices are divided over powers of two up to 256 devices, and 62 %
-    of the parameters over 512 or 1,024, of which 768, its width, is no multiple.
+    A leaf without such an axis stays whole. All matrices of the 137M model divide over powers of two up to 256 devices.
+    Over 512 or 1,024 devices 62 % of its parameters do, because its width, 768, is not a multiple of them.
     """
 
     def spec(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> P:
@@ -50,12 +50,12 @@ def whole(tree: Any) -> Any:
 
 
 def gather_locally(tree: Any, mesh: Mesh) -> Any:
-    """Every leaf whole on the first device of this process; to be called by all processes."""
+    """Every leaf, whole, on the first device of this process. All processes must call it."""
     gathered = jax.jit(lambda leaves: leaves, out_shardings=replicated(mesh))(tree)
     return jax.tree.map(lambda x: x.addressable_data(0), gathered)
 
 
 def put_rows(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows to its devices, as parts of global arrays whose first axis is dealt over all devices."""
+    """Puts this process's rows on its devices, as parts of global arrays whose first axis is split over all devices."""
     sharding = NamedSharding(mesh, P(DATA))
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}

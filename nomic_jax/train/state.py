@@ -14,7 +14,7 @@ from nomic_jax.train.sharding import DATA, Sharding, divided, replicated, whole
 
 
 class TrainState(NamedTuple):
-    """Attributes: step: steps taken, those that were skipped too, int32; params and optimizer state: float32."""
+    """Attributes: step: number of steps, skipped ones included, int32; params and optimizer state: float32."""
 
     step: jax.Array
     params: dict
@@ -37,7 +37,7 @@ def init_state(
     pretrained: dict,
     sharding: Sharding = "replicated",
 ) -> TrainState:
-    """A fresh state on the mesh; ``pretrained`` replaces the random values of the top-level entries it has."""
+    """A new state on the mesh. Top-level entries of ``pretrained`` replace the random values."""
 
     def init(key: jax.Array, pretrained: dict) -> TrainState:
         params = stage.init(key) | pretrained
@@ -49,7 +49,7 @@ def init_state(
 
 
 def state_specs(state: TrainState, mesh: Mesh, sharding: Sharding) -> Any:
-    """The state with a PartitionSpec in the place of every array."""
+    """The state with a PartitionSpec for every array."""
     params = divided(state.params, mesh) if sharding == "fsdp" else whole(state.params)
     opt_state = whole(state.opt_state) if sharding == "replicated" else divided(state.opt_state, mesh)
     return state._replace(step=P(), params=params, opt_state=opt_state)  # type: ignore[arg-type]
@@ -64,11 +64,9 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jitted step (state, rows, the stage's frozen parameters if it has any) -> (state, metrics).
 
-    The state is donated.
-
-    Each device computes the gradient of its own rows' sums, micro-batch by micro-batch in float32; one reduction adds
-    them up over devices; one division makes them the global mean's. A step whose loss or gradient is not finite changes
-    neither parameters nor optimizer state (metric "skipped").
+    The state is donated. Each device computes the gradient of the sums over its rows, micro-batch by micro-batch in float32. One reduction
+    adds the gradients over devices, and one division gives the gradient of the global mean. A step whose loss or
+    gradient is not finite changes neither parameters nor optimizer state (metric "skipped").
     """
     params = jax.eval_shape(stage.init, jax.random.key(0))
     param_specs = divided(params, mesh) if sharding == "fsdp" else whole(params)
@@ -84,7 +82,7 @@ def make_train_step(
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(param_specs, P(), P(DATA)), out_specs=(P(), gradient_specs))
     def global_sums(params: dict, frozen: dict, rows: dict[str, jax.Array]):
-        # Varying over devices, the parameters' gradient stays local until the one reduction below.
+        # Marked as varying over devices, the parameters get a local gradient, until the one reduction below.
         params = jax.tree.map(_gather, params, param_specs)
         micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), rows)
         sums, gradient = value_and_gradient(params, frozen, jax.tree.map(lambda x: x[0], micro_batches))
@@ -124,7 +122,7 @@ def _gather(x: jax.Array, spec: P) -> jax.Array:
 
 
 def _reduce(gradient: dict, specs: Any) -> dict:
-    """Sums over devices: whole, or each device its part."""
+    """Sums over devices: the whole sum on every device, or a part on each."""
 
     def reduce(x: jax.Array, spec: P) -> jax.Array:
         if DATA in spec:

@@ -1,4 +1,4 @@
-"""Embeddings of texts that lie in chunks of different shapes (``nomic_jax.data.batches.packing``), chunk by chunk."""
+"""Embeds the texts of a batch chunk by chunk; chunks may have different shapes (``nomic_jax.data.batches.packing``)."""
 
 from collections.abc import Callable
 
@@ -14,22 +14,22 @@ from nomic_jax.model.heads import pool_segments
 def embed_chunks(
     params: dict, chunks: dict[str, jax.Array], model: EmbeddingConfig, layout: Layout, *, kept_chunks: float = 0.0
 ) -> jax.Array:
-    """Embeddings [N, E] of a device's texts, in the order of the plan; may run inside ``jax.shard_map``.
+    """Returns embeddings [N, E] of a device's texts, in the order of the plan; may run inside ``jax.shard_map``.
 
-    Every chunk takes the branch of its own shape, so devices may take different branches of the same program, and the
-    program does not depend on the texts' lengths. Empty chunks compute nothing.
+    Every chunk takes the branch of its shape. Devices may take different branches of the same program, and the program
+    does not depend on the lengths of the texts. Empty chunks compute nothing.
 
     Args:
       params: encoder parameters.
       chunks: one device's arrays of ``fill_chunks``.
       model: the encoder and its pooling.
-      layout: the shapes that the chunks have.
-      kept_chunks: share of the chunks that keep their activations for the backward pass, the others are computed once
-        more in it: memory for speed. They are computed in the largest shape, whatever theirs is; only for layouts whose
-        rows all have one length.
+      layout: the shapes of the chunks.
+      kept_chunks: share of the chunks whose activations are kept for the backward pass; the others are recomputed in
+      it.
+        Kept chunks are computed in the largest shape. Above 0 only for layouts whose rows all have one length.
     """
-    # A zero that varies over devices like the chunks do. Adding it here, and not within a branch, keeps a reduction out
-    # of the branches' backward passes, where it would wait for devices that took another branch.
+    # A zero that varies over devices like the chunks do. Added within a branch, it would put a reduction into the
+    # branch's backward pass, which would wait for devices that took another branch.
     zero = jnp.sum(chunks["ids"][:0]).astype(jnp.float32)
     params = jax.tree.map(lambda x: x + zero.astype(x.dtype), params)
     empty_SE = jnp.zeros((layout.slots, model.output_dim), jnp.float32) + zero
@@ -39,8 +39,8 @@ def embed_chunks(
             embedding_SE = _embed_chunk(params, chunk, shape, model, layout)
             return jnp.pad(embedding_SE, ((0, layout.slots - len(embedding_SE)), (0, 0)))
 
-        # Around a branch, not around the choice of one: the activations of all branches would be allocated together.
-        # prevent_cse: the two passes are in different loops, there is nothing that the compiler could merge.
+        # Around each branch: around the switch, the activations of all branches would be allocated together.
+        # prevent_cse=False: the two passes are in different loops, so the compiler cannot merge them.
         return jax.checkpoint(compute, prevent_cse=False) if recompute else compute
 
     def empty(chunk: dict[str, jax.Array]) -> jax.Array:
@@ -77,7 +77,7 @@ def _embed_chunk(
     tokens = shape.rows * shape.length
     ids_BL = chunk["ids"][:tokens].reshape(shape)
     if not layout.packed:
-        # A row that is not used has length 0, of which attention kernels make what they like: let it be one pad token.
+        # An unused row has length 0, for which attention kernels return unspecified values. One pad token avoids that.
         length_B = jnp.maximum(chunk["length"][: shape.rows], 1)
         return embed(params, {"ids": ids_BL, "length": length_B}, model)
     segment_BL = chunk["segment"][:tokens].reshape(shape)

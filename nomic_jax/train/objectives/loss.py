@@ -12,14 +12,14 @@ MASKED = jnp.finfo(jnp.float32).min
 
 
 class _Candidates(NamedTuple):
-    """What the anchors of one direction are compared with, of all devices: documents, or queries.
+    """The candidates of one direction of the loss, from all devices: documents, or queries.
 
     Attributes:
-      row_N: the row of the global batch it comes from; -1 for padding.
-      is_positive_N: it belongs to its row's pair; False for mined negatives.
-      query_hash_N2: of its row's query.
-      document_hash_N2: of the document itself, or of its row's positive if the candidate is a query.
-      guide_NG: the guide's embeddings, if there is a guide.
+      row_N: row of the global batch that the candidate comes from; -1 for padding.
+      is_positive_N: True for the candidate of its row's pair; False for mined negatives.
+      query_hash_N2: hash of the query of its row.
+      document_hash_N2: hash of the document, or of the positive of its row if the candidate is a query.
+      guide_NG: the guide's embeddings; None without a guide.
     """
 
     embedding_NE: jax.Array
@@ -31,11 +31,11 @@ class _Candidates(NamedTuple):
 
 
 class _Anchors(NamedTuple):
-    """This device's queries, or its positives; hashes are of the pair. Fields are those of _Candidates.
+    """This device's queries, or its positives. Fields are as in _Candidates; hashes are those of the pair.
 
     Attributes:
-      in_batch_b1: bool [b, 1] or [1, 1]; False where candidates of other rows do not count.
-      threshold_b1: a candidate that the guide finds more similar is no negative.
+      in_batch_b1: bool [b, 1] or [1, 1]; False where candidates of other rows are excluded.
+      threshold_b1: candidates with a higher guide score are not negatives.
     """
 
     embedding_bE: jax.Array
@@ -70,32 +70,33 @@ def contrastive_loss(
     negative, is a candidate of every query. A candidate that is the positive again (the same document text, or the
     positive of a row with the same query text) is left out of the sum.
 
-    ``bidirectional`` adds the way back: each positive against the queries of all devices, without those of rows with
-    the same document or query text; mined negatives take no part. The loss is the mean of both directions
-    (sentence-transformers' MultipleNegativesRankingLoss with both directions and partition_mode="per_direction").
+    ``bidirectional`` adds the direction document -> query: each positive against the queries of all devices, without
+    those of rows with the same document or query text. Mined negatives are not used. The loss is the mean of both
+    directions (sentence-transformers' MultipleNegativesRankingLoss with both directions and
+    partition_mode="per_direction").
 
     Args:
       query_bE: this device's query embeddings, normalised.
-      document_bCE: its documents, C = 1 + negatives a row, the positive first, normalised.
+      document_bCE: this device's documents, C = 1 + negatives of each row, the positive first, normalised.
       query_hash_b2, document_hash_bC2: uint32; equal means equal text.
       temperature: divides the cosine similarities; an array if learnt (``temperature_of``).
       axis_name: the mesh axis to gather over.
       in_batch_negatives: a scalar, or [b]; may be traced. A query for which it is False has only its own row's
-        documents as candidates, a positive only its own query: its loss of the way back is 0.
+        documents as candidates, and a positive only its own query: the loss of the direction document -> query is 0.
       guide_query_bG, guide_document_bCG: embeddings of a guide (a teacher), normalised; both or none. A candidate
-        whose guide similarity to the anchor exceeds that of the row's pair by more than ``guide_margin`` is taken for
-        a false negative and left out, in both directions, mined negatives too (GISTEmbed, arXiv:2402.16829).
-        sentence-transformers counts its margin downwards: ours is minus its "absolute" one.
-      matryoshka_dims: the loss is the sum over them of weight times the loss of the first so many components,
-        normalised again; empty for the embeddings as they come (arXiv:2205.13147).
-      matryoshka_weights: one a dim, used as they are, not normalised to a sum of 1 (as sentence-transformers does);
-        empty for 1 each.
-      column_tile: candidates at a time, in the forward and the backward pass, for batches whose [b, N] logits do not
-        fit; it costs one more matmul in the backward pass. 0 for all at once.
+        whose guide similarity to the anchor exceeds that of the row's pair by more than ``guide_margin`` counts as a
+        false negative and is left out, in both directions and also if it was mined (GISTEmbed, arXiv:2402.16829).
+        sentence-transformers' "absolute" margin has the opposite sign.
+      matryoshka_dims: the loss is a weighted sum over these sizes; each term uses the first ``dim`` components,
+        normalised again. Empty for the full embeddings (arXiv:2205.13147).
+      matryoshka_weights: one weight for each size; they need not sum to 1 (as in sentence-transformers). Empty for 1
+        each.
+      column_tile: candidates compared at a time, in the forward and the backward pass, for batches whose [b, N] logits
+        do not fit. It costs one more matmul in the backward pass. 0 for all at once.
 
     Returns:
-      The sum of the loss over this device's queries, and metric sums ("accuracy": the query scores its positive, in
-      the largest of the Matryoshka dims, higher than every candidate that was not left out).
+      The sum of the loss over this device's queries, and sums of metrics. "accuracy" counts the queries whose positive
+      scores higher than every candidate that was not left out, at the largest Matryoshka size.
 
     Raises:
       ValueError: Matryoshka dims or weights that do not fit, or half a guide.
@@ -173,7 +174,7 @@ def contrastive_loss(
 def _logsumexp_of_negatives(
     anchors: _Anchors, candidates: _Candidates, temperature: float | jax.Array, dims: tuple[int, ...], column_tile: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each anchor's logits to its negatives, in each of the dims: log-sum-exp and highest, both [dims, b]."""
+    """The log-sum-exp and the maximum of each anchor's logits to its negatives, by dim; both [dims, b]."""
 
     def of_tile(tile: _Candidates) -> tuple[jax.Array, jax.Array]:
         negative_bT = _is_negative(anchors, tile)
@@ -200,7 +201,7 @@ def _logsumexp_of_negatives(
 
 
 def _is_negative(anchors: _Anchors, tile: _Candidates) -> jax.Array:
-    """[b, T]: neither the positive, nor the positive again, nor (by the guide) as good as the positive, nor padding."""
+    """bool [b, T]: False for the positive, its duplicates, what the guide scores above the positive, and padding."""
     own_row_bT = anchors.row_b[:, None] == tile.row_N
     # True for the positive itself too.
     same_document_bT = _equal_hash(anchors.document_hash_b2, tile.document_hash_N2)
@@ -213,12 +214,12 @@ def _is_negative(anchors: _Anchors, tile: _Candidates) -> jax.Array:
 
 
 def _similarity(a_mE: jax.Array, b_nE: jax.Array) -> jax.Array:
-    """[m, n]; in full float32, where the default of a GPU would round the operands to TF32's 10 bits."""
+    """Similarities [m, n] in full float32; by default a GPU would round the operands to TF32's 10 bits."""
     return jnp.einsum("me,ne->mn", a_mE, b_nE, precision=jax.lax.Precision.HIGHEST)
 
 
 def _first(x_nE: jax.Array, dim: int) -> jax.Array:
-    """The first ``dim`` components, normalised again; as they come if those are all."""
+    """The first ``dim`` components, normalised again; unchanged if ``dim`` is the full size."""
     if dim == x_nE.shape[1]:
         return x_nE
     x_nE = x_nE[:, :dim]
@@ -235,7 +236,7 @@ def init_temperature(temperature: float) -> dict[str, jax.Array]:
     """Parameters of a learnable temperature: the log of its inverse, a float32 scalar, as in CLIP.
 
     Raises:
-      ValueError: not within 1 / MAX_SCALE and above.
+      ValueError: ``temperature`` is below 1 / MAX_SCALE.
     """
     if not temperature >= 1 / MAX_SCALE:
         raise ValueError(f"a learnable temperature starts at {1 / MAX_SCALE} or above, not at {temperature}")
@@ -245,8 +246,8 @@ def init_temperature(temperature: float) -> dict[str, jax.Array]:
 def temperature_of(params: dict[str, jax.Array]) -> jax.Array:
     """The temperature, a float32 scalar of at least 1 / MAX_SCALE.
 
-    The clamp acts on the value only. The gradient passes through it, so a scale beyond the bound comes back once the
-    loss asks for it; with a plain minimum its gradient would stay 0.
+    The clamp acts on the value only. The gradient passes through it, so a scale beyond the bound can return; with a
+    plain minimum its gradient would stay 0.
     """
     log_scale = params["log_scale"]
     excess = jax.lax.stop_gradient(jnp.maximum(log_scale - math.log(MAX_SCALE), 0.0))
@@ -254,7 +255,7 @@ def temperature_of(params: dict[str, jax.Array]) -> jax.Array:
 
 
 def masked_cross_entropy(logits_TV: jax.Array, target_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over tokens of the cross-entropy and of correct predictions, float32; targets of -1 do not count."""
+    """Sums of the cross-entropy and of correct predictions over tokens, float32; targets of -1 are ignored."""
     used_T = target_T >= 0
     safe_target_T = jnp.maximum(target_T, 0)
     loss_T = jax.nn.logsumexp(logits_TV, axis=-1) - jnp.take_along_axis(logits_TV, safe_target_T[:, None], 1)[:, 0]

@@ -1,7 +1,7 @@
-"""The arithmetic of a training step, and what a device could do at best: their ratio is the MFU.
+"""FLOPs of a training step and peak FLOP/s of devices, for the MFU.
 
-Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B) counts what the model needs of its texts' own tokens, not
-what is computed on padding or a second time in the backward pass.
+Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B) counts model FLOPs on real tokens only. Padding and
+recomputation are excluded.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax
 from nomic_jax.data.batches.stream import Batch
 from nomic_jax.model import EncoderConfig
 
-# Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets. The first that fits counts.
+# Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets. The first match is used.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -31,9 +31,9 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def training_flops(config: EncoderConfig, batch: Batch) -> float:
-    """FLOPs of one step on a global batch: a forward pass, and a backward pass of twice as much.
+    """FLOPs of one step on a global batch: the forward pass, and twice as many for the backward pass.
 
-    A token meets every weight of the layers in one multiplication and one addition, and attention has two products of
+    Every weight of the layers costs one multiplication and one addition for each token. Attention costs two products of
     width D for each pair of tokens of a text. Embedding lookups, norms and the loss are left out.
     """
     D, F, N = config.hidden_size, config.intermediate_size, config.num_layers
@@ -41,7 +41,7 @@ def training_flops(config: EncoderConfig, batch: Batch) -> float:
     forward = 2.0 * batch.real_tokens * N * (4 * D * D + mlp_matrices * D * F)
     forward += 4.0 * batch.token_pairs * N * D
     if "target" in batch.arrays:
-        # The masked-LM head, on this process's share of the predictions; elsewhere the last layer ends with attention.
+        # The masked-LM head and the last MLP run at the predicted positions only. The array is this process's share.
         predictions = batch.arrays["target"].size * jax.process_count()
         forward += 2.0 * predictions * D * (D + config.vocab_size)
         forward -= 2.0 * (batch.real_tokens - predictions) * (D * D + mlp_matrices * D * F)

@@ -1,15 +1,15 @@
-"""Goodput: the share of a run's time that went into steps which count, over all its restarts.
+"""Goodput: the share of a run's time that was spent on steps whose result was kept, over all restarts.
 
-    productive   steps: what devices compute, and what the host does for it meanwhile
-    start        imports, tokens, model and first values, the checkpoint that is gone on from
-    compile      of programs, or reading them from JAX's cache
+    productive   training steps, on the devices and on the host
+    start        imports, tokenisation, model and initial values, loading the checkpoint to resume from
+    compile      compiling programs, or reading them from JAX's cache
     data         waiting for a batch
-    checkpoint   waiting for a save, not what is written beside the training
-    evaluation   scores on the way
-    lost         steps that were done again, because their process was killed before they were saved
+    checkpoint   waiting for a save; writing in the background is not counted
+    evaluation   evaluations during training
+    lost         steps that were repeated, because their process was killed before they were saved
 
-It is the host's time. While no process is at work, nothing is counted. goodput.json of a working directory has a part
-for each process that was, rewritten every second, so that of a killed one hardly anything is missing.
+Times are those of the host. Time without a running process is not counted. goodput.json in the working directory has a
+part for each process of the run. It is rewritten every second, so a kill loses at most about a second.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from jax import monitoring
 
 KINDS = ("productive", "start", "compile", "data", "checkpoint", "evaluation", "lost")
-# What has to be done again if it was not saved.
+# Kinds of time that are lost if their steps were not saved.
 _LOSABLE = ("productive", "data", "evaluation")
 _BEAT_SECONDS = 1.0
 _MOST_MARKS = 50
@@ -32,10 +32,10 @@ T = TypeVar("T")
 
 
 class Goodput:
-    """A clock that runs from the beginning of a command; where its time goes is said by the ``with`` around the work.
+    """A clock that runs from the start of a command. ``with goodput.spending(kind)`` assigns time to a kind.
 
     Args:
-      began: of the command, on the clock of ``time.monotonic``; now by default.
+      began: start of the command, on the clock of ``time.monotonic``; now by default.
     """
 
     def __init__(self, began: float | None = None):
@@ -58,7 +58,7 @@ class Goodput:
             self._turn_to(before)
 
     def steps(self, batches: Iterator[T]) -> Iterator[T]:
-        """Counts waiting for the batches as such, and what is done with them as productive."""
+        """Yields the batches. Waiting for one counts as "data", the time until the next request as productive."""
         while True:
             self._turn_to("data")
             batch = next(batches, None)
@@ -69,7 +69,7 @@ class Goodput:
         self._turn_to("checkpoint")  # of the last step
 
     def saved(self, step: int) -> None:
-        """What was done so far is not lost once the checkpoint of this step is finished."""
+        """Records that the work up to now is kept once the checkpoint of ``step`` is finished."""
         if self._part:
             with self._lock:
                 marks = self._part["marks"] | {str(step): self._now()}
@@ -77,19 +77,19 @@ class Goodput:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By kind, over all parts of the run."""
+        """Seconds by kind, over all parts of the run."""
         with self._lock:
             now = self._now()
         return total([*(part["seconds"] for part in self._earlier), now])
 
     @property
     def share(self) -> float:
-        """Of productive time."""
+        """Share of productive time."""
         return share(self.seconds)
 
     @contextlib.contextmanager
     def recorded(self, workdir: Path, start: int) -> Iterator[None]:
-        """Keeps goodput.json meanwhile; ``start`` is the step that the run goes on from."""
+        """Writes goodput.json while entered; ``start`` is the step that the run resumes from."""
         path = Path(workdir) / "goodput.json"
         self._earlier = [_with_loss(part, start) for part in _read(path)]
         self._part = {"from": start, "marks": {}}
@@ -113,7 +113,7 @@ class Goodput:
     def _write(self, path: Path) -> None:
         with self._lock:
             parts = [*self._earlier, self._part | {"seconds": self._now()}]
-        # A full disk is heard of where something is lost by it.
+        # A full disk is reported where it loses something; this file is only a measurement.
         with contextlib.suppress(OSError):
             part = path.with_name(f".{path.name}.part")
             part.write_text(json.dumps({"parts": parts}), encoding="utf-8")
@@ -133,7 +133,7 @@ class Goodput:
         now, seconds = time.monotonic(), dict(self._seconds)
         spent, compiled = now - self._since, 0.0
         if self._kind in ("start", "productive"):
-            # What is traced inside of what is traced is told of twice.
+            # JAX reports nested tracing twice: once inside, once as part of the outer function.
             until = self._since
             for start, end in sorted(self._compiled):
                 compiled += max(0.0, end - max(start, until))
@@ -144,8 +144,7 @@ class Goodput:
 
 
 def _with_loss(part: dict[str, Any], start: int) -> dict[str, Any]:
-    """A part of the run as it looks to one that goes on from step ``start``."""
-    # Its last checkpoint that is not later: what came after that is done again.
+    """An earlier part of the run, with the time after its last checkpoint at or before ``start`` counted as lost."""
     kept = [seconds for step, seconds in part["marks"].items() if int(step) <= start]
     if part["from"] > start:
         kept = []
@@ -163,11 +162,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["parts"]
     except (OSError, ValueError, KeyError):
-        return []  # none yet, or half a one after a power cut: it is a measurement, nothing depends on it
+        return []  # missing, or cut by a power failure: nothing but this measurement depends on it
 
 
 def read_goodput(workdir: str | Path) -> dict[str, float] | None:
-    """Seconds of a run by kind, over all its parts; None of one that has kept none."""
+    """Seconds of a run by kind, over all its parts; None if the run has no goodput.json."""
     parts = _read(Path(workdir) / "goodput.json")
     return total([part["seconds"] for part in parts]) if parts else None
 
@@ -181,10 +180,10 @@ def share(seconds: dict[str, float]) -> float:
 
 
 def process_began() -> float:
-    """When this process began, on the clock of ``time.monotonic``; now, where the system does not tell."""
+    """The start time of this process, on the clock of ``time.monotonic``; now if the system does not report it."""
     now = time.monotonic()
     with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):
-        # Fields after the command's name, which may hold anything, in brackets; the 22nd is the start in ticks.
+        # Field 22 is the start in ticks. Fields are split after the command name, which may hold anything, in brackets.
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     return now

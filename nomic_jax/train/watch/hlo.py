@@ -1,4 +1,4 @@
-"""What a compiled step does, read off its HLO: what it moves between devices, and whether attention is one kernel."""
+"""Reads the HLO of a compiled step: the bytes it moves between devices, and whether attention is fused."""
 
 import functools
 import math
@@ -25,15 +25,15 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class MissingKernel(RuntimeError):
-    """A program for a GPU computes attention in some other way than by the fused kernel."""
+    """A program for a GPU computes attention without the fused kernel."""
 
 
 class Collective(NamedTuple):
     """Attributes:
     kind: "all-gather", "reduce-scatter", "all-reduce", "all-to-all" or "collective-permute".
-    bytes: of the whole arrays: what a gather ends with, what a scatter or a reduction begins with.
-    times: it runs in a step: in a loop as often as that goes round, in a branch as if that were always taken; None in
-      a loop of which the compiler does not know how often it goes round.
+    bytes: size of the whole arrays: the result of a gather, the operand of a scatter or a reduction.
+    times: how often it runs in a step. A loop multiplies by its trip count, and a branch counts as always taken. None
+      inside a loop whose trip count the compiler does not know.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-    """Every collective of a compiled program (``compiled.as_text()``) over all of so many devices, in its order."""
+    """The collectives of a compiled program (``compiled.as_text()``) over all ``devices``, in program order."""
     found = []
     for computation, times in _computations(hlo):
         for match in _COLLECTIVE.finditer(computation):
@@ -91,10 +91,10 @@ def fused_attention_calls(hlo: str) -> Counter[str]:
 
 
 def require_fused_attention(hlo: str) -> Counter[str]:
-    """The calls of a training step that was compiled for a GPU.
+    """The calls of cuDNN's flash attention in a training step that was compiled for a GPU.
 
     Raises:
-      MissingKernel: the forward or the backward pass has none: the step would run, several times slower.
+      MissingKernel: the forward or the backward pass has none. The step would run, but several times slower.
     """
     calls = fused_attention_calls(hlo)
     for part, is_there in (

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl is the record; TensorBoard, wandb and trackio are views of it."""
+"""Metrics of a run. metrics.jsonl is the record; TensorBoard, wandb and trackio show the same values."""
 
 import contextlib
 import dataclasses
@@ -17,18 +17,18 @@ from tensorboardX.proto.summary_pb2 import Summary
 from nomic_jax.data.formats.writing import atomic_file
 from nomic_jax.train.config import TrainConfig
 
-FLUSH_SECONDS = 30  # at most so old is what TensorBoard shows
+FLUSH_SECONDS = 30  # the largest delay of TensorBoard
 
 
 class MetricsWriter:
-    """Appends to a run's metrics, after taking back what a killed run wrote past its last checkpoint."""
+    """Appends to the metrics of a run, after removing the lines that a killed run wrote after its last checkpoint."""
 
     def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
         self._trackers = _open_trackers(config, workdir)
         self._path = workdir / "metrics.jsonl"
         keep_until(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        # Not SummaryWriter: its thread dies on a full disk, and then its queue blocks the training for ever.
+        # Not SummaryWriter: on a full disk its thread dies, and its full queue then blocks the training for ever.
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
         self._events.write_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -39,12 +39,12 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step} | values) + "\n")
             self._file.flush()
         except OSError as error:
-            # Of an open file it does not say which.
+            # An error of an open file does not name the file.
             raise OSError(error.errno, error.strerror, str(self._path.parent)) from error
         self.show(step, values)
 
     def show(self, step: int, values: dict[str, Any]) -> None:
-        """To the views alone."""
+        """Writes to TensorBoard and the trackers only."""
         try:
             summary = Summary(
                 value=[
@@ -58,7 +58,7 @@ class MetricsWriter:
                 self._events.flush()
                 self._flushed = time.monotonic()
         except OSError as error:
-            # Of an open file it does not say which.
+            # An error of an open file does not name the file.
             raise OSError(error.errno, error.strerror, str(self._path.parent)) from error
 
         for tracker in self._trackers:
@@ -67,7 +67,7 @@ class MetricsWriter:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.finish()
-        # What a full disk kept from being written was heard of in `write`.
+        # `write` has already reported a full disk.
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
@@ -75,10 +75,10 @@ class MetricsWriter:
 
 
 def _open_trackers(config: TrainConfig, workdir: Path) -> list[ModuleType]:
-    """wandb and trackio, as far as they are asked for: their modules have the same functions.
+    """Opens wandb and trackio if the configuration names a project. Their modules have the same functions.
 
     Raises:
-      ModuleNotFoundError: one is not installed.
+      ModuleNotFoundError: one of them is not installed.
     """
     trackers = []
     for name in ("wandb", "trackio"):
@@ -91,7 +91,7 @@ def _open_trackers(config: TrainConfig, workdir: Path) -> list[ModuleType]:
             raise ModuleNotFoundError(f"config.{name} needs the package: pip install {name}") from error
         run = {"project": project, "name": workdir.name, "config": dataclasses.asdict(config), "resume": "allow"}
         if name == "wandb":
-            # A run is gone on with under its id, and names need not differ.
+            # wandb resumes a run by its id; names need not be unique.
             known = workdir / "wandb_id"
             if not known.exists():
                 known.write_text(secrets.token_hex(8), encoding="utf-8")
@@ -102,7 +102,7 @@ def _open_trackers(config: TrainConfig, workdir: Path) -> list[ModuleType]:
 
 
 def read_metrics(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order; a last line cut off by a kill is left out."""
+    """The lines of metrics.jsonl in order, without a last line that a kill has cut off."""
     path = Path(workdir) / name
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -114,7 +114,7 @@ def read_metrics(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, A
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Takes back the lines past a step, and returns those that stay."""
+    """Removes the lines after a step, and returns the remaining ones."""
     kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
     with atomic_file(path) as part:
         part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

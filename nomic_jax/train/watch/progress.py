@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: the bar, the lines of metrics, and a trace of some steps."""
+"""The progress of a run while it trains: the bar, the lines of metrics, and a profile of some steps."""
 
 import contextlib
 import statistics
@@ -21,10 +21,10 @@ from nomic_jax.train.watch.metrics import MetricsWriter
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """Counts what every step does, and every ``config.log_every`` steps tells of it; silent but in the first process.
+    """Counts tokens and FLOPs of every step, and reports every ``config.log_every`` steps, in the first process only.
 
-    Rates are over all steps since the last line, everything between them included. MFU needs a peak: that of the
-    device's data sheet, or ``config.peak_tflops``.
+    Rates cover all time since the last line. MFU needs the peak of the device, from its data sheet or from
+    ``config.peak_tflops``.
 
     Attributes:
       last: the metrics of the last line.
@@ -56,18 +56,18 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         )
         self._trace = Trace(config.profiled_steps, workdir / "profile", start)
         self._accuracy: dict[str, float] = {}
-        # Every new set of shapes is compiled anew.
+        # Every new set of shapes costs a compilation.
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._begin_window()
 
     def _begin_window(self) -> None:
-        """What is counted since the last line."""
+        """Resets the counts of the current line."""
         self._since = time.perf_counter()
         self._window_steps = self._window_real = self._window_padded = 0
         self._window_flops = 0.0
 
     def add(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
-        """After the step was handed to the devices, whose metrics are waited for only if a line is due."""
+        """Called after a step was dispatched. Waits for its metrics only if a line is due."""
         self._shapes.add(tuple(array.shape for array in batch.arrays.values()))
         self._window_steps += 1
         self._window_real += batch.real_tokens
@@ -75,10 +75,10 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         self._window_flops += training_flops(self._encoder, batch)
         self._trace.at(step, metrics)
         if step % self._config.log_every == 0 or step == self._steps:
-            self._tell(step, batch, metrics)
+            self._report(step, batch, metrics)
         self._bar.update()
 
-    def _tell(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
+    def _report(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
         self.last = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - self._since
         line = self.last | {
@@ -112,7 +112,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         self._begin_window()
 
     def show(self, step: int, figures: dict[str, float]) -> None:
-        """Figures of an evaluation, in the views of the metrics; the time they took is not the next steps'."""
+        """Shows the scores of an evaluation in the trackers. Its time does not count for the next steps' rates."""
         if self._writer is not None:
             self._writer.show(step, figures)
         self._begin_window()
@@ -132,12 +132,12 @@ class Trace:
         self.at(start, {})
 
     def at(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Called after each step was handed to the devices."""
+        """Called after each step was dispatched."""
         if self._steps is None:
             return
         first, last = self._steps
         if step == first - 1:
-            # The devices end the step before; then the trace holds whole steps.
+            # Wait until the devices have finished the step before, so that the trace holds whole steps.
             jax.block_until_ready(metrics)
             jax.profiler.start_trace(str(self._directory))
             self._running = True

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient was not finite: recorded, and too many in a row end the run."""
+"""Records steps whose loss or gradient was not finite, and ends the run after too many in a row."""
 
 import json
 from collections import deque
@@ -11,7 +11,7 @@ from nomic_jax.train import hosts
 from nomic_jax.train.watch.metrics import keep_until, read_metrics
 
 MOST_IN_A_ROW = 10
-# So many steps are queued on the devices before the host waits for the first of them: looking costs no idle device.
+# The metrics of a step are read after this number of later steps was dispatched, so that no device waits for the host.
 STEPS_LATE = 2
 
 
@@ -20,7 +20,7 @@ class DivergedError(ValueError):
 
 
 class SkippedSteps:
-    """skipped.jsonl: step (as in metrics.jsonl), source, loss, gradient norm, and row numbers by source of each."""
+    """Writes skipped.jsonl: step (as in metrics.jsonl), source, loss, gradient norm, and row numbers by source."""
 
     def __init__(self, workdir: Path, start_step: int, stream: Stream):
         self._path = Path(workdir) / "skipped.jsonl"
@@ -34,10 +34,10 @@ class SkippedSteps:
             self._in_a_row += 1
 
     def add(self, step: int, source: str, metrics: dict[str, jax.Array]) -> None:
-        """Takes what a step returned, and looks at what the one STEPS_LATE before it did.
+        """Adds the metrics of a step, and checks those of the step STEPS_LATE before it.
 
         Raises:
-          DivergedError: that was the last of MOST_IN_A_ROW.
+          DivergedError: MOST_IN_A_ROW steps in a row were not finite.
         """
         self._unseen.append((step, source, metrics))
         while len(self._unseen) > STEPS_LATE:
