@@ -224,8 +224,8 @@ class LossConfig:
       guide: a frozen embedder (a run or a Hugging Face directory) with the same tokenizer. Candidates that it scores
         above a query's positive do not count as negatives (GISTEmbed, arXiv:2402.16829). It reads the texts with their
         prefixes.
-      guide_margin: a candidate is dropped if its guide score exceeds the positive's by more than this cosine
-      similarity.
+      guide_margin: a candidate is dropped if its guide score exceeds the positive's by more than this, in cosine
+        similarity.
     """
 
     temperature: float
@@ -266,8 +266,7 @@ class TrainConfig:
     Attributes:
       stage: "mlm", "contrastive" or "finetune"; or "classify", a classifier on top of the encoder.
       init_from: the model to start from: a run's working directory, one of its checkpoints, or a Hugging Face
-      directory;
-        empty for random weights. Its architecture replaces ``model``, except for dtype, attention and recompute.
+        directory; empty for random weights. Its architecture replaces ``model``, except for dtype, attention and recompute.
       batch_size: rows, pairs or queries of an optimizer step, over all devices.
       accumulate: micro-batches of a step. Contrastive batches cannot be split: their rows are each other's negatives.
       steps: optimizer steps; -1 for ``epochs`` passes over the data; 0 writes the initial weights and stops.

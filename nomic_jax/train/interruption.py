@@ -37,9 +37,9 @@ def exit_on_sigterm() -> None:
 class Interruption:
     """While entered, records SIGTERM and the first SIGINT, so that the run stops after a step.
 
-    A second SIGINT interrupts at once. Python handles signals in the main thread only; in other threads, nothing is caught. A signal that was ignored
-    before stays ignored. With several processes, JAX handles SIGTERM and stops all of them after the same step; Ctrl-C
-    interrupts at once.
+    A second SIGINT interrupts at once. Python handles signals in the main thread only; in other threads, nothing is
+    caught. A signal that was ignored before stays ignored. With several processes, JAX handles SIGTERM and stops all of
+    them after the same step; Ctrl-C interrupts at once.
     """
 
     def __init__(self) -> None:

@@ -64,9 +64,9 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """The jitted step (state, rows, the stage's frozen parameters if it has any) -> (state, metrics).
 
-    The state is donated. Each device computes the gradient of the sums over its rows, micro-batch by micro-batch in float32. One reduction
-    adds the gradients over devices, and one division gives the gradient of the global mean. A step whose loss or
-    gradient is not finite changes neither parameters nor optimizer state (metric "skipped").
+    The state is donated. Each device computes the gradient of the sums over its rows, micro-batch by micro-batch in
+    float32. One reduction adds the gradients over devices, and one division gives the gradient of the global mean. A
+    step whose loss or gradient is not finite changes neither parameters nor optimizer state (metric "skipped").
     """
     params = jax.eval_shape(stage.init, jax.random.key(0))
     param_specs = divided(params, mesh) if sharding == "fsdp" else whole(params)
