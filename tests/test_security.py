@@ -123,7 +123,7 @@ class _Payload:
 
 
 def test_the_audit_hook_sees_what_it_is_there_for(tmp_path):
-    """Of every kind once; the fault suite (R12) reads its checkpoints under this hook."""
+    """Of every kind once; the fault suite (hostile-checkpoint) reads its checkpoints under this hook."""
     inside, outside, written = tmp_path / "inside", tmp_path / "outside", tmp_path / "written"
     for folder in (inside, outside, written):
         folder.mkdir()

@@ -1,23 +1,31 @@
-"""The fault suite: real faults, counted, against the whole system: python -m tests.faults [--smoke] [--only=R3,R7]
+"""The fault suite injects real faults into the whole system and counts how many end as promised.
 
-A bar is an entry in bars.py, such as
+Run it with: python -m tests.faults [--smoke] [--only=damaged-checkpoint,non-finite-steps]
 
-    "R3": Bar("a damaged checkpoint is never loaded", "checkpoints:damage", full=dict(flips=200), smoke=dict(flips=10))
+Each check is an entry of checks.py, for example
 
-and its function in tests/faults/checkpoints.py
+    "damaged-checkpoint": Check(
+        "a damaged checkpoint is never loaded; the previous one is, with a warning",
+        "checkpoints:damaged_checkpoint",
+        full=dict(flips=200, truncations=20, deletions=20),
+        smoke=dict(flips=14, truncations=3, deletions=3),
+    )
 
+with a function in tests/faults/checkpoints.py
 
-    def flipped_bits(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None
+    def damaged_checkpoint(counts: dict[str, int], seed: int, folder: Path, results: Results) -> None
 
-- ``counts``: how many faults of each kind, the ``full`` or ``smoke`` ones of its entry.
-- ``seed``: everything random comes from it, so that the same command repeats the same faults.
-- ``folder``: empty, its own, and gone after the bar has held; of one that failed it is kept, and its path printed.
-- ``tally``: ``tally.ask(220)`` says how many faults there will be, ``tally.held(passed, "bit 3 of byte 17 of d/1",
-  why)`` ends one of them; ``tally.worst(value, "seconds", limit=10)`` keeps the largest of a figure and fails beyond
-  the limit; ``tally.note(kills_in_saves=34)`` goes to faults.json. An exception fails the bar.
+- ``counts``: the number of faults of each kind, from ``full`` or ``smoke`` of the entry.
+- ``seed``: the seed of everything random, so that the same command draws the same faults. What a run does when a signal
+  arrives still varies, and so do the names of array files in checkpoints, which tensorstore draws at random.
+- ``folder``: an empty folder for this check. It is deleted if the check passes, and kept and printed if it fails.
+- ``results``: ``results.expect(220)`` announces the number of faults; ``results.add(passed, "bit 3 of byte 17 of d/1",
+  why)`` records one of them; ``results.maximum(value, "seconds", limit=10)`` keeps the largest value, and one above the
+  limit fails the check; ``results.note(kills_during_saves=34)`` adds a field to faults.json. An exception fails the
+  check.
 
-Each bar runs in a process of its own, forked from one that has imported jax and has started no backend; so it may
-start one, with as many virtual devices as it likes (``processes.use_devices``), but only if it forks nothing from then
-on. ``processes.py`` starts the real processes that faults are done to. Standard output and error of a bar go to
-output.txt in its folder. A module is imported when its first bar is run.
+Each check runs in its own process, forked from one that has imported jax but has not started a backend. A check may
+start a backend, with any number of virtual devices (``processes.use_devices``), but must not fork afterwards.
+``processes.py`` starts the processes that receive the faults. Standard output and error of a check go to output.txt in
+its folder. The module of a check is imported when the check starts.
 """

@@ -1,7 +1,7 @@
-"""Real processes to do faults to, forked from this one: jax is imported already, and no backend started.
+"""Starts real processes that receive the faults, forked from this one, which has imported jax without a backend.
 
-A process that is started here has its own process id, memory and files, and gets real signals; what it saves is the
-four seconds in which a new Python imports jax.
+Each process has its own process id, memory and files, and receives real signals. Forking saves the four seconds that a
+new Python process needs to import jax.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from typing import Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent.parent
-SECONDS = 120  # a process that takes longer hangs
+SECONDS = 120  # a process that takes longer is considered hung
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process that is started anew."""
+    """The environment variables for a new Python process."""
     return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
 
 
@@ -33,17 +33,17 @@ class Hang(AssertionError):
 
 
 def use_devices(count: int) -> None:
-    """So many virtual devices for this process; before it starts a backend."""
+    """Sets the number of virtual devices of this process. Must be called before a backend starts."""
     import jax
     from jax._src import xla_bridge
 
-    assert not xla_bridge._backends, "a backend was started already"
+    assert not xla_bridge._backends, "a backend has already started"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
 
 class Process:
-    """One that was forked; ``output`` is where its standard output and error go."""
+    """A forked process; ``output`` is the file of its standard output and error."""
 
     def __init__(self, pid: int, output: Path):
         self.pid, self.output = pid, output
@@ -59,6 +59,7 @@ class Process:
         return self.exit_code
 
     def wait(self, seconds: float = SECONDS) -> int:
+        """Waits for the exit code. Raises Hang, after SIGKILL, if the process takes longer than ``seconds``."""
         deadline = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > deadline:
@@ -83,7 +84,7 @@ class Process:
 
 
 def fork(run: Callable[[], Any], output: Path, devices: int = 1) -> Process:
-    """``run`` in a process of its own; what it returns is dropped, its exit code is that of Python's."""
+    """Calls ``run`` in a new process. Its return value is dropped; exceptions set the exit code as in Python."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -94,8 +95,8 @@ def fork(run: Callable[[], Any], output: Path, devices: int = 1) -> Process:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        sys.stdout.reconfigure(line_buffering=True)  # lines of both in the order in which they are written
-        # tqdm's lock is one for all that were forked from here: one that was killed with it would stop the others.
+        sys.stdout.reconfigure(line_buffering=True)  # keeps the order of the lines of both streams
+        # All forked processes share tqdm's lock: a process killed while holding it would block the others.
         tqdm.set_lock(threading.RLock())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -115,7 +116,7 @@ def fork(run: Callable[[], Any], output: Path, devices: int = 1) -> Process:
 
 
 def command(module: str, arguments: Sequence[str], output: Path, devices: int = 1) -> Process:
-    """python -m MODULE ARGUMENTS"""
+    """Runs python -m MODULE ARGUMENTS in a forked process."""
 
     def run() -> None:
         sys.argv = [module, *arguments]
@@ -125,10 +126,10 @@ def command(module: str, arguments: Sequence[str], output: Path, devices: int = 
 
 
 def call(run: Callable[..., Any], *arguments: Any, folder: Path, devices: int = 1) -> Any:
-    """What ``run`` returns in a process of its own, through a pickle in ``folder``.
+    """Calls ``run`` in a new process and returns its result, which is passed as a pickle in ``folder``.
 
     Raises:
-      AssertionError: it ended otherwise; the message holds what it wrote.
+      AssertionError: the process failed; the message contains its output.
     """
     answer, output = folder / f"answer-{time.monotonic_ns()}", folder / "call.txt"
 

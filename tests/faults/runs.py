@@ -1,4 +1,4 @@
-"""The tiny runs of all three stages that faults are done to, and what is compared of them."""
+"""Tiny runs of all three training stages for the checks, and the figures and hashes that are compared."""
 
 import importlib
 from pathlib import Path
@@ -11,9 +11,9 @@ from tests.faults import processes
 STAGES = ("mlm", "contrastive", "finetune")
 FIGURES = ("step", "loss", "grad_norm", "accuracy", "lr", "source", "real_tokens", "padded_tokens")
 _MIXTURES = {"mlm": "text.jsonl", "contrastive": "pairs.yaml", "finetune": "triplets.jsonl"}
-# The same for all bars: the number is part of the program, by the schedule.
+# The same in all checks, so that they share compiled programs: the schedule makes the number part of the program.
 STEPS = 40
-# The vocabulary is that of the tokenizer, so that a checkpoint has 6 MB: what it is made of is mostly arrays.
+# The vocabulary is the full one of the tokenizer, so a checkpoint has 6 MB, and most of it are arrays.
 _FIELDS: dict[str, object] = {
     "batch_size": 8,
     "steps": STEPS,
@@ -25,20 +25,20 @@ _FIELDS: dict[str, object] = {
 }
 _OF_STAGE: dict[str, dict[str, object]] = {
     "mlm": {"data.seq_len": 16},
-    # One shape: a step is compiled once.
+    # Only one shape, so that a step is compiled once.
     "contrastive": {"data.query_length": 8, "data.document_length": 16},
     "finetune": {"data.query_length": 8, "data.document_length": 16},
 }
 
 
 def prepare(folder: Path) -> None:
-    """The corpus of the runs in ``folder``."""
+    """Writes the corpus of the runs to ``folder``."""
     (folder / "corpus").mkdir(parents=True)
     write_corpus(folder / "corpus", find_minilm())
 
 
 def fields(stage: str, folder: Path, **changes: object) -> dict[str, object]:
-    """Of a run's configuration, by their dotted names; in ``changes``, __ stands for the dot."""
+    """The configuration fields of a run by their dotted names; in ``changes``, __ stands for the dot."""
     values = {
         "data.mixture": str(folder / "corpus" / _MIXTURES[stage]),
         "data.tokenizer": str(find_minilm()),
@@ -49,7 +49,7 @@ def fields(stage: str, folder: Path, **changes: object) -> dict[str, object]:
 
 
 def arguments(stage: str, folder: Path, workdir: Path, **changes: object) -> list[str]:
-    """Of launch.train."""
+    """The arguments of launch.train."""
     values = fields(stage, folder, **changes)
     return [
         f"--config={processes.ROOT}/configs/{stage}.py:debug",
@@ -59,7 +59,7 @@ def arguments(stage: str, folder: Path, workdir: Path, **changes: object) -> lis
 
 
 def configuration(stage: str, folder: Path, **changes: object) -> TrainConfig:
-    """The same as ``arguments`` say."""
+    """The configuration that ``arguments`` describes."""
     config = importlib.import_module(f"configs.{stage}").get_config("debug")
     config.update_from_flattened_dict(fields(stage, folder, **changes))
     return TrainConfig.from_mapping(config.to_dict())
@@ -68,24 +68,24 @@ def configuration(stage: str, folder: Path, **changes: object) -> TrainConfig:
 def start(
     stage: str, folder: Path, workdir: Path, devices: int = 1, output: Path | None = None, **changes: object
 ) -> processes.Process:
-    """launch.train in a process of its own."""
+    """Starts launch.train in a new process."""
     output = output or workdir.with_name(f"{workdir.name}.txt")
     return processes.command("launch.train", arguments(stage, folder, workdir, **changes), output, devices)
 
 
 def finish(stage: str, folder: Path, workdir: Path, devices: int = 1, **changes: object) -> None:
-    """Trains to the last step."""
+    """Trains to the last step; fails if the process fails."""
     process = start(stage, folder, workdir, devices, **changes)
     assert process.wait() == 0, process.text()[-3000:]
 
 
 def shares(count: int, parts: int) -> list[int]:
-    """As even as whole numbers are."""
+    """Divides ``count`` into ``parts`` integers that differ by at most one."""
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def steps_in(workdir: Path) -> list[int]:
-    """Of the finished checkpoints."""
+    """The steps of the finished checkpoints, in ascending order."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal())
 
 
@@ -96,12 +96,12 @@ def steps_done(workdir: Path) -> int:
 
 
 def figures(workdir: Path) -> list[dict]:
-    """Of metrics.jsonl, what does not depend on the clock."""
+    """The figures in metrics.jsonl that do not depend on time."""
     return [{name: line[name] for name in FIGURES} for line in read_metrics(workdir)]
 
 
 def state_hash(workdir: Path, folder: Path) -> str:
-    """SHA-256 of parameters, optimizer state and step of the latest checkpoint, read in a process of its own."""
+    """SHA-256 of parameters, optimizer state and step of the latest checkpoint, read in a new process."""
     return processes.call(_state_hash, workdir, folder=folder)
 
 

@@ -1,4 +1,4 @@
-"""Shards of a few rows in every format, and what is known of one that was damaged."""
+"""Writes shards of a few rows in every format, and describes a damaged one."""
 
 import dataclasses
 import gzip
@@ -18,14 +18,16 @@ Rows = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Damaged:
-    """Attributes:
-    what: where.
-    pattern: what the command is given.
-    words: that the message, and the entry in the side file, must have.
-    good: ids of the rows that are left when it is skipped.
-    raw: the bad row, where that is a line.
-    set_aside: the file that is, when it is skipped.
-    cache: of tokens, where that is what is damaged.
+    """Damaged data and the expected reaction.
+
+    Attributes:
+      what: a description of the damage.
+      pattern: the input argument of the command.
+      words: words that the error message and the entry in the side file must contain.
+      good: ids of the rows that remain with on_bad_row=skip.
+      raw: the bad row as it is in the file, if it is a line.
+      set_aside: the file that on_bad_row=skip sets aside; "" if none.
+      cache: the cache folder, if the token store is damaged.
     """
 
     what: str
@@ -38,9 +40,12 @@ class Damaged:
 
 
 class Kind(NamedTuple):
-    """Attributes:
-    make: (random, an empty folder, rows of all shards, the command that will read them).
-    readers: the commands that it can be met by.
+    """A kind of damage.
+
+    Attributes:
+      make: (random, an empty folder, rows of all shards, the command that will read them) -> the damaged data.
+      readers: the commands that report this damage.
+      can_be_skipped: whether on_bad_row=skip applies to it.
     """
 
     make: Callable[[random.Random, Path, Rows, str], Damaged]
@@ -49,11 +54,12 @@ class Kind(NamedTuple):
 
 
 def name_of(form: str, shard: int) -> str:
-    """As ``datasets`` names the shards of a folder, or as anyone does."""
+    """The file name of a shard; Arrow shards are named as ``datasets`` names them."""
     return f"data-{shard:05d}-of-{SHARDS:05d}.arrow" if form == "arrow" else f"shard-{shard}.{form}"
 
 
 def pattern_of(rng: random.Random, folder: Path, form: str) -> str:
+    """Draws one of the ways to name all shards: the folder, a wildcard, or a range."""
     if form == "arrow":
         return str(folder)
     return rng.choice([str(folder), f"{folder}/shard-*.{form}", f"{folder}/shard-{{0..{SHARDS - 1}}}.{form}"])
@@ -65,7 +71,7 @@ def write_lines(file: Path, lines: list[bytes]) -> None:
 
 
 def write_table(file: Path, rows: Rows) -> None:
-    """Texts may be bytes: nobody checks them to be UTF-8."""
+    """Writes parquet or Arrow. A text may be bytes, which are written as a string without checking that it is UTF-8."""
     columns = {"id": pa.array([row["id"] for row in rows])}
     for name in COLUMNS:
         texts = [row[name].encode() if isinstance(row[name], str) else row[name] for row in rows]

@@ -1,4 +1,4 @@
-"""R7: numbers that overflow, planted in labels of the data and in a model that a run starts from."""
+"""Plants numbers that overflow in labels of the data, and NaN in the initial model: non-finite-steps."""
 
 import dataclasses
 import hashlib
@@ -17,45 +17,45 @@ from nomic_jax.train.watch.metrics import read_metrics
 from nomic_jax.train.watch.skipped import MOST_IN_A_ROW
 from tests.corpus import find_minilm
 from tests.faults import processes, runs
-from tests.faults.tally import Tally
+from tests.faults.results import Results
 
-# A regression's loss is the square: of the first it overflows; of the second the gradient's norm alone does, where a
-# batch is one row for each of two devices.
+# The loss of a regression is the squared error. The first label overflows the loss; the second only the norm of the
+# gradient, if the batch is one row on each of two devices.
 LABELS = {"loss": 1e30, "gradient": 1.84e19}
 BATCH = 2
 
 
-def injections(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
-    """``counts`` has how many steps are to have an infinite loss, an infinite gradient, and a NaN by one text."""
+def non_finite_steps(counts: dict[str, int], seed: int, folder: Path, results: Results) -> None:
+    """``counts`` gives the number of steps with an infinite loss, an infinite gradient, and NaN caused by one text."""
     runs.prepare(folder)
     rng = random.Random(seed)
     kinds = ("loss", "gradient", "input")
-    tally.ask(sum(counts[kind] for kind in kinds) + 1)
-    _abort(folder, tally)
+    results.expect(sum(counts[kind] for kind in kinds) + 1)
+    _train_to_divergence(folder, results)
     processes.use_devices(2)
     of_labels = {kind: counts[kind] for kind in LABELS}
     steps = 2 * sum(of_labels.values()) + 6
-    _run(_regression(folder, "numbers", steps), of_labels, _plant_labels, rng, folder / "regression", tally)
+    _run(_regression(folder, "numbers", steps), of_labels, _plant_labels, rng, folder / "regression", results)
     steps = 2 * counts["input"] + 6
-    _run(_pairs(folder, steps), {"input": counts["input"]}, _plant_words, rng, folder / "pairs", tally)
+    _run(_pairs(folder, steps), {"input": counts["input"]}, _plant_words, rng, folder / "pairs", results)
 
 
-def _abort(folder: Path, tally: Tally) -> None:
-    """Nothing but steps that are not finite: the command ends after so many, and does so again."""
-    config = _regression(folder, "hopeless", 30)
+def _train_to_divergence(folder: Path, results: Results) -> None:
+    """If all steps are non-finite, training ends after MOST_IN_A_ROW of them, and again when restarted."""
+    config = _regression(folder, "all-overflow", 30)
     file = Path(config.data.mixture)
     rows = [json.loads(line) | {"label": LABELS["loss"]} for line in file.read_text(encoding="utf-8").splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    workdir, problems = folder / "abort", []
+    workdir, problems = folder / "diverged", []
     for attempt in range(2):
-        process = processes.fork(lambda: _train(config, workdir), folder / f"abort-{attempt}.txt")
+        process = processes.fork(lambda: _train(config, workdir), folder / f"diverged-{attempt}.txt")
         process.wait()
-        told = f"DivergedError: the steps 1 to {MOST_IN_A_ROW} were not finite"
-        if told not in process.last_line():
+        expected = f"DivergedError: the steps 1 to {MOST_IN_A_ROW} were not finite"
+        if expected not in process.last_line():
             problems.append(process.last_line())
         if len(read_metrics(workdir, "skipped.jsonl")) != MOST_IN_A_ROW:
             problems.append(f"{len(read_metrics(workdir, 'skipped.jsonl'))} steps recorded")
-    tally.held(not problems, f"{MOST_IN_A_ROW} steps in a row that are not finite", "; ".join(problems))
+    results.add(not problems, f"{MOST_IN_A_ROW} non-finite steps in a row", "; ".join(problems))
 
 
 def _train(config: TrainConfig, workdir: Path) -> None:
@@ -65,7 +65,7 @@ def _train(config: TrainConfig, workdir: Path) -> None:
 
 
 def _regression(folder: Path, name: str, steps: int) -> TrainConfig:
-    """Texts with small labels, as many as ``steps`` batches have."""
+    """A regression on texts with small labels, enough for ``steps`` batches."""
     lines = (folder / "corpus" / "text.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [" ".join(json.loads(line)["text"].split()[i : i + 8]) for i in (0, 4, 8, 12) for line in lines]
     rows = [{"sentence": text, "label": i % 5 / 5} for i, text in enumerate(texts[: steps * BATCH])]
@@ -98,7 +98,7 @@ def _pairs(folder: Path, steps: int) -> TrainConfig:
 
 
 def _plant_labels(config: TrainConfig, rows: dict[int, str], folder: Path) -> TrainConfig:
-    """In the file: row -> kind."""
+    """Replaces labels in the data file; ``rows`` maps a row to the kind of its label."""
     file = Path(config.data.mixture)
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     for row, kind in rows.items():
@@ -108,7 +108,7 @@ def _plant_labels(config: TrainConfig, rows: dict[int, str], folder: Path) -> Tr
 
 
 def _plant_words(config: TrainConfig, rows: dict[int, str], folder: Path) -> TrainConfig:
-    """A word in some texts of the file; in the model that the run starts from, its embedding is not a number."""
+    """Adds a word to these rows of the data file; its embedding is NaN in the model that the run starts from."""
     import jax
 
     from nomic_jax.data.tokens.tokenizer import Tokenizer
@@ -144,9 +144,9 @@ def _run(
     plant: Callable[[TrainConfig, dict[int, str], Path], TrainConfig],
     rng: random.Random,
     folder: Path,
-    tally: Tally,
+    results: Results,
 ) -> None:
-    """Plants one row in each of some steps, trains, and looks at every step."""
+    """Plants one bad row in each of some steps, trains, and checks every step."""
     import jax
 
     from nomic_jax.data.tokens.tokenizer import Tokenizer
@@ -194,36 +194,36 @@ def _run(
     recorded = {line["step"]: line for line in read_metrics(folder, "skipped.jsonl")}
     untouched = {step for step in range(1, config.steps + 1) if hashes[step] == hashes[step - 1]}
     if extra := (recorded.keys() | untouched) - bad.keys():
-        tally.fail(f"steps skipped without a fault: {sorted(extra)}")
+        results.fail(f"steps skipped without a planted fault: {sorted(extra)}")
 
-    # The same step again, from its rows and the state before it, by a program of its own.
+    # Repeat each step from its rows and the state before it, with a separately compiled program.
     mesh = make_mesh(jax.devices()[:2])
     stream = loop.make_stream(config, tokenizer, 2)
     pretrained = read_pretrained(config.init_from) if config.init_from else None
     model = pretrained.config if pretrained else EmbeddingConfig(config.model)
     stage = make_stage(config, model, stream.layout)
     optimizer = make_optimizer(config.optim, learning_rate(config.optim, config.steps))
-    again = make_train_step(stage, optimizer, mesh)
+    repeat = make_train_step(stage, optimizer, mesh)
     for step, (row, kind) in bad.items():
         line, problems = recorded.get(step), []
         if step not in untouched:
             problems.append("parameters or optimizer state changed")
         if line is None:
-            problems.append("it is not recorded")
+            problems.append("the step is not recorded")
         else:
             if row not in line["rows"][name] or line["rows"] != stream.row_numbers(step - 1):
                 problems.append(f"recorded rows are {line['rows']}, the planted one is {row}")
             figures = {"loss": "inf", "gradient": "inf", "input": "nan"}
             if line["grad_norm" if kind == "gradient" else "loss"] != figures[kind]:
-                problems.append(f"recorded {line}")
+                problems.append(f"the record is {line}")
             if kind == "gradient" and not np.isfinite(float(line["loss"])):
                 problems.append(f"the loss is {line['loss']}")
-            _, metrics = again(before[step], put_rows(stream.batch(step - 1, 0, 1).arrays, mesh), {})
+            _, metrics = repeat(before[step], put_rows(stream.batch(step - 1, 0, 1).arrays, mesh), {})
             if [str(float(metrics[figure])) for figure in ("loss", "grad_norm")] != [line["loss"], line["grad_norm"]]:
-                problems.append(f"another figure when it is done again: {metrics}")
-        tally.held(not problems, f"{kind} of step {step}, row {row}", "; ".join(problems))
+                problems.append(f"repeating the step gives other figures: {metrics}")
+        results.add(not problems, f"{kind} at step {step}, row {row}", "; ".join(problems))
 
-    # And by going on from the checkpoint before the second half.
+    # Resume from the checkpoint at half of the steps; it must record the same skipped steps.
     text = (folder / "skipped.jsonl").read_text(encoding="utf-8")
     half = config.steps // 20 * 10
     for saved in runs.steps_in(folder):
@@ -231,11 +231,11 @@ def _run(
             shutil.rmtree(folder / "checkpoints" / str(saved))
     loop.train(config, folder, jax.devices()[:2])
     if (folder / "skipped.jsonl").read_text(encoding="utf-8") != text:
-        tally.fail(f"going on from step {half} recorded other steps")
+        results.fail(f"resuming from step {half} recorded other skipped steps")
 
 
 def _spread(rng: random.Random, count: int, steps: int) -> list[int]:
-    """Steps, fewer than MOST_IN_A_ROW of them in a row."""
+    """Draws ``count`` steps, without MOST_IN_A_ROW consecutive ones."""
     while True:
         chosen = set(rng.sample(range(1, steps + 1), count))
         if not any(all(i + j in chosen for j in range(MOST_IN_A_ROW)) for i in chosen):
@@ -243,7 +243,7 @@ def _spread(rng: random.Random, count: int, steps: int) -> list[int]:
 
 
 def _hash(state: Any) -> str:
-    """Of parameters and optimizer state, NaN included."""
+    """SHA-256 of parameters and optimizer state; NaN are compared by their bits."""
     import jax
 
     digest = hashlib.sha256()

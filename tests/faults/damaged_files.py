@@ -1,4 +1,4 @@
-"""The kinds of damage that R9 does to files and to what lies beside them, and with bad_rows.py all of its kinds."""
+"""Damage to data files, to their metadata, to token stores and to mixtures; KINDS also has the damage to rows."""
 
 import functools
 import gzip
@@ -16,7 +16,7 @@ import yaml
 
 from tests.corpus import find_minilm
 from tests.faults import processes
-from tests.faults.bad_rows import BAD_ROWS
+from tests.faults.damaged_rows import BAD_ROWS
 from tests.faults.shards import (
     COLUMNS,
     SHARDS,
@@ -31,7 +31,7 @@ from tests.faults.shards import (
 
 
 def _file(rng: random.Random, folder: Path, rows: Rows, reader: str, *, change: Callable, forms: tuple) -> Damaged:
-    """``change`` damages a shard, and says how, and what the message must have."""
+    """Damages one shard with ``change``, which returns a description and a word of the expected error."""
     form, shards, shard = rng.choice(forms), divided(rows), rng.randrange(SHARDS)
     files = write_shards(folder / "data", form, shards)
     how, reason = change(rng, files[shard])
@@ -42,28 +42,28 @@ def _file(rng: random.Random, folder: Path, rows: Rows, reader: str, *, change: 
     )
 
 
-def _cut(rng: random.Random, file: Path, *, reason: str, is_sound: Callable[[bytes], object]) -> tuple[str, str]:
-    """Where what is left does not happen to be a sound file of fewer rows."""
+def _cut(rng: random.Random, file: Path, *, reason: str, is_valid: Callable[[bytes], object]) -> tuple[str, str]:
+    """Cuts a file at a random place where the rest is not by chance a valid file of fewer rows."""
     content = file.read_bytes()
     while True:
         left = content[: rng.randrange(1, len(content))]
         try:
-            is_sound(left)
+            is_valid(left)
         except (pa.ArrowException, OSError, EOFError, zlib.error):
             file.write_bytes(left)
             return f"{len(left)} of {len(content)} bytes left of", reason
 
 
 def cut_gzip(rng: random.Random, file: Path) -> tuple[str, str]:
-    return _cut(rng, file, reason="the compressed file breaks off after line", is_sound=gzip.decompress)
+    return _cut(rng, file, reason="the compressed file breaks off after line", is_valid=gzip.decompress)
 
 
 def cut_parquet(rng: random.Random, file: Path) -> tuple[str, str]:
-    return _cut(rng, file, reason="not a readable parquet file", is_sound=lambda left: pq.ParquetFile(io.BytesIO(left)))
+    return _cut(rng, file, reason="not a readable parquet file", is_valid=lambda left: pq.ParquetFile(io.BytesIO(left)))
 
 
 def _cut_arrow(rng: random.Random, file: Path) -> tuple[str, str]:
-    """Anywhere, or between two batches, where pyarrow finds a sound file of fewer rows."""
+    """Cuts anywhere, or between two batches, where pyarrow would read a valid file of fewer rows."""
     content = file.read_bytes()
     between = [length for length in range(8, len(content), 8) if _is_stream(content[:length])]
     left = rng.choice([rng.randrange(1, len(content)), rng.choice(between)])
@@ -80,7 +80,7 @@ def _is_stream(content: bytes) -> bool:
 
 
 def flip_gzip(rng: random.Random, file: Path) -> tuple[str, str]:
-    """A bit that matters: some in the header do not. What it is taken for depends on where it is."""
+    """Flips a bit that breaks the file; some bits of the header do not. The error depends on the place of the bit."""
     content = file.read_bytes()
     while True:
         place, bit = rng.randrange(len(content)), rng.randrange(8)
@@ -176,22 +176,22 @@ def _offsets(rng: random.Random, files: list[Path], shards: list[Rows], shard: i
 
 
 def _token_store(rng: random.Random, folder: Path, rows: Rows, reader: str) -> Damaged:
-    """Tokens of sound files; one of theirs is cut, deleted or of another text."""
+    """Pretokenizes valid files, then cuts, deletes or exchanges one file of the token store."""
     write_shards(folder / "data", "jsonl", divided(rows))
     cache = folder / "cache"
-    made = [f"--mixture={folder}/data", f"--tokenizer={find_minilm()}", f"--cache_dir={cache}", "--workers=1"]
-    process = processes.command("launch.pretokenize", ["--stage=contrastive", *made], folder / "tokens.txt")
+    arguments = [f"--mixture={folder}/data", f"--tokenizer={find_minilm()}", f"--cache_dir={cache}", "--workers=1"]
+    process = processes.command("launch.pretokenize", ["--stage=contrastive", *arguments], folder / "tokens.txt")
     assert process.wait() == 0, process.text()
     (store,) = (path.parent for path in cache.glob("*/manifest.json"))
     name = rng.choice(["manifest.json", *(f"{column}.{part}.npy" for column in COLUMNS for part in ("ids", "offsets"))])
     file = store / name
     content = file.read_bytes()
     if name != "manifest.json" and rng.random() < 0.25:
-        file.unlink()  # without a manifest it would be no store, and made again
+        file.unlink()  # without its manifest, the store would be written again
         how = "deleted"
     elif name.endswith("offsets.npy") and rng.random() < 0.5:
         file.write_bytes((store / name.replace("offsets", "ids")).read_bytes())
-        how = "another's content in"
+        how = "content of another file in"
     else:
         left = rng.randrange(len(content))
         file.write_bytes(content[:left])
@@ -247,25 +247,26 @@ def _mixture(rng: random.Random, folder: Path, rows: Rows, reader: str) -> Damag
     return Damaged(f"{how}, source {number}", str(file), (reason,) if how == "nowhere" else (str(file), reason))
 
 
-ANY = ("jsonl", "jsonl.gz", "parquet", "arrow")
-OF_TOKENS = ("pretokenize", "train")
+ALL_FORMATS = ("jsonl", "jsonl.gz", "parquet", "arrow")
+TOKEN_READERS = ("pretokenize", "train")
 
 
 def _in_file(change: Callable, forms: tuple[str, ...]) -> Callable[..., Damaged]:
     return functools.partial(_file, change=change, forms=forms)
 
 
+# The keys are part of each fault's seed: renaming a kind changes its faults.
 KINDS = BAD_ROWS | {
     "cut gzip": Kind(_in_file(cut_gzip, ("jsonl.gz",))),
     "flipped bit in gzip": Kind(_in_file(flip_gzip, ("jsonl.gz",))),
     "cut parquet": Kind(_in_file(cut_parquet, ("parquet",))),
     "cut Arrow": Kind(_in_file(_cut_arrow, ("arrow",))),
     "other schema in a shard": Kind(_in_file(_other_schema, ("parquet", "arrow"))),
-    "empty file": Kind(_in_file(_empty, ANY)),
-    "folder in place of a file": Kind(_in_file(folder_in_place, ANY)),
+    "empty file": Kind(_in_file(_empty, ALL_FORMATS)),
+    "folder in place of a file": Kind(_in_file(folder_in_place, ALL_FORMATS)),
     "missing shard": Kind(_missing_shard, can_be_skipped=False),
-    "wrong counts": Kind(functools.partial(_beside, change=_counts), OF_TOKENS, can_be_skipped=False),
-    "wrong offsets": Kind(functools.partial(_beside, change=_offsets), OF_TOKENS, can_be_skipped=False),
-    "damaged token cache": Kind(_token_store, OF_TOKENS, can_be_skipped=False),
+    "wrong counts": Kind(functools.partial(_beside, change=_counts), TOKEN_READERS, can_be_skipped=False),
+    "wrong offsets": Kind(functools.partial(_beside, change=_offsets), TOKEN_READERS, can_be_skipped=False),
+    "damaged token cache": Kind(_token_store, TOKEN_READERS, can_be_skipped=False),
     "broken mixture": Kind(_mixture, ("pretokenize", "mine", "filter", "train"), can_be_skipped=False),
 }

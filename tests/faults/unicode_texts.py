@@ -1,4 +1,4 @@
-"""R11: any text, of any length, alone or in any batch, is one vector of length 1, and leaves no memory behind."""
+"""Embeds texts of any characters and length, alone and in batches, and watches memory: unicode-texts."""
 
 import ctypes
 import gc
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tests.corpus import find_minilm
 from tests.faults import processes, runs
-from tests.faults.tally import Tally
+from tests.faults.results import Results
 
 BATCH_SIZES = (1, 8, 32)
-A_ROUND = 2500
+TEXTS_PER_ROUND = 2500
 LONGEST = 1_000_000  # characters
 _SPACES = [chr(i) for i in range(0x3100) if chr(i).isspace()]
 _MARKS = [chr(i) for i in itertools.chain(range(0x300, 0x370), range(0x483, 0x48A), range(0x20D0, 0x20F1))]
@@ -28,7 +28,7 @@ _SPECIAL = ["[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "##ing", "search_query
 
 
 class Texts:
-    """Draws texts; the same ones for the same seed."""
+    """Draws texts; the same seed gives the same texts."""
 
     def __init__(self, seed: int):
         self._rng = random.Random(seed)
@@ -60,8 +60,8 @@ class Texts:
     def draw_longest(self) -> str:
         return self._rng.choice([kind for name, kind in self.kinds.items() if name != "empty"])(LONGEST)
 
-    def broken(self) -> tuple[str, int]:
-        """A text with halves of surrogate pairs, and the place of the first."""
+    def with_surrogates(self) -> tuple[str, int]:
+        """Returns a text with lone surrogates and the position of the first."""
         text = self.draw().replace("\ud800", "")[:500]
         place = self._rng.randint(0, len(text))
         rest = "".join(chr(self._rng.randrange(0xD800, 0xE000)) for _ in range(self._rng.randint(1, 3)))
@@ -71,7 +71,7 @@ class Texts:
         return int(least * (most / least) ** self._rng.random())
 
     def _of_plane(self, n: int, plane: int) -> str:
-        """Assigned or not; halves of surrogate pairs are no characters."""
+        """Draws code points of one plane, assigned or not, except surrogates, which are not characters."""
         drawn = (self._rng.randrange(plane << 16, (plane + 1) << 16) for _ in range(_few(n)))
         return self._repeat(n, "".join(chr(i) if not 0xD800 <= i < 0xE000 else "\ud7a3" for i in drawn))
 
@@ -84,42 +84,42 @@ class Texts:
 
 
 def _few(n: int) -> int:
-    """Characters drawn one by one; a longer text repeats them."""
+    """The number of characters to draw; a longer text repeats them."""
     return max(1, min(n, 5000))
 
 
-def texts(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
-    """Rounds of texts: in two orders and two sizes of batches, some alone, some with half a character."""
-    tally.ask(counts["texts"] + counts["broken"])
+def unicode_texts(counts: dict[str, int], seed: int, folder: Path, results: Results) -> None:
+    """Embeds rounds of texts in two orders and batch sizes, some also alone; then texts with lone surrogates."""
+    results.expect(counts["texts"] + counts["surrogates"])
     processes.use_devices(1)
     embedder = _small_embedder(counts["tokens"])
     drawn, rng = Texts(seed), random.Random(seed)
     warnings.simplefilter("ignore")
-    rounds = max(2, -(-counts["texts"] // A_ROUND))
+    rounds = max(2, -(-counts["texts"] // TEXTS_PER_ROUND))
     long_ones = [drawn.draw_longest] * (counts["long"] // 2) + [lambda: drawn.draw(long=True)] * -(-counts["long"] // 2)
-    # Everything that is compiled, and the largest texts: what a process keeps for good it has taken then.
+    # Warm up: compile all shapes and embed the largest texts, so that the process has allocated what it keeps.
     _compile_all(embedder)
     _round(embedder, [*(drawn.draw() for _ in range(500)), "e\u0301" * (LONGEST // 2), "中" * LONGEST], 20, rng, None)
     resident = [_resident_bytes()]
     for part, alone, long in zip(*(runs.shares(counts[kind], rounds) for kind in ("texts", "alone", "long"))):
         some = [drawn.draw() for _ in range(part - long)] + [long_ones.pop()() for _ in range(long)]
-        _round(embedder, some, alone, rng, tally)
+        _round(embedder, some, alone, rng, results)
         resident.append(_resident_bytes())
-    _broken(embedder, drawn, counts["broken"], rng, tally)
+    _lone_surrogates(embedder, drawn, counts["surrogates"], rng, results)
     resident.append(_resident_bytes())
-    tally.note(megabytes_after_rounds=[round(size / 1e6, 1) for size in resident])
-    tally.worst((max(resident) - resident[0]) / 1e6, "MB more than after warm-up", limit=50)
-    # What the warm-up left is no room for a leak to grow into. Of single rounds the pages of the heap, whose level goes
-    # up and down by some 50 MB as texts of a million characters come and go, say more than a leak.
+    results.note(megabytes_after_rounds=[round(size / 1e6, 1) for size in resident])
+    results.maximum((max(resident) - resident[0]) / 1e6, "MB above warm-up", limit=50)
+    # A leak could first fill memory that the warm-up left free, so later rounds are compared with earlier ones, too.
+    # Medians are compared, because texts of a million characters change the heap by about 50 MB from round to round.
     half = len(resident) // 2
     growth = statistics.median(resident[-half:]) - statistics.median(resident[:half])
-    tally.worst(2 * growth / 1e6, "MB of steady growth", limit=50)
-    if counts["whole"]:
-        _long_texts(embedder.with_settings(max_length=8192), drawn, counts["whole"], tally)
+    results.maximum(2 * growth / 1e6, "MB of steady growth", limit=50)
+    if counts["long_context"]:
+        _long_texts(embedder.with_settings(max_length=8192), drawn, counts["long_context"], results)
 
 
 def _small_embedder(max_length: int):
-    """Random weights with the real vocabulary; all of a text becomes tokens, so many are kept."""
+    """A model of random weights with the real vocabulary, which truncates texts to ``max_length`` tokens."""
     import jax
 
     from nomic_jax import Embedder
@@ -132,7 +132,7 @@ def _small_embedder(max_length: int):
 
 
 def _compile_all(embedder) -> None:
-    """Every shape of a batch that there can be."""
+    """Compiles every possible shape of a batch."""
     from nomic_jax.data.batches.shapes import LENGTHS
 
     for length in (length for length in LENGTHS if length <= embedder.max_length):
@@ -140,7 +140,7 @@ def _compile_all(embedder) -> None:
             embedder.encode(["a " * (length - 2)] * rows, prompt="", batch_size=rows)
 
 
-def _round(embedder, some: list[str], alone: int, rng: random.Random, tally: Tally | None) -> None:
+def _round(embedder, some: list[str], alone: int, rng: random.Random, results: Results | None) -> None:
     import numpy as np
 
     prompt = rng.choice(("", "search_query: ", "\u202e"))
@@ -151,55 +151,55 @@ def _round(embedder, some: list[str], alone: int, rng: random.Random, tally: Tal
     apart = np.abs(again - vectors).max(axis=1)
     for i in rng.sample(range(len(some)), min(alone, len(some))):
         apart[i] = max(apart[i], np.abs(embedder.encode(some[i], prompt=prompt) - vectors[i]).max())
-    if tally is not None:
-        _tell(some, vectors, apart, tally)
+    if results is not None:
+        _compare(some, vectors, apart, results)
 
 
-def _tell(some: list[str], vectors, apart, tally: Tally) -> None:
+def _compare(some: list[str], vectors, apart, results: Results) -> None:
     import numpy as np
 
     norms = np.abs(np.linalg.norm(vectors.astype(np.float64), axis=1) - 1)
-    tally.worst(float(norms.max()), "from length 1", limit=1e-5)
-    tally.worst(float(apart.max()), "between two batches", limit=1e-6)
+    results.maximum(float(norms.max()), "deviation from length 1", limit=1e-5)
+    results.maximum(float(apart.max()), "difference between two batches", limit=1e-6)
     for text, vector, norm, distance in zip(some, vectors, norms, apart):
         passed = bool(np.isfinite(vector).all() and norm <= 1e-5 and distance <= 1e-6)
         what = f"{len(text)} characters, {text[:20]!a}" if not passed else f"{len(text)} characters"
-        tally.held(passed, what, f"length 1 but for {norm:.1e}, {distance:.1e} between two batches")
+        results.add(passed, what, f"the length deviates by {norm:.1e}, two batches by {distance:.1e}")
 
 
-def _broken(embedder, drawn: Texts, count: int, rng: random.Random, tally: Tally) -> None:
-    """Half a surrogate pair is no text: it is refused by its place, and what the error advises makes a text of it."""
+def _lone_surrogates(embedder, drawn: Texts, count: int, rng: random.Random, results: Results) -> None:
+    """A lone surrogate is refused with its position; the replacement that the error advises can be embedded."""
     import numpy as np
 
     for _ in range(count):
-        text, place = drawn.broken()
+        text, place = drawn.with_surrogates()
         some = [drawn.draw() for _ in range(rng.randint(0, 3))]
         at = rng.randint(0, len(some))
-        said = ""
+        message = ""
         try:
             embedder.encode([*some[:at], text, *some[at:]], prompt="")
         except ValueError as error:
-            said = str(error)
+            message = str(error)
         advised = text.encode("utf-8", "replace").decode()
         norm = abs(float(np.linalg.norm(embedder.encode(advised, prompt=""))) - 1)
         wanted = f"input {at} holds half of a surrogate pair at character {place}"
-        passed = said.startswith(wanted) and 'text.encode("utf-8", "replace").decode()' in said and norm <= 1e-5
-        tally.held(passed, f"half a character at {place}", f"said {said!r:.200}")
+        passed = message.startswith(wanted) and 'text.encode("utf-8", "replace").decode()' in message and norm <= 1e-5
+        results.add(passed, f"lone surrogate at {place}", f"the error is {message!r:.200}")
 
 
-def _long_texts(embedder, drawn: Texts, count: int, tally: Tally) -> None:
-    """With 8192 tokens of each, two at a time and alone."""
+def _long_texts(embedder, drawn: Texts, count: int, results: Results) -> None:
+    """Embeds texts with up to 8192 tokens, in batches of two and alone."""
     import numpy as np
 
-    tally.ask(count)
+    results.expect(count)
     some = [drawn.draw(long=True) for _ in range(count)]
     vectors = embedder.encode(some, prompt="", batch_size=2)
     alone = np.stack([embedder.encode(text, prompt="") for text in some])
-    _tell(some, vectors, np.abs(alone - vectors).max(axis=1), tally)
+    _compare(some, vectors, np.abs(alone - vectors).max(axis=1), results)
 
 
 def _resident_bytes() -> int:
-    """Of this process, after what is free went back to the system: an allocator may keep that, and reuses it."""
+    """Resident memory of this process after returning free memory to the system, which an allocator may keep."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""R10: a run that is gone on with by the wrong command is refused before its first step."""
+"""Resumes a run with settings that do not match it: resume-mismatch."""
 
 import json
 import shutil
@@ -10,17 +10,20 @@ from typing import NamedTuple
 from nomic_jax.run.manifest import MANIFEST, write_manifest
 from tests.corpus import find_minilm
 from tests.faults import processes, runs
-from tests.faults.tally import Tally
+from tests.faults.results import Results
 
-SECONDS = 10
+SECONDS = 10  # limit until the refusal
 
 
-class Wrong(NamedTuple):
-    """Attributes:
-    name: as in the bar.
-    changes: of the command.
-    words: that the message must have: found, expected, and what to do.
-    override: what the message names, with which the command is taken; "" where nothing can make it work.
+class Mismatch(NamedTuple):
+    """One mismatch between a run and the command that resumes it.
+
+    Attributes:
+      name: the name that results show.
+      changes: changed settings of the command.
+      words: words that the message must contain: found value, expected value, and what to do.
+      override: value of checkpoint.allow_changed that accepts the change; "" if nothing does.
+      before: edits the working directory before the command runs.
     """
 
     name: str
@@ -31,7 +34,7 @@ class Wrong(NamedTuple):
 
 
 def _other_tokenizer(folder: Path) -> Path:
-    """Two words have changed places."""
+    """Writes a tokenizer with the ids of two words exchanged."""
     other = folder / "tokenizer"
     other.mkdir()
     content = json.loads((find_minilm() / "tokenizer.json").read_text(encoding="utf-8"))
@@ -42,7 +45,7 @@ def _other_tokenizer(folder: Path) -> Path:
 
 
 def _newer_format(workdir: Path) -> None:
-    """As a later version would write it, with the hashes that belong to it."""
+    """Gives the latest checkpoint a newer format number, with matching hashes."""
     checkpoint = workdir / "checkpoints" / str(runs.steps_in(workdir)[-1])
     file = checkpoint / "_CHECKPOINT_METADATA"
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -53,7 +56,7 @@ def _newer_format(workdir: Path) -> None:
 
 
 def _other_optimizer(workdir: Path) -> None:
-    """One without second moments, as SGD with momentum has it."""
+    """Removes the second moments from the latest checkpoint, as if the optimizer was SGD with momentum."""
     processes.call(_drop_second_moments, workdir, folder=workdir.parent)
 
 
@@ -83,7 +86,7 @@ def _drop_second_moments(workdir: Path) -> None:
     part.rename(path)
 
 
-def refusals(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
+def resume_mismatch(counts: dict[str, int], seed: int, folder: Path, results: Results) -> None:
     runs.prepare(folder)
     corpus = folder / "corpus"
     text = (corpus / "pairs.yaml").read_text(encoding="utf-8")
@@ -97,52 +100,52 @@ def refusals(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> N
     (corpus / "changed.yaml").write_text(text.replace("a.jsonl", "changed.jsonl"), encoding="utf-8")
     other = _other_tokenizer(folder)
     data = {"data__mixture": str(corpus / "prefixes.yaml")}
-    wrongs = [
-        Wrong("tokenizer", {"data__tokenizer": str(other)}, ("tokenizer_sha256 was", "now it is"), "tokenizer,data"),
-        Wrong("prefix set", data, ("query_prefix of the source 'a' was 'search_query'", "'classification'"), "data"),
-        Wrong("vocabulary, too small", {"model__vocab_size": 1000},
+    mismatches = [
+        Mismatch("tokenizer", {"data__tokenizer": str(other)}, ("tokenizer_sha256 was", "now it is"), "tokenizer,data"),
+        Mismatch("prefix set", data, ("query_prefix of the source 'a' was 'search_query'", "'classification'"), "data"),
+        Mismatch("vocabulary, too small", {"model__vocab_size": 1000},
               ("ids up to 30521", "1000 word embeddings", "config.model.vocab_size of at least 30522")),
-        Wrong("vocabulary, another", {"model__vocab_size": 31000},
+        Mismatch("vocabulary, another", {"model__vocab_size": 31000},
               ("vocab_size was 30528; now it is 31000", "another --workdir")),
-        Wrong("optimizer settings", {"optim__b1": 0.5}, ("config.optim.b1 was 0.9; now it is 0.5",), "optim"),
-        Wrong("optimizer tree", {}, ("training/opt_state/", "as nothing, the run float32", "another model"),
+        Mismatch("optimizer settings", {"optim__b1": 0.5}, ("config.optim.b1 was 0.9; now it is 0.5",), "optim"),
+        Mismatch("optimizer tree", {}, ("training/opt_state/", "as nothing, the run float32", "another model"),
               before=_other_optimizer),
-        Wrong("data manifest, rows", {"data__mixture": str(corpus / "fewer.yaml")},
+        Mismatch("data manifest, rows", {"data__mixture": str(corpus / "fewer.yaml")},
               ("rows of the source 'a' was 70; now it is 69",), "data"),
-        Wrong("data manifest, one text", {"data__mixture": str(corpus / "changed.yaml")},
+        Mismatch("data manifest, one text", {"data__mixture": str(corpus / "changed.yaml")},
               ("fingerprint of the source 'a' was",), "data"),
-        Wrong("newer format", {}, ("has format 99; this version reads 2", "update nomic_jax"), before=_newer_format),
+        Mismatch("newer format", {}, ("has format 99; this version reads 2", "update nomic_jax"), before=_newer_format),
     ]  # fmt: skip
-    wrongs = wrongs[: counts["wrongs"]]
-    tally.ask(len(wrongs))
+    mismatches = mismatches[: counts["mismatches"]]
+    results.expect(len(mismatches))
     runs.finish("contrastive", folder, folder / "run", steps=4)
-    for number, wrong in enumerate(wrongs):
+    for number, mismatch in enumerate(mismatches):
         workdir = folder / f"run-{number}"
         shutil.copytree(folder / "run", workdir)
-        if wrong.before:
-            wrong.before(workdir)
+        if mismatch.before:
+            mismatch.before(workdir)
         files = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
         output = folder / f"{number}.txt"
         began = time.monotonic()
-        changes = {"steps": 8, "checkpoint__allow_changed": "steps"} | wrong.changes
+        changes = {"steps": 8, "checkpoint__allow_changed": "steps"} | mismatch.changes
         process = _train(folder, workdir, output, **changes)
-        code, said = process.wait(), process.last_line()
+        code, message = process.wait(), process.last_line()
         seconds = time.monotonic() - began
         problems = []
-        if code != 2 or not said.startswith("error: ") or "Traceback" in process.text():
+        if code != 2 or not message.startswith("error: ") or "Traceback" in process.text():
             problems.append(f"exit {code}")
-        problems += [f"does not say {word!r}" for word in wrong.words if word not in said]
+        problems += [f"the error lacks {word!r}" for word in mismatch.words if word not in message]
         if files != {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}:
-            problems.append("something was written")
-        if wrong.override:
-            if f"allow_changed={wrong.override.partition(',')[0]}" not in said:
-                problems.append("does not name the override")
-            allowed = f"steps,{wrong.override}"
+            problems.append("files changed")
+        if mismatch.override:
+            if f"allow_changed={mismatch.override.partition(',')[0]}" not in message:
+                problems.append("the error does not name the override")
+            allowed = f"steps,{mismatch.override}"
             process = _train(folder, workdir, output, **changes | {"checkpoint__allow_changed": allowed})
             if process.wait() or runs.steps_done(workdir) != 8:
-                problems.append(f"the override does not help: {process.last_line()}")
-        tally.worst(seconds, "seconds to the refusal, imports besides", limit=SECONDS)
-        tally.held(not problems, wrong.name, f"{'; '.join(problems)}: {said}")
+                problems.append(f"the override does not work: {process.last_line()}")
+        results.maximum(seconds, "seconds until the refusal, without imports", limit=SECONDS)
+        results.add(not problems, mismatch.name, f"{'; '.join(problems)}: {message}")
 
 
 def _train(folder: Path, workdir: Path, output: Path, **changes: object) -> processes.Process:

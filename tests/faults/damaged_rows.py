@@ -1,4 +1,4 @@
-"""The kinds of damage that R9 does to one row: where is random, what has to be said of it is known."""
+"""Damage to one row of a data file: the place is random, the expected error is known."""
 
 import json
 import random
@@ -19,11 +19,11 @@ from tests.faults.shards import (
 )
 
 JSONL, TABLES = ("jsonl", "jsonl.gz"), ("parquet", "arrow")
-BIG = 6_000_000  # bytes of a giant line: more than are read at once
+BIG = 6_000_000  # bytes of a giant line; more than is read at once
 
 
 def _row(rng: random.Random, folder: Path, rows: Rows, reader: str, *, change: Callable, forms: tuple) -> Damaged:
-    """``change`` makes of a row its line (bytes) or other values (dict), and says what the message must have."""
+    """Replaces one row. ``change`` returns a raw line (bytes) or other values (dict), and the expected error."""
     form, shards = rng.choice(forms), divided(rows)
     shard = rng.randrange(SHARDS)
     place = 0 if change is _byte_order_mark else rng.randrange(len(shards[shard]))
@@ -86,7 +86,7 @@ def _broken_utf8(rng: random.Random, row: dict, column: str) -> tuple[bytes, str
     return json.dumps(row, ensure_ascii=False).encode().replace(text, broken, 1), "not valid UTF-8"
 
 
-def _broken_utf8_of_table(rng: random.Random, row: dict, column: str) -> tuple[dict, str]:
+def _broken_utf8_in_table(rng: random.Random, row: dict, column: str) -> tuple[dict, str]:
     row[column] = row[column].encode() + rng.choice([b"\xff", b"\xc3(", b"\xed\xa0\x80"])
     return row, f"column {column!r} is not valid UTF-8"
 
@@ -96,7 +96,7 @@ def _byte_order_mark(rng: random.Random, row: dict, column: str) -> tuple[bytes,
 
 
 def _giant_line(rng: random.Random, row: dict, column: str) -> tuple[bytes, str]:
-    """A file that is one list, rows without line feeds between them, a text that does not end in its line."""
+    """Returns one giant line: a JSON list of rows, rows without line feeds, or a text without a closing quote."""
     line = json.dumps(row).encode()
     count = rng.randint(BIG, 2 * BIG) // len(line)
     return rng.choice(
@@ -132,8 +132,8 @@ def _label(rng: random.Random, folder: Path, rows: Rows, reader: str) -> Damaged
 
 
 def _in_row(change: Callable, *tables: Callable) -> Callable[..., Damaged]:
-    """In lines, and where types allow it (``tables``) in columns."""
-    changes = [(change, JSONL), *((of_table, TABLES) for of_table in tables)]
+    """Makes the damage in JSON lines, or in columns if ``tables`` has changes that column types allow."""
+    changes = [(change, JSONL), *((in_table, TABLES) for in_table in tables)]
 
     def make(rng: random.Random, folder: Path, rows: Rows, reader: str) -> Damaged:
         chosen, forms = rng.choice(changes)
@@ -142,13 +142,14 @@ def _in_row(change: Callable, *tables: Callable) -> Callable[..., Damaged]:
     return make
 
 
+# The keys are part of each fault's seed: renaming a kind changes its faults.
 BAD_ROWS = {
     "broken JSON": Kind(_in_row(_broken_json)),
     "missing column": Kind(_in_row(_missing_column)),
     "wrong type": Kind(_in_row(_wrong_type, _null)),
-    # To launch.clean an empty text is a reason to remove a row, to launch.embed a text.
+    # launch.clean removes rows with an empty text, and launch.embed embeds them: neither reports an error.
     "empty text": Kind(_in_row(_empty_text, _empty_text), ("pretokenize", "mine", "filter", "train")),
-    "broken UTF-8": Kind(_in_row(_broken_utf8, _broken_utf8_of_table)),
+    "broken UTF-8": Kind(_in_row(_broken_utf8, _broken_utf8_in_table)),
     "NUL bytes": Kind(_in_row(_nul_bytes)),
     "byte order mark": Kind(_in_row(_byte_order_mark)),
     "giant line": Kind(_in_row(_giant_line)),

@@ -1,4 +1,4 @@
-"""R3, R6, R8: flipped bits, cut and missing files, full disks, other numbers of devices."""
+"""Faults of stored checkpoints: damaged-checkpoint, full-disk and restore-on-other-devices."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nomic_jax.run.manifest import find_damage
 from tests.faults import processes, runs
-from tests.faults.tally import Tally
+from tests.faults.results import Results
 
 
 def flip(file: Path, rng: random.Random) -> str:
@@ -39,16 +39,16 @@ def delete(file: Path, _: random.Random) -> str:
 
 
 def _replace(file: Path, data: bytes) -> None:
-    file.unlink()  # it is a link to the file of the run
+    file.unlink()  # the file is a hard link to that of the run
     file.write_bytes(data)
 
 
-def damage(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
-    """One file of the latest of three checkpoints, or the tokenizer beside them; then it is read."""
+def damaged_checkpoint(counts: dict[str, int], seed: int, folder: Path, results: Results) -> None:
+    """Damages one file of the latest of three checkpoints, or the tokenizer beside them, and loads the run."""
     runs.prepare(folder)
     run = folder / "run"
     runs.finish("mlm", folder, run)
-    tally.ask(sum(counts.values()))
+    results.expect(sum(counts.values()))
     processes.use_devices(1)
     import jax
     import numpy as np
@@ -73,49 +73,49 @@ def damage(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> Non
         shutil.copytree(run / "checkpoints", workdir / "checkpoints", copy_function=os.link)
         shutil.copy(run / "tokenizer.json", workdir)
         checkpoint = workdir / "checkpoints" / str(latest)
-        # Each file in turn, and where the bits are: in the arrays; with a few in the tokenizer.
-        whole = [path for path, size in zip(files, sizes) if size]
+        # One time in four the next file in turn; a few times the tokenizer; else a file drawn in proportion to size.
+        not_empty = [path for path, size in zip(files, sizes) if size]
         if number % 4 == 0:
-            file = whole[number // 4 % len(whole)]
+            file = not_empty[number // 4 % len(not_empty)]
         elif kind is flip and number % 20 == 1:
             file = run / "tokenizer.json"
         else:
             (file,) = rng.choices(files, sizes)
-        hurt = workdir / file.relative_to(run)
-        what = f"{kind(hurt, rng)} {file.relative_to(run)}"
+        damaged = workdir / file.relative_to(run)
+        what = f"{kind(damaged, rng)} {file.relative_to(run)}"
         problems = []
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            if hurt.name == "tokenizer.json":
+            if damaged.name == "tokenizer.json":
                 try:
                     read_pretrained(workdir)
-                    problems.append("another tokenizer was loaded")
+                    problems.append("the damaged tokenizer was loaded")
                 except (DamagedCheckpoint, ValueError) as error:
                     if "tokenizer" not in str(error):
-                        problems.append(f"said {error}")
+                        problems.append(f"the error is {error}")
             else:
                 name = file.relative_to(run / "checkpoints" / str(latest)).as_posix()
                 if not same(read_pretrained(workdir).params, expected):
-                    problems.append("other parameters than those of the checkpoint before were loaded")
+                    problems.append("the loaded parameters are not the previous checkpoint's")
                 try:
                     read_pretrained(checkpoint)
-                    problems.append("the checkpoint itself was loaded")
+                    problems.append("the damaged checkpoint was loaded")
                 except DamagedCheckpoint as error:
                     if name not in str(error):
-                        problems.append(f"said {error}")
+                        problems.append(f"the error is {error}")
                 with Checkpoints(workdir, {}, every=1, keep=3, on_first_process=hosts.on_first_process) as checkpoints:
                     if checkpoints.latest_step != before:
-                        problems.append(f"would go on from step {checkpoints.latest_step}")
+                        problems.append(f"would resume from step {checkpoints.latest_step}")
                 if not (workdir / "rejected" / str(latest)).is_dir():
-                    problems.append("it was not put aside")
+                    problems.append("the damaged checkpoint was not moved to rejected/")
                 if sum(name in str(warning.message) for warning in warned) != 2:
-                    problems.append(f"warned of {[str(warning.message) for warning in warned]}")
-        tally.held(not problems, what, "; ".join(problems))
+                    problems.append(f"the warnings are {[str(warning.message) for warning in warned]}")
+        results.add(not problems, what, "; ".join(problems))
         shutil.rmtree(workdir)
 
 
 class Disk:
-    """A file system of its own in memory where mounting is allowed; else a limit on the size of files."""
+    """A tmpfs file system of 64 MiB if mounting is allowed; otherwise tests limit the size of files instead."""
 
     def __init__(self, folder: Path):
         self.path = folder
@@ -129,7 +129,7 @@ class Disk:
         return done.returncode == 0
 
     def resize(self, size: int) -> bool:
-        """False where more is in use already."""
+        """Returns False if more is in use already."""
         command = ["mount", "-o", f"remount,size={max(size, 4096)}", str(self.path)]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -147,14 +147,14 @@ class Disk:
                 subprocess.run(["umount", "-l", str(self.path)], check=False)
 
 
-def full_disk(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
-    """At a random step a real file system becomes full, or the kernel refuses to make a file longer."""
+def full_disk(counts: dict[str, int], seed: int, folder: Path, results: Results) -> None:
+    """Fills a real file system at a random step, or makes the kernel refuse to extend a file."""
     runs.prepare(folder)
-    tally.ask(counts["disks"])
+    results.expect(counts["disks"])
     rng = random.Random(seed)
-    runs.finish("mlm", folder, folder / "whole")
-    wanted = runs.state_hash(folder / "whole", folder)
-    hows = []
+    runs.finish("mlm", folder, folder / "uninterrupted")
+    wanted = runs.state_hash(folder / "uninterrupted", folder)
+    faults = []
     for number in range(counts["disks"]):
         with Disk(folder / f"disk-{number}").mounted() as disk:
             workdir, target = disk.path / "run", rng.randint(1, runs.STEPS - 10)
@@ -164,45 +164,45 @@ def full_disk(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> 
                 time.sleep(0.001)
             if is_limit:
                 limit = rng.choice([1 << 14, 1 << 17, 1 << 19])
-                how = f"RLIMIT_FSIZE {limit} after step {target}"
+                fault = f"RLIMIT_FSIZE {limit} after step {target}"
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
             else:
-                # Less than a checkpoint; it may end in the middle of any file.
+                # Less than a checkpoint needs, so the space may run out in the middle of any file.
                 room = rng.choice([0, rng.randrange(1 << 16), rng.randrange(1 << 20), rng.randrange(2 << 20)])
-                how = f"tmpfs with {room} bytes left after step {target}"
-                # What is written meanwhile may make it too small to shrink to; what is pruned makes room again.
+                fault = f"tmpfs with {room} bytes left after step {target}"
+                # Repeat: shrinking fails if more was written meanwhile, and pruning old checkpoints frees space.
                 while process.poll() is None:
                     disk.resize(disk.used + room)
                     time.sleep(0.01)
                     room = 0
-            hows.append(how.split()[0])
+            faults.append(fault.split()[0])
             problems = []
             code, last = process.wait(), process.last_line()
             if code != 2:
                 problems.append(f"exit {code}")
             reasons = ("File too large", "No space left", "RESOURCE_EXHAUSTED", "is full")
             if not (last.startswith("error: ") and str(workdir) in last and any(r in last for r in reasons)):
-                problems.append(f"said {last!r}")
+                problems.append(f"the error is {last!r}")
             if "could not be saved" in last and not (" MB are free there" in last and "it takes up to" in last):
-                problems.append(f"did not say the need: {last!r}")
+                problems.append(f"the error does not name the needed space: {last!r}")
             if "Traceback" in process.text():
                 problems.append("a traceback")
             for step in runs.steps_in(workdir):
                 if damage := find_damage(workdir / "checkpoints" / str(step)):
-                    problems.append(f"left step {step} under its name, and {damage}")
+                    problems.append(f"the checkpoint of step {step} is left, but damaged: {damage}")
             if not is_limit:
                 disk.resize(64 << 20)
             again = runs.start("mlm", folder, workdir, output=folder / f"disk-{number}.txt")
             if again.wait():
-                problems.append(f"did not go on: {again.last_line()}")
+                problems.append(f"did not resume: {again.last_line()}")
             elif runs.state_hash(workdir, folder) != wanted:
-                problems.append("the final state is another")
-            tally.held(not problems, how, "; ".join(problems))
-    tally.note(tmpfs=hows.count("tmpfs"), file_size_limits=hows.count("RLIMIT_FSIZE"))
+                problems.append("the final state differs")
+            results.add(not problems, fault, "; ".join(problems))
+    results.note(tmpfs=faults.count("tmpfs"), file_size_limits=faults.count("RLIMIT_FSIZE"))
 
 
-def restore_anywhere(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
-    """A state of random numbers, its moments too, saved at each place and restored at each."""
+def restore_on_other_devices(counts: dict[str, int], seed: int, folder: Path, results: Results) -> None:
+    """Saves a state of random numbers, moments included, on each device count and sharding; restores it on each."""
     runs.prepare(folder)
     processes.use_devices(8)
     import jax
@@ -223,7 +223,7 @@ def restore_anywhere(counts: dict[str, int], seed: int, folder: Path, tally: Tal
     places = list(itertools.product((1, 2, 4, 8), ("replicated", "fsdp")))
     rng = random.Random(seed)
     places = sorted(rng.sample(places, counts["places"]))
-    tally.ask(len(places) ** 2)
+    results.expect(len(places) ** 2)
     config = runs.configuration("mlm", folder)
     model = EmbeddingConfig(config.model)
     tokenizer = Tokenizer.from_directory(find_minilm())
@@ -254,4 +254,6 @@ def restore_anywhere(counts: dict[str, int], seed: int, folder: Path, tally: Tal
             leaves = list(zip(*map(jax.tree.leaves, (restored, host, wanted)), strict=True))
             same = all(np.array_equal(np.asarray(leaf), mine) for leaf, mine, _ in leaves)
             placed = all(leaf.sharding == like.sharding for leaf, _, like in leaves)
-            tally.held(same and placed, f"{saved} to {place}", "other bits" if not same else "elsewhere")
+            results.add(
+                same and placed, f"{saved} to {place}", "the values differ" if not same else "the sharding differs"
+            )

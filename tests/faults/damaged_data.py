@@ -1,4 +1,4 @@
-"""R9: damaged data, read by every command that reads data."""
+"""Gives damaged data to every command that reads data: damaged-data."""
 
 import itertools
 import json
@@ -15,28 +15,28 @@ from nomic_jax.data.mixture import with_prefix
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from tests.corpus import find_minilm, pairs_of_words, write_teacher
 from tests.faults import processes, runs
-from tests.faults.damage import KINDS
+from tests.faults.damaged_files import KINDS
+from tests.faults.results import Results
 from tests.faults.shards import SHARDS, Damaged
-from tests.faults.tally import Tally
 
-ROWS = 12  # of a shard
-# The commands that meet a fault. Those that compute take five times as long, so they meet a fifth of them.
+ROWS = 12  # per shard
+# The commands that read the faults. Commands that compute take five times as long, so they read a fifth of the faults.
 READERS, COMPUTING = ("clean", "pretokenize", "mine"), ("filter", "train", "embed")
-SECONDS = 60
+SECONDS = 60  # limit for one command
 
 
-def damaged_data(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
-    """Of each kind, ``counts["places"]`` faults: in one place of one shard, met by one command, under both policies.
+def damaged_data(counts: dict[str, int], seed: int, folder: Path, results: Results) -> None:
+    """Damages one place of one shard and reads it with one command, with on_bad_row=raise and on_bad_row=skip.
 
-    Without ``counts["computing"]``, only those of READERS meet them.
+    ``counts["places"]`` is the number of faults per kind. If ``counts["computing"]`` is 0, only READERS read them.
     """
-    tally.ask(len(KINDS) * counts["places"])
+    results.expect(len(KINDS) * counts["places"])
     teacher = folder / "teacher"
     if counts["computing"]:
         processes.call(write_teacher, teacher, folder=folder)
     rows = pairs_of_words(SHARDS * ROWS, seed)
     tokens = processes.call(_tokens, rows, folder=folder)
-    readers = {}
+    faults_read = {}
     for number, (kind, damage) in enumerate(sorted(KINDS.items())):
         for place in range(counts["places"]):
             rng = random.Random(f"{seed} {kind} {place}")
@@ -47,20 +47,20 @@ def damaged_data(counts: dict[str, int], seed: int, folder: Path, tally: Tally) 
             here = folder / f"{number}-{place}"
             here.mkdir()
             damaged = damage.make(rng, here, rows, reader)
-            what = f"{kind}, met by {reader}: {damaged.what}"
+            what = f"{kind}, read by {reader}: {damaged.what}"
             refusing = _start(reader, damaged, here / "refused", teacher, "raise")
             skipping = _start(reader, damaged, here / "skipped", teacher, "skip") if damage.can_be_skipped else None
-            problems = list(_refused(refusing, damaged, tally))
+            problems = list(_refused(refusing, damaged, results))
             if skipping:
                 problems += _skipped(skipping, reader, damaged, here / "skipped", tokens)
-            readers[reader] = readers.get(reader, 0) + 1
-            if tally.held(not problems, what, "; ".join(problems)[:1500]):
+            faults_read[reader] = faults_read.get(reader, 0) + 1
+            if results.add(not problems, what, "; ".join(problems)[:1500]):
                 shutil.rmtree(here)
-    tally.note(kinds=len(KINDS), **{f"met_by_{reader}": count for reader, count in sorted(readers.items())})
+    results.note(kinds=len(KINDS), **{f"read_by_{reader}": count for reader, count in sorted(faults_read.items())})
 
 
 def _tokens(rows: list[dict[str, Any]]) -> dict[tuple[int, ...], int]:
-    """The tokens of a query -> the row's id."""
+    """Maps the token ids of each query to the id of its row."""
     queries = [with_prefix("search_query", row["query"]) for row in rows]
     encoded = Tokenizer.from_directory(find_minilm()).encode(queries)
     return {tuple(ids.tolist()): row["id"] for ids, row in zip(encoded, rows)}
@@ -95,35 +95,35 @@ def _start(reader: str, damaged: Damaged, output: Path, teacher: Path, policy: s
     return processes.command("launch.train", arguments, log)
 
 
-def _refused(process: processes.Process, damaged: Damaged, tally: Tally) -> Iterator[str]:
-    """What is wrong with the answer to the fault: exit code 2 after one line with file, place and reason."""
+def _refused(process: processes.Process, damaged: Damaged, results: Results) -> Iterator[str]:
+    """Yields problems with the refusal, which is exit code 2 and one line with file, place and reason."""
     try:
         code = process.wait(SECONDS)
     except processes.Hang as hang:
         yield str(hang)
         return
-    said = process.last_line().rpartition("\r")[2]
-    if code != 2 or not said.startswith("error: ") or "Traceback" in process.text():
+    message = process.last_line().rpartition("\r")[2]
+    if code != 2 or not message.startswith("error: ") or "Traceback" in process.text():
         yield f"exit {code} after {process.text()[-600:]!r}"
-    yield from (f"{said[:600]!r} lacks {word!r}" for word in damaged.words if word not in said)
-    if len(said) > 1500:
-        yield f"a line of {len(said)} characters"
-    tally.worst(len(said), "characters of a message")
+    yield from (f"{message[:600]!r} lacks {word!r}" for word in damaged.words if word not in message)
+    if len(message) > 1500:
+        yield f"a line of {len(message)} characters"
+    results.maximum(len(message), "characters in a message")
 
 
 def _skipped(
     process: processes.Process, reader: str, damaged: Damaged, output: Path, tokens: dict[tuple[int, ...], int]
 ) -> Iterator[str]:
-    """What is lost but the bad row, or the bad file, or not recorded."""
+    """Yields problems with on_bad_row=skip: lost rows other than the bad row or file, and missing records of it."""
     try:
         code = process.wait(SECONDS)
     except processes.Hang as hang:
         yield str(hang)
         return
     if code != 0 or "Traceback" in process.text():
-        yield f"skipping, exit {code} after {process.text()[-600:]!r}"
+        yield f"on_bad_row=skip, exit {code} after {process.text()[-600:]!r}"
         return
-    store = next((path.parent for path in output.glob("*/manifest.json")), output)  # of tokens
+    store = next((path.parent for path in output.glob("*/manifest.json")), output)  # the token store
     match reader:
         case "clean" | "filter":
             kept = [json.loads(line)["id"] for line in _lines(output / "kept.jsonl")]
@@ -135,7 +135,7 @@ def _skipped(
             ids, ends = np.load(store / "query.ids.npy"), np.load(store / "query.offsets.npy")
             kept = [tokens.get(tuple(ids[start:end].tolist()), -1) for start, end in itertools.pairwise(ends)]
     if kept != damaged.good:
-        yield f"skipping, {len(kept)} rows are kept of {len(damaged.good)}"
+        yield f"on_bad_row=skip kept {len(kept)} rows of {len(damaged.good)}"
     side_file = Path(f"{output}.parquet.rejected.jsonl") if reader == "embed" else store / "rejected.jsonl"
     entries = [json.loads(line) for line in _lines(side_file)] if side_file.exists() else []
     if len(entries) != 1 or any(word not in entries[0]["reason"] for word in damaged.words):
@@ -143,7 +143,7 @@ def _skipped(
     elif damaged.raw is not None and damaged.raw.decode("utf-8", "replace").strip() != entries[0]["row"].strip():
         yield f"the side file has another row: {entries[0]['row'][:300]!r}"
     if damaged.set_aside and f"set aside: {damaged.set_aside}" not in process.text():
-        yield f"the file set aside is not told of: {process.text()[-600:]!r}"
+        yield f"the output does not name the file that was set aside: {process.text()[-600:]!r}"
 
 
 def _lines(file: Path) -> list[str]:

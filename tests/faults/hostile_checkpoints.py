@@ -1,4 +1,4 @@
-"""R12: checkpoints of strangers are read or refused, and nothing of them is run."""
+"""Reads hostile checkpoints under an audit hook: hostile-checkpoint."""
 
 import copy
 import json
@@ -16,57 +16,59 @@ from typing import Any
 
 from nomic_jax.run.manifest import MANIFEST, write_manifest
 from tests.corpus import write_small_model
-from tests.faults import processes, runs, stranger_runs, strangers
+from tests.faults import hostile_directories, hostile_edits, hostile_runs, processes, runs
 from tests.faults.audit import Watch
-from tests.faults.tally import Tally
+from tests.faults.hostile_edits import Case
+from tests.faults.results import Results
 from tests.fuzz.strategies import NASTY_VALUES, places
 
-SECONDS = 20
-MEGABYTES = 500
-# Texts that a tokenizer must take, whatever it is.
+SECONDS = 20  # limit for one checkpoint
+MEGABYTES = 500  # limit of additional peak memory
+# Texts that every tokenizer must accept.
 TEXTS = ["a b c", "", "x\u0301 \U0001f600"]
 
 
-def hostile(counts: dict[str, int], seed: int, folder: Path, tally: Tally) -> None:
+def hostile_checkpoint(counts: dict[str, int], seed: int, folder: Path, results: Results) -> None:
+    """Opens hostile directories and runs, then valid ones with random edits, in this process and by commands."""
     rng = random.Random(seed)
-    here = folder / "here"  # the working directory: a payload would leave its marker there
+    here = folder / "here"  # the working directory, in which a payload would create its marker
     here.mkdir()
     os.chdir(here)
-    processes.call(_make, folder, folder=folder)
-    # Of more than one kind of each, in an order of their own, so that few are as varied as all.
-    directories, checkpoints = strangers.directories(), stranger_runs.runs()
+    processes.call(_write_valid, folder, folder=folder)
+    # In random order, so that a small number of cases is as varied as all of them.
+    directories, checkpoints = hostile_directories.directories(), hostile_runs.runs()
     chosen = directories[:1] + rng.sample(directories[1:], min(counts["directories"], len(directories)) - 1)
     chosen_runs = checkpoints[:1] + rng.sample(checkpoints[1:], min(counts["runs"], len(checkpoints)) - 1)
     commands = list(_commands(folder))
-    tally.ask(
+    results.expect(
         len(chosen) + len(chosen_runs) + counts["edits"] + counts["records"] + counts["bytes"] + counts["commands"]
     )
     for number in range(counts["commands"]):
         what = chosen[number % len(chosen)] if number % 4 else chosen_runs[number // 4 % len(chosen_runs)]
-        _command(commands[number % len(commands)], what, number % 4 == 0, number, folder, tally)
+        _command(commands[number % len(commands)], what, number % 4 == 0, number, folder, results)
     processes.use_devices(1)
-    # Of errors in threads of tensorstore's, which orbax raises as well: they would look for their own source files.
+    # Orbax raises errors in tensorstore's threads again. Printing their tracebacks would open source files.
     sys.excepthook = lambda *_: None
-    reader = Reader(folder, tally)
-    for number, stranger in enumerate(chosen):
-        case = reader.copy("model", f"directory-{number}", stranger)
-        reader.check(f"directory: {stranger.name}", case, stranger.words)
-    for number, stranger in enumerate(chosen_runs):
-        case = reader.copy("run", f"run-{number}", stranger)
-        reader.check(f"run: {stranger.name}", case, stranger.words)
+    reader = Reader(folder, results)
+    for number, case in enumerate(chosen):
+        path = reader.copy("model", f"directory-{number}", case)
+        reader.check(f"directory: {case.name}", path, case.words)
+    for number, case in enumerate(chosen_runs):
+        path = reader.copy("run", f"run-{number}", case)
+        reader.check(f"run: {case.name}", path, case.words)
     reader.edit_json(counts["edits"], rng)
     reader.edit_records(counts["records"], rng)
     reader.damage(counts["bytes"], rng)
-    tally.note(read=reader.read, refused=reader.refused)
+    results.note(read=reader.read, refused=reader.refused)
 
 
-def _make(folder: Path) -> None:
-    """A sound model and a sound run, and their like outside of where they are read from."""
+def _write_valid(folder: Path) -> None:
+    """Writes a valid model, a valid run, and similar files outside of the folder of the cases."""
     from nomic_jax.run.pretrained import read_pretrained, write_pretrained
 
-    write_small_model(folder / "sound" / "model")
-    write_pretrained(folder / "sound" / "run", read_pretrained(folder / "sound" / "model"))
-    shutil.copytree(folder / "sound" / "model", folder / "outside")
+    write_small_model(folder / "valid" / "model")
+    write_pretrained(folder / "valid" / "run", read_pretrained(folder / "valid" / "model"))
+    shutil.copytree(folder / "valid" / "model", folder / "outside")
     (folder / "outside" / "secret.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\nsecret\n", encoding="utf-8")
     (folder / "outside" / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\nsecret\n", encoding="utf-8")
     (folder / "cases").mkdir()
@@ -75,40 +77,41 @@ def _make(folder: Path) -> None:
     runs.prepare(folder)
 
 
-def _seal(run: Path) -> None:
+def _update_manifest(run: Path) -> None:
+    """Computes the hashes of the checkpoint again."""
     (run / "checkpoints" / "0" / MANIFEST).unlink()
     write_manifest(run / "checkpoints" / "0")
 
 
 class Reader:
-    """Reads what is hostile in this process, with an audit hook.
+    """Reads hostile checkpoints in this process, under an audit hook.
 
     Attributes:
-      read, refused: how many were, of those that had the choice or not.
+      read, refused: the number of checkpoints that were read, and that were refused with an error.
     """
 
-    def __init__(self, folder: Path, tally: Tally):
+    def __init__(self, folder: Path, results: Results):
         import jax
 
         from nomic_jax import Embedder
         from nomic_jax.hf import write_checkpoint
         from nomic_jax.run.pretrained import read_pretrained
 
-        self._folder, self._tally = folder, tally
+        self._folder, self._results = folder, results
         self._open, self._write, self._embedder = read_pretrained, write_checkpoint, Embedder
         self._cache = Path(jax.config.jax_compilation_cache_dir)
         self.read = self.refused = 0
         self._slowest = 0.0
-        # What is imported or compiled when something is first read.
+        # Warm up: the first reads import modules and compile programs.
         for name in ("plain", "vocabulary", "torch"):
             warm = folder / "cases" / f"warm-{name}"
-            shutil.copytree(folder / "sound" / "model", warm)
+            shutil.copytree(folder / "valid" / "model", warm)
             if name == "vocabulary":
                 (warm / "tokenizer.json").unlink()
             if name == "torch":
-                strangers.torch_state(lambda torch, state: state)(warm, folder / "outside")
+                hostile_edits.torch_weights(lambda torch, state: state)(warm, folder / "outside")
             self._use(warm)
-        self._use(folder / "sound" / "run")
+        self._use(folder / "valid" / "run")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             case = folder / "cases" / "warm-plain"
@@ -128,19 +131,23 @@ class Reader:
         embedder = self._embedder.from_checkpoint(checkpoint)
         vectors = embedder.encode(TEXTS, prompt="")
         if not np.isfinite(vectors).all():
-            raise AssertionError("vectors that are not finite")
+            raise AssertionError("the vectors are not finite")
         self._write(self._folder / "out" / "exported", checkpoint)
 
-    def copy(self, sound: str, name: str, stranger: strangers.Stranger) -> Path:
-        return _copy(self._folder, sound, name, stranger)
+    def copy(self, valid: str, name: str, case: Case) -> Path:
+        return _copy(self._folder, valid, name, case)
 
     def check(self, what: str, path: Path, words: tuple[str, ...] | None) -> None:
-        """Ends one fault; ``words`` of the error that it must be refused with, () for none, None for either."""
+        """Reads one checkpoint and records the result.
+
+        Args:
+          words: words of the error that must refuse it; () if it must be read; None if both are allowed.
+        """
         problems: list[str] = []
         began = time.monotonic()
         readable = [path, Path(os.path.realpath(path))]
         if path.is_symlink():
-            readable.append(Path(os.path.realpath(path)).parent.parent)  # the hub's cache
+            readable.append(Path(os.path.realpath(path)).parent.parent)  # the hub cache
         writable = [self._folder / "out", self._cache]
         error: BaseException | None = None
         with Watch(readable, writable) as watch, warnings.catch_warnings():
@@ -149,50 +156,50 @@ class Reader:
                 self._use(path)
             except (ValueError, FileNotFoundError) as refusal:
                 error = refusal
-            except Exception as bare:
-                error = bare
-                problems.append(f"a bare {type(bare).__name__}: {bare}"[:500])
+            except Exception as unexpected:
+                error = unexpected
+                problems.append(f"an unhandled {type(unexpected).__name__}: {unexpected}"[:500])
         seconds = time.monotonic() - began
         problems += watch.seen[:3]
         problems += _left_behind(Path.cwd())
         self.refused += error is not None
         self.read += error is None
         if error is not None:
-            said = str(error)
+            message = str(error)
             if words == ():
-                problems.append(f"was refused: {said[:500]}")
-            if path.name not in said or not all(word in said for word in words or ()):
-                problems.append(f"does not name {' and '.join([path.name, *(words or ())])}: {said[:500]}")
-            if not all(c.isprintable() or c == "\n" for c in said):
-                problems.append(f"an error with control characters: {said[:300]!r}")
+                problems.append(f"was refused: {message[:500]}")
+            if path.name not in message or not all(word in message for word in words or ()):
+                problems.append(f"does not name {' and '.join([path.name, *(words or ())])}: {message[:500]}")
+            if not all(c.isprintable() or c == "\n" for c in message):
+                problems.append(f"an error with control characters: {message[:300]!r}")
         elif words:
             problems.append("was read")
         shutil.rmtree(self._folder / "out" / "exported", ignore_errors=True)
         if seconds > self._slowest:
             self._slowest = seconds
-            self._tally.note(slowest=what)
-        self._tally.worst(seconds, "seconds for one", limit=SECONDS)
-        self._tally.worst((_peak_bytes() - self._peak) / 1e6, "MB more at the peak", limit=MEGABYTES)
-        self._tally.held(not problems, what, "; ".join(problems))
+            self._results.note(slowest=what)
+        self._results.maximum(seconds, "seconds per checkpoint", limit=SECONDS)
+        self._results.maximum((_peak_bytes() - self._peak) / 1e6, "MB of additional peak memory", limit=MEGABYTES)
+        self._results.add(not problems, what, "; ".join(problems))
 
     def edit_json(self, count: int, rng: random.Random) -> None:
-        """One value of one file is something else."""
-        case = self.copy("model", "edited", strangers.Stranger("", lambda model, outside: None))
-        contents = {name: json.loads((case / name).read_bytes()) for name in strangers.JSON_FILES}
-        contents["tokenizer.json"] = json.loads((case / "tokenizer.json").read_bytes())
-        contents["tokenizer_config.json"] = json.loads((case / "tokenizer_config.json").read_bytes())
+        """Replaces one value of one JSON file of a model."""
+        path = self.copy("model", "edited", Case("", lambda model, outside: None))
+        contents = {name: json.loads((path / name).read_bytes()) for name in hostile_edits.JSON_FILES}
+        contents["tokenizer.json"] = json.loads((path / "tokenizer.json").read_bytes())
+        contents["tokenizer_config.json"] = json.loads((path / "tokenizer_config.json").read_bytes())
         for _ in range(count):
             name = rng.choice(sorted(contents))
-            file, place, value = case / name, *_choice(contents[name], rng)
+            file, place, value = path / name, *_choice(contents[name], rng)
             before = file.read_bytes()
             file.write_text(json.dumps(_with(contents[name], place, value)), encoding="utf-8")
-            self.check(f"{name}: {_shown(place)} is {value!r:.40}", case, None)
+            self.check(f"{name}: {_shown(place)} is {value!r:.40}", path, None)
             file.write_bytes(before)
 
     def edit_records(self, count: int, rng: random.Random) -> None:
-        """The same of what a run's checkpoint says of itself, with the hashes that belong to it."""
-        case = self.copy("run", "record", strangers.Stranger("", lambda run, outside: None))
-        files = [path for path in (case / "checkpoints" / "0").rglob("*") if path.is_file() and _is_json(path)]
+        """Replaces one value of one JSON file of a run's checkpoint, and updates the manifest."""
+        path = self.copy("run", "record", Case("", lambda run, outside: None))
+        files = [path for path in (path / "checkpoints" / "0").rglob("*") if path.is_file() and _is_json(path)]
         for _ in range(count):
             file = rng.choice(sorted(files))
             before = file.read_bytes()
@@ -200,17 +207,17 @@ class Reader:
             place, value = _choice(content, rng)
             file.write_text(json.dumps(_with(content, place, value)), encoding="utf-8")
             if file.name != MANIFEST:
-                _seal(case)
-            self.check(f"{file.relative_to(case)}: {_shown(place)} is {value!r:.40}", case, None)
+                _update_manifest(path)
+            self.check(f"{file.relative_to(path)}: {_shown(place)} is {value!r:.40}", path, None)
             file.write_bytes(before)
-            _seal(case)
+            _update_manifest(path)
 
     def damage(self, count: int, rng: random.Random) -> None:
-        """Some bytes of one file."""
+        """Changes bytes of one file."""
         for number in range(count):
-            sound = "run" if number % 4 == 0 else "model"
-            case = self.copy(sound, f"bytes-{number}", strangers.Stranger("", lambda model, outside: None))
-            file = rng.choice(sorted(path for path in case.rglob("*") if path.is_file() and path.name != "README.md"))
+            valid = "run" if number % 4 == 0 else "model"
+            path = self.copy(valid, f"bytes-{number}", Case("", lambda model, outside: None))
+            file = rng.choice(sorted(path for path in path.rglob("*") if path.is_file() and path.name != "README.md"))
             data = bytearray(file.read_bytes())
             for _ in range(rng.randint(1, 3)):
                 at, kind = rng.randrange(len(data) + 1), rng.choice(("flip", "cut", "insert", "zero", "drop", "repeat"))
@@ -227,19 +234,20 @@ class Reader:
                 else:
                     data[at:at] = data[at : at + rng.randint(1, 64)]
             file.write_bytes(data)
-            if sound == "run" and file.name != MANIFEST:
-                _seal(case)
-            self.check(f"bytes of {file.relative_to(case)}", case, None)
-            shutil.rmtree(case)
+            if valid == "run" and file.name != MANIFEST:
+                _update_manifest(path)
+            self.check(f"bytes of {file.relative_to(path)}", path, None)
+            shutil.rmtree(path)
 
 
-def _copy(folder: Path, sound: str, name: str, stranger: strangers.Stranger) -> Path:
-    case = folder / "cases" / name
-    shutil.copytree(folder / "sound" / sound, case)
-    stranger.change(case, folder / "outside")
-    if sound == "run" and not stranger.name.startswith("manifest"):
-        _seal(case)
-    return case
+def _copy(folder: Path, valid: str, name: str, case: Case) -> Path:
+    """Copies the valid "model" or "run", applies the edit of the case, and returns the path."""
+    path = folder / "cases" / name
+    shutil.copytree(folder / "valid" / valid, path)
+    case.edit(path, folder / "outside")
+    if valid == "run" and not case.keeps_manifest:
+        _update_manifest(path)
+    return path
 
 
 def _is_json(path: Path) -> bool:
@@ -250,7 +258,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _choice(content: Any, rng: random.Random) -> tuple[tuple, Any]:
-    """Near the top as often as far below: there are many more places there."""
+    """Draws a place and a value. Draws the depth first, because most places are deep."""
     found = places(content)
     depth = rng.randint(0, max(map(len, found)))
     return rng.choice([place for place in found if len(place) == depth]), rng.choice(NASTY_VALUES)
@@ -275,43 +283,43 @@ def _peak_bytes() -> int:
 
 
 def _left_behind(here: Path) -> list[str]:
-    """What only code of a stranger can have done."""
-    found = [f"something was run: {path.name}" for path in here.iterdir()]
+    """Returns files and imports that only code of a hostile checkpoint can have caused, and removes them."""
+    found = [f"code was run, it wrote {path.name}" for path in here.iterdir()]
     for path in here.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return found + [f"{name} was imported" for name in strangers.TRAPS if sys.modules.pop(name, None)]
+    return found + [f"{name} was imported" for name in hostile_edits.TRAPS if sys.modules.pop(name, None)]
 
 
 def _commands(folder: Path) -> list[Callable[[Path, Path], tuple[str, list[str]]]]:
-    """(model, output) -> a command that opens the model."""
+    """Functions (model, output) -> (module, arguments) of commands that open the model."""
     rows = folder / "corpus" / "text.jsonl"
-    sound = folder / "sound" / "model"
+    valid = folder / "valid" / "model"
     return [
         lambda model, out: ("convert.to_hf", [str(model), str(out)]),
         lambda model, out: ("launch.embed", [f"--model={model}", f"--input={rows}", f"--output={out}.npy"]),
         lambda model, out: ("convert.from_hf", [str(model), str(out)]),
         lambda model, out: ("launch.train", runs.arguments("mlm", folder, out, init_from=model, steps=1)),
-        lambda model, out: ("convert.check", [str(sound), str(model)]),
+        lambda model, out: ("convert.check", [str(valid), str(model)]),
         lambda model, out: ("launch.lineage", [str(model)]),
     ]
 
 
 def _command(
     command: Callable[[Path, Path], tuple[str, list[str]]],
-    stranger: strangers.Stranger,
+    case: Case,
     is_run: bool,
     number: int,
     folder: Path,
-    tally: Tally,
+    results: Results,
 ) -> None:
-    """One command, in a process of its own, as a user runs it."""
-    model = _copy(folder, "run" if is_run else "model", f"command-{number}", stranger)
+    """Runs one command on a hostile checkpoint in a new process, as a user would."""
+    model = _copy(folder, "run" if is_run else "model", f"command-{number}", case)
     out = folder / "out" / f"command-{number}"
     module, arguments = command(model, out)
 
     def run() -> None:
-        # Modules are imported on the way, and a run that starts calls git and asks for the machine's name.
-        readable = [folder / "cases", folder / "sound", folder / "corpus", folder / "cache"]
+        # Not strict, because modules are imported meanwhile. A training run also calls git and asks for the host name.
+        readable = [folder / "cases", folder / "valid", folder / "corpus", folder / "cache"]
         with Watch(readable, [folder / "out", folder / "cache", *_caches()], strict=False) as watch:
             sys.argv = [module, *arguments]
             try:
@@ -327,14 +335,14 @@ def _command(
     if code not in (0, 1, 2) or "Traceback" in text:
         problems.append(f"exit {code}: {text[-1000:]}")
     elif module != "launch.lineage":
-        # A tokenizer of letters cannot train on the corpus' settings, which is said as well.
+        # launch.train also refuses valid cases: the small tokenizer does not fit the settings of the corpus.
         last = [line for line in text.splitlines() if not line.startswith("SEEN")][-1]
-        if stranger.words and not (code and last.startswith("error: ") and model.name in last):
-            problems.append(f"exit {code}, said {last!r:.500}")
+        if case.words and not (code and last.startswith("error: ") and model.name in last):
+            problems.append(f"exit {code}, the last line is {last!r:.500}")
         if code and not last.startswith("error: ") and module != "convert.check":
             problems.append(f"exit {code} without an error: {last!r:.500}")
     problems += [f"wrote {path.name}" for path in out.rglob("*.py")]
-    tally.held(not problems, f"{module} on {stranger.name}", "; ".join(problems))
+    results.add(not problems, f"{module} on {case.name}", "; ".join(problems))
 
 
 def _caches() -> list[Path]:
