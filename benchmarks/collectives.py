@@ -1,10 +1,10 @@
-"""What a training step moves between devices: counted in its compiled HLO, and by a formula.
+"""Counts the bytes that a training step moves between devices, in its compiled HLO and by a formula.
 
     python -m benchmarks.collectives --output=benchmarks/results/scaling-counts.json
 
-Compiles the real train step for 8, 64 and 512 virtual CPU devices, each in a process of its own, with the real width
-and vocabulary as abstract values and few layers (``--layers``): nothing is allocated or run. Also the memory of the
-contrastive loss alone. About 10 minutes on 2 cores.
+It compiles the real train step for 8, 64 and 512 virtual CPU devices, each in a separate process, from abstract values
+with the real width and vocabulary and few layers (``--layers``). Nothing is allocated or run. It also plans the memory
+of the contrastive loss alone. This takes about 10 minutes on 2 cores.
 """
 
 import argparse
@@ -27,8 +27,8 @@ SHARDINGS = ("replicated", "zero1", "fsdp")
 DEVICES = (8, 64, 512)
 ROWS_PER_DEVICE = {"mlm": 1, "contrastive": 2, "finetune": 1}
 NEGATIVES = {"mlm": 0, "contrastive": 0, "finetune": 7}
-# Besides each stage, sharding and number of devices: all layers; chunks of packed rows; micro-batches.
-BESIDES = (
+# Further cases besides each stage, sharding and number of devices: all layers; packed chunks; micro-batches.
+FURTHER_CASES = (
     dict(stage="contrastive", sharding="replicated", devices=512, layers=12, rows=1024),
     dict(stage="contrastive", sharding="zero1", devices=64, layers=12, rows=128),
     *(dict(stage="contrastive", sharding="replicated", devices=n, rows=2 * n, packed=True) for n in DEVICES),
@@ -38,7 +38,13 @@ BESIDES = (
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Attributes: total: all parameters; divided: those that zero1 and fsdp divide; leaves: in so many arrays."""
+    """Numbers of parameters.
+
+    Attributes:
+      total: all parameters.
+      divided: the parameters that zero1 and fsdp divide among the devices.
+      leaves: the number of arrays that hold the divided parameters.
+    """
 
     total: int
     divided: int
@@ -46,9 +52,9 @@ class Parameters:
 
 
 def parameters(encoder: EncoderConfig, stage: str, devices: int) -> Parameters:
-    """The formula, for the nomic-bert encoder: a matrix is divided if one of its sides is a multiple of the devices."""
+    """The formula for the nomic-bert encoder: a matrix is divided if a side is a multiple of the number of devices."""
     D, F, N, V = encoder.hidden_size, encoder.intermediate_size, encoder.num_layers, encoder.vocab_size
-    # (rows, columns, how many): word and type embeddings; QKV, output, up and gate, down.
+    # (rows, columns, count): word and type embeddings; QKV, output, up and gate, down.
     matrices = [(V, D, 1), (encoder.type_vocab_size, D, 1), (D, 3 * D, N), (D, D, N), (D, F, 2 * N), (F, D, N)]
     norms = (1 + 2 * N) * 2 * D
     if stage == "mlm":
@@ -62,12 +68,13 @@ def parameters(encoder: EncoderConfig, stage: str, devices: int) -> Parameters:
 
 
 def expected(stage: str, sharding: str, devices: int, rows: int, encoder: EncoderConfig) -> dict[str, int]:
-    """Bytes of a step by kind of collective, of the whole arrays; ``rows`` is the global batch.
+    """The bytes of a step by kind of collective, counted for whole arrays; ``rows`` is the global batch.
 
-    float32 everywhere: the gradient is reduced once, with the sums of loss, weight and accuracy. Divided arrays are
-    scattered instead, and gathered before the step (fsdp) or after it (zero1); each of them adds a number to the norm
-    of the gradient, which is computed twice where it is clipped. The contrastive loss gathers documents and the two
-    32-bit hashes of every text, and scatters the documents' gradient.
+    All values are float32. The gradient is reduced once, together with the sums of loss, weight and accuracy. For a
+    divided array, a reduce-scatter replaces the reduction, and the array is gathered before the step (fsdp) or after it
+    (zero1). Each divided array also adds one number to the gradient norm, which is computed twice if it is clipped. The
+    contrastive loss gathers the documents and the two 32-bit hashes of every text, and scatters the gradient of the
+    documents.
     """
     p = parameters(encoder, stage, devices)
     sums = 3 * 4
@@ -92,9 +99,9 @@ def expected(stage: str, sharding: str, devices: int, rows: int, encoder: Encode
 def compiled_step(
     stage: str, sharding: str, layers: int, rows: int, *, packed: bool = False, accumulate: int = 1, **model
 ):
-    """The compiled train step of a paper config on all devices, from shapes alone; texts of 16 tokens.
+    """Compiles the train step of a paper config on all devices, from shapes alone, for texts of 16 tokens.
 
-    ``packed``: pairs in two chunks a device, each of which is computed again in the backward pass.
+    With ``packed``, each device has two chunks of pairs, which are recomputed in the backward pass.
     """
     import jax
     import jax.numpy as jnp
@@ -142,7 +149,10 @@ def compiled_step(
 
 
 def counted(stage: str, sharding: str, layers: int, rows: int, **options) -> dict:
-    """Bytes by kind, as ``expected`` has them, and what was compiled; ``options`` are those of ``compiled_step``."""
+    """Bytes by kind of collective, counted and expected, and what was compiled.
+
+    ``options`` are those of ``compiled_step``.
+    """
     import jax
 
     from nomic_jax.train.watch.hlo import collectives
@@ -151,8 +161,8 @@ def counted(stage: str, sharding: str, layers: int, rows: int, **options) -> dic
     compiled, encoder = compiled_step(stage, sharding, layers, rows, **options)
     found = collectives(compiled.as_text(), jax.device_count())
     moved: Counter[str] = Counter()
-    for each in found:
-        moved[each.kind] += each.bytes * (each.times or 1)
+    for collective in found:
+        moved[collective.kind] += collective.bytes * (collective.times or 1)
     plan = compiled.memory_analysis()
     return {
         "stage": stage,
@@ -164,14 +174,17 @@ def counted(stage: str, sharding: str, layers: int, rows: int, **options) -> dic
         "accumulate": options.get("accumulate", 1),
         "bytes": dict(sorted(moved.items())),
         "expected": expected(stage, sharding, jax.device_count(), rows, encoder),
-        "in_loops": sum(each.times != 1 for each in found),
+        "in_loops": sum(collective.times != 1 for collective in found),
         "arguments": plan.argument_size_in_bytes,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
 def memory_of_loss(pairs: int, dim: int = 768) -> dict:
-    """Temporary bytes of the contrastive loss and its gradient on one device, in units of its float32 logits."""
+    """Temporary bytes of the contrastive loss and its gradient on one device.
+
+    The result also holds the bytes of the device's float32 logits and of the gathered documents.
+    """
     import functools
 
     import jax
@@ -207,9 +220,9 @@ def memory_of_loss(pairs: int, dim: int = 768) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a call of a function of this file, as json
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the compiled model")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a call of a function in this file, as JSON
     args = parser.parse_args()
     if args.one:
         function, arguments = json.loads(args.one)
@@ -237,7 +250,7 @@ def main() -> None:
         in_process(
             run["devices"], "counted", **{"layers": args.layers} | {k: v for k, v in run.items() if k != "devices"}
         )
-        for run in (*runs, *BESIDES)
+        for run in (*runs, *FURTHER_CASES)
     ]
     results = {
         "command": f"python -m benchmarks.collectives --layers={args.layers}",
@@ -249,7 +262,7 @@ def main() -> None:
     }
     args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     wrong = [step for step in steps if step["bytes"] != step["expected"] or step["in_loops"]]
-    print(f"{len(steps) - len(wrong)} of {len(steps)} steps move what the formula says")
+    print(f"{len(steps) - len(wrong)} of {len(steps)} steps move the bytes of the formula")
     if wrong:
         raise SystemExit(json.dumps(wrong, indent=1))
 

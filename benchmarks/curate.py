@@ -1,11 +1,11 @@
-"""Filtering and mining beside sentence-transformers' mine_hard_negatives: same pairs, same model, in one process.
+"""Compares filtering and mining with sentence-transformers' mine_hard_negatives: same pairs, model and process.
 
     python benchmarks/curate.py PAIRS.jsonl [--model=DIR] [--rows=3000] [--repeat=3] [--query_column=query] ...
-    python benchmarks/curate.py PAIRS.jsonl --block=1000000     # instead: one block of the filter, and its parts
+    python benchmarks/curate.py PAIRS.jsonl --block=1000000     # instead: time one block of the filter by its parts
 
-Without --model: all-MiniLM-L6-v2 from the package index. Both sides embed in float32 in batches of 64, search exactly,
-drop candidates above 0.95 of the positive's score, and keep the first 7. Sides take turns, and the table has medians.
-A block larger than the file repeats its rows with a number at the end of each text, so that none is equal.
+The default model is all-MiniLM-L6-v2 from the package index. Both sides embed in float32 in batches of 64, search
+exactly, drop candidates above 0.95 of the positive's score, and keep the first 7. The sides take turns, and the table
+shows medians. A block larger than the file repeats its rows; a number at the end of each text keeps the texts distinct.
 """
 
 import argparse
@@ -38,14 +38,14 @@ K, NEGATIVES, BATCH = 20, 7, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs")
+    parser.add_argument("pairs", help="jsonl file of pairs")
     parser.add_argument("--model", help="a checkpoint directory")
     parser.add_argument("--query_column", default="query")
     parser.add_argument("--document_column", default="document")
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=BATCH, help="texts at once on each device, for --block")
-    parser.add_argument("--block", type=int, help="pairs of one block of the filter, timed by its parts")
+    parser.add_argument("--batch_size", type=int, default=BATCH, help="texts in a batch on each device, for --block")
+    parser.add_argument("--block", type=int, help="time the parts of one filter block of this many pairs")
     args = parser.parse_args()
     model = Path(args.model or minilm())
     columns = {args.query_column: str, args.document_column: str}
@@ -57,7 +57,7 @@ def main() -> None:
         if args.block:
             one_block(model, pairs, args.block, args.batch_size, Path(folder))
         else:
-            beside_sentence_transformers(model, pairs, args.repeat, Path(folder))
+            compare_with_sentence_transformers(model, pairs, args.repeat, Path(folder))
 
 
 def minilm() -> str:
@@ -67,13 +67,13 @@ def minilm() -> str:
     return f"{spec.submodule_search_locations[0]}/model"
 
 
-def beside_sentence_transformers(model: Path, pairs: list[dict], repeat: int, folder: Path) -> None:
+def compare_with_sentence_transformers(model: Path, pairs: list[dict], repeat: int, folder: Path) -> None:
     import torch
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import mine_hard_negatives
 
-    # Theirs looks at as many candidates more as a query has positives, at most.
+    # mine_hard_negatives adds the largest number of positives of a query to its number of candidates.
     counts: dict[str, int] = {}
     for pair in pairs:
         counts[pair["query"]] = counts.get(pair["query"], 0) + 1
@@ -85,7 +85,7 @@ def beside_sentence_transformers(model: Path, pairs: list[dict], repeat: int, fo
     outputs = (folder / f"mined{number}" for number in itertools.count())
     filtered = (folder / f"filtered{number}" for number in itertools.count())
 
-    def ours_mines() -> dict[tuple[str, str], tuple[list[str], list[float]]]:
+    def mine_with_nomic_jax() -> dict[tuple[str, str], tuple[list[str], list[float]]]:
         output = next(outputs)
         mine_negatives(str(folder / "pairs.jsonl"), output, encoder, options, progress=False)
         with (output / "triplets.jsonl").open(encoding="utf-8") as f:
@@ -95,7 +95,7 @@ def beside_sentence_transformers(model: Path, pairs: list[dict], repeat: int, fo
             for row in rows
         }
 
-    def theirs_mines() -> dict[tuple[str, str], tuple[list[str], list[float]]]:
+    def mine_with_sentence_transformers() -> dict[tuple[str, str], tuple[list[str], list[float]]]:
         rows = mine_hard_negatives(
             Dataset.from_list(pairs),
             theirs,
@@ -114,17 +114,17 @@ def beside_sentence_transformers(model: Path, pairs: list[dict], repeat: int, fo
         names = [f"negative_{i}" for i in range(1, NEGATIVES + 1)]
         return {(row["query"], row["document"]): ([row[name] for name in names], row["scores"][1:]) for row in rows}
 
-    def ours_filters() -> dict:
+    def filter_with_nomic_jax() -> dict:
         return filter_pairs(str(folder / "pairs.jsonl"), next(filtered), encoder, FilterOptions(), progress=False)
 
-    first, _ = timed(ours_mines)
+    first, _ = timed(mine_with_nomic_jax)
     seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "filter": []}
     for _ in range(repeat):
-        taken, mined = timed(ours_mines)
+        taken, mined = timed(mine_with_nomic_jax)
         seconds["ours"].append(taken)
-        taken, reference = timed(theirs_mines)
+        taken, reference = timed(mine_with_sentence_transformers)
         seconds["theirs"].append(taken)
-        taken, summary = timed(ours_filters)
+        taken, summary = timed(filter_with_nomic_jax)
         seconds["filter"].append(taken)
     ours, peer, filtering = (statistics.median(seconds[name]) for name in ("ours", "theirs", "filter"))
     print(
@@ -149,12 +149,12 @@ def compared(ours: dict, theirs: dict) -> str:
     ties = 0
     for key in both:
         if ours[key][0] != theirs[key][0]:
-            # Other texts in the same places, at the same scores.
+            # Other texts, but the same scores in the same order.
             ties += bool(np.abs(np.array(ours[key][1]) - theirs[key][1]).max() < 2e-6)
     return (
         f"Rows: {len(ours):,} of ours, {len(theirs):,} of theirs, {len(both):,} in both. The {NEGATIVES} negatives are "
-        f"the same, in order, in {same / len(both):.2%}; {ties:,} rows more differ in ties alone, "
-        f"{len(both) - same - ties:,} otherwise. "
+        f"the same, in the same order, in {same / len(both):.2%} of the rows; {ties:,} more differ only in ties, "
+        f"{len(both) - same - ties:,} in other ways. "
         f"Rows of one side only: {len(ours.keys() - theirs.keys()):,} and {len(theirs.keys() - ours.keys()):,}."
     )
 

@@ -1,10 +1,10 @@
-"""Tokenising and loading, beside Hugging Face `datasets` with a torch DataLoader doing the same work in the same run.
+"""Compares tokenising and loading with Hugging Face `datasets` and a torch DataLoader, on the same work in one run.
 
     python -m benchmarks.data --input=pairs.jsonl --query_column=question --document_column=answer --tokenizer=DIR
 
-Both tokenise the same pairs with the same tokenizer, and then serve batches of rows in a random order, padded to the
-longest of the batch, from what they have tokenised. "Of CPU time" is what one core would do if it had nothing else to
-do. Without --input, pairs are made of random words of the vocabulary.
+Both sides tokenise the same pairs with the same tokenizer. Then they serve batches of the tokenised rows in random
+order, padded to the longest text of the batch. The column "of CPU time" is tokens per CPU second of the
+process. Without --input, pairs consist of random words of the vocabulary.
 """
 
 import argparse
@@ -35,7 +35,10 @@ from nomic_jax.data.tokens.tokenizer import Tokenizer
 
 
 def write_pairs(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -> None:
-    """``options.rows`` pairs with the columns query and document; a small input is repeated with a number in front."""
+    """Writes ``options.rows`` pairs with the columns query and document.
+
+    A smaller input is repeated; a number in front of each query keeps the queries distinct.
+    """
     if options.input:
         with open(options.input, encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]
@@ -53,7 +56,7 @@ def write_pairs(path: Path, options: argparse.Namespace, tokenizer: Tokenizer) -
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
-    """(seconds, seconds of CPU time of this process, what the work gives)"""
+    """Returns (seconds, CPU seconds of this process, result of ``work``)."""
     began, began_cpu = time.perf_counter(), time.process_time()
     result = work()
     return time.perf_counter() - began, time.process_time() - began_cpu, result
@@ -61,14 +64,14 @@ def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", help="jsonl of pairs")
+    parser.add_argument("--input", help="jsonl file of pairs")
     parser.add_argument("--query_column", default="query")
     parser.add_argument("--document_column", default="document")
     parser.add_argument("--tokenizer", required=True, help="directory with tokenizer.json")
-    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--rows", type=int, default=200_000, help="number of pairs")
     parser.add_argument("--batch_size", type=int, default=2048)
-    parser.add_argument("--batches", type=int, default=60, help="served by each loader")
-    parser.add_argument("--workers", type=int, default=2, help="processes, and threads of our loader")
+    parser.add_argument("--batches", type=int, default=60, help="batches that each loader serves")
+    parser.add_argument("--workers", type=int, default=2, help="processes, and threads of the nomic_jax loader")
     options = parser.parse_args()
 
     tokenizer = Tokenizer.from_directory(options.tokenizer)

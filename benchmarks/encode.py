@@ -1,8 +1,8 @@
-"""Encoding speed beside sentence-transformers (torch, SDPA), same texts and weights, in one process.
+"""Compares encoding speed with sentence-transformers (torch, SDPA), on the same texts and weights in one process.
 
     python -m benchmarks.encode [--model=DIR] [--repeat=3]
 
-Without --model: the 137M nomic-bert shape with random weights. Prints one table; rates are of real tokens.
+The default model has the shape of the 137M nomic-bert and random weights. Prints one table; rates count real tokens.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Where the time of an evaluation goes, beside mteb with the same encoder and with sentence-transformers'.
+"""Divides the time of an evaluation into encoding and the rest, and compares it with mteb.
 
     python benchmarks/evaluate.py [--model=DIR] [--scale=1.0]
 
-Local tasks of every kind, of random words: 200 queries in 2,000 documents of 10 to 200 words, 400 + 400 labelled texts,
-1,000 texts to cluster, 1,000 pairs. Everything is compiled before it is timed. Prints one table.
+mteb runs with the same encoder, and with that of sentence-transformers. There is a local task of every kind, made of
+random words: 200 queries in 2,000 documents of 10 to 200 words, 400 + 400 labelled texts, 1,000 texts to cluster, 1,000
+pairs. Everything is compiled before it is timed. Prints one table.
 """
 
 import argparse
@@ -31,7 +32,7 @@ KINDS = ("retrieval", "classification", "clustering", "sts")
 
 
 class Clock:
-    """Adds up the time spent in a function."""
+    """A function that adds up the time spent in it."""
 
     def __init__(self, function):
         self.function, self.seconds = function, 0.0
@@ -47,7 +48,7 @@ class Clock:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint directory [all-MiniLM-L6-v2]")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of texts")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the numbers of texts")
     args = parser.parse_args()
     model = args.model or minilm()
     embedder, theirs = Embedder.from_pretrained(model), SentenceTransformer(model, device="cpu")
@@ -63,17 +64,17 @@ def main() -> None:
         encode = embedder.encode
         for kind in KINDS:
             task = read_task(folder / kind)
-            for _ in range(2):  # the first compiles
+            for _ in range(2):  # the first round compiles
                 embedder.encode = clock = Clock(encode)
                 ours = timed(lambda task=task: list(task.run(lambda texts, prompt: embedder.encode(texts))))
                 local = clock.seconds
                 embedder.encode = clock = Clock(encode)
                 through = timed(lambda kind=kind: score(encoder, folder, kind))
-                of_mteb = clock.seconds
+                through_encoding = clock.seconds
             reference = timed(lambda kind=kind: score(theirs, folder, kind))
             print(
-                f"| {kind} | {local:.2f} | {ours - local:.2f} | {1 - local / ours:.1%} | {of_mteb:.2f} | "
-                f"{1 - of_mteb / through:.1%} | {reference:.2f} |"
+                f"| {kind} | {local:.2f} | {ours - local:.2f} | {1 - local / ours:.1%} | {through_encoding:.2f} | "
+                f"{1 - through_encoding / through:.1%} | {reference:.2f} |"
             )
 
 
@@ -110,7 +111,7 @@ def write_tasks(folder: Path, scale: float) -> None:
 
 
 def mteb_task(folder: Path, kind: str):
-    """The same data as a task of mteb."""
+    """The same data as an mteb task."""
 
     def rows(name: str) -> list[dict]:
         return list(read_rows(folder / kind / name, {}))

@@ -1,10 +1,11 @@
-"""What a process of 8 GPUs does for one step, in CPU seconds of one thread: order, lengths, plan, its own texts.
+"""Measures the host's work for one training step, in CPU seconds of one thread of a process with 8 GPUs.
 
     python -m benchmarks.host --output=benchmarks/results/scaling-host.json
 
-Runs the real streams over tokens in memory, for the batches and numbers of devices of benchmarks/scaling.py: about
-a minute and 4 GB. "order" and "plan" are the parts that every process does for the whole global batch; in them
-Python's lock is held, so that further threads do not help.
+The work is: the order of rows, their lengths, the plan of chunks, and the process's own texts. The real streams run
+over tokens in memory, for the batches and numbers of devices of benchmarks/scaling.py. This takes about a minute and
+4 GB. Every process does the parts "order" and "plan" for the whole global batch. They hold Python's lock, so more
+threads do not help.
 """
 
 import argparse
@@ -32,14 +33,15 @@ SPECIAL = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
 TOKENIZER: Any = SimpleNamespace(
     sha256="", vocab_size=30_522, special_ids=np.array(list(SPECIAL.values())), special_id=SPECIAL.__getitem__
 )
-# (global batch, GPUs): the recipe's batch; 8 times that; one GPU's share of the recipe's on 8, held fixed.
+# (global batch, GPUs): the recipe's batch; 8 times that batch; and batches with a fixed share per GPU, an eighth of the
+# recipe's batch.
 MLM = ((4096, 8), (4096, 64), (4096, 1024), (32_768, 64), (32_768, 1024), (524_288, 1024))
 PAIRS = ((16_384, 8), (16_384, 64), (16_384, 1024), (131_072, 64), (131_072, 1024), (1_048_576, 512), (2_097_152, 1024))
 TRIPLETS = ((256, 8), (256, 64), (2048, 64), (2048, 1024), (32_768, 1024))
 
 
 class Ragged(RaggedTokens):
-    """Texts of random tokens, in memory."""
+    """Texts of random tokens, held in memory."""
 
     def __init__(self, lengths: np.ndarray):
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -47,14 +49,14 @@ class Ragged(RaggedTokens):
 
 
 class Rows(SimpleNamespace):
-    """A store of so many rows."""
+    """A store with ``rows`` rows."""
 
     def __len__(self) -> int:
         return self.rows
 
 
 class Repeated:
-    """A text of any length, of which there is a part in memory."""
+    """A text of any length that repeats a part held in memory."""
 
     def __init__(self, length: int):
         self.length, self.part = length, np.random.default_rng(0).integers(1000, 30_000, 1 << 20, dtype=np.uint16)
@@ -72,7 +74,7 @@ def store(rows: int, **columns: Any) -> Any:
 
 
 def seconds_of(call: Any) -> tuple[float, Any]:
-    """CPU seconds of this thread, on which other programs have little influence, and the result."""
+    """Returns (CPU seconds of this thread, result). Other programs influence CPU seconds little."""
     started = time.thread_time()
     result = call()
     return round(time.thread_time() - started, 4), result
@@ -87,7 +89,7 @@ def mlm(batch: int, gpus: int) -> dict:
 
 
 def pairs(batch: int, gpus: int, layout: str, lengths: tuple[np.ndarray, np.ndarray], columns: dict) -> dict:
-    """One contrastive or, if there are negatives, finetune batch with the default chunks."""
+    """Measures one batch with the default chunks: contrastive, or finetune if ``columns`` has negatives."""
     query, document = lengths
     texts = NEGATIVES + 1 if "negatives" in columns else 1
     tokens_per_row = query.mean() + texts * document.mean()
@@ -128,8 +130,8 @@ def pairs(batch: int, gpus: int, layout: str, lengths: tuple[np.ndarray, np.ndar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--largest", type=int, default=1 << 40, help="leave larger global batches out")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--largest", type=int, default=1 << 40, help="skip larger global batches")
     args = parser.parse_args()
     results = []
 

@@ -1,4 +1,4 @@
-"""What is measured on: batches of random tokens whose lengths are those of real pairs. numpy only."""
+"""The batches that benchmarks run on: random tokens with the lengths of real pairs. Needs only numpy."""
 
 import dataclasses
 
@@ -8,20 +8,20 @@ from nomic_jax.data.batches.packing import Layout, fill_chunks, plan_chunks
 from nomic_jax.data.batches.pairs import layout_for
 from nomic_jax.data.batches.stream import Batch
 
-# Tokens of 20,000 pairs of heading and section of software documentation (the "docs" of results/padding.md) at these
-# quantiles, in between linear; bert-base-uncased's vocabulary, cut at 2048.
+# Quantiles of the tokens of 20,000 pairs (heading, section) of software documentation, the "docs" of
+# results/padding.md; linear in between. Tokenised with bert-base-uncased's vocabulary, cut at 2048 tokens.
 QUANTILES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 QUERY_TOKENS = (3, 4, 6, 8, 10, 13, 18, 22, 26, 32, 111)
 DOCUMENT_TOKENS = (21, 30, 39, 49, 79, 156, 315, 595, 867, 1871, 2048)
 SHORTEST, LONGEST = 3, 2048
-VOCABULARY = (1000, 30_000)  # ids of the words that texts are made of
+VOCABULARY = (1000, 30_000)  # range of the token ids of texts
 MASK_ID, MASK_RATE = 103, 0.3
 
 
 def pair_lengths(rng: np.random.Generator, count: int, tokens_per_pair: float) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of queries and documents [count] each, which together are ``tokens_per_pair`` to 0.1 % in the mean.
+    """Lengths in tokens of queries [count] and documents [count]; their mean sum is ``tokens_per_pair`` to 0.1 %.
 
-    Queries are as measured; documents are stretched, and cut at 2048 tokens.
+    Queries have the measured lengths; those of documents are scaled and cut at 2048 tokens.
     """
     query = np.interp(rng.random(count), QUANTILES, QUERY_TOKENS)
     document = np.interp(rng.random(count), QUANTILES, DOCUMENT_TOKENS)
@@ -42,10 +42,11 @@ class Load:
     """A batch of a stage.
 
     Attributes:
-      arrays: what the stage's loss takes.
-      real_tokens, token_pairs: of all texts, and the sum of their squared lengths.
-      padded_tokens: what is computed.
-      layout: of the chunks of pairs; None if they are padded, and for masked-LM.
+      arrays: the arguments of the stage's loss.
+      real_tokens: tokens of all texts.
+      padded_tokens: tokens that are computed, padding included.
+      token_pairs: sum of the squared lengths of the texts.
+      layout: layout of the chunks of pairs; None for padded pairs and for masked-LM.
       queries, documents: token ids of each text.
     """
 
@@ -65,7 +66,7 @@ class Load:
 
 
 def mlm_load(rows: int, length: int) -> Load:
-    """Whole rows of text, 30 % of them to be predicted."""
+    """Rows of ``length`` tokens, 30 % of which are predicted."""
     rng = np.random.default_rng(0)
     ids = rng.integers(*VOCABULARY, (rows, length)).astype(np.int32)
     position = np.stack([rng.permutation(length)[: round(MASK_RATE * length)] for _ in range(rows)])
@@ -86,12 +87,13 @@ def pair_load(
     chunk_tokens: int = 0,
     devices: int = 1,
 ) -> Load:
-    """Pairs or triplets, laid out as training does.
+    """Pairs or triplets, arranged in a batch as in training.
 
     Args:
       query_length, document_length: tokens, [b] and [b, C], the positive first.
-      layout, chunk_tokens: see ``nomic_jax.train.config.PairData``; ``longest`` is both of its lengths.
-      devices: that the batch is dealt to; the rows of ``arrays`` are in the order of the plan.
+      layout, chunk_tokens: see ``nomic_jax.train.config.PairData``.
+      longest: both of its lengths, query_length and document_length.
+      devices: the number of devices that share the batch; the rows of ``arrays`` are in the order of the plan.
     """
     rng = np.random.default_rng(0)
     b, C = document_length.shape
@@ -134,7 +136,7 @@ def pair_load(
 
 
 def _texts_of(rows: np.ndarray, texts: list[np.ndarray], b: int, C: int) -> list[np.ndarray]:
-    """Of one device: the queries of its rows, then their documents."""
+    """The texts of one device: the queries of its rows, then their documents."""
     return [texts[row] for row in rows] + [texts[b + row * C + i] for row in rows for i in range(C)]
 
 

@@ -1,10 +1,10 @@
-"""Time and memory of the gathered contrastive loss, forward and backward, with all logits at once and in tiles.
+"""Measures time and memory of the gathered contrastive loss, forward and backward, with and without tiles.
 
     python benchmarks/loss.py [--pairs=1024,2048,4096] [--tile=1024] [--dim=768] [--repeat=3]
 
-Pairs are the global batch over all devices of this machine; every line runs in a process of its own. Prints one table.
-Temporary memory is what the compiled program reserves on a device beside its arguments and results; peak memory is what
-a GPU's allocator has seen. A size whose program would not fit is skipped, with the reason.
+Pairs are the global batch over all devices of this machine. Every line of the table runs in a separate process.
+Temporary memory is what the compiled program reserves on a device besides its arguments and results. Peak memory is the
+peak of a GPU's allocator. A size whose program would not fit is skipped, and the table shows why.
 """
 
 import argparse
@@ -27,8 +27,8 @@ GIB = 2**30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", default="1024,2048,4096,8192,16384,32768,65536")
-    parser.add_argument("--tile", type=int, default=1024, help="candidates at a time")
+    parser.add_argument("--pairs", default="1024,2048,4096,8192,16384,32768,65536", help="global batch sizes")
+    parser.add_argument("--tile", type=int, default=1024, help="candidates in a tile")
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
@@ -37,14 +37,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for pairs in map(int, args.pairs.split(",")):
         for tile in (0, args.tile) if args.tile < pairs else (0,):
-            # A new process each: an allocator's peak cannot be set back.
+            # A new process for each, because an allocator's peak cannot be reset.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 cells = pool.submit(measure, pairs, tile, args.dim, args.repeat).result()
             print(f"| {pairs:,} | {f'tiles of {tile}' if tile else 'all at once'} | {cells} |", flush=True)
 
 
 def measure(pairs: int, tile: int, dim: int, repeat: int) -> str:
-    """The cells of a line, from "device" on."""
+    """The cells of a table row, from "device" on."""
     mesh = make_mesh()
     device = jax.local_devices()[0]
     rows = NamedSharding(mesh, P(DATA))
@@ -68,7 +68,7 @@ def measure(pairs: int, tile: int, dim: int, repeat: int) -> str:
     plan = compiled.memory_analysis()
     assert plan is not None, "XLA plans the memory of every CPU and GPU program"
     needed = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
-    # On a CPU every device shares the memory of the machine.
+    # On a CPU, all devices share the memory of the machine.
     needed, free = (needed * mesh.size, free_ram()) if device.platform == "cpu" else (needed, free_on_gpu(device))
     temporary = f"{plan.temp_size_in_bytes / GIB:.2f}"
     if needed > 0.9 * free:
@@ -89,7 +89,7 @@ def measure(pairs: int, tile: int, dim: int, repeat: int) -> str:
         started = time.perf_counter()
         jax.block_until_ready(compiled(*values))
         seconds.append(time.perf_counter() - started)
-    # The logits and their two gradients; recomputing the logits of a tile is not counted.
+    # FLOPs of the logits and their two gradients; recomputation of the logits of a tile is not counted.
     rate = 3 * 2 * pairs**2 * dim / statistics.median(seconds) / 1e12
     stats = device.memory_stats() or {}
     peak = f"{stats['peak_bytes_in_use'] / GIB:.2f}" if "peak_bytes_in_use" in stats else "-"

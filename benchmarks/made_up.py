@@ -1,4 +1,4 @@
-"""Checkpoints of random weights with a made-up tokenizer: what is measured must not depend on a download."""
+"""Checkpoints with random weights and a synthetic tokenizer, so that benchmarks need no download."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ FIRST_WORD, WORDS = 1000, 29_000
 
 
 def word(number: int) -> str:
-    """Six letters, another word for each number below ``WORDS``."""
+    """A word of six letters, different for each number below ``WORDS``."""
     return "".join(chr(ord("a") + number // 26**place % 26) for place in range(5, -1, -1))
 
 
 def made_up_tokenizer() -> Tokenizer:
-    """BERT's word pieces, each of which is a whole word here: a text of n words has n + 2 tokens."""
+    """A WordPiece tokenizer as BERT's, whose vocabulary has only whole words: a text of n words has n + 2 tokens."""
     vocabulary = SPECIAL | {word(number): FIRST_WORD + number for number in range(WORDS)}
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -33,14 +33,14 @@ def made_up_tokenizer() -> Tokenizer:
 
 
 def made_up_texts(lengths: np.ndarray) -> list[str]:
-    """Texts of so many tokens each, at least 3, special tokens included."""
+    """Texts with these numbers of tokens, special tokens included; each number is at least 3."""
     words = np.array([word(number) for number in range(WORDS)])
     rng = np.random.default_rng(0)
     return [" ".join(words[rng.integers(0, WORDS, length - 2)]) for length in lengths]
 
 
 def write_random(directory: Path, encoder: EncoderConfig, tokenizer: Tokenizer, **fields) -> Path:
-    """A checkpoint of random weights; ``fields`` are those of ``Checkpoint``."""
+    """Writes a checkpoint of random weights; ``fields`` are further fields of ``Checkpoint``."""
     params = jax.jit(lambda key: init_encoder(key, encoder))(jax.random.key(0))
     write_checkpoint(
         directory, Checkpoint(EmbeddingConfig(encoder), {"encoder": jax.device_get(params)}, tokenizer, **fields)

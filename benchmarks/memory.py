@@ -1,17 +1,21 @@
-"""Memory of training without running it: what the backward pass keeps of a token, and what one device of 8 needs.
+"""Calculates the memory of training without running it, per token and for one of 8 devices.
 
     python benchmarks/memory.py
 
-The first table is the residuals of `jax.vjp` of the 137M encoder in bfloat16, per token, under each policy of
-`config.model.recompute`, with cuDNN's attention: JAX traces its kernel on any machine that answers for a cuDNN. In
-packed rows the kernel keeps statistics for each text that a row may hold.
+The first table has the bytes per token that the backward pass keeps: the residuals of `jax.vjp` of the 137M encoder in
+bfloat16, under each policy of `config.model.recompute`, with cuDNN's attention. JAX can trace its kernel on a machine
+without cuDNN if the version check is replaced. In packed rows the kernel keeps statistics for each text that a row may
+hold.
 
-The second table adds up what one of 8 devices needs for the paper's shapes in packed rows: parameters, gradient (twice)
-and Adam moments in float32; what its chunks of tokens keep, as many as are compiled; and one layer of one chunk in the
-backward pass, whose own residuals are there once more as cotangents. "fits" is the largest `config.kept_chunks` within
---limit. It is a bound by accounting, not XLA's figure: that of the CPU compiler says nothing of a GPU (it makes [heads,
-length, length] scores and does not schedule for memory: 10 chunks of 65,536 tokens take 257 GB there), and cuDNN cannot
-be compiled without a GPU.
+The second table adds up the memory of one of 8 devices for the paper's shapes in packed rows:
+- parameters, gradient (twice) and Adam moments in float32;
+- the residuals of its chunks of tokens, for the number of chunks that is compiled;
+- one layer of one chunk in the backward pass, whose residuals are there twice because their cotangents have the same
+  size.
+
+"fits" is the largest `config.kept_chunks` within --limit. The sum is a bound by accounting, not XLA's figure. The CPU
+compiler's figure does not apply to a GPU: it materialises [heads, length, length] scores and does not schedule for
+memory, so that 10 chunks of 65,536 tokens take 257 GB. cuDNN cannot be compiled without a GPU.
 """
 
 import argparse
@@ -44,23 +48,23 @@ def residual_bytes(config: EncoderConfig, rows: int, length: int, segments: int)
 
 
 def kilobytes_per_token(policy: str, length: int, segments: int = 0) -> float:
-    """``segments``: texts that a packed row may hold; 0 for a row of one text."""
+    """Kilobytes of residuals per token; ``segments``: texts that a packed row may hold, 0 for a row of one text."""
     attention = "cudnn_packed" if segments else "cudnn"
     config = dataclasses.replace(EncoderConfig(), dtype="bfloat16", attention=attention, recompute=policy)
-    # The parameters are residuals, too; the difference of two batches leaves what grows with the tokens.
+    # The parameters are residuals, too. The difference of two batch sizes leaves the part that grows with the tokens.
     small, large = (residual_bytes(config, rows, length, segments) for rows in (4, 8))
     return (large - small) / (4 * length) / 1e3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=256, help="of a row")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--segments", type=int, default=32, help="texts that a packed row may hold")
-    parser.add_argument("--chunk_tokens", type=int, default=16_384)
-    parser.add_argument("--filled", type=float, default=0.97, help="real tokens of a packed row")
-    parser.add_argument("--limit", type=float, default=72, help="GB of a device")
+    parser.add_argument("--chunk_tokens", type=int, default=16_384, help="tokens of a chunk")
+    parser.add_argument("--filled", type=float, default=0.97, help="share of real tokens in a packed row")
+    parser.add_argument("--limit", type=float, default=72, help="memory of a device in GB")
     args = parser.parse_args()
-    # Asked before the kernel is traced; nothing is compiled here.
+    # JAX makes these checks before it traces the kernel. Nothing is compiled here.
     cudnn.check_cudnn_version = lambda: 91000
     cudnn.check_compute_capability = lambda capability: True
     kept = {policy: kilobytes_per_token(policy, args.length) for policy in POLICIES}
@@ -73,8 +77,8 @@ def main() -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_encoder(EncoderConfig())))
     state = 5 * 4 * parameters / 1e9
     layer = 2 * packed["none"] / EncoderConfig().num_layers * args.chunk_tokens / 1e6
-    print(f"\nOne of 8 devices, chunks of {args.chunk_tokens:,} tokens, {args.filled:.0%} filled, in GB. In every sum:")
-    print(f"{state:.1f} of parameters, gradients and optimizer, {layer:.1f} of a layer in the backward pass.\n")
+    print(f"\nOne of 8 devices, chunks of {args.chunk_tokens:,} tokens, {args.filled:.0%} filled, in GB. Every sum has")
+    print(f"{state:.1f} for parameters, gradients and optimizer and {layer:.1f} for a layer in the backward pass.\n")
     print(f"| step | chunks | recompute | all kept | none kept | fits {args.limit:g} GB |\n|---|---|---|---|---|---|")
     for name, tokens in (
         ("2,048 pairs of 288 tokens", 2048 * 288),
@@ -85,7 +89,7 @@ def main() -> None:
         for policy in POLICIES:
             chunk = packed[policy] * args.chunk_tokens / 1e6
             every, none = (state + layer + chunk * count for count in (chunks, 1))
-            # One more is there while a chunk that was not kept is computed again.
+            # Recomputing a chunk that was not kept needs the memory of one more chunk.
             share = 1 if every <= args.limit else max(0, int((args.limit - none) / chunk)) / chunks
             print(f"| {name} | {chunks} | {policy} | {every:,.0f} | {none:.0f} | {share:.2f} |")
 

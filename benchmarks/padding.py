@@ -1,9 +1,10 @@
-"""How much of a contrastive batch is padding under each layout, on the lengths of real pairs.
+"""Measures the padding of a contrastive batch under each layout, on the lengths of real pairs.
 
     python -m benchmarks.padding --tokenizer=DIR --input=pairs.jsonl [--input=more.jsonl] [--rows=20000]
 
-Needs no device: the plan is made from lengths. Real/padded is what metrics.jsonl has: padding, and where devices wait
-for the one with most to do. A program is compiled for each number of chunks; each of its shapes is a branch in it.
+Needs no device, because the plan depends only on lengths. Real/padded is defined as in metrics.jsonl: it counts
+padding, and the tokens for which devices wait for the one with the most work. Training compiles a program for each
+number of chunks; each shape of a chunk is a branch in it.
 """
 
 import argparse
@@ -26,11 +27,11 @@ STEPS = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--tokenizer", required=True, help="a directory with tokenizer.json, or a hub name")
     parser.add_argument(
-        "--input", action="append", required=True, help="jsonl with query and document; may be repeated"
+        "--input", action="append", required=True, help="jsonl with the columns query and document; may be repeated"
     )
-    parser.add_argument("--rows", type=int, default=20_000, help="of each file")
+    parser.add_argument("--rows", type=int, default=20_000, help="rows of each file")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     print("| pairs | batch | devices | cut at | layout | real/padded | shapes | programs | ms a plan |")
@@ -47,7 +48,7 @@ def main() -> None:
 
 def report(name: str, query: np.ndarray, document: np.ndarray, batch: int, devices: int, cut: int) -> None:
     rng = np.random.default_rng(0)
-    # With replacement, where a file has fewer rows than a batch.
+    # With replacement, because a file may have fewer rows than a batch.
     samples = [rng.integers(0, len(query), batch) for _ in range(STEPS)]
     rule = int((query.mean() + document.mean()) * batch / devices / 8)
     budget = max(min(rule, MAX_CHUNK_TOKENS), cut)
@@ -64,7 +65,7 @@ def report(name: str, query: np.ndarray, document: np.ndarray, batch: int, devic
         programs = len({plan.shape.shape for plan in plans})
         print(f"{start} | {kind} | {share:.3f} | {len(layout.shapes)} | {programs} | {milliseconds:.0f} |", flush=True)
     real = sum(int(query[rows].sum() + document[rows].sum()) for rows in samples)
-    longest = [tuple(padded_length(int(them[rows].max()), cut) for them in (query, document)) for rows in samples]
+    longest = [tuple(padded_length(int(lengths[rows].max()), cut) for lengths in (query, document)) for rows in samples]
     padded = batch * sum(map(sum, longest))
     print(f"{start} | padded | {real / padded:.3f} | {len(set(longest))} | {len(set(longest))} | - |", flush=True)
 

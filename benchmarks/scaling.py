@@ -1,12 +1,12 @@
-"""What 8, 64 and 1,024 H100s would do for the three stages: a model of a step's time, its bytes checked by count.
+"""Models the time of a training step of the three stages on 8, 64 and 1,024 H100s.
 
     python -m benchmarks.scaling --output=benchmarks/results/scaling.json --plot=docs/images/scaling.png
-    python -m benchmarks.scaling --check      # exits with 1 unless its bytes are those of compiled programs
+    python -m benchmarks.scaling --check      # exits with 1 if its bytes differ from those of compiled programs
 
-Nothing here is measured on more than one GPU. One GPU's speed comes from the results of benchmarks.gpu, or, for
-what is not in them, is assumed (``--assume``). Links are those of NVIDIA and NCCL, below. What a step moves is the
+No figure is measured on more than one GPU. One GPU's speed comes from the results of benchmarks.gpu, or is assumed
+where they have none (``--assume``). The link speeds below come from NVIDIA and NCCL. The bytes of a step come from the
 formula of benchmarks/collectives.py, which equals the count in compiled programs. The host's seconds and the padding
-are those of benchmarks/host.py. docs/scaling.md explains the result.
+come from benchmarks/host.py. docs/scaling.md explains the result.
 """
 
 import argparse
@@ -23,21 +23,26 @@ RESULTS = Path(__file__).parent / "results"
 ENCODER = EncoderConfig()
 
 GPUS_PER_NODE = 8
-# Bytes/s of a GPU in one direction. NVLink 4: 900 GB/s both ways on the data sheet, of which NCCL's ring gets 370 one
-# way (NVIDIA/nccl-tests issue 212); NDR InfiniBand, a 400 Gb/s port a GPU: 46 to 48 (issue 290). NVLink SHARP, which
-# would make an all-reduce within a node 1.3 times as fast, is left out.
+# Bytes/s of a GPU in one direction. NVLink 4: the data sheet has 900 GB/s for both directions; NCCL's ring reaches 370
+# in one (NVIDIA/nccl-tests issue 212). NDR InfiniBand, one 400 Gb/s port per GPU: 46 to 48 (issue 290). The model omits
+# NVLink SHARP, which would make an all-reduce within a node 1.3 times as fast.
 NVLINK, NETWORK = 370e9, 46e9
-# H100 SXM: 3.35 TB/s and 67 TFLOP/s in float32 without tensor cores on the data sheet; the shares are assumed.
+# H100 SXM: the data sheet has 3.35 TB/s and 67 TFLOP/s in float32 without tensor cores; the shares are assumed.
 MEMORY, FLOAT32 = 0.8 * 3.35e12, 0.7 * 67e12
 H100_OF_H200 = 0.94
-COLUMN_TILE_BEYOND = 65_536  # candidates: from here on config.loss.column_tile
-LOGITS_PASSES = 6  # over [b, N] in memory: written and read in the forward pass, twice as much in the backward pass
-OPTIMIZER_PASSES = 10  # over the parameters: gradient, norm, two moments and weights, read and most of them written
+COLUMN_TILE_BEYOND = 65_536  # candidates; with more, config.loss.column_tile is used
+LOGITS_PASSES = 6  # over [b, N] in memory: one write and one read in the forward pass, twice that in the backward pass
+OPTIMIZER_PASSES = 10  # over the parameters: gradient, norm, two moments and weights are read, most are also written
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Attributes: share of the bandwidth of a ring and of a tree; seconds of a hop within and between nodes in each."""
+    """A protocol of NCCL.
+
+    Attributes:
+      ring_share, tree_share: shares of the bandwidth that a ring and a tree reach.
+      ring_hops, tree_hops: seconds of a hop (within a node, between nodes).
+    """
 
     ring_share: float
     tree_share: float
@@ -45,7 +50,7 @@ class Protocol:
     tree_hops: tuple[float, float]
 
 
-# NCCL's own model of itself (src/graph/tuning.cc): LL, LL128 and Simple. A collective takes the quickest.
+# LL, LL128 and Simple, from NCCL's own model (src/graph/tuning.cc). A collective uses the fastest.
 PROTOCOLS = (
     Protocol(1 / 4, 1 / 3.8, (0.85e-6, 2.7e-6), (0.94e-6, 5.0e-6)),
     Protocol(0.92, 0.915, (1.9e-6, 4.0e-6), (1.2e-6, 8.5e-6)),
@@ -54,12 +59,12 @@ PROTOCOLS = (
 
 
 def bandwidth(gpus: int) -> float:
-    """Of a GPU's part of a ring: between nodes it runs through all of a node's ports at once."""
+    """Bytes/s of a ring, per GPU. Between nodes, a ring uses all ports of a node at once."""
     return NVLINK if gpus <= GPUS_PER_NODE else min(NVLINK, GPUS_PER_NODE * NETWORK)
 
 
 def ring_seconds(size: float, gpus: int, rounds: int, protocol: Protocol) -> float:
-    """One round is an all-gather or a reduce-scatter of so many bytes, two are an all-reduce."""
+    """Seconds of a ring over ``size`` bytes: an all-gather or reduce-scatter is one round, an all-reduce two."""
     nodes = math.ceil(gpus / GPUS_PER_NODE)
     within, between = protocol.ring_hops
     transfer = (gpus - 1) / gpus * size / (bandwidth(gpus) * protocol.ring_share)
@@ -67,7 +72,7 @@ def ring_seconds(size: float, gpus: int, rounds: int, protocol: Protocol) -> flo
 
 
 def tree_seconds(size: float, gpus: int, protocol: Protocol) -> float:
-    """An all-reduce: up a tree and down again."""
+    """Seconds of an all-reduce by a tree: up and down again."""
     nodes = math.ceil(gpus / GPUS_PER_NODE)
     within, between = protocol.tree_hops
     transfer = size / (0.9 * bandwidth(gpus) * protocol.tree_share)
@@ -85,9 +90,13 @@ def collective_seconds(kind: str, size: float, gpus: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """What one H100 does of a stage's rows a second: 2,048 tokens; pairs of 192; queries with 8 texts, 512 tokens each.
+    """The speed of one H100 in a stage.
 
-    Attributes: filled: real tokens of those it computes; source: where it is from.
+    Attributes:
+      rows: rows per second. A row is 2,048 tokens (mlm), a pair of 192 tokens (contrastive), or a query with 8 texts,
+        512 tokens each (finetune).
+      filled: share of real tokens in the computed ones.
+      source: where the figure comes from.
     """
 
     rows: float
@@ -95,7 +104,7 @@ class Rate:
     source: str
 
 
-# Aims for one H200: tokens/s, pairs/s, and seconds for 32 queries.
+# Targets for one H200: tokens/s, pairs/s, and seconds for 32 queries.
 AIMS = {"good": (400e3, 1200, 0.30), "stretch": (480e3, 1900, 0.25)}
 
 
@@ -107,7 +116,7 @@ def assumed_rates(name: str) -> dict[str, Rate]:
 
 
 def measured_rates(results: dict) -> dict[str, Rate]:
-    """Of the stages that are in the results of benchmarks.gpu."""
+    """The rates of the stages in the results of benchmarks.gpu."""
     gpu = results["machine"]["gpu"].split(",")[0]
     if results["tiny"] or not any(name in gpu for name in ("H100", "H200")):
         return {}
@@ -123,7 +132,12 @@ def measured_rates(results: dict) -> dict[str, Rate]:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Attributes: batch: rows of the recipe's step; documents: of a row, with which queries are compared."""
+    """A training stage.
+
+    Attributes:
+      batch: rows of the recipe's step.
+      documents: documents of a row, which all queries are compared with.
+    """
 
     name: str
     batch: int
@@ -132,28 +146,28 @@ class Stage:
 
 STAGES = (Stage("mlm", 4096, 0), Stage("contrastive", 16_384, 1), Stage("finetune", 256, 8))
 SIZES = (8, 64, 1024)
-# Part of a step -> what moves it, if it is the first thing that does not scale.
-FIELDS = {
+# Part of a step -> the settings that relieve it, if it is the first part that does not scale.
+REMEDIES = {
     "padding": "`data.chunk_tokens` down to one row (`data.document_length`); below a few rows a GPU, `batch_size` up",
     "logits": "`batch_size` down; `loss.column_tile` bounds their memory, not their time",
-    "gather": "`batch_size` up: its latency is that of the number of GPUs",
-    "reduce": "`batch_size` up: one reduction a step, whatever the batch",
-    "optimizer": "`sharding=zero1`: a part of the update on each GPU",
-    "host": "`batch_size` down: order, plan and negatives of the whole batch are every process's work",
+    "gather": "`batch_size` up: the latency depends only on the number of GPUs",
+    "reduce": "`batch_size` up: there is one reduction a step for any batch",
+    "optimizer": "`sharding=zero1`: each GPU does a part of the update",
+    "host": "`batch_size` down: every process computes order, plan and negatives of the whole batch",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Seconds of a step. Its parts run one after the other: nothing overlaps.
+    """Seconds of a step. Its parts run one after the other, without overlap.
 
-    Every reduction and gather waits for the last chunk, and what follows waits for it; only the host works beside the
-    GPUs, on later steps, and counts where it takes longer than they do.
+    Every reduction and gather waits for the last chunk, and the next part waits for the reduction or gather. Only the
+    host overlaps with the GPUs: it prepares later steps, and counts only if it takes longer than the GPUs.
 
     Attributes:
-      stage, scaling, gpus, batch: "strong" is the recipe's batch (or 8 times that) on any number of GPUs, "weak" the
-        share that each of 8 GPUs has of it.
-      parts: name -> seconds on a GPU; "encode" is the work itself.
+      scaling: "strong": the recipe's batch (or 8 times that) on any number of GPUs; "weak": each GPU has the share that
+        each of 8 GPUs has of the recipe's batch.
+      parts: name -> seconds on a GPU; "encode" is the useful work.
       host: seconds of a process for its share of a batch, in one thread; None if it was not measured.
     """
 
@@ -170,25 +184,25 @@ class Step:
 
     @property
     def efficiency(self) -> float:
-        """Of so many times one GPU."""
+        """Speed relative to ``gpus`` times one GPU."""
         return self.parts["encode"] / self.seconds
 
     @property
     def bottleneck(self) -> str:
-        """What costs most besides the work itself; the host, where the GPUs wait for it."""
+        """The part that costs most besides "encode"; "host" if the GPUs wait for the host."""
         if self.host and self.host > sum(self.parts.values()):
             return "host"
         return max((name for name in self.parts if name != "encode"), key=lambda name: self.parts[name])
 
 
 def logits_flops(queries: int, candidates: int) -> float:
-    """Of one GPU's queries against all candidates, forward and backward; a tile is computed again in the latter."""
+    """FLOPs of one GPU's queries against all candidates, forward and backward. The backward pass recomputes tiles."""
     products = 4 if candidates > COLUMN_TILE_BEYOND else 3
     return products * 2.0 * queries * candidates * ENCODER.hidden_size
 
 
 def logits_seconds(queries: int, candidates: int) -> float:
-    """In float32, without tensor cores."""
+    """Seconds of these FLOPs and of their memory traffic, in float32 without tensor cores."""
     return logits_flops(queries, candidates) / FLOAT32 + LOGITS_PASSES * 4.0 * queries * candidates / MEMORY
 
 
@@ -216,7 +230,7 @@ def model_step(stage: Stage, gpus: int, batch: int, rate: Rate, host: dict | Non
 
 def all_steps(rates: dict[str, Rate], hosts: Iterable[dict]) -> list[Step]:
     measured = {
-        (each["stage"], each["batch"], each["gpus"]): each for each in hosts if each["layout"] in ("rows", "packed")
+        (host["stage"], host["batch"], host["gpus"]): host for host in hosts if host["layout"] in ("rows", "packed")
     }
     steps = []
     for stage in STAGES:
@@ -232,7 +246,7 @@ def all_steps(rates: dict[str, Rate], hosts: Iterable[dict]) -> list[Step]:
 
 
 def loss_memory(queries: int, candidates: int, tile: int) -> dict[str, float]:
-    """Bytes of one GPU: gathered embeddings, and float32 logits of a tile (0: of all candidates)."""
+    """Bytes on one GPU: gathered embeddings, and float32 logits of a tile; ``tile`` 0 is all candidates at once."""
     return {
         "gathered": 4.0 * candidates * ENCODER.hidden_size,
         "logits": 4.0 * queries * min(tile or candidates, candidates),
@@ -240,7 +254,7 @@ def loss_memory(queries: int, candidates: int, tile: int) -> dict[str, float]:
 
 
 def differences(counts: dict) -> list[str]:
-    """Where the formulas differ from compiled programs: bytes at all, memory of the loss by more than a tenth."""
+    """The differences of the formulas from compiled programs: any in bytes, more than a tenth in the loss's memory."""
     wrong = []
     for step in counts["steps"]:
         encoder = dataclasses.replace(ENCODER, num_layers=step["layers"])
@@ -249,7 +263,7 @@ def differences(counts: dict) -> list[str]:
         if bytes_ != step["bytes"]:
             wrong.append(f"{what}: the model says {bytes_}, the program {step['bytes']}")
         if step["in_loops"]:
-            wrong.append(f"{what}: {step['in_loops']} collectives in loops; the model has each of them once a step")
+            wrong.append(f"{what}: {step['in_loops']} collectives in loops; the model counts each once a step")
     for loss in counts["loss"]:
         memory = sum(loss_memory(loss["pairs"] // loss["devices"], loss["pairs"], 0).values())
         if not 0.9 <= memory / loss["temporary"] <= 1.1:
@@ -314,18 +328,20 @@ def read_json(path: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", type=Path, default=RESULTS / "gpu.json", help="results of benchmarks.gpu")
-    parser.add_argument("--assume", choices=AIMS, default="stretch", help="one GPU's speed, where they have none")
-    parser.add_argument("--counts", type=Path, default=RESULTS / "scaling-counts.json")
-    parser.add_argument("--host", type=Path, default=RESULTS / "scaling-host.json")
-    parser.add_argument("--check", action="store_true", help="compare the model's bytes with counted ones, and stop")
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--assume", choices=AIMS, default="stretch", help="one GPU's speed in stages without results")
+    parser.add_argument(
+        "--counts", type=Path, default=RESULTS / "scaling-counts.json", help="results of benchmarks.collectives"
+    )
+    parser.add_argument("--host", type=Path, default=RESULTS / "scaling-host.json", help="results of benchmarks.host")
+    parser.add_argument("--check", action="store_true", help="only compare the model's bytes with the counted ones")
+    parser.add_argument("--plot", type=Path, help="the .png to write")
+    parser.add_argument("--output", type=Path, help="the JSON file to write")
     args = parser.parse_args()
     counts = read_json(args.counts)
     if args.check:
         if wrong := differences(counts):
             raise SystemExit("\n".join(wrong))
-        print(f"{len(counts['steps'])} compiled steps move what the model says; so is the loss's memory")
+        print(f"{len(counts['steps'])} compiled steps move what the model says; the memory of the loss agrees, too")
         return
     rates = assumed_rates(args.assume)
     if args.gpu.exists():
@@ -335,7 +351,7 @@ def main() -> None:
         print(f"{stage}: {rate.rows:,.0f} rows/s of one H100, {rate.source}")
     print(f"\nMilliseconds:\n\n{step_table(steps)}")
     bottlenecks = dict.fromkeys(step.bottleneck for step in steps)
-    print(table(["bottleneck", "what moves it"], [[name, FIELDS[name]] for name in bottlenecks]))
+    print(table(["bottleneck", "remedy"], [[name, REMEDIES[name]] for name in bottlenecks]))
     print(f"The contrastive loss of 2,048 queries of one GPU:\n\n{loss_table()}")
     print(f"Parameters and optimizer state on each GPU:\n\n{sharding_table()}")
     if args.plot:

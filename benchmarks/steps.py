@@ -1,4 +1,4 @@
-"""The real train step of a stage on a load: compiled from shapes alone, planned in bytes, and run."""
+"""The real train step of a stage on a load: compiles it from shapes alone, plans its memory, and runs it."""
 
 import time
 from typing import Any
@@ -25,7 +25,10 @@ GB = 1e9
 
 
 def paper_settings(stage: str, model: dict[str, Any], **fields: Any) -> TrainConfig:
-    """The paper's configuration of a stage with some fields changed, and so small a learning rate that steps repeat."""
+    """The paper's configuration of a stage with some fields changed.
+
+    The learning rate is so small that repeated steps do the same work.
+    """
     config = CONFIGS[stage].get_config("paper")
     config.model.update(model)
     config.update(dict(accumulate=1, **fields))
@@ -36,7 +39,7 @@ def paper_settings(stage: str, model: dict[str, Any], **fields: Any) -> TrainCon
 def abstract_state(
     stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, sharding: Sharding = "replicated"
 ) -> TrainState:
-    """The state of ``init_state`` as shapes on the mesh."""
+    """The state of ``init_state``, as shapes on the mesh."""
 
     def init(key: jax.Array) -> TrainState:
         params = stage.init(key)
@@ -51,11 +54,11 @@ def on_mesh(x: Any, mesh: Mesh, spec: P) -> jax.ShapeDtypeStruct:
 
 
 class TrainStep:
-    """A stage's step on a load. ``compile`` it, ``start`` from weights, then call it: a step, and its loss.
+    """A stage's train step on a load. Call ``compile``, then ``start``. Each call does a step and returns the loss.
 
     Attributes:
-      compiled: of jax, after ``compile``.
-      state: after ``start``.
+      compiled: the compiled program; None before ``compile``.
+      state: the train state; set by ``start``.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class TrainStep:
         self.metrics: dict[str, jax.Array] = {}
 
     def compile(self) -> float:
-        """Seconds that it took, tracing included."""
+        """Compiles the step and returns the seconds it took, tracing included."""
         started = time.perf_counter()
         step = make_train_step(self.stage, self.optimizer, self.mesh, self.settings.accumulate)
         rows = {name: on_mesh(array, self.mesh, P(DATA)) for name, array in self.load.arrays.items()}
@@ -82,14 +85,14 @@ class TrainStep:
 
     @property
     def planned_bytes(self) -> int:
-        """What the compiled program needs on a device: arguments, results that are not written over them, the rest."""
+        """Memory of the compiled program on a device: arguments, results that do not alias them, temporary memory."""
         assert self.compiled is not None
         plan = self.compiled.memory_analysis()
         kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         return kept + plan.temp_size_in_bytes
 
     def start(self, pretrained: dict | None = None) -> None:
-        """From random weights, but ``pretrained`` for the top-level entries that it has."""
+        """Starts from random weights, except for the top-level entries in ``pretrained``."""
         self.state = init_state(jax.random.key(0), self.stage, self.optimizer, self.mesh, pretrained or {})
         self.rows = put_rows(self.load.arrays, self.mesh)
 
@@ -99,12 +102,12 @@ class TrainStep:
         return float(self.metrics["loss"])
 
     def mfu(self, seconds: float) -> float | None:
-        """Share of the device's peak in bfloat16; None if its peak is not known."""
+        """Share of the device's peak FLOP/s in bfloat16; None if the peak is not known."""
         peak = peak_flops(self.mesh.devices.flat[0].device_kind)
         return training_flops(self.settings.model, self.load.batch) / seconds / peak if peak else None
 
 
 def peak_gigabytes() -> float | None:
-    """The most memory that this process had in use on a device; None on a CPU."""
+    """Peak memory in GB that this process used on a device; None on a CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats["peak_bytes_in_use"] / GB if "peak_bytes_in_use" in stats else None

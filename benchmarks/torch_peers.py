@@ -1,6 +1,7 @@
-"""The torch side: a training step with the model, weights, texts, loss and optimizer of ours, and inference.
+"""Reference implementations in torch: a training step with the same model, weights, texts, loss and optimizer as in
+nomic_jax, and inference.
 
-Models are transformers' own, attention is SDPA, the computation in bfloat16 is by autocast.
+The models are those of transformers, attention is SDPA, and autocast computes in bfloat16.
 """
 
 from pathlib import Path
@@ -16,12 +17,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class TorchStep:
-    """A training step: a call computes it and returns the loss.
+    """A training step: each call does a step and returns the loss.
 
-    Texts are padded to the longest of their batch. With ``mini_batch_tokens`` pairs are computed as in GradCache
-    (arXiv:2101.06983), which sentence-transformers calls CachedMultipleNegativesRankingLoss: in mini-batches, first
-    without a gradient, then with the one that the loss has in their embeddings; texts are sorted by length before, so
-    that few of a mini-batch's tokens are padding.
+    Texts are padded to the longest of their batch. With ``mini_batch_tokens``, pairs are computed in mini-batches by
+    GradCache (arXiv:2101.06983; CachedMultipleNegativesRankingLoss in sentence-transformers): first all embeddings
+    without a gradient, then each mini-batch again with the gradient of the loss in its embeddings. Texts are sorted by
+    length first, so that mini-batches have little padding.
     """
 
     def __init__(self, settings: TrainConfig, load: Load, directory: Path, mini_batch_tokens: int = 0):
@@ -91,13 +92,13 @@ class TorchStep:
 
 
 def _on_device(texts: tuple[np.ndarray, ...] | list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask; no token of a text is 0."""
+    """Token ids and attention mask. Real tokens are never 0."""
     ids = padded(texts)
     return torch.tensor(ids).long().to(DEVICE), torch.tensor(ids > 0).long().to(DEVICE)
 
 
 def _mini_batches(texts: list[np.ndarray], tokens: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """(place of each text among those of the mini-batches, mini-batches of at most so many tokens)."""
+    """(position of each text in the mini-batches, mini-batches of at most ``tokens`` tokens)."""
     order = np.argsort([-len(text) for text in texts], kind="stable")
     batches, start = [], 0
     while start < len(order):
@@ -110,7 +111,7 @@ def _mini_batches(texts: list[np.ndarray], tokens: int) -> tuple[torch.Tensor, l
 
 
 class TorchEmbedder:
-    """Mean-pooled, normalised embeddings of texts that all have one length, in bfloat16, without a mask."""
+    """Mean-pooled, normalised embeddings of texts of one common length, in bfloat16, without a mask."""
 
     def __init__(self, directory: Path, compiled: bool = False):
         model = AutoModel.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.bfloat16)

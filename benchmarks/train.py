@@ -1,14 +1,15 @@
-"""Training speed of the three stages beside a plain torch loop: the same model, weights, batch, loss and optimizer.
+"""Compares the training speed of the three stages with a plain torch loop.
 
     python -m benchmarks.train [--stages=mlm,contrastive,finetune] [--steps=3] [--layers=12] [--dtype=float32]
 
-On a CPU in float32; on a GPU in bfloat16 with float32 master weights (torch: autocast, SDPA). Texts are random tokens,
-their lengths log-normal as those of real pairs. Each side has a process of its own, one after the other: in one process
-or in turns, what one leaves of memory decides on the speed of the other. The first step is not counted; the table has
-medians. The losses of the first step must agree, or nothing is printed.
+Both sides have the same model, weights, batch, loss and optimizer. On a CPU they compute in float32; on a GPU in
+bfloat16 with float32 master weights (torch: autocast, SDPA). Texts are random tokens with log-normal lengths, like
+those of real pairs. Each side runs in a separate process, one after the other: in a shared process or in turns, the
+memory that one side leaves free determines the speed of the other. The first step is not counted; the table shows
+medians. If the losses of the first step disagree, the command fails.
 
-torch pads every batch to its longest text, and makes the masked-LM head's logits where something is predicted, as ours
-does. `--layout` is that of our contrastive and finetune batches.
+torch pads every batch to its longest text. Both sides compute the logits of the masked-LM head only at predicted
+positions. `--layout` is the layout of nomic_jax's contrastive and finetune batches.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from nomic_jax.hf import Checkpoint, write_checkpoint
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train.config import TrainConfig
 
-# (rows, negatives, median tokens of a query, of a document, longest) of a batch.
+# (rows, negatives, median tokens of a query, median tokens of a document, longest text) of a batch.
 ON_CPU = {"mlm": (4, 0, 0, 0, 512), "contrastive": (16, 0, 12, 60, 256), "finetune": (4, 7, 12, 60, 128)}
 ON_GPU = {"mlm": (64, 0, 0, 0, 2048), "contrastive": (256, 0, 20, 150, 512), "finetune": (32, 7, 20, 120, 512)}
 
@@ -51,7 +52,13 @@ def make_load(stage: str, rows: int, negatives: int, query: int, document: int, 
 
 
 class Side(NamedTuple):
-    """What a process found: seconds of compiling and the first step, those of the others, the loss of the first."""
+    """The result of one side.
+
+    Attributes:
+      first: seconds of compilation and the first step.
+      seconds: seconds of each further step.
+      loss: loss of the first step.
+    """
 
     first: float
     seconds: list[float]
@@ -69,8 +76,8 @@ def settings_and_load(name: str, args: argparse.Namespace, on_gpu: bool) -> tupl
     return paper_settings(name, model, **fields), load
 
 
-def ours(name: str, args: argparse.Namespace, directory: Path) -> tuple[TrainConfig, Load, str, Side]:
-    """Trains, and leaves in ``directory`` the checkpoint that it has started from."""
+def train_with_nomic_jax(name: str, args: argparse.Namespace, directory: Path) -> tuple[TrainConfig, Load, str, Side]:
+    """Trains, and writes the checkpoint that it started from to ``directory``."""
     settings, load = settings_and_load(name, args, jax.default_backend() == "gpu")
     step = TrainStep(settings, load)
     seconds = step.compile()
@@ -81,7 +88,7 @@ def ours(name: str, args: argparse.Namespace, directory: Path) -> tuple[TrainCon
     return settings, load, jax.devices()[0].device_kind, side._replace(first=seconds + side.first)
 
 
-def theirs(settings: TrainConfig, load: Load, directory: Path, steps: int) -> Side:
+def train_with_torch(settings: TrainConfig, load: Load, directory: Path, steps: int) -> Side:
     from benchmarks.torch_peers import TorchStep
 
     return steps_of(TorchStep(settings, load, directory), steps)
@@ -93,20 +100,20 @@ def steps_of(step: Callable[[], float], count: int) -> Side:
 
 
 def measure(name: str, args: argparse.Namespace) -> str:
-    """A line of the table."""
+    """A row of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        settings, load, device, us = alone(ours, name, args, Path(folder))
-        them = alone(theirs, settings, load, Path(folder), args.steps)
-    np.testing.assert_allclose(us.loss, them.loss, rtol=2e-2 if settings.model.dtype == "bfloat16" else 1e-4)
-    ours_s, theirs_s = (statistics.median(side.seconds) for side in (us, them))
+        settings, load, device, ours = in_new_process(train_with_nomic_jax, name, args, Path(folder))
+        theirs = in_new_process(train_with_torch, settings, load, Path(folder), args.steps)
+    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=2e-2 if settings.model.dtype == "bfloat16" else 1e-4)
+    ours_s, theirs_s = (statistics.median(side.seconds) for side in (ours, theirs))
     return (
         f"| {name} | {device} | {load.real_tokens:,} | {ours_s:.2f} | {theirs_s:.2f} | {theirs_s / ours_s:.2f} "
-        f"| {load.real_tokens / ours_s:,.0f} | {us.first:.0f} | {us.loss:.5f} {them.loss:.5f} |"
+        f"| {load.real_tokens / ours_s:,.0f} | {ours.first:.0f} | {ours.loss:.5f} {theirs.loss:.5f} |"
     )
 
 
-def alone(function: Callable, *arguments: Any) -> Any:
-    """Its result, from a process that ends with it."""
+def in_new_process(function: Callable, *arguments: Any) -> Any:
+    """The result of the function, computed in a new process that ends afterwards."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 

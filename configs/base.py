@@ -1,12 +1,60 @@
-"""What the three stages share; the paper's model and the fields that no stage changes."""
+"""What the training stages share: the paper's model, common fields, and the shared part of each variant.
+
+``nomic_jax/train/config.py`` explains every field. A stage's file (mlm.py, contrastive.py, finetune.py, glue.py) sets
+the values of the paper in ``get_config`` and lists under ``VARIANTS`` what each variant changes. A change is written as
+on the command line: ``"optim.lr": 1e-3`` has the effect of ``--config.optim.lr=1e-3``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
-# Tiny sizes for the :debug variants: seconds on a CPU.
-DEBUG_MODEL = dict(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=256, max_positions=2048)
+# The fields that a variant changes, and their new values.
+Changes = Mapping[str, Any]
+
+# :debug runs 20 steps of a tiny float32 model: seconds on a CPU.
+DEBUG = {
+    "model.hidden_size": 64,
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.intermediate_size": 256,
+    "model.max_positions": 2048,
+    "model.dtype": "float32",
+    "steps": 20,
+    "checkpoint.every": 10,
+}
+# :quickstart takes a few minutes on 2 CPU cores, in float32. :hour makes more of the same: each file derives it from
+# its own :quickstart.
+QUICKSTART = {"model.dtype": "float32", "checkpoint.keep": 2}
+# :one_gpu trains the paper's model on one GPU of 80 GB or more.
+ONE_GPU = {"checkpoint.keep": 2}
+
+# The two stages on pairs, contrastive and finetune, have more in common.
+PAIRS_DEBUG = DEBUG | {
+    "data.query_length": 32,
+    "data.document_length": 64,
+    "data.layout": "padded",
+    "optim.warmup": 0.1,
+}
+# A small batch wants a softer temperature than the paper's 0.02.
+PAIRS_QUICKSTART = QUICKSTART | {
+    "data.query_length": 32,
+    "data.layout": "padded",
+    "loss.temperature": 0.05,
+    "optim.warmup": 0.06,
+}
+PAIRS_ONE_GPU = ONE_GPU | {
+    "data.query_length": 64,
+    "data.document_length": 512,
+    "data.layout": "packed",
+    "model.recompute": "attention",
+    "optim.warmup": 0.1,
+}
 
 
 def base_config(stage: str) -> ConfigDict:
+    """The fields of every stage, with the values that no stage changes or that are the usual default."""
     config = ConfigDict()
     config.stage = stage
     config.seed = 0
@@ -61,7 +109,22 @@ def base_config(stage: str) -> ConfigDict:
     return config
 
 
-def choose_variant(variants: dict, name: str):
+def apply_variant(config: ConfigDict, variants: Mapping[str, Changes], name: str) -> ConfigDict:
+    """Makes the changes of a variant in ``config``, and returns it.
+
+    Raises:
+      ValueError: there is no such variant, or it changes a field that the configuration does not have.
+      TypeError: a new value is of another type than the field.
+    """
     if name not in variants:
         raise ValueError(f"unknown variant {name!r}; write one of :{', :'.join(variants)}")
-    return variants[name]
+    for path, value in variants[name].items():
+        *groups, field = path.split(".")
+        group: Any = config
+        for each in groups:
+            group = group.get(each) if isinstance(group, ConfigDict) else None
+        # ConfigDict would add the field.
+        if not isinstance(group, ConfigDict) or field not in group:
+            raise ValueError(f"variant :{name} changes config.{path}, but there is no such field")
+        group[field] = value
+    return config

@@ -7,10 +7,32 @@ python -m launch.train --config=configs/finetune.py --workdir=runs/finetune --co
 
 from ml_collections import ConfigDict
 
-from configs.base import DEBUG_MODEL, base_config, choose_variant
+from configs.base import PAIRS_DEBUG, PAIRS_ONE_GPU, PAIRS_QUICKSTART, Changes, apply_variant, base_config
+
+# A few minutes on 2 CPU cores.
+_QUICKSTART = PAIRS_QUICKSTART | {
+    "batch_size": 32,
+    "data.document_length": 48,
+    "optim.lr": 1e-4,
+    "checkpoint.every": 20,
+}
+VARIANTS: dict[str, Changes] = {
+    "paper": {},
+    "debug": PAIRS_DEBUG | {"batch_size": 8, "data.num_negatives": 2},
+    "quickstart": _QUICKSTART,
+    # Some minutes on 2 CPU cores for some 8,000 rows, of the hour that launch/recipe.sh takes.
+    "hour": _QUICKSTART | {"data.layout": "packed", "checkpoint.every": 50},
+    # A minute of one GPU of 80 GB or more for some 50,000 rows.
+    "one_gpu": PAIRS_ONE_GPU | {"optim.lr": 5e-5, "checkpoint.every": 100},
+}
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
+    """The configuration of supervised finetuning.
+
+    Args:
+      variant: "paper", "debug", "quickstart", "hour" or "one_gpu"; ``VARIANTS`` says what each changes.
+    """
     config = base_config("finetune")
     config.batch_size = 256
     config.data.query_length = 2048
@@ -20,48 +42,4 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.optim = ConfigDict(
         dict(lr=2e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0, warmup=400.0, decay="linear")
     )
-    variants = {"paper": lambda c: None, "debug": _debug, "quickstart": _quickstart, "hour": _hour, "one_gpu": _one_gpu}
-    choose_variant(variants, variant)(config)
-    return config
-
-
-def _debug(config: ConfigDict) -> None:
-    config.model.update(DEBUG_MODEL | dict(dtype="float32"))
-    config.batch_size = 8
-    config.steps = 20
-    config.data.query_length = 32
-    config.data.document_length = 64
-    config.data.layout = "padded"
-    config.data.num_negatives = 2
-    config.optim.update(dict(warmup=0.1))
-    config.checkpoint.update(dict(every=10))
-
-
-def _quickstart(config: ConfigDict) -> None:
-    """A few minutes on 2 CPU cores, float32."""
-    config.model.update(dict(dtype="float32"))
-    config.batch_size = 32
-    config.data.layout = "padded"
-    config.epochs = 1.0
-    config.loss.temperature = 0.05
-    config.data.query_length = 32
-    config.data.document_length = 48
-    config.optim.update(dict(lr=1e-4, warmup=0.06))
-    config.checkpoint.update(dict(every=20, keep=2))
-
-
-def _hour(config: ConfigDict) -> None:
-    """Some minutes on 2 CPU cores for some 8,000 rows, of the hour that launch/recipe.sh takes."""
-    _quickstart(config)
-    config.data.layout = "packed"
-    config.checkpoint.update(dict(every=50))
-
-
-def _one_gpu(config: ConfigDict) -> None:
-    """A minute of one GPU of 80 GB or more for some 50,000 rows."""
-    config.data.query_length = 64
-    config.data.document_length = 512
-    config.data.layout = "packed"
-    config.model.recompute = "attention"
-    config.optim.update(dict(lr=5e-5, warmup=0.1))
-    config.checkpoint.update(dict(every=100, keep=2))
+    return apply_variant(config, VARIANTS, variant)

@@ -1,6 +1,6 @@
 """Finetuning a classifier on a task of GLUE (paper section 4.1): variants :paper (default), :debug.
 
-The whole sweep, with data from the hub, TFDS or files, is ``python -m launch.evaluate --suite=glue``. One run alone:
+``python -m launch.evaluate --suite=glue`` runs the whole sweep, with data from the hub, TFDS or files. A single run:
 
 python -m launch.train --config=configs/glue.py --workdir=runs/rte --config.init_from=runs/mlm \\
     --config.data.mixture=rte/train.jsonl --config.data.columns="('sentence1', 'sentence2')" --config.data.num_labels=2
@@ -8,10 +8,20 @@ python -m launch.train --config=configs/glue.py --workdir=runs/rte --config.init
 
 from ml_collections import ConfigDict
 
-from configs.base import base_config, choose_variant
+from configs.base import Changes, apply_variant, base_config
+
+VARIANTS: dict[str, Changes] = {
+    "paper": {},
+    "debug": {"model.dtype": "float32", "epochs": 2.0, "data.seq_len": 32},
+}
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
+    """The configuration of one run on one task.
+
+    Args:
+      variant: "paper" or "debug"; ``VARIANTS`` says what each changes.
+    """
     config = base_config("classify")
     config.batch_size = 16
     config.epochs = 10.0
@@ -21,11 +31,4 @@ def get_config(variant: str = "paper") -> ConfigDict:
     )
     config.log_every = 10
     config.checkpoint.update(dict(keep=1))
-    choose_variant({"paper": lambda c: None, "debug": _debug}, variant)(config)
-    return config
-
-
-def _debug(config: ConfigDict) -> None:
-    config.model.update(dict(dtype="float32"))
-    config.epochs = 2.0
-    config.data.seq_len = 32
+    return apply_variant(config, VARIANTS, variant)

@@ -5,10 +5,40 @@ python -m launch.train --config=configs/mlm.py --workdir=runs/mlm --config.data.
 
 from ml_collections import ConfigDict
 
-from configs.base import DEBUG_MODEL, base_config, choose_variant
+from configs.base import DEBUG, ONE_GPU, QUICKSTART, Changes, apply_variant, base_config
+
+# A few minutes on 2 CPU cores.
+_QUICKSTART = QUICKSTART | {
+    "model.hidden_size": 256,
+    "model.num_layers": 4,
+    "model.num_heads": 4,
+    "model.intermediate_size": 768,
+    "model.recompute": "none",
+    "batch_size": 16,
+    "accumulate": 1,
+    "steps": 250,
+    "data.seq_len": 128,
+    "optim.lr": 1e-3,
+    "log_every": 10,
+    "checkpoint.every": 50,
+}
+VARIANTS: dict[str, Changes] = {
+    "paper": {},
+    "debug": DEBUG | {"model.recompute": "none", "batch_size": 16, "accumulate": 1, "data.seq_len": 64},
+    "quickstart": _QUICKSTART,
+    # A quarter of an hour on 2 CPU cores, of the hour that launch/recipe.sh takes.
+    "hour": _QUICKSTART | {"steps": 2200, "checkpoint.every": 200},
+    # The paper's model on some 40M tokens: about 90 seconds of one GPU of 80 GB or more.
+    "one_gpu": ONE_GPU | {"batch_size": 64, "accumulate": 1, "steps": 300, "checkpoint.every": 100},
+}
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
+    """The configuration of masked-LM pretraining.
+
+    Args:
+      variant: "paper", "debug", "quickstart", "hour" or "one_gpu"; ``VARIANTS`` says what each changes.
+    """
     config = base_config("mlm")
     config.batch_size = 4096
     config.accumulate = 8
@@ -22,43 +52,4 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.optim = ConfigDict(
         dict(lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, weight_decay=1e-5, clip_norm=0.0, warmup=0.06, decay="linear")
     )
-    variants = {"paper": lambda c: None, "debug": _debug, "quickstart": _quickstart, "hour": _hour, "one_gpu": _one_gpu}
-    choose_variant(variants, variant)(config)
-    return config
-
-
-def _debug(config: ConfigDict) -> None:
-    config.model.update(DEBUG_MODEL | dict(dtype="float32", recompute="none"))
-    config.batch_size = 16
-    config.accumulate = 1
-    config.steps = 20
-    config.data.seq_len = 64
-    config.checkpoint.update(dict(every=10))
-
-
-def _quickstart(config: ConfigDict) -> None:
-    """A few minutes on 2 CPU cores, float32."""
-    config.model.update(dict(hidden_size=256, num_layers=4, num_heads=4, intermediate_size=768))
-    config.model.update(dict(dtype="float32", recompute="none"))
-    config.batch_size = 16
-    config.accumulate = 1
-    config.steps = 250
-    config.data.seq_len = 128
-    config.optim.update(dict(lr=1e-3))
-    config.log_every = 10
-    config.checkpoint.update(dict(every=50, keep=2))
-
-
-def _hour(config: ConfigDict) -> None:
-    """A quarter of an hour on 2 CPU cores, of the hour that launch/recipe.sh takes."""
-    _quickstart(config)
-    config.steps = 2200
-    config.checkpoint.update(dict(every=200))
-
-
-def _one_gpu(config: ConfigDict) -> None:
-    """The paper's model on some 40M tokens: about 90 seconds of one GPU of 80 GB or more."""
-    config.batch_size = 64
-    config.accumulate = 1
-    config.steps = 300
-    config.checkpoint.update(dict(every=100, keep=2))
+    return apply_variant(config, VARIANTS, variant)

@@ -1,9 +1,9 @@
-"""Do two checkpoints hold the same model? python -m convert.check A B [--texts=FILE] [--tolerance=1e-5]
+"""Checks that two checkpoints hold the same model: python -m convert.check A B [--texts=FILE] [--tolerance=1e-5]
 
-A and B are checkpoints of any form: training runs, published or transformers-saved directories, shards, 16 bits.
-Compared are the tensors, and what they make of texts: the vectors, and the logits of a masked-LM head or a classifier
-that both have. With --torch the vectors of B come from sentence-transformers instead. Prints the largest differences,
-and exits 1 where vectors or logits differ by more than the tolerance.
+A and B are checkpoints in any format: training runs, published or transformers-saved directories, sharded or 16-bit
+files. The command compares the tensors, the embeddings of texts, and the logits of a masked-LM head or a classifier
+that both have. With --torch, sentence-transformers computes the embeddings of B. The command prints the largest
+differences and exits with code 1 if embeddings or logits differ by more than the tolerance.
 """
 
 import argparse
@@ -27,18 +27,18 @@ TEXTS = (
     "clustering: Größe, 東京, עברית and 🚀",
     "classification: " + "a somewhat longer text about nothing in particular " * 30,
 )
-LOGITS_LENGTH = 128  # tokens of a text whose logits are compared
+LOGITS_LENGTH = 128  # first tokens of a text whose logits are compared
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m convert.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("a")
-    parser.add_argument("b")
-    parser.add_argument("--texts", help="a file with one text a line; a few built-in ones by default")
-    parser.add_argument("--tolerance", type=float, default=1e-5)
-    parser.add_argument("--max_length", type=int, help="tokens of a text; what both take by default")
+    parser.add_argument("a", help="a checkpoint")
+    parser.add_argument("b", help="the checkpoint to compare with it")
+    parser.add_argument("--texts", help="file with one text a line; a few built-in texts by default")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest accepted difference; 1e-5 by default")
+    parser.add_argument("--max_length", type=int, help="tokens kept of a text; each checkpoint's setting by default")
     parser.add_argument("--torch", action="store_true", help="embed B with sentence-transformers")
     args = parser.parse_args()
     try:
@@ -56,10 +56,10 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     is_same = True
-    for name, worst in differences.items():
-        print(f"{name}: largest difference {worst.max():.2e} over {len(texts)} texts (text {worst.argmax() + 1})")
-        # Written so that NaN, too, is above the tolerance.
-        is_same &= bool(worst.max() <= args.tolerance)
+    for name, by_text in differences.items():
+        print(f"{name}: largest difference {by_text.max():.2e} over {len(texts)} texts (text {by_text.argmax() + 1})")
+        # The comparison is also False for NaN.
+        is_same &= bool(by_text.max() <= args.tolerance)
     if not is_same:
         sys.exit(f"above the tolerance {args.tolerance:.0e}")
 
@@ -72,7 +72,7 @@ def read_texts(file: str | None) -> list[str]:
 
 
 def embed(path: str, texts: list[str], max_length: int | None) -> np.ndarray:
-    # As they stand, without a default prompt: a text of the file may carry its own prefix.
+    # No default prompt: the texts in the file may have their own prefixes.
     return Embedder.from_pretrained(path, max_length=max_length).encode(texts, prompt="")
 
 
@@ -83,7 +83,7 @@ def torch_vectors(directory: str, texts: list[str]) -> np.ndarray:
 
 
 def print_tensors(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """The largest difference of a tensor: 0 for two forms of the same weights, the rounding where one has 16 bits."""
+    """Prints the largest difference of a tensor: 0 for the same weights, the rounding error if one side has 16 bits."""
     leaves_a, leaves_b = (dict(jax.tree.leaves_with_path(params)) for params in (a, b))
     if only := leaves_a.keys() ^ leaves_b.keys():
         print(f"tensors: {len(only)} are in one of the two alone, such as {jax.tree_util.keystr(min(only, key=str))}")
@@ -95,7 +95,7 @@ def print_tensors(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 def logit_differences(a: Checkpoint, b: Checkpoint, head: str, texts: list[str]) -> np.ndarray:
-    """Largest difference of a logit of each text's first tokens."""
+    """Largest difference of the logits of each text, over its first LOGITS_LENGTH tokens: [texts]."""
     ours, theirs = _logits_function(a, head), _logits_function(b, head)
     return np.array([np.abs(ours(text) - theirs(text)).max() for text in texts])
 

@@ -1,6 +1,6 @@
-"""A Hugging Face directory to a checkpoint that training can start from: python -m convert.from_hf HF_DIR OUT_DIR
+"""Converts a Hugging Face directory to a training checkpoint: python -m convert.from_hf HF_DIR OUT_DIR
 
-(`--config.init_from` also takes a Hugging Face directory as it is.)
+To start training from a Hugging Face directory, no conversion is needed: `--config.init_from` takes it directly.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from nomic_jax.run.pretrained import read_pretrained, write_pretrained
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m convert.from_hf", description=__doc__)
-    parser.add_argument("hf_dir", help="a nomic-bert or BERT-family checkpoint directory")
-    parser.add_argument("out_dir", help="a working directory with one checkpoint, of step 0")
+    parser.add_argument("hf_dir", help="directory of a nomic-bert or BERT-family checkpoint")
+    parser.add_argument("out_dir", help="working directory to write, with one checkpoint of step 0")
     args = parser.parse_args()
     try:
         write_pretrained(args.out_dir, read_pretrained(args.hf_dir))

@@ -1,7 +1,7 @@
-"""To a Hugging Face directory: python -m convert.to_hf CHECKPOINT OUT_DIR
+"""Converts a checkpoint to a Hugging Face directory: python -m convert.to_hf CHECKPOINT OUT_DIR
 
-CHECKPOINT is a run's working directory (its latest checkpoint), one of its checkpoints, or another Hugging Face
-directory, to change its format or type.
+CHECKPOINT is the working directory of a run (its latest checkpoint is converted), one of its checkpoints, or another
+Hugging Face directory, to change its format or dtype.
 """
 
 import argparse
@@ -19,24 +19,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m convert.to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="what to convert")
-    parser.add_argument("out_dir", help="opens in sentence-transformers, transformers and others")
+    parser.add_argument("checkpoint", help="the checkpoint to convert")
+    parser.add_argument(
+        "out_dir", help="directory to write; sentence-transformers, transformers and others can load it"
+    )
     parser.add_argument(
         "--format",
         choices=("hub", "native"),
         default="hub",
-        help="names of the tensors: as published, which every client reads, or those inside transformers",
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--mlm_head", action="store_true", help="write the masked-LM head too")
-    parser.add_argument("--classifier", action="store_true", help="write the sequence classifier too")
-    parser.add_argument("--max_length", type=int, help="tokens kept of a text; the checkpoint's own maximum by default")
-    parser.add_argument("--truncate_dim", type=int, help="dimensions kept by default (Matryoshka)")
-    parser.add_argument(
-        "--layer_norm", action="store_true", help="LayerNorm after pooling, as nomic-embed-text-v1.5 was trained"
+        help="tensor names. hub: as published, which every client reads; native: those inside transformers",
     )
     parser.add_argument(
-        "--evaluation", action="append", default=[], help="a report of launch.evaluate for the model card; repeatable"
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the tensors"
+    )
+    parser.add_argument("--mlm_head", action="store_true", help="also write the masked-LM head")
+    parser.add_argument("--classifier", action="store_true", help="also write the sequence classifier")
+    parser.add_argument("--max_length", type=int, help="tokens kept of a text; the checkpoint's setting by default")
+    parser.add_argument(
+        "--truncate_dim", type=int, help="dimensions that the exported model keeps by default (Matryoshka)"
+    )
+    parser.add_argument(
+        "--layer_norm", action="store_true", help="apply LayerNorm after pooling, as in nomic-embed-text-v1.5"
+    )
+    parser.add_argument(
+        "--evaluation", action="append", default=[], help="report of launch.evaluate for the model card; repeatable"
     )
     args = parser.parse_args()
     try:
@@ -74,7 +80,7 @@ def write(args: argparse.Namespace) -> None:
 def read_report(file: Path) -> dict[str, Any]:
     report = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(report, dict) or not {"tasks", "average"} <= report.keys():
-        raise ValueError(f"{file}: not a report of launch.evaluate (tasks, average)")
+        raise ValueError(f"{file}: this is not a report of launch.evaluate, which has the fields tasks and average")
     return report
 
 

@@ -1,8 +1,8 @@
-"""Cleaning: removes empty, short and repeated rows, and tells which overlap with evaluation tasks.
+"""Removes empty, short and duplicate rows, and reports the rows that overlap with evaluation tasks.
 
     python -m launch.clean --input='pairs/*.jsonl' --output=cleaned --near=0.8 --min_words=2 --evaluation=tasks/nfcorpus
 
-writes kept.jsonl, removed.jsonl (every row that went, and why), summary.json and report.md.
+The output folder gets kept.jsonl, removed.jsonl (every removed row, with the reason), summary.json and report.md.
 """
 
 from pathlib import Path
@@ -30,10 +30,10 @@ def main(argv: list[str]) -> None:
     )
     tasks: dict[str, EvaluationTexts] = {}
     for folder in map(Path, FLAGS.evaluation):
-        inside = sorted(path.parent for path in folder.glob("*/queries.jsonl"))
-        for task in map(RetrievalTask.read, inside or [folder]):
+        task_folders = sorted(path.parent for path in folder.glob("*/queries.jsonl"))
+        for task in map(RetrievalTask.read, task_folders or [folder]):
             if task.name in tasks:
-                raise ValueError(f"--evaluation names two tasks {task.name!r}; rename one folder")
+                raise ValueError(f"--evaluation holds two tasks named {task.name!r}; rename one of the folders")
             tasks[task.name] = EvaluationTexts(task.queries, task.documents)
     summary = clean_rows(FLAGS.input, FLAGS.output, FLAGS.columns, options, tasks, on_bad_row=FLAGS.on_bad_row)
     removed = ", ".join(f"{count:,} {reason}" for reason, count in summary["removed"].items() if count) or "none"
@@ -43,36 +43,43 @@ def main(argv: list[str]) -> None:
     )
     for line in told(summary):
         print(line)
-    for line in summary["contamination"]:
+    for overlap in summary["contamination"]:
         print(
-            f"{line['task']}: {line['training_rows']:,} rows overlap with {line['texts_met']:,} of "
-            f"{line['texts']:,} {line['part']}"
+            f"{overlap['task']}: {overlap['training_rows']:,} rows overlap with {overlap['texts_met']:,} of "
+            f"{overlap['texts']:,} {overlap['part']}"
         )
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("input", None, "Rows: a file, a folder of them, a glob, a brace range or a URL.", required=True)
+    flags.DEFINE_string(
+        "input", None, "Input rows: a file, a folder of files, a glob, a brace range or a URL.", required=True
+    )
     flags.DEFINE_string("output", None, "Folder for the results.", required=True)
     flags.DEFINE_list("columns", ["query", "document"], "Columns that hold the texts.")
-    flags.DEFINE_integer("min_words", 0, "Remove a row with a text of fewer words.", lower_bound=0)
-    flags.DEFINE_integer("min_chars", 0, "Remove a row with a text of fewer characters.", lower_bound=0)
-    flags.DEFINE_bool("exact", True, "Remove a row whose texts equal those of an earlier one.")
+    flags.DEFINE_integer("min_words", 0, "Remove a row if one of its texts has fewer words.", lower_bound=0)
+    flags.DEFINE_integer("min_chars", 0, "Remove a row if one of its texts has fewer characters.", lower_bound=0)
+    flags.DEFINE_bool("exact", True, "Remove a row whose texts equal those of an earlier row.")
     flags.DEFINE_float(
         "near",
         None,
-        "Remove a row this similar to an earlier one, such as 0.8: Jaccard of word 3-grams. [no such step]",
+        "Remove near-duplicates: rows whose texts have at least this Jaccard similarity of word 3-grams to those of an "
+        "earlier row, such as 0.8. [off]",
     )
     flags.DEFINE_multi_string(
-        "evaluation", [], "Folder of a retrieval task, or of such folders, to look for in the rows; may be repeated."
+        "evaluation",
+        [],
+        "Report overlap with this retrieval task: its folder, or a folder of task folders; may be repeated.",
     )
-    flags.DEFINE_integer("ngram", NGRAM, "Words in a row that make an overlap with an evaluation text.", lower_bound=1)
+    flags.DEFINE_integer(
+        "ngram", NGRAM, "Consecutive words in common that count as overlap with an evaluation text.", lower_bound=1
+    )
     flags.DEFINE_enum(
         "remove_contaminated",
         "none",
         ["none", "queries", "any"],
-        "Remove rows that overlap with an evaluation task's queries, or with any text of it.",
+        "Remove rows that overlap with the queries of an evaluation task, or with any of its texts.",
     )
     flags.DEFINE_enum(
-        "on_bad_row", "raise", ["raise", "skip"], "Stop at a row that cannot be used, or put it into rejected.jsonl."
+        "on_bad_row", "raise", ["raise", "skip"], "raise: stop at an unusable row. skip: write it to rejected.jsonl."
     )
     run(main)

@@ -1,16 +1,16 @@
-"""Collects real text and pairs from what pip has installed, to try every stage without downloading a data set.
+"""Collects real text and pairs from installed Python packages, to try every stage without downloading a data set.
 
     python -m launch.collect --output=DIR
 
-    DIR/pairs/code.jsonl     docstring -> function, of the packages in site-packages
+    DIR/pairs/code.jsonl     docstring -> function, from the packages in site-packages
     DIR/pairs/icd10.jsonl    inclusion term -> title of a diagnosis (ICD-10-CM), with its chapter as label
-    DIR/labelled/...         more of both, set aside for finetuning
-    DIR/mlm/text.jsonl       docstrings, documentation and diagnoses, as running text
-    DIR/mlm.yaml pairs.yaml labelled.yaml   mixtures of the above
-    DIR/held_out/<source>/   retrieval tasks whose queries and documents are in none of the above
-    DIR/summary.json         counts and settings; written last, so that its presence means that all is there
+    DIR/labelled/...         more pairs of both sources, reserved for finetuning
+    DIR/mlm/text.jsonl       docstrings, documentation and diagnoses as running text
+    DIR/mlm.yaml pairs.yaml labelled.yaml   mixtures of these files
+    DIR/held_out/<source>/   retrieval tasks; none of the files above contains their queries or documents
+    DIR/summary.json         counts and settings; written last: if it exists, the other files are complete
 
-The result depends on the settings and on what is installed, not on where.
+The result depends on the settings and the installed packages, not on where the packages are installed.
 """
 
 import ast
@@ -33,22 +33,22 @@ from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
 
 FLAGS = flags.FLAGS
 
-# This project, the installer, and what comes with either.
+# This project, and the installer with the packages that come with it.
 EXCLUDED_PACKAGES = {"nomic_jax", "launch", "configs", "convert", "pip", "setuptools", "pkg_resources", "wheel"}
 # Tests, and copies of other packages.
 EXCLUDED_FOLDERS = {"test", "tests", "testing", "vendor", "_vendor", "vendored", "_vendored", "externals"}
 SUFFIXES = (".py", ".md", ".rst")
-PACKAGE_SHARE = 0.25  # of the code pairs, at most, from one top-level package
+PACKAGE_SHARE = 0.25  # largest share of the code pairs from one top-level package
 QUERY_WORDS = range(4, 61)
 DOCUMENT_CHARACTERS = range(60, 3001)
-DOCSTRING_CHARACTERS = 100  # shorter ones are no running text
+DOCSTRING_CHARACTERS = 100  # shorter docstrings are not used as running text
 TEXT_CHARACTERS = 2000
 MLM_BYTES = 6_000_000
-POOL = 1000  # documents that a held-out query is searched among, at least
+POOL = 1000  # least number of documents in a held-out task
 
 # Source -> the prefixes of queries and of documents.
 PREFIXES = {"code": ("search_query", "search_document"), "icd10": ("classification", "classification")}
-# Rows that share this column stay on one side of the split, near-identical neighbours with them.
+# Rows with the same value in this column stay on one side of the split, because they may be nearly identical.
 GROUP = {"code": "path", "icd10": "document"}
 
 
@@ -67,16 +67,16 @@ def collect(
     pool: int = POOL,
     site_packages: str | Path | None = None,
 ) -> dict:
-    """Writes the files above and returns the summary; does nothing if they are there with the same settings.
+    """Writes the files listed above and returns the summary. Existing files with the same settings are kept.
 
     Args:
-      code_pairs: training pairs wanted of code; the pairs of icd10 are all taken.
-      held_out: queries of each held-out task.
-      pool: documents of each held-out task, at least.
-      site_packages: where packages are; by default those of this interpreter.
+      code_pairs: target number of training pairs from code; icd10 always contributes all its pairs.
+      held_out: queries in each held-out task.
+      pool: least number of documents in each held-out task.
+      site_packages: directory of the installed packages; by default that of this interpreter.
 
     Raises:
-      ValueError: ``output`` holds the result of other settings, or there is too little to hold out.
+      ValueError: ``output`` holds a result of other settings, or a source has too few pairs to hold out a task.
       ModuleNotFoundError: simple_icd_10_cm is not installed.
     """
     output = Path(output)
@@ -85,7 +85,7 @@ def collect(
         summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
         if summary["settings"] != settings:
             raise ValueError(
-                f"{output} was collected with {summary['settings']}, this is {settings}; use another folder"
+                f"{output} was collected with the settings {summary['settings']}, not {settings}; use another folder"
             )
         return summary
 
@@ -111,7 +111,7 @@ def collect(
         if not training:
             raise ValueError(
                 f"{name}: the {len(rows)} pairs found do not exceed what is held out ({held_out} queries, {pool} "
-                "documents); install more packages into this environment, or lower --held_out"
+                "documents), so none is left for training; install more packages, or lower --held_out"
             )
         held_texts |= held.texts
         held_groups |= held.groups
@@ -145,7 +145,7 @@ def collect(
 
 
 def read_icd10(seed: int) -> list[Diagnosis]:
-    """The diagnoses of ICD-10-CM that have inclusion terms, those of one title together, titles in a drawn order."""
+    """The ICD-10-CM diagnoses that have inclusion terms, in a pseudo-random order of their titles."""
     try:
         import simple_icd_10_cm as icd
     except ModuleNotFoundError as error:
@@ -161,7 +161,7 @@ def read_icd10(seed: int) -> list[Diagnosis]:
 
 
 def installed_files(site_packages: Path, seed: int) -> list[str]:
-    """Sources and documentation below ``site_packages``, as relative paths, in a drawn order."""
+    """Relative paths of source and documentation files below ``site_packages``, in a pseudo-random order."""
     paths = (
         path.relative_to(site_packages)
         for path in site_packages.rglob("*")
@@ -171,7 +171,7 @@ def installed_files(site_packages: Path, seed: int) -> list[str]:
         (
             path.as_posix()
             for path in paths
-            # "pip" and "pip-25.0.dist-info" are of one package; "__editable__..." points out of site-packages.
+            # "pip" and "pip-25.0.dist-info" belong to one package; "__editable__..." points out of site-packages.
             if path.parts[0].split("-")[0] not in EXCLUDED_PACKAGES
             and not path.parts[0].startswith("__editable__")
             and EXCLUDED_FOLDERS.isdisjoint(path.parts)
@@ -183,11 +183,11 @@ def installed_files(site_packages: Path, seed: int) -> list[str]:
 def read_code(
     site_packages: Path, files: list[str], wanted: int
 ) -> tuple[list[dict[str, str]], list[tuple[str, str]], int]:
-    """Reads source files in order until there are ``wanted`` pairs.
+    """Reads source files in order until it has ``wanted`` pairs.
 
     Returns:
-      pairs {query, document, path}, each query and each document once; (path, docstring) of every function read;
-      and the number of pairs found, with duplicates.
+      The pairs {query, document, path} without repeated queries or documents; (path, docstring) of every function
+      read; and the number of pairs found, duplicates included.
     """
     pairs, docstrings, found = [], [], 0
     seen: set[str] = set()
@@ -218,7 +218,7 @@ def read_code(
 
 
 def read_functions(file: Path) -> Iterator[tuple[str, str]]:
-    """(docstring, source without it) of the functions and methods that have a docstring; of broken files, nothing."""
+    """(docstring, source without it) of every function and method with a docstring; nothing for unparsable files."""
     try:
         with warnings.catch_warnings(action="ignore"):  # other people's invalid escapes
             tree = ast.parse(file.read_bytes())
@@ -229,9 +229,9 @@ def read_functions(file: Path) -> Iterator[tuple[str, str]]:
         if docstring:
             function.body = function.body[1:]
             try:
-                # A body of nothing but the docstring leaves no document.
+                # If the body is only a docstring, there is no document.
                 yield docstring, clean(ast.unparse(function)) if function.body else ""
-            except RecursionError:  # generated expressions, nested a thousand deep
+            except RecursionError:  # generated code with very deep nesting
                 continue
 
 
@@ -244,17 +244,20 @@ def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunc
 
 
 def read_documentation(site_packages: Path, files: list[str]) -> Iterator[str]:
-    """Packages' descriptions and their .md and .rst files, but no licences."""
+    """The descriptions of packages and their .md and .rst files, without licences."""
     for path in files:
         if path.endswith(".py") or "licen" in path.lower():
             continue
         text = clean((site_packages / path).read_text(encoding="utf-8", errors="ignore"))
-        # METADATA is a header of fields, an empty line, and the description.
+        # METADATA consists of header fields, an empty line, and the description.
         yield text.partition("\n\n")[2] if path.endswith("METADATA") else text
 
 
 def running_text(texts: Iterable[str], held_texts: set[str], seed: int) -> list[str]:
-    """Pieces of the texts, each once, in a drawn order, up to MLM_BYTES; no line or paragraph is a held-out text."""
+    """Distinct pieces of the texts in a pseudo-random order, up to MLM_BYTES.
+
+    Pieces with a line or paragraph that equals a held-out text are left out.
+    """
     held = {one_line(text) for text in held_texts}
     kept, size = [], 0
     for piece in sorted(
@@ -269,7 +272,7 @@ def running_text(texts: Iterable[str], held_texts: set[str], seed: int) -> list[
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cuts a text at empty lines, so that a piece has at most TEXT_CHARACTERS unless one paragraph has more."""
+    """Splits a text at empty lines into pieces of at most TEXT_CHARACTERS; longer paragraphs stay whole."""
     piece = ""
     for paragraph in paragraphs(text):
         if piece and len(piece) + len(paragraph) + 2 > TEXT_CHARACTERS:
@@ -300,7 +303,7 @@ def write_mixtures(output: Path) -> None:
 
 
 def clean(text: str) -> str:
-    """Without control characters, and without halves of surrogate pairs, which UTF-8 cannot hold."""
+    """Removes control characters, and surrogate code points, which UTF-8 cannot encode."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text).strip()
 
 
@@ -320,9 +323,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Flags belong to the command, not to the module: imported together, two commands may use one name.
+    # Defined here, not at import: two commands that are imported together may use the same flag name.
     flags.DEFINE_string("output", None, "Folder for the result.", required=True)
-    flags.DEFINE_integer("code_pairs", 8000, "Training pairs of code, about.", lower_bound=1)
-    flags.DEFINE_integer("held_out", 1000, "Queries of each held-out task.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Draws another sample, and another split.")
+    flags.DEFINE_integer("code_pairs", 8000, "Approximate number of training pairs from code.", lower_bound=1)
+    flags.DEFINE_integer("held_out", 1000, "Queries in each held-out task.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the sample and of the split.")
     run(main)

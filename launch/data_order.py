@@ -1,7 +1,7 @@
-"""Prints which rows of which source are in the batch of a step: python -m launch.data_order RUN --step=N
+"""Prints the rows that are in the batch of a training step: python -m launch.data_order RUN --step=N
 
-One line a source, as JSON: {"source": name, "rows": [numbers]}. Rows are counted from 0, without rejected ones; those
-of masked-LM are rows of seq_len tokens. Steps are counted from 1, as in metrics.jsonl.
+It prints one JSON line for each source: {"source": name, "rows": [numbers]}. Rows count from 0 and exclude rejected
+rows; in the masked-LM stage they are rows of seq_len tokens. Steps count from 1, as in metrics.jsonl.
 """
 
 import dataclasses
@@ -31,6 +31,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("step", None, "Which batch.", required=True, lower_bound=1)
-    flags.DEFINE_string("mixture", "", "Where the data are now, if not where the run's config.json says.")
+    flags.DEFINE_integer("step", None, "The step whose batch is printed.", required=True, lower_bound=1)
+    flags.DEFINE_string("mixture", "", "Current path of the data, if it differs from the run's config.json.")
     run(main, ("RUN",))

@@ -1,11 +1,11 @@
-"""Embeds a column of files of any size, in their order, into one .npy or .parquet file.
+"""Embeds a text column of input files of any size into one .npy or .parquet file, in input order.
 
     python -m launch.embed --model=DIR --input='shards/*.jsonl.gz' --output=vectors.npy --prompt_name=search_document
     python -m launch.embed --model=DIR --input=corpus/ --output=vectors.parquet --keep_columns=id,title
 
-vectors.npy is float32 [rows, dim]. vectors.parquet has `row` (the row's place in the input, over all files, from 0),
-the kept columns and `embedding` (lists of dim float32). Until the output is complete, the work is in .NAME.parts beside
-it: killed at any moment, the same command goes on after the last finished shard.
+vectors.npy is float32 [rows, dim]. vectors.parquet has `row` (the row's number over all input files, from 0), the kept
+columns and `embedding` (lists of dim float32). Unfinished work is in .NAME.parts beside the output: after an
+interruption, the same command continues after the last finished shard.
 """
 
 from absl import flags
@@ -46,26 +46,37 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Flags belong to the command, not to the module: imported together, two commands may use one name.
+    # Defined here, not at import: two commands that are imported together may use the same flag name.
     flags.DEFINE_string("model", None, "A checkpoint directory, or a name on the Hugging Face hub.", required=True)
     flags.DEFINE_string(
-        "input", None, "Texts: a jsonl(.gz) or parquet file, a folder, a glob, a brace range or a URL.", required=True
+        "input",
+        None,
+        "Input rows: a jsonl(.gz) or parquet file, a folder, a glob, a brace range or a URL.",
+        required=True,
     )
     flags.DEFINE_string("output", None, "The file to write, .npy or .parquet.", required=True)
-    flags.DEFINE_string("text_column", "text", "Column of the input with the text; it may be empty, but not null.")
+    flags.DEFINE_string("text_column", "text", "Input column with the text. A text may be empty, but not null.")
     flags.DEFINE_string("prompt_name", None, "Name of the model's prompt for these texts, such as search_document.")
-    flags.DEFINE_string("prompt", None, 'Text in front of every text, instead of a name; "" for none.')
-    flags.DEFINE_integer("batch_size", 64, "Texts computed at once.", lower_bound=1)
-    flags.DEFINE_integer("max_length", None, "Tokens kept of a text. [what the checkpoint says]", lower_bound=2)
-    flags.DEFINE_integer("truncate_dim", None, "Dimensions kept of a vector. [what the checkpoint says]", lower_bound=1)
+    flags.DEFINE_string("prompt", None, 'Text put in front of every text, instead of --prompt_name; "" for none.')
+    flags.DEFINE_integer("batch_size", 64, "Texts in a batch.", lower_bound=1)
+    flags.DEFINE_integer("max_length", None, "Tokens kept of a text. [the checkpoint's setting]", lower_bound=2)
+    flags.DEFINE_integer(
+        "truncate_dim", None, "Dimensions kept of an embedding. [the checkpoint's setting]", lower_bound=1
+    )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Precision of the computation.")
     flags.DEFINE_integer(
-        "shard_rows", 50_000, "Rows embedded between two points of restart; so many are in memory.", lower_bound=1
+        "shard_rows",
+        50_000,
+        "Rows in a shard, the unit of work after an interruption. One shard is held in memory.",
+        lower_bound=1,
     )
-    flags.DEFINE_list("keep_columns", [], "Columns of the input to copy into a .parquet output.")
+    flags.DEFINE_list("keep_columns", [], "Input columns to copy into a .parquet output.")
     flags.DEFINE_bool("normalize", True, "Scale vectors to length 1.")
     flags.DEFINE_enum(
-        "on_bad_row", "raise", ["raise", "skip"], "Stop at a row without a text, or put it into OUTPUT.rejected.jsonl."
+        "on_bad_row",
+        "raise",
+        ["raise", "skip"],
+        "raise: stop at an unusable row. skip: write it to OUTPUT.rejected.jsonl.",
     )
-    flags.DEFINE_bool("overwrite", False, "Replace the output, once the new one is complete.")
+    flags.DEFINE_bool("overwrite", False, "Replace an existing output, once the new one is complete.")
     run(main)

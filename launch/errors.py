@@ -1,4 +1,4 @@
-"""Runs a command so that a user's mistake ends in one line on stderr and exit code 2; of a preemption, code 75."""
+"""Runs a command: a user error prints one line on stderr and exits with code 2; a preemption exits with code 75."""
 
 import re
 import sys
@@ -11,21 +11,26 @@ from tqdm import tqdm
 
 from nomic_jax.train.interruption import EXIT_CODE, Preempted
 
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, show where in the code it was raised.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print the traceback.")
 
 
 def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = ()) -> None:
-    """``app.run`` in which ValueError and OSError become one line; others are defects and keep their traceback.
+    """Runs ``main`` with ``app.run``.
 
-    ``main`` gets the arguments that are not flags; ``arguments`` are their names.
+    ValueError, OSError and ModuleNotFoundError are user errors and print one line. Other exceptions are defects and
+    keep their traceback.
+
+    Args:
+      main: gets the positional arguments, those that are not flags.
+      arguments: names of the positional arguments that ``main`` requires, for error messages.
     """
 
     def guarded(argv: list[str]) -> None:
-        # Orbax tells of every file it renames at the level INFO, and of an error once for each of its threads, at
-        # length, before it raises it.
+        # Orbax logs every renamed file at level INFO. It also logs an error at length from each of its threads before
+        # it raises the error.
         logging.set_verbosity(logging.FATAL)
         _show_warnings_once()
-        sys.unraisablehook = _show_what_counts
+        sys.unraisablehook = _ignore_closed_event_loop
         try:
             given = argv[1:]
             if len(given) > len(arguments):
@@ -48,7 +53,10 @@ def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = ()) -> N
 
 
 def _show_warnings_once() -> None:
-    """In one line, and of warnings that differ in numbers only the first: each batch of texts says how many it cut."""
+    """Prints a warning in one line, and warnings that differ only in numbers once.
+
+    For example, every batch warns about the number of texts that it cut.
+    """
     shown = set()
 
     def show(message, category, filename, lineno, file=None, line=None) -> None:
@@ -60,8 +68,8 @@ def _show_warnings_once() -> None:
     warnings.showwarning = show
 
 
-def _show_what_counts(unraisable: Any) -> None:
-    # When a save fails, tensorstore tells orbax so for each file, also after orbax has given up waiting.
+def _ignore_closed_event_loop(unraisable: Any) -> None:
+    # When a save fails, tensorstore reports each file to orbax, even after orbax has stopped waiting.
     if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 
@@ -70,20 +78,20 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # Besides absl's own errors, what ml_collections raises for a field of --config that does not exist.
+        # absl raises flags.Error; ml_collections raises the others for an unknown field of --config.
         _exit(error)
 
 
 def _exit(error: Exception) -> NoReturn:
     message = str(error)
     if isinstance(error, (AttributeError, KeyError)):
-        # A KeyError's text in quotes, with escapes.
+        # The text of a KeyError is quoted and escaped.
         name = message.strip("'\"")
         if name.isidentifier():
-            message = f"there is no field {name!r}; nomic_jax/train/config.py explains those that there are"
+            message = f"there is no field {name!r}; nomic_jax/train/config.py explains the fields"
         message = "--config: " + message.strip("'").replace("\\n", ". ").replace("\\'", "'")
     if "Traceback" in message:
-        # An error inside a configuration file: its own last line says it.
+        # An error inside a configuration file: the last line of the traceback is its message.
         message = "--config: " + message.strip().splitlines()[-1]
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -1,14 +1,14 @@
-"""Scores a model and writes the figures to OUTPUT, with a report and pictures.
+"""Evaluates a model and writes scores, a report and plots to OUTPUT.
 
     python -m launch.evaluate --model=DIR_OR_HUB_ID --suite=SUITE --output=DIR
 
     --suite=local      your own tasks, from --data=DIR[,DIR...]: task folders, or folders of task folders
-    --suite=mteb       MTEB(eng, v1), or the tasks of mteb that --tasks names; 512 tokens
-    --suite=jina_long  the long-context set of Jina, by mteb; 128, 512 and 8191 tokens
+    --suite=mteb       MTEB(eng, v1), or the mteb tasks named by --tasks; 512 tokens
+    --suite=jina_long  Jina's long-context tasks, run by mteb; 128, 512 and 8191 tokens
     --suite=loco       LoCo, from the hub or --data=DIR; 2048, 4096 and 8192 tokens
     --suite=glue       GLUE, by finetuning; from the hub, --data=tfds:glue or --data=DIR (DIR/cola/train.jsonl, ...)
 
-A task of the suite local is a folder of jsonl; its kind follows from its files and columns:
+A task of the suite local is a folder of jsonl files. The files and their columns determine the kind of task:
 
     queries.jsonl {"_id", "text"}, corpus.jsonl {"_id", "title", "text"} and
       qrels.jsonl {"query_id", "document_id", "score"}          retrieval (nDCG@10, recall, MRR)
@@ -16,10 +16,10 @@ A task of the suite local is a folder of jsonl; its kind follows from its files 
     test.jsonl {"text", "label"}                                clustering (V-measure)
     test.jsonl {"sentence1", "sentence2", "score"}              semantic similarity (Spearman, Pearson)
 
-Prompts follow from the type of task; task.json in the folder names others ({"query_prompt", "document_prompt"} or
-{"prompt"}). Figures go to OUTPUT/<name>.json (local) or OUTPUT/<name>-<suite>.json, mteb's own result files below
-OUTPUT/results, everything in OUTPUT to OUTPUT/report.md. Run again, the command goes on with the tasks that have no
-figures yet; a task that fails is listed, the others go on, and the exit code is 1.
+The type of task determines the prompts; task.json in the folder can name others ({"query_prompt", "document_prompt"}
+or {"prompt"}). Scores go to OUTPUT/<name>.json (local) or OUTPUT/<name>-<suite>.json, and mteb's own result files to
+OUTPUT/results. OUTPUT/report.md shows all results in OUTPUT. Running the command again evaluates only the tasks that
+have no scores yet. If a task fails, the command lists it, runs the others, and exits with code 1.
 """
 
 import sys
@@ -44,7 +44,7 @@ SUITES = ("local", "mteb", "jina_long", "loco", "glue")
 
 
 class LazyEncoders:
-    """The model, read once and only when something is to be computed: ``nomic_jax.evals.tasks.contract.Encoders``."""
+    """Loads the model once, when it is first needed; implements ``nomic_jax.evals.tasks.contract.Encoders``."""
 
     def __init__(self, model: str, dtype: str, batch_size: int):
         self.model, self.dtype, self.batch_size = model, dtype, batch_size
@@ -52,16 +52,18 @@ class LazyEncoders:
         self._for_mteb: dict[tuple[int, int | None], Any] = {}
 
     def at(self, max_length: int | None) -> Any:
-        """The Embedder. Raises ValueError if the model does not take so many tokens."""
+        """The Embedder with this limit of tokens. Raises ValueError if it exceeds the maximum of the model."""
         if None not in self._by_length:
-            from nomic_jax.inference.embedder import Embedder  # jax and a model: not for --help, BM25 or a wrong --data
+            from nomic_jax.inference.embedder import (
+                Embedder,  # loads jax: not needed for --help, BM25 or a wrong --data
+            )
 
             self._by_length[None] = Embedder.from_pretrained(self.model, dtype=self.dtype)
         embedder = self._by_length[None]
-        most = embedder.config.encoder.max_positions
-        if max_length is not None and max_length > most:
+        maximum = embedder.config.encoder.max_positions
+        if max_length is not None and max_length > maximum:
             raise ValueError(
-                f"{self.model} takes at most {most} tokens, not {max_length}; write --max_length={most} or less"
+                f"{self.model} takes at most {maximum} tokens, not {max_length}; write --max_length={maximum} or less"
             )
         return self._by_length.setdefault(max_length, embedder.with_settings(max_length=max_length))
 
@@ -72,7 +74,7 @@ class LazyEncoders:
         from nomic_jax.inference.integrations import mteb_encoder
 
         key = (max_length, dim)
-        if key not in self._for_mteb:  # it hashes the weights
+        if key not in self._for_mteb:  # mteb_encoder hashes the weights
             self._for_mteb[key] = mteb_encoder(
                 self.at(max_length), name, unnormalized_types=mteb.UNNORMALIZED, truncate_dim=dim
             )
@@ -80,13 +82,13 @@ class LazyEncoders:
 
 
 def embed_with(embedder: Any, normalize: bool, batch_size: int = 64) -> Embed:
-    """What tasks call to have texts embedded under one of the model's prompts."""
+    """The function with which tasks embed texts under one of the model's prompts."""
 
     def embed(texts: list[str], prompt: str) -> np.ndarray:
         if embedder.prompts and prompt not in embedder.prompts:
             known = ", ".join(embedder.prompts)
-            raise TaskError(f"the model has no prompt {prompt!r} (but {known}); see task.json in --help")
-        # A model without prompts was trained without: its texts go in as they are.
+            raise TaskError(f"the model has no prompt {prompt!r}; it has {known}. See task.json in --help")
+        # A model without prompts was trained without prefixes, so texts get none.
         prefix = embedder.prompts.get(prompt, "")
         return embedder.encode(texts, prompt=prefix, batch_size=batch_size, normalize_embeddings=normalize)
 
@@ -107,12 +109,13 @@ def evaluate(
     batch_size: int = 64,
     glue_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Scores the model on every task that has no figures yet and returns the report, as written to ``output``.
+    """Evaluates the model on every task that has no scores yet and returns the report, as written to ``output``.
 
-    Args are those of the command; ``glue_options``: learning_rates, batch_sizes, seeds, variant, mnli_checkpoint.
+    The arguments are the flags of the command. ``glue_options`` holds learning_rates, batch_sizes, seeds, variant and
+    mnli_checkpoint.
 
     Raises:
-      ValueError, OSError: before the first task, of what could not work.
+      ValueError, OSError: invalid options or missing files; raised before the first task runs.
       ModuleNotFoundError: the suite needs a library that is not installed.
     """
     if suite not in SUITES:
@@ -126,7 +129,7 @@ def evaluate(
     if data and suite in ("mteb", "jina_long"):
         raise ValueError(f"--suite={suite} takes its data from mteb, not from --data; --suite=local takes your own")
     if suite == "glue" and (lengths or truncate_dim):
-        raise ValueError("--suite=glue has neither --max_length nor --truncate_dim: it finetunes on 128 tokens")
+        raise ValueError("--suite=glue takes neither --max_length nor --truncate_dim: it finetunes on 128 tokens")
     dims: list[int | None] = [*truncate_dim] or [None]
     identity: dict[str, Any] = {
         "model": model,
@@ -228,29 +231,39 @@ def main(argv: list[str]) -> None:
 def _integers(flag: str, least: int = 1) -> list[int]:
     values: list[str] = FLAGS[flag].value or []
     if wrong := [value for value in values if not value.isdecimal() or int(value) < least]:
-        raise ValueError(f"--{flag}: {wrong[0]!r} is no whole number of at least {least}")
+        raise ValueError(f"--{flag}: {wrong[0]!r} is not a whole number of at least {least}")
     return [int(value) for value in values]
 
 
 if __name__ == "__main__":
-    # Flags belong to the command, not to the module: imported together, two commands may use one name.
+    # Defined here, not at import: two commands that are imported together may use the same flag name.
     flags.DEFINE_string(
         "model", None, 'A checkpoint directory, a hub name, or, for local retrieval, "bm25".', required=True
     )
-    flags.DEFINE_enum("suite", "local", SUITES, "Which tasks.")
-    flags.DEFINE_list("data", [], "Where tasks are read from instead of the hub; needed by the suite local.")
-    flags.DEFINE_string("output", None, "Where figures, report and pictures go.", required=True)
-    flags.DEFINE_list("tasks", [], "Names of the tasks to run. [all of the suite]")
+    flags.DEFINE_enum("suite", "local", SUITES, "The suite of tasks.")
+    flags.DEFINE_list("data", [], "Read tasks from here instead of the hub; required for --suite=local.")
+    flags.DEFINE_string("output", None, "Folder for scores, report and plots.", required=True)
+    flags.DEFINE_list("tasks", [], "Names of the tasks to run. [all tasks of the suite]")
     flags.DEFINE_string("name", None, "Name of the model in reports. [its last path component]")
-    flags.DEFINE_list("max_length", [], "Tokens kept of a text, or several such numbers. [as the suite is published]")
-    flags.DEFINE_list("truncate_dim", [], "Components kept of an embedding (Matryoshka), or several such. [all]")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision the model computes in.")
-    flags.DEFINE_integer("batch_size", 64, "Texts computed together.", lower_bound=1)
-    flags.DEFINE_list("learning_rates", [], "glue: only these. [1e-5, 2e-5, 3e-5]")
-    flags.DEFINE_list("glue_batch_sizes", [], "glue: only these. [16, 32]")
-    flags.DEFINE_list("seeds", [], "glue: only these; one of each of the three names a single run. [0 to 4]")
-    flags.DEFINE_string("glue_variant", "paper", "glue: of configs/glue.py.")
+    flags.DEFINE_list(
+        "max_length", [], "Tokens kept of a text; a list evaluates at each of its values. [as the suite is published]"
+    )
+    flags.DEFINE_list(
+        "truncate_dim",
+        [],
+        "Dimensions kept of an embedding (Matryoshka); a list evaluates at each of its values. [all]",
+    )
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the computation.")
+    flags.DEFINE_integer("batch_size", 64, "Texts in a batch.", lower_bound=1)
+    flags.DEFINE_list("learning_rates", [], "glue: learning rates of the sweep. [1e-5, 2e-5, 3e-5]")
+    flags.DEFINE_list("glue_batch_sizes", [], "glue: batch sizes of the sweep. [16, 32]")
+    flags.DEFINE_list(
+        "seeds", [], "glue: seeds of the sweep; one value in each of the three lists gives a single run. [0 to 4]"
+    )
+    flags.DEFINE_string("glue_variant", "paper", "glue: variant of configs/glue.py.")
     flags.DEFINE_string(
-        "mnli_checkpoint", "", 'glue: what rte, stsb and mrpc start from; "none": the model. [the best run on mnli]'
+        "mnli_checkpoint",
+        "",
+        'glue: checkpoint from which rte, stsb and mrpc start; "none" for --model. [the best run on mnli]',
     )
     run(main)

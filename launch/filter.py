@@ -1,9 +1,9 @@
-"""Consistency filtering: keeps the pairs whose document a teacher finds by its query.
+"""Consistency filtering: keeps a pair if a teacher model ranks its document among the k nearest to its query.
 
     python -m launch.filter --input='shards/*.jsonl.gz' --output=filtered --model=thenlper/gte-base
 
-writes kept.jsonl, scores.jsonl (rank and score of every row), summary.json and report.md. The same command with another
---k or --min_score selects again without embedding.
+The output folder gets kept.jsonl, scores.jsonl (rank and score of every row), summary.json and report.md. Running the
+same command with another --k or --min_score selects again and reuses the embeddings.
 """
 
 from typing import Any
@@ -17,11 +17,13 @@ from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
 from nomic_jax.curate.mixtures import filter_mixture, is_mixture
 from nomic_jax.data.formats.paths import expand_files
 
-flags.adopt_module_key_flags(teacher)  # --help shows them too
+flags.adopt_module_key_flags(teacher)  # so that --help lists them
 _K = flags.DEFINE_integer("k", 2, "Keep a pair if its document is among the k nearest to its query.")
-_MIN_SCORE = flags.DEFINE_float("min_score", None, "And if its score, a cosine, is at least this. [no such rule]")
+_MIN_SCORE = flags.DEFINE_float("min_score", None, "Also require a cosine similarity of at least this. [no minimum]")
 _BLOCK_SIZE = flags.DEFINE_integer(
-    "block_size", 1_000_000, "Most rows whose documents compete. Disk holds about 6 GB for a million of width 768."
+    "block_size",
+    1_000_000,
+    "Largest number of rows ranked against each other; a million of width 768 take about 6 GB of disk.",
 )
 
 
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> None:
     if is_mixture(teacher.INPUT.value):
         summary = filter_mixture(teacher.INPUT.value, teacher.OUTPUT.value, teacher.load_teacher(), options, **common)
     else:
-        expand_files(teacher.INPUT.value)  # a mistyped path is reported before the model is loaded
+        expand_files(teacher.INPUT.value)  # report a mistyped path before loading the model
         summary = filter_pairs(
             teacher.INPUT.value,
             teacher.OUTPUT.value,

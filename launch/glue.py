@@ -1,9 +1,9 @@
-"""The sweep of ``launch.evaluate --suite=glue``: finetunes a model on every task and scores each run on its development
-set.
+"""The sweep of ``launch.evaluate --suite=glue``: finetunes a model on every task and scores each run on the task's
+development set.
 
-Below OUTPUT/glue/<name>/ lie data/ (what was fetched), <task>/<run>.json (the score of a finished run) and, while it is
-being trained or where others start from it, <task>/<run>/ (its working directory). Several processes may share them:
-each takes the runs that its flags name, those on mnli before the tasks that start from them.
+OUTPUT/glue/<name>/ holds data/ (the downloaded tasks), <task>/<run>.json (the score of a finished run) and
+<task>/<run>/ (the working directory of a run, kept while it trains or while other runs start from it). Several
+processes may share the folder: each does the runs that its flags name, with mnli before the tasks that start from it.
 """
 
 import itertools
@@ -38,24 +38,25 @@ def sweep(
     dtype: str,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Runs what is not finished yet and returns the report over all that is, as written to OUTPUT/<name>-glue.json.
+    """Does the missing runs and returns the report over all finished ones, as written to OUTPUT/<name>-glue.json.
 
     Args:
-      identity: of the model, for the report.
+      identity: fields of the report that identify the model.
       data: see ``nomic_jax.evals.suites.glue.find_data``.
-      variant: of configs/glue.py.
-      mnli_checkpoint: what rte, stsb and mrpc start from: "" for the best run on mnli, "none" for the model itself.
-      batch_size: texts scored together.
+      variant: variant of configs/glue.py.
+      mnli_checkpoint: checkpoint from which rte, stsb and mrpc start: "" for the best run on mnli, "none" for the model
+        itself.
+      batch_size: texts in a batch of the scoring.
     """
     folder = output / "glue" / name
     failed: dict[str, str] = {}
     settings = {"model_sha256": identity["model_sha256"], "model": model, "variant": variant, "dtype": dtype}
     for cell in cells:
-        _check_same(_result(folder, cell), settings)
+        _check_settings(_result_file(folder, cell), settings)
     numbers = {cell: number for number, cell in enumerate(cells, 1)}
-    missing = [cell for cell in cells if not _result(folder, cell).exists()]
+    missing = [cell for cell in cells if not _result_file(folder, cell).exists()]
     if missing:
-        read_pretrained(model)  # what would fail every run alike is said now
+        read_pretrained(model)  # an unreadable model fails here, not in every run
         if not data:
             hub.is_reachable()
     for task, runs in itertools.groupby(missing, key=lambda cell: cell.task):
@@ -65,11 +66,11 @@ def sweep(
         except ModuleNotFoundError:
             raise
         except Exception as error:
-            failed[task] = _explained(task, error)
+            failed[task] = _report_failure(task, error)
             continue
         for cell in runs:
-            result, label = _result(folder, cell), f"{cell.task} {cell.name}"
-            if result.exists():  # by now, by another process
+            result, label = _result_file(folder, cell), f"{cell.task} {cell.name}"
+            if result.exists():  # another process has finished it meanwhile
                 continue
             print(f"run {numbers[cell]} of {len(cells)}: {label}", file=sys.stderr)
             try:
@@ -77,7 +78,7 @@ def sweep(
             except (ModuleNotFoundError, Preempted):
                 raise
             except Exception as error:
-                failed[label] = _explained(label, error)
+                failed[label] = _report_failure(label, error)
                 continue
             figures = {"task": cell.task, "learning_rate": cell.learning_rate, "batch_size": cell.batch_size}
             write_json(result, figures | {"seed": cell.seed, "score": score, "start": start} | settings)
@@ -88,20 +89,23 @@ def sweep(
     return report
 
 
-def _result(folder: Path, cell: Cell) -> Path:
+def _result_file(folder: Path, cell: Cell) -> Path:
     return folder / cell.task / f"{cell.name}.json"
 
 
-def _explained(label: str, error: Exception) -> str:
+def _report_failure(label: str, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     print(f"{label} failed: {text}", file=sys.stderr)
-    if not isinstance(error, (ValueError, OSError)):  # a defect, of ours or of a library: where it came from
+    if not isinstance(error, (ValueError, OSError)):  # a defect: show the traceback
         traceback.print_exception(error)
     return text
 
 
 def _remove_workdirs(result: Path, folder: Path) -> None:
-    """That of a finished run, and of runs on mnli all but the best: each is several times the model's size."""
+    """Removes the working directories of a task's finished runs, each several times the size of the model.
+
+    The best run on mnli keeps its working directory, because other tasks start from it.
+    """
     kept = glue.best_mnli_run(folder) if result.parent.name == "mnli" else None
     for file in result.parent.glob("lr*.json"):
         if file.with_suffix("") != kept:
@@ -109,24 +113,24 @@ def _remove_workdirs(result: Path, folder: Path) -> None:
 
 
 def _start(model: str, folder: Path, task: str, mnli_checkpoint: str) -> str:
-    """What the runs of a task start from."""
+    """The checkpoint from which the runs of a task start."""
     if not glue.TASKS[task].from_mnli or mnli_checkpoint == "none":
         return model
     return mnli_checkpoint or str(glue.best_mnli_run(folder).resolve())
 
 
 def _discard_other_start(workdir: Path, start: str) -> None:
-    """Of a run that was cut off, and began from what is no longer the best run on mnli: it cannot be gone on with."""
+    """Removes an interrupted run that started from another checkpoint than the one that is now the best run on mnli."""
     config = workdir / "config.json"
     if config.exists() and json.loads(config.read_text(encoding="utf-8"))["init_from"] != start:
-        print(f"{workdir}: begun from another checkpoint; starting again", file=sys.stderr)
+        print(f"{workdir}: started from another checkpoint; starting again", file=sys.stderr)
         shutil.rmtree(workdir)
 
 
 def _run(
     cell: Cell, start: str, folder: Path, files: tuple[str, str], variant: str, dtype: str, batch_size: int
 ) -> float:
-    from nomic_jax.inference.classifier import Classifier  # jax: not for --help or a wrong flag
+    from nomic_jax.inference.classifier import Classifier  # loads jax: not needed for --help or a wrong flag
     from nomic_jax.train.config import TrainConfig
     from nomic_jax.train.loop import train
 
@@ -146,7 +150,7 @@ def _run(
     return glue.score(cell.task, classifier.logits(texts, batch_size), [row["label"] for row in rows])
 
 
-def _check_same(result: Path, settings: dict[str, Any]) -> None:
+def _check_settings(result: Path, settings: dict[str, Any]) -> None:
     if not result.exists():
         return
     found = json.loads(result.read_text(encoding="utf-8"))

@@ -1,14 +1,15 @@
-"""Divides pairs before training: a retrieval task held out of each source, pairs for finetuning, and all others.
+"""Splits each source of pairs into a held-out retrieval task, pairs for finetuning and pairs for pretraining.
 
     python -m launch.hold_out --input=pairs.yaml --output=data [--queries=1000] [--documents=2000] [--most_pairs=50000]
 
-    DATA/held_out/<source>/           a retrieval task, whose texts are in none of the following
-    DATA/pairs.yaml, pairs/           for contrastive pretraining
-    DATA/labelled.yaml, labelled/     for finetuning, to be mined
-    DATA/summary.json                 counts and settings; written last, so that its presence means that all is there
+    data/held_out/<source>/           a retrieval task; the other files contain none of its texts
+    data/pairs.yaml, pairs/           pairs for contrastive pretraining
+    data/labelled.yaml, labelled/     pairs for finetuning, in which launch.mine finds hard negatives
+    data/summary.json                 counts and settings; written last: if it exists, the other files are complete
 
-Rows with the same document, or the same --group, stay together. The result depends on rows and settings alone. The
-tasks are taken out of texts for masked-LM by `launch.clean --evaluation=DATA/held_out --remove_contaminated=any`.
+Rows with the same document, or the same --group, stay on one side of the split. The result depends only on the rows and
+the settings. To remove the texts of the tasks from the masked-LM texts, run
+`launch.clean --evaluation=data/held_out --remove_contaminated=any`.
 """
 
 import json
@@ -40,11 +41,11 @@ def hold_out(
     group: str | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Writes the files above and returns the summary; does nothing if they are there with the same settings.
+    """Writes the files listed above and returns the summary. Existing files with the same settings are kept.
 
     Raises:
-      BadRow, MixtureError: of the input.
-      ValueError: ``output`` holds the result of other settings, or a source has too few pairs.
+      BadRow, MixtureError: the input has an unusable row, or the mixture is invalid.
+      ValueError: ``output`` holds a result of other settings, or a source has too few pairs.
     """
     settings = {
         "queries": queries,
@@ -58,7 +59,9 @@ def hold_out(
     if summary_file.exists():
         found = json.loads(summary_file.read_text(encoding="utf-8"))
         if found.get("settings") != settings:
-            raise ValueError(f"{output} was made with {found.get('settings')}, this is {settings}; use another folder")
+            raise ValueError(
+                f"{output} was made with the settings {found.get('settings')}, not {settings}; use another folder"
+            )
         return found
     counts = {}
     for source in read_mixture(mixture, "pair"):
@@ -110,7 +113,7 @@ def _divide(
     if not written["pairs"]:
         raise ValueError(
             f"{source.name}: its {found:,} pairs do not exceed what is held out ({queries:,} queries, {documents:,} "
-            "documents); lower --queries and --documents"
+            "documents), so none is left for training; lower --queries and --documents"
         )
     return {
         "rows_found": found,
@@ -141,10 +144,12 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("input", None, "A mixture .yaml of pairs.", required=True)
     flags.DEFINE_string("output", None, "Folder for the result.", required=True)
-    flags.DEFINE_integer("queries", 1000, "Queries of each held-out task.", lower_bound=1)
-    flags.DEFINE_integer("documents", 1000, "Documents of each held-out task, at least.", lower_bound=1)
-    flags.DEFINE_float("labelled_share", 0.15, "Share of the rest that is for finetuning.", 0.0, 1.0)
-    flags.DEFINE_integer("most_pairs", None, "Pairs of each source to train on, about. [all]", lower_bound=1)
-    flags.DEFINE_string("group", None, "Column whose equal values stay together. [the document's]")
-    flags.DEFINE_integer("seed", 0, "Draws another split.")
+    flags.DEFINE_integer("queries", 1000, "Queries in each held-out task.", lower_bound=1)
+    flags.DEFINE_integer("documents", 1000, "Least number of documents in each held-out task.", lower_bound=1)
+    flags.DEFINE_float("labelled_share", 0.15, "Share of the remaining pairs for finetuning.", 0.0, 1.0)
+    flags.DEFINE_integer(
+        "most_pairs", None, "Approximate number of training pairs from each source. [all]", lower_bound=1
+    )
+    flags.DEFINE_string("group", None, "Rows with the same value in this column stay together. [the document column]")
+    flags.DEFINE_integer("seed", 0, "Seed of the split.")
     run(main)

@@ -1,16 +1,17 @@
-"""Checks where a checkpoint comes from, back to the bytes of its data; needs no JAX, only Python.
+"""Verifies the lineage of a checkpoint, back to the bytes of its data. Needs only Python, no JAX.
 
     python -m launch.lineage CHECKPOINT [--at=FOLDER ...] [--json]
 
-CHECKPOINT is RUN, RUN/best, RUN/checkpoints/STEP, or an exported model with its training.json. A line for each part of
-the lineage: the checkpoint's files, its tokenizer, the sources of each stage and their files, the checkpoints before.
+CHECKPOINT is RUN, RUN/best, RUN/checkpoints/STEP, or an exported model with its training.json. The command prints one
+line for each part of the lineage: the checkpoint's files, its tokenizer, the data files of each stage, and the earlier
+checkpoints that it started from.
 
-    verified      its SHA-256, made again here, is the recorded one
-    changed       it is another
-    not at hand   it is neither where it was nor below a FOLDER
-    not recorded  the checkpoint's record does not say
+    verified      the recomputed SHA-256 equals the recorded one
+    changed       the recomputed SHA-256 differs from the recorded one
+    not at hand   the part is neither at its recorded path nor below a FOLDER
+    not recorded  the checkpoint's record does not contain this part
 
-Exit code 0: nothing has changed; 1: something has; 2: there is no checkpoint.
+Exit code 0: nothing has changed; 1: a part has changed; 2: there is no checkpoint.
 """
 
 import argparse
@@ -31,9 +32,9 @@ def main() -> None:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="where moved data or earlier runs are; may be repeated",
+        help="folder that now holds moved data or earlier runs; may be repeated",
     )
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     options = parser.parse_args()
     counts: Counter[str] = Counter()
     try:

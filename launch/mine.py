@@ -1,11 +1,11 @@
-"""Hard negatives: gives each pair the documents that a teacher finds near its query though they do not belong to it.
+"""Mines hard negatives: documents that a teacher model ranks near a query but that are not its positives.
 
     python -m launch.mine --input=pairs.jsonl --output=mined --model=thenlper/gte-base
     python -m launch.mine --input=labelled.jsonl --output=random --random
 
-writes triplets.jsonl (the rows with `negatives` added), summary.json and report.md. A query has several positives if it
-stands on several rows, or if --document_column holds a list. Embeddings stay in --output, so other options on the same
-pairs take no new ones.
+The output folder gets triplets.jsonl (the rows with `negatives` added), summary.json and report.md. A query has
+several positives if several rows hold it, or if --document_column holds a list. Embeddings are kept in --output: mining
+the same pairs again with other options reuses them.
 """
 
 from typing import Any
@@ -19,34 +19,38 @@ from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
 from nomic_jax.curate.mixtures import is_mixture, mine_mixture
 from nomic_jax.data.formats.paths import expand_files
 
-flags.adopt_module_key_flags(teacher)  # --help shows them too
-_K = flags.DEFINE_integer("k", 20, "Candidates a query: its k nearest documents, before its positives are taken out.")
-_CORPUS = flags.DEFINE_string("corpus", None, "Files of more documents to find negatives in, as for --input.")
+flags.adopt_module_key_flags(teacher)  # so that --help lists them
+_K = flags.DEFINE_integer("k", 20, "Candidates for each query: its k nearest documents, positives included.")
+_CORPUS = flags.DEFINE_string("corpus", None, "Files with more documents to mine from, given as for --input.")
 _CORPUS_COLUMN = flags.DEFINE_string("corpus_column", None, "Column of --corpus with the text. [--document_column]")
 _MARGIN = flags.DEFINE_float(
     "margin",
     0.95,
-    "Keep candidates that score less than this share of the positive's score, of several the lowest; 0 keeps all.",
+    "Keep candidates that score below this share of the positive's score, with several positives of the lowest one; "
+    "0 keeps all.",
 )
-_RANGE_MIN = flags.DEFINE_integer("range_min", 0, "First rank to keep, counted from 0 without positives.")
-_RANGE_MAX = flags.DEFINE_integer("range_max", None, "Rank to stop before. [--k]")
+_RANGE_MIN = flags.DEFINE_integer("range_min", 0, "First rank to keep; ranks count from 0 and skip positives.")
+_RANGE_MAX = flags.DEFINE_integer("range_max", None, "First rank not to keep. [--k]")
 _NUM_NEGATIVES = flags.DEFINE_integer(
     "num_negatives",
     None,
-    "Negatives that training needs of each row. [7, or fewer if --k and the range of ranks leave fewer]",
+    "Negatives that training needs for each row. [7, or fewer if --k and the range of ranks leave fewer]",
 )
 _TOO_FEW = flags.DEFINE_enum(
-    "too_few", "drop", ["drop", "random", "error"], "What becomes of a row with fewer: left out, filled up, or refused."
+    "too_few",
+    "drop",
+    ["drop", "random", "error"],
+    "For a row with fewer negatives. drop: leave it out. random: fill up with random documents. error: stop.",
 )
 _RANDOM = flags.DEFINE_bool(
-    "random", False, "--k random documents as negatives instead of mined ones; takes no --model."
+    "random", False, "Take --k random documents as negatives instead of mining; needs no --model."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of random negatives.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of random negatives.")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    # Of k candidates one is most often the positive.
+    # Usually one of the k candidates is the positive.
     end = _K.value - (not _RANDOM.value)
     ranks = (end if _RANGE_MAX.value is None else min(end, _RANGE_MAX.value)) - _RANGE_MIN.value
     options = MiningOptions(
@@ -65,11 +69,11 @@ def main(argv: list[str]) -> None:
         common["engine"] = teacher.engine()
     if is_mixture(files):
         if _CORPUS.value:
-            raise ValueError("--corpus goes with one source; mine those of a mixture one by one")
+            raise ValueError("--corpus cannot be used with a mixture; mine each source of the mixture by itself")
         encoder = None if _RANDOM.value else teacher.load_teacher()
         summary = mine_mixture(files, output, encoder, options, **common)
     else:
-        expand_files(files)  # a mistyped path is reported before the model is loaded
+        expand_files(files)  # report a mistyped path before loading the model
         summary = mine_negatives(
             files,
             output,

@@ -1,10 +1,10 @@
-"""Tokenises the sources of a stage once, into memory-mapped files that a training run then finds.
+"""Tokenises the data of a stage before training, into memory-mapped files that training runs reuse.
 
     python -m launch.pretokenize --stage=contrastive --mixture=pairs.yaml --tokenizer=runs/mlm --cache_dir=token_cache
 
-Give the run the same mixture, tokenizer, cache and on_bad_row (config.data.mixture, .tokenizer ...): it takes what
-is in the cache, and tokenises what is not. What is written does not depend on --workers. Killed at any moment, the same
-command goes on with the pieces of about 32 MB of text that are not done.
+Give the training run the same mixture, tokenizer, cache and on_bad_row (config.data.mixture, .tokenizer ...): it uses
+the cached tokens and tokenises only missing sources. The output does not depend on --workers. Work is done in pieces of
+about 32 MB of text: after an interruption, the same command continues with the unfinished pieces.
 """
 
 import os
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     try:
         _pretokenize()
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with what is not done")
+        sys.exit("stopped; run the same command to continue")
 
 
 def _pretokenize() -> None:
@@ -43,20 +43,26 @@ def _pretokenize() -> None:
 
 
 if __name__ == "__main__":
-    # The worker processes import this module too: they need neither flags nor what imports jax.
+    # Worker processes import this module too; they must define no flags and not import jax.
     from launch.errors import run
 
     flags.DEFINE_string(
         "mixture",
         None,
-        "A mixture .yaml, files (path, folder, glob, braces, URL), hf:NAME, tfds:NAME.",
+        "A mixture .yaml, files (path, folder, glob, brace range or URL), hf:NAME or tfds:NAME.",
         required=True,
     )
     flags.DEFINE_string("tokenizer", None, "A directory with tokenizer.json, or a hub name.", required=True)
-    flags.DEFINE_enum("stage", None, list(ROW_KINDS), "Whose rows: text, pairs or triplets.", required=True)
-    flags.DEFINE_string("cache_dir", "token_cache", "Where the tokens go; config.data.cache_dir of the run.")
-    flags.DEFINE_integer("workers", 0, "Processes, a core each; 0 for one for each core.", lower_bound=0)
     flags.DEFINE_enum(
-        "on_bad_row", "raise", ["raise", "skip"], "Stop at a row that cannot be used, or put it into rejected.jsonl."
+        "stage",
+        None,
+        list(ROW_KINDS),
+        "Stage of the run; sets the kind of rows: text, pairs or triplets.",
+        required=True,
+    )
+    flags.DEFINE_string("cache_dir", "token_cache", "Folder of the tokens, as config.data.cache_dir of the run.")
+    flags.DEFINE_integer("workers", 0, "Worker processes; 0 for one per core.", lower_bound=0)
+    flags.DEFINE_enum(
+        "on_bad_row", "raise", ["raise", "skip"], "raise: stop at an unusable row. skip: write it to rejected.jsonl."
     )
     run(main)

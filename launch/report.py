@@ -1,7 +1,7 @@
-"""One page for everything below a folder: training runs, curation, evaluations: python -m launch.report DIR
+"""Reports the training runs, curation and evaluations below a folder on one page: python -m launch.report DIR
 
-Writes DIR/report.md, the pictures it shows, and the scores as DIR/report.json. What was measured on the clock
-stands in a section of its own; all else is the same when the same work is done again.
+It writes DIR/report.md with its plots, and the scores as DIR/report.json. Timings have a section of their own; the
+other sections are the same when the same work is repeated.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # files, no window
+matplotlib.use("Agg")  # write files, open no window
 
 import matplotlib.pyplot as plt
 from absl import flags
@@ -24,7 +24,7 @@ from nomic_jax.train.watch.goodput import KINDS, read_goodput, share
 from nomic_jax.train.watch.metrics import read_metrics
 
 FLAGS = flags.FLAGS
-# In the order in which they come about; other names follow by alphabet.
+# The order of rows and columns in the report; other names follow alphabetically.
 BASELINES = ("bm25", "teacher")
 ORDER = (*BASELINES, "random", "mlm", "contrastive", "finetune")
 METRIC = "ndcg@10"
@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Evaluations of local retrieval tasks; other suites have a report of their own beside them."""
+    """The evaluations of local retrieval tasks; launch.evaluate reports the other suites."""
     scores = {path.stem: read_json(path) for path in (folder / "eval").glob("*.json")}
     scores = {name: score for name, score in scores.items() if score.get("suite", "local") == "local"}
     for score in scores.values():
@@ -71,13 +71,16 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_gain(scores: dict[str, dict[str, Any]], least: float) -> None:
-    """Raises ValueError unless contrastive training gained so much nDCG@10, and finetuning did not lose it again."""
+    """Raises ValueError if the gain in average nDCG@10 is below ``least`` after contrastive training or finetuning.
+
+    The gain is over the better of random weights and the masked-LM stage.
+    """
     average = {name: scores[name]["average"][METRIC] for name in ("random", "mlm", "contrastive", "finetune")}
     gain = average["contrastive"] - max(average["random"], average["mlm"])
     kept = average["finetune"] - max(average["random"], average["mlm"])
-    print(f"{METRIC}: contrastive training gained {gain:+.3f}, after finetuning {kept:+.3f} (asked: {least:+.3f})")
+    print(f"{METRIC}: contrastive training gained {gain:+.3f}, after finetuning {kept:+.3f} (required: {least:+.3f})")
     if min(gain, kept) < least:
-        raise ValueError(f"the stages did not do what they should: {average}")
+        raise ValueError(f"training gained less than --min_gain; average {METRIC}: {average}")
 
 
 def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
@@ -85,13 +88,13 @@ def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
         return ""
     tasks = sorted({task for score in scores.values() for task in score["tasks"]})
     rows = [
-        [name, *(of_task(score, task, "") for task in tasks), score["average"][METRIC]]
+        [name, *(task_score(score, task, "") for task in tasks), score["average"][METRIC]]
         for name, score in scores.items()
     ]
     figure, axes = plt.subplots(figsize=(8, 3.5))
     stages = [name for name in scores if name not in BASELINES]
     for task in tasks:
-        values = [of_task(scores[name], task, float("nan")) for name in stages]
+        values = [task_score(scores[name], task, float("nan")) for name in stages]
         axes.plot(stages, values, "o--", label=task, alpha=0.6)
     axes.plot(stages, [scores[name]["average"][METRIC] for name in stages], "ko-", label="average")
     for baseline, style in zip(BASELINES, ("dotted", "dashdot")):
@@ -111,13 +114,13 @@ def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def of_task(score: dict[str, Any], task: str, otherwise: Any) -> Any:
-    """``otherwise`` for a task that failed, or was not asked for."""
-    return score["tasks"].get(task, {}).get(METRIC, otherwise)
+def task_score(score: dict[str, Any], task: str, missing: Any) -> Any:
+    """The score on a task; ``missing`` if the task failed or was not run."""
+    return score["tasks"].get(task, {}).get(METRIC, missing)
 
 
 def data(folder: Path) -> str:
-    """What was collected, kept and mined, from the summary.json of each step."""
+    """The section on collecting, filtering and mining, from the summary.json of each step."""
     text = ""
     collected = Path(FLAGS.data or folder / "data") / "summary.json"
     if collected.exists():
@@ -158,7 +161,7 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
         lines = read_metrics(workdir)
         config = read_json(workdir / "config.json")
         details += f"<details><summary>configuration of {name}</summary>\n\n"
-        details += f"```json\n{shown(config, folder)}\n```\n</details>\n"
+        details += f"```json\n{config_text(config, folder)}\n```\n</details>\n"
         if not lines:
             continue
         curves[name] = lines
@@ -176,7 +179,7 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
                     f"{config['optim']['lr']:g}",
                     statistics.mean(line["loss"] for line in own[:tenth]),
                     statistics.mean(line["loss"] for line in own[-tenth:]),
-                    # A regression has none.
+                    # A regression has no accuracy.
                     statistics.mean(line.get("accuracy", float("nan")) for line in own[-tenth:]),
                     f"{sum(line['real_tokens'] for line in own) / sum(line['padded_tokens'] for line in own):.1%}",
                 ]
@@ -202,7 +205,7 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
 
 
 def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]]) -> plt.Figure:
-    """A column for each run; a line for each source, but for what all of them share."""
+    """A column for each run; a line for each source where a quantity differs by source."""
     by_source = ("loss", "accuracy", "real/padded")
     panels = [*by_source, "grad_norm", "lr", *(["evaluation"] if any(evaluations.values()) else [])]
     figure, axes = plt.subplots(len(panels), len(curves), figsize=(4 * len(curves), 2.2 * len(panels)), squeeze=False)
@@ -229,7 +232,7 @@ def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]
                     axis.plot(steps, values, "o--", alpha=0.5, label=task)
             else:
                 axis.plot([line["step"] for line in lines], [line[panel] for line in lines], "k", linewidth=1)
-        # Beyond so many names a legend hides the curves.
+        # A longer legend would hide the curves.
         if 0 < len(axes[-1][column].get_legend_handles_labels()[1]) <= 10:
             axes[-1][column].legend()
     if len(named) <= 20:
@@ -257,12 +260,13 @@ def timing(runs: dict[str, Path]) -> str:
             [name, f"{share(seconds):.1%}", f"{sum(seconds.values()):,.0f}", *(f"{seconds[k]:,.1f}" for k in KINDS)]
             for name, seconds in spent.items()
         ]
-        text += f"\nGoodput, over all restarts; seconds of\n\n{table(['run', 'goodput', 'all', *KINDS], rows)}"
+        header = ["run", "goodput", "all", *KINDS]
+        text += f"\nGoodput over all restarts, and seconds by kind of time:\n\n{table(header, rows)}"
     return text
 
 
-def shown(config: dict[str, Any], folder: Path) -> str:
-    """With paths below the reported folder, and that of its data, given relative to it."""
+def config_text(config: dict[str, Any], folder: Path) -> str:
+    """The configuration as JSON, with relative paths for files below the reported folder or the folder of its data."""
     text = json.dumps(config, indent=2).replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
     return text.replace(f"{Path(FLAGS.data).resolve().parent}/", "") if FLAGS.data else text
 
@@ -275,6 +279,10 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("data", None, "What launch.collect or launch.hold_out wrote. [DIR/data]")
-    flags.DEFINE_float("min_gain", None, "Fail unless contrastive training gained so much average nDCG@10.")
+    flags.DEFINE_string("data", None, "Output folder of launch.collect or launch.hold_out. [DIR/data]")
+    flags.DEFINE_float(
+        "min_gain",
+        None,
+        "Fail if contrastive training gained less average nDCG@10 than this, or finetuning lost the gain.",
+    )
     run(main, ("DIR",))

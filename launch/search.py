@@ -1,4 +1,4 @@
-"""Searches texts with a model: python -m launch.search --model=DIR --corpus=FILE --query="..." [--query="..."]"""
+"""Searches a corpus with a model: python -m launch.search --model=DIR --corpus=FILE --query="..." [--query="..."]"""
 
 from absl import flags
 
@@ -14,8 +14,8 @@ def main(argv: list[str]) -> None:
     del argv
     embedder = Embedder.from_pretrained(FLAGS.model)
     documents = [row[FLAGS.column] for row in read_rows(FLAGS.corpus, {FLAGS.column: str})]
-    document_NE = embedder.encode(documents, prompt_name=_known(embedder, FLAGS.document_prompt))
-    query_QE = embedder.encode(FLAGS.query, prompt_name=_known(embedder, FLAGS.query_prompt))
+    document_NE = embedder.encode(documents, prompt_name=_prompt_name(embedder, FLAGS.document_prompt))
+    query_QE = embedder.encode(FLAGS.query, prompt_name=_prompt_name(embedder, FLAGS.query_prompt))
     places, scores = top_k(query_QE, document_NE, min(FLAGS.k, len(documents)))
     for query, found, score in zip(FLAGS.query, places, scores):
         print(f"\n{query}")
@@ -24,17 +24,17 @@ def main(argv: list[str]) -> None:
             print(f"  {value:.3f}  {text[:110]}{'…' if len(text) > 110 else ''}")
 
 
-def _known(embedder: Embedder, prompt: str) -> str | None:
-    """A model without prompts was trained without: its texts go in as they are."""
+def _prompt_name(embedder: Embedder, prompt: str) -> str | None:
+    """The name to encode with: None for a model without prompts, which was trained without prefixes."""
     return prompt if embedder.prompts and prompt else None
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "A checkpoint directory, or a name on the Hugging Face hub.", required=True)
-    flags.DEFINE_string("corpus", None, "Texts: jsonl files, as for launch.filter.", required=True)
+    flags.DEFINE_string("corpus", None, "Files with the texts, given as for --input of launch.filter.", required=True)
     flags.DEFINE_string("column", "text", "Column of the corpus that holds the text.")
-    flags.DEFINE_multi_string("query", None, "What to look for; may be given several times.", required=True)
+    flags.DEFINE_multi_string("query", None, "A query; may be repeated.", required=True)
     flags.DEFINE_string("query_prompt", "search_query", "Name of the prompt in front of queries.")
     flags.DEFINE_string("document_prompt", "search_document", "Name of the prompt in front of documents.")
-    flags.DEFINE_integer("k", 3, "Texts shown for each query.", lower_bound=1)
+    flags.DEFINE_integer("k", 3, "Results shown for each query.", lower_bound=1)
     run(main)

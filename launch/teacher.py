@@ -1,4 +1,4 @@
-"""What launch.filter and launch.mine have in common: pairs, a teacher that embeds them, and the flags of both."""
+"""The flags that launch.filter and launch.mine share, and the teacher and engine that these flags select."""
 
 import functools
 import sys
@@ -12,67 +12,69 @@ from nomic_jax.curate.engine.tasks import Engine, run_here
 INPUT = flags.DEFINE_string(
     "input",
     None,
-    "Pairs: a file, a folder of them, a glob, a brace range or a URL; or a mixture .yaml, each source of which is "
-    "taken by itself.",
+    "Input pairs: a file, a folder of files, a glob, a brace range or a URL; or a mixture .yaml, whose sources are "
+    "processed one by one.",
     required=True,
 )
 OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "Folder for the results. A run that was killed continues with the same command; the same command on several "
-    "terminals or hosts shares the work.",
+    "Folder for the results. The same command continues an interrupted run; started in several terminals or on several "
+    "hosts, it shares the work.",
     required=True,
 )
 QUERY_COLUMN = flags.DEFINE_string("query_column", "query", "Column of the input that holds the query.")
 DOCUMENT_COLUMN = flags.DEFINE_string("document_column", "document", "Column of the input that holds the document.")
 ON_BAD_ROW = flags.DEFINE_enum(
-    "on_bad_row", "raise", ["raise", "skip"], "Stop at a row that cannot be used, or put it into rejected.jsonl."
+    "on_bad_row", "raise", ["raise", "skip"], "raise: stop at an unusable row. skip: write it to rejected.jsonl."
 )
 MODEL = flags.DEFINE_string("model", None, "The teacher: a checkpoint directory, or a name on the Hugging Face hub.")
 PREFIXES = flags.DEFINE_bool(
     "prefixes",
     False,
-    "Put the prompts that the teacher's checkpoint names in front of queries and documents, as nomic-embed needs. gte "
-    "and MiniLM have none.",
+    "Prefix queries and documents with the prompts in the teacher's checkpoint, as nomic-embed needs. gte and MiniLM "
+    "have none.",
 )
 QUERY_PROMPT = flags.DEFINE_string(
-    "query_prompt", None, 'Text in front of every query, such as "search_query: ", instead of --prefixes.'
+    "query_prompt", None, 'Text put in front of every query, such as "search_query: ", instead of --prefixes.'
 )
-DOCUMENT_PROMPT = flags.DEFINE_string("document_prompt", None, "Text in front of every document.")
-MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens the teacher reads of a text. [what its checkpoint says]")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision the teacher computes in.")
+DOCUMENT_PROMPT = flags.DEFINE_string("document_prompt", None, "Text put in front of every document.")
+MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "Tokens that the teacher reads of a text. [the checkpoint's setting]"
+)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the teacher's computation.")
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Texts the teacher embeds at once on each device. [64 on a CPU, 256 elsewhere]", lower_bound=1
+    "batch_size", None, "Texts in a batch on each device. [64 on a CPU, 256 elsewhere]", lower_bound=1
 )
 APPROXIMATE_ABOVE = flags.DEFINE_integer(
     "approximate_above",
     None,
-    "Search among more documents than this by an approximate index (IVF), and report its recall. [never]",
+    "With more documents than this, search with an approximate index (IVF) and report its recall. [never]",
     lower_bound=0,
 )
 ENGINE = flags.DEFINE_enum(
-    "engine", "local", ["local", "ray"], "Work on every device of this machine, or on a Ray cluster (extra `ray`)."
+    "engine", "local", ["local", "ray"], "local: all devices of this machine. ray: a Ray cluster (extra `ray`)."
 )
 WORKERS = flags.DEFINE_integer(
     "workers",
     None,
-    "Ray actors at once, each with an encoder. [one for each GPU of the cluster, or for each node without any]",
+    "Concurrent Ray actors, each with an encoder. [one per GPU of the cluster; without GPUs, one per node]",
     lower_bound=1,
 )
 
 
 def load_teacher() -> Encoder:
-    """The teacher that the flags name; its identity is what the embeddings depend on."""
+    """The teacher that the flags select. Its identity covers everything the embeddings depend on."""
     if ENGINE.value == "ray":
         import jax
 
-        # Here the teacher is only identified: the devices are the actors'.
+        # This process only identifies the teacher; the actors use the devices.
         jax.config.update("jax_platforms", "cpu")
     return open_teacher(**_settings())
 
 
 def engine() -> Engine:
-    """The engine that the flags name."""
+    """The engine that the flags select."""
     if ENGINE.value == "local":
         return run_here
     from nomic_jax.curate.engine.ray_engine import ray_engine
@@ -80,14 +82,14 @@ def engine() -> Engine:
     made = ray_engine(functools.partial(open_teacher, **_settings()), WORKERS.value)
     from ray import cloudpickle
 
-    # Other machines have nomic_jax installed, but not this folder of commands.
+    # The other machines have nomic_jax installed, but not the launch package.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     return made
 
 
 def _settings() -> dict[str, Any]:
     if not MODEL.value:
-        raise ValueError("no teacher is named; set --model to a checkpoint directory")
+        raise ValueError("no teacher is given; set --model to a checkpoint directory")
     if PREFIXES.value and (QUERY_PROMPT.value is not None or DOCUMENT_PROMPT.value is not None):
         raise ValueError("--prefixes takes the teacher's own prompts; give it, or --query_prompt and --document_prompt")
     return {
@@ -102,11 +104,14 @@ def _settings() -> dict[str, Any]:
 def open_teacher(
     model: str, dtype: str, max_length: int | None, batch_size: int | None, prompts: tuple[str, str] | None
 ) -> Encoder:
-    """The checkpoint as an encoder.
+    """Opens a checkpoint as an encoder.
 
     Args:
-      batch_size: texts at once on each device; None for 64 on a CPU, 256 elsewhere.
-      prompts: text in front of queries and of documents; None for the checkpoint's own.
+      batch_size: texts in a batch on each device; None for 64 on a CPU and 256 elsewhere.
+      prompts: text put in front of queries and of documents; None for the checkpoint's own prompts.
+
+    Raises:
+      ValueError: ``prompts`` is None, but the checkpoint has no prompts for queries and documents.
     """
     import jax
 
@@ -118,10 +123,10 @@ def open_teacher(
         roles = (QUERY_PROMPTS, DOCUMENT_PROMPTS)
         found = [next((embedder.prompts[name] for name in names if name in embedder.prompts), "") for names in roles]
         if not any(found):
-            raise ValueError(f"{model} names no prompts for queries and documents: leave --prefixes out")
+            raise ValueError(f"{model} has no prompts for queries and documents; leave --prefixes out")
         prompts = (found[0], found[1])
-    at_once = (batch_size or (64 if jax.default_backend() == "cpu" else 256)) * jax.local_device_count()
-    encode = functools.partial(embedder.encode, batch_size=at_once, show_progress_bar=False)
+    all_devices = (batch_size or (64 if jax.default_backend() == "cpu" else 256)) * jax.local_device_count()
+    encode = functools.partial(embedder.encode, batch_size=all_devices, show_progress_bar=False)
     return Encoder(
         query=functools.partial(encode, prompt=prompts[0]),
         document=functools.partial(encode, prompt=prompts[1]),

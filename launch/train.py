@@ -2,12 +2,12 @@
 
     python -m launch.train --config=configs/mlm.py[:variant] --workdir=DIR [--config.field=value ...]
 
-The same command goes on from the latest checkpoint of the working directory. What the fields of a configuration mean
-stands in nomic_jax/train/config.py.
+The same command continues from the latest checkpoint in the working directory. nomic_jax/train/config.py explains the
+fields of a configuration.
 
 On several hosts, start the same command on each: by srun (launch/slurm/), as pods of a JobSet (launch/k8s/), or by hand
 with --coordinator_address=HOST:PORT --num_processes=N --process_id=I. The working directory must be on a file system
-that all hosts share. A cache of tokens that they share is made once; otherwise each host makes its own.
+that all hosts share. A shared token cache is written once; otherwise each host writes its own.
 """
 
 import jax
@@ -27,19 +27,23 @@ from nomic_jax.train.interruption import exit_on_sigterm
 from nomic_jax.train.loop import train
 from nomic_jax.train.watch.goodput import process_began
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/mlm.py, contrastive.py, finetune.py or glue.py")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configs/mlm.py, contrastive.py, finetune.py or glue.py, with :variant if wanted."
+)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints, metrics and the resolved configuration go.", required=True
+    "workdir", None, "Folder for checkpoints, metrics and the resolved configuration.", required=True
 )
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of the process with --process_id=0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, over all hosts.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of processes of the run, over all hosts.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
     ["auto", "jax", "off"],
-    "Without the three flags above: auto joins the processes that one srun has started; jax takes what JAX itself "
-    "finds out (Open MPI, the Kubernetes API, TPU pods); off, and auto where there is no such srun, is one process.",
+    "Used without the three flags above. auto: join the processes started by the same srun; without srun, run one "
+    "process. jax: let JAX detect the processes (Open MPI, the Kubernetes API, TPU pods). off: run one process.",
 )
 flags.mark_flag_as_required("config")
 
@@ -58,11 +62,11 @@ def main(_: list[str]) -> None:
     if last:
         print(f"{config.stage}: finished with " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))
     else:
-        print(f"{config.stage}: {_WORKDIR.value} is at its last step")
+        print(f"{config.stage}: {_WORKDIR.value} is complete: it is at its last step")
 
 
 def make_evaluation(config: EvaluationConfig) -> Evaluate:
-    """Scores on local tasks; they are read now, so that a fault in them is not found an hour later."""
+    """The function that evaluates a model on local tasks. It reads the tasks now, so that faulty ones fail early."""
     read = {name: read_task(folder) for name, folder in find_tasks(config.tasks.split(",")).items()}
     check_metric(config.metric, [task.metrics for task in read.values()])
 
@@ -77,14 +81,16 @@ def make_evaluation(config: EvaluationConfig) -> Evaluate:
 
 
 def _join() -> None:
-    """Makes this process one of several, if it is to be; JAX wants that before anything else."""
+    """Joins the processes of a distributed run, if there is one. JAX requires this before any other call."""
     place = hosts.place_from_flags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    how = _DISTRIBUTED.value
-    if place is not None and how != "auto":
-        raise hosts.DistributedError(f"--distributed={how} and --coordinator_address exclude each other; leave one out")
-    if place is None and how == "auto":
+    mode = _DISTRIBUTED.value
+    if place is not None and mode != "auto":
+        raise hosts.DistributedError(
+            f"--distributed={mode} and --coordinator_address exclude each other; leave one out"
+        )
+    if place is None and mode == "auto":
         place = hosts.place_from_slurm()
-    if how == "jax":
+    if mode == "jax":
         hosts.connect_as_jax_finds()
     elif place is not None:
         hosts.connect(place)

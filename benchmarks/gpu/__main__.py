@@ -1,31 +1,31 @@
-"""What one GPU does: one command, one table.
+"""Measures training, inference and curation on one GPU, in one table.
 
     python -m benchmarks.gpu                       # on a GPU; 8 minutes
-    python -m benchmarks.gpu --parts=sweep         # these parts only; the others keep the results they have
-    python -m benchmarks.gpu --tiny                # the same code at a size for a CPU
+    python -m benchmarks.gpu --parts=sweep         # these parts only; the others keep their results
+    python -m benchmarks.gpu --tiny                # the same code, at a size for a CPU
 
 Needs `pip install -e ".[dev,cuda12]"` (or cuda13), and for the torch side a torch with CUDA. Texts, tokenizer and
-weights are made up, nothing is downloaded; the lengths are those of real pairs (benchmarks/loads.py).
+weights are synthetic, so nothing is downloaded; the lengths are those of real pairs (benchmarks/loads.py).
 
-Parts run in this order, the most wanted first, each in processes of its own that have the GPU to themselves: what fails
-costs its rows alone. A part that no longer fits into --seconds is listed as "not run: no time". Results are written
-after every part, to PREFIX.json and PREFIX.md.
+Parts run in this order, the most important first. Each runs in separate processes that have the GPU to themselves, so
+a failure affects only its own rows. A part that no longer fits into --seconds is listed as "not run: no time". Results
+are written to PREFIX.json and PREFIX.md after every part.
 
   mlm, contrastive, finetune  one GPU's share of the paper's steps: the real train step, texts packed in rows
-  whole_batch    16,384 pairs in one step, every chunk computed again in the backward pass
-  inference      Embedder's program on batches of one length, beside transformers (torch, SDPA, bfloat16)
+  whole_batch    16,384 pairs in one step; the backward pass recomputes every chunk
+  inference      Embedder's program on batches of one length; also transformers (torch, SDPA, bfloat16)
   torch_train    the contrastive step in torch on the same texts: GradCache, mini-batches of texts sorted by length
-  encode         from texts to vectors, beside sentence-transformers
+  encode         from texts to embeddings; also sentence-transformers
   curation       filter and mine a block of a million pairs with a teacher of MiniLM's size
   torch_compile  inference under torch.compile
-  kernels        the gradient by the fused kernel and by the dense formula, against the dense one in float32
-  products       the matrix products of a layer by themselves; up and gate in one and in two
+  kernels        the gradient by the fused kernel and by the dense formula, compared with the dense one in float32
+  products       the matrix products of a layer in isolation; up and gate as one product and as two
   one_of_eight   memory of one of 8 GPUs in the step of 16,384 pairs, as the compiler plans it
-  largest        the largest contrastive batch of which all activations fit
+  largest        the largest contrastive batch whose activations all fit
   mlm_8192       masked-LM on rows of 8192 tokens
-  sweep          contrastive under XLA flags and other chunks and policies, masked-LM with other micro-batches
+  sweep          contrastive with XLA flags, other chunks and other policies; masked-LM with other micro-batches
 
-A train step whose program for a GPU has no fused attention fails. Layers are unrolled: the encoder has no scan.
+On a GPU, a train step fails if its program has no fused attention. Layers are unrolled: the encoder has no scan.
 """
 
 import argparse
@@ -53,24 +53,24 @@ from benchmarks.gpu.table import markdown
 
 PACKAGES = ("jax", "jaxlib", "flax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "torch", "transformers")
 PACKAGES += ("sentence-transformers", "faiss-cpu", "faiss-gpu-cu12", "numpy")
-LEAST_SECONDS = 20.0  # with less, a process would be stopped before it has something to say
-MOST_SECONDS = 200.0  # of a process: one that hangs does not take the time of all others
+LEAST_SECONDS = 20.0  # with less time, a process would be stopped before it has a result
+MOST_SECONDS = 200.0  # limit of a process, so that a hanging one leaves time for the others
 UNKNOWN_FLAGS = re.compile(r"Unknown flags? in XLA_FLAGS: *(.*)")
 NO_TIME = "not run: no time"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="all", help="names, separated by commas")
-    parser.add_argument("--tiny", action="store_true", help="a small model on small batches")
-    parser.add_argument("--seconds", type=float, default=460.0, help="of everything")
-    parser.add_argument("--output", type=Path, help="PREFIX of the results [benchmarks/results/gpu, or gpu-tiny]")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a Process as json: run it here, print its rows
+    parser.add_argument("--parts", default="all", help="names of parts, separated by commas")
+    parser.add_argument("--tiny", action="store_true", help="a small model and small batches")
+    parser.add_argument("--seconds", type=float, default=460.0, help="time limit of the whole command")
+    parser.add_argument("--output", type=Path, help="PREFIX of the result files [benchmarks/results/gpu, or gpu-tiny]")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a Process as JSON: run it in this process and print its rows
     args = parser.parse_args()
     if args.one:
         return run_here(Process(**json.loads(args.one)))
     if not args.tiny and gpu() is None:
-        raise SystemExit("nvidia-smi finds no GPU: --tiny shows on a CPU that everything runs")
+        raise SystemExit("nvidia-smi finds no GPU; --tiny runs everything on a CPU")
     deadline = time.monotonic() + args.seconds
     prefix = args.output or Path(__file__).parent.parent / "results" / ("gpu-tiny" if args.tiny else "gpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -79,11 +79,11 @@ def main() -> None:
         plan = make_plan(sizes, weights)
         wanted = list(plan) if args.parts == "all" else args.parts.split(",")
         if unknown := [name for name in wanted if name not in plan]:
-            raise SystemExit(f"--parts: there is no {unknown[0]!r}; write some of {','.join(plan)}")
+            raise SystemExit(f"--parts: there is no part {unknown[0]!r}; the parts are {','.join(plan)}")
         results = read_results(prefix, machine(), args.tiny)
         prepared = run_process(Process("weights.prepare", dict(folder=folder, model=sizes.model)), deadline)
         if prepared["status"] != "done":
-            raise SystemExit(f"no weights could be written: {prepared['status']}")
+            raise SystemExit(f"the weights could not be written: {prepared['status']}")
         for name in plan:
             if name not in wanted:
                 continue
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def run_part(name: str, processes: list[Process], deadline: float) -> dict[str, Any]:
-    """Its rows, and what became of its processes."""
+    """Runs the processes of a part and returns its rows; a failed process adds a row with its status."""
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     for process in processes:
@@ -114,7 +114,7 @@ def run_part(name: str, processes: list[Process], deadline: float) -> dict[str, 
 
 
 def run_process(process: Process, deadline: float) -> dict[str, Any]:
-    """Its rows, "done" or what went wrong, and the seconds it took. It ends with the time there is."""
+    """Runs a process until the deadline; returns its rows, the status ("done" or the error) and its seconds."""
     started = time.monotonic()
     left = min(deadline - started, MOST_SECONDS)
     if left < LEAST_SECONDS:
@@ -125,11 +125,11 @@ def run_process(process: Process, deadline: float) -> dict[str, Any]:
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
         "JAX_NUM_CPU_DEVICES": str(process.devices),
-        # What was compiled in an earlier call would count as compiled in no time.
+        # With the cache, programs compiled by an earlier call would show no compilation time.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     if process.function.startswith(("peers.", "weights.")):
-        environment["JAX_PLATFORMS"] = "cpu"  # jax has a hand in it, but not on the GPU
+        environment["JAX_PLATFORMS"] = "cpu"  # these also use jax, which must leave the GPU to torch
     process = dataclasses.replace(process, needs_gpu=gpu() is not None)
     command = [sys.executable, "-m", "benchmarks.gpu", f"--one={json.dumps(dataclasses.asdict(process))}"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
@@ -151,25 +151,25 @@ def run_process(process: Process, deadline: float) -> dict[str, Any]:
         out.seek(0)
         errors.seek(0)
         rows = [json.loads(line) for line in out.read().splitlines() if line.startswith('{"row":')]
-        status = f"stopped after {left:.0f} s" if stopped else what_happened(child.returncode, errors.read())
+        status = f"stopped after {left:.0f} s" if stopped else status_of(child.returncode, errors.read())
     return {"rows": [row["row"] for row in rows], "status": status, "seconds": time.monotonic() - started}
 
 
 def end(child: subprocess.Popen) -> None:
-    """The child, and what it started: torch.compile may leave workers behind."""
+    """Kills the child and its children: torch.compile may leave workers behind."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
-def what_happened(returncode: int, errors: str) -> str:
-    """ "done", or one line on what went wrong."""
+def status_of(returncode: int, errors: str) -> str:
+    """ "done", or the error in one line."""
     if returncode == 0:
         return "done"
     if unknown := UNKNOWN_FLAGS.search(errors):
         return f"this XLA does not know {unknown[1].strip()}"
     lines = [line for line in errors.splitlines() if line.strip()] or ["no message"]
-    # The first line of the exception, which may have many; before it are its frames.
+    # The first line of the exception. Its frames come before, and more lines of its message may follow.
     raised = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Kernel|Exit|Interrupt)\b", line)]
     return f"failed ({returncode}): {(raised or lines)[-1].strip()[:300]}"
 
@@ -183,7 +183,7 @@ def run_here(process: Process) -> None:
 
 
 def check_gpu(module: str) -> None:
-    """Raises SystemExit where the module would compute on the CPU of a machine with a GPU: for hours."""
+    """Raises SystemExit if the module would not use the GPU of this machine; on the CPU it would take hours."""
     if module == "peers":
         import torch
 
@@ -200,7 +200,7 @@ def check_gpu(module: str) -> None:
 
 @functools.cache
 def gpu() -> str | None:
-    """Name, driver and memory of the first one; None without one."""
+    """Name, driver and memory of the first GPU; None without a GPU."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -209,7 +209,7 @@ def gpu() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """GPU, driver and versions."""
+    """The GPU with its driver, and the versions of Python and packages."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -221,13 +221,13 @@ def machine() -> dict[str, Any]:
 
 
 def read_results(prefix: Path, here: dict[str, Any], tiny: bool) -> dict[str, Any]:
-    """Those of an earlier call on this machine with these versions and sizes, or none."""
+    """The results of an earlier call on this machine with the same versions and sizes; empty if there are none."""
     file = prefix.with_suffix(".json")
     if file.exists():
         earlier = json.loads(file.read_text(encoding="utf-8"))
         if (earlier["machine"], earlier["tiny"]) == (here, tiny):
             return earlier
-        print(f"{file} is of another machine, of other versions or sizes, and will be replaced", flush=True)
+        print(f"{file} is from another machine, other versions or other sizes, and will be replaced", flush=True)
     return {"machine": here, "tiny": tiny, "parts": {}}
 
 

@@ -1,4 +1,4 @@
-"""The curation part of benchmarks.gpu: filter and mine a block, each step on as much of it as its time allows."""
+"""The curation part of benchmarks.gpu: filters and mines a block, each step on as many rows as its time allows."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,11 +19,12 @@ Row = dict[str, Any]
 
 
 def block(teacher: str, pairs: int, files: int, tokens_per_pair: float, k: int, seconds: float) -> Iterator[Row]:
-    """Seconds that launch.filter and launch.mine take for a block, by its parts, from a sample of each.
+    """Seconds that launch.filter and launch.mine take for a block, by parts, extrapolated from a sample of each part.
 
-    Embedding is from texts on, of so many files of texts (what both save at a time) after a first one that compiles;
-    texts end at what the teacher reads. Ranking (the filter) and the search of the k nearest (the miner) are of random
-    vectors, all documents, and as many queries as take ``seconds``. Left out: reading, writing, equal texts.
+    Embedding starts from texts. It takes ``files`` files of embeddings (both commands save a file at a time) after a
+    first one that compiles; texts are cut to the teacher's maximum length. Ranking (filter) and the search for the k
+    nearest (mine) run on random vectors, with all documents and as many queries as ``seconds`` allow. Reading, writing
+    and equal texts are left out.
     """
     encoder = open_teacher(teacher, dtype="bfloat16", max_length=None, batch_size=None, prompts=("", ""))
     per_file = texts_per_file(pairs)
@@ -31,8 +32,8 @@ def block(teacher: str, pairs: int, files: int, tokens_per_pair: float, k: int, 
     texts = [made_up_texts(length) for length in lengths]
     compiling, embedding = 0.0, 0.0
     for start in range(0, len(texts[0]), per_file):
-        for encode, them in zip((encoder.query, encoder.document), texts):
-            taken, vectors = timed(lambda: encode_checked(encode, them[start : start + per_file]))  # noqa: B023
+        for encode, column in zip((encoder.query, encoder.document), texts):
+            taken, vectors = timed(lambda: encode_checked(encode, column[start : start + per_file]))  # noqa: B023
             compiling, embedding = (compiling + taken, 0.0) if not start else (compiling, embedding + taken)
     sample = files * per_file
     embedding *= pairs / sample
@@ -42,7 +43,7 @@ def block(teacher: str, pairs: int, files: int, tokens_per_pair: float, k: int, 
         "pairs_per_s": pairs / embedding,
         "peak_gb": peak_gigabytes(),
         "compile_s": compiling - embedding * per_file / pairs,
-        "note": f"in proportion to {sample:,} pairs",
+        "note": f"extrapolated from {sample:,} pairs",
     }
 
     width = vectors.shape[1]
@@ -65,7 +66,7 @@ def block(teacher: str, pairs: int, files: int, tokens_per_pair: float, k: int, 
     ):
         sample, taken = on_as_many(call, min(first, pairs), pairs, seconds)
         taken *= pairs / sample
-        how = "all" if sample == pairs else f"in proportion to {sample:,}"
+        how = "all" if sample == pairs else f"extrapolated from {sample:,}"
         yield {
             "name": f"{name}: {pairs:,} queries, as many documents, {width} components",
             "step_s": taken,
@@ -82,7 +83,10 @@ def block(teacher: str, pairs: int, files: int, tokens_per_pair: float, k: int, 
 
 
 def on_as_many(call: Callable[[int], None], first: int, most: int, seconds: float) -> tuple[int, float]:
-    """(how many, seconds they took): as many as take about so long, by what ``first`` take once they are compiled."""
+    """Calls with as many queries as take about ``seconds``, and returns (queries, seconds taken).
+
+    The number, at most ``most``, follows from the time of ``first`` queries after compilation.
+    """
     call(first)
     taken, _ = timed(lambda: call(first))
     count = min(most, int(first * seconds / taken))

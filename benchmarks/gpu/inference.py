@@ -1,4 +1,4 @@
-"""The inference part of benchmarks.gpu on our side. Functions run in a process of their own and yield table rows."""
+"""The inference part of benchmarks.gpu in nomic_jax. Each function runs in a separate process and yields table rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +18,17 @@ Row = dict[str, Any]
 
 
 def batch_of(tokens: int, length: int) -> np.ndarray:
-    """Ids [texts, length] of so many tokens together, no padding."""
+    """Token ids [texts, length] with ``tokens`` tokens in all and no padding."""
     return np.random.default_rng(0).integers(*VOCABULARY, (max(1, tokens // length), length)).astype(np.int32)
 
 
 def text_lengths(texts: int, length: int) -> np.ndarray:
-    """Tokens of each text, from half of ``length`` to the whole."""
+    """The number of tokens of each text, between half of ``length`` and ``length``."""
     return np.random.default_rng(0).integers(max(3, length // 2), length + 1, texts)
 
 
 def program(weights: str, lengths: list[int], tokens: int, seconds: float = 2.0) -> Iterator[Row]:
-    """``nomic_jax.embed`` jitted, as ``Embedder`` does, on batches of so many tokens; saves what it gives."""
+    """Runs ``nomic_jax.embed`` jitted, as in ``Embedder``, on batches of ``tokens`` tokens; saves the embeddings."""
     embedder = Embedder.from_pretrained(Path(weights), dtype="bfloat16")
     encoder = embedder.config.encoder
     compiled = jax.jit(embed, static_argnums=2)
@@ -53,7 +53,7 @@ def program(weights: str, lengths: list[int], tokens: int, seconds: float = 2.0)
 
 
 def encode(weights: str, length: int, texts: int, batch_size: int) -> Iterator[Row]:
-    """``Embedder.encode`` from texts on, once more than it takes to compile."""
+    """Runs ``Embedder.encode`` on texts; the first call compiles and is not counted."""
     embedder = Embedder.from_pretrained(Path(weights), dtype="bfloat16", max_length=length)
     lengths = text_lengths(texts, length)
     inputs = made_up_texts(lengths)

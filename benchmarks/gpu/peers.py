@@ -1,4 +1,4 @@
-"""The torch side of benchmarks.gpu: rows that say which row of ours they belong to (``beside``)."""
+"""The torch side of benchmarks.gpu. Each row names the nomic_jax row that it is compared with (``beside``)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 def train(
     stage: str, model: dict, load: dict, weights: str, mini_batch_tokens: int = 0, steps: int = 3, seconds: float = 8.0
 ) -> Iterator[Row]:
-    """A training step on the texts and weights of ours."""
+    """A training step on the same texts and weights as in nomic_jax."""
     batch = make_load(stage, **load)
     step = TorchStep(paper_settings(stage, model), batch, Path(weights), mini_batch_tokens)
     loss = step()
@@ -36,7 +36,7 @@ def train(
 
 
 def infer(weights: str, lengths: list[int], tokens: int, compiled: bool, seconds: float = 2.0) -> Iterator[Row]:
-    """The model of transformers on the same batches, in bfloat16 with SDPA."""
+    """The transformers model on the same batches, in bfloat16 with SDPA."""
     embed = TorchEmbedder(Path(weights), compiled)
     for length in lengths:
         ids = batch_of(tokens, length)
@@ -80,7 +80,7 @@ def encode(weights: str, length: int, texts: int, batch_size: int) -> Iterator[R
 
 
 def difference(vectors: np.ndarray, file: Path) -> float | None:
-    """The largest of any component, to what our side saved; None if it has not run."""
+    """The largest difference of a component from the saved nomic_jax embeddings; None if there are none."""
     return float(np.abs(vectors - np.load(file)).max()) if file.exists() else None
 
 

@@ -1,10 +1,10 @@
-"""The parts of benchmarks.gpu: which functions run, on what, in which order; and what an H200 should reach."""
+"""The parts of benchmarks.gpu: the functions to run, their arguments and order; and the targets for an H200."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-# Published: row -> its figure, good, stretch, on an H200 (an H100: 0.94 of it).
+# Published targets on an H200: row -> (figure, good, stretch). An H100 reaches 0.94 of them.
 TARGETS = {
     "mlm": ("tokens_per_s", 400_000, 480_000),
     "contrastive": ("pairs_per_s", 1200, 1900),
@@ -19,13 +19,14 @@ EVERY_COMMAND = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL"
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """A function of a module of benchmarks that yields rows.
+    """A function of a module of benchmarks.gpu that yields rows.
 
     Attributes:
-      row: goes into each of its rows.
-      flags: of XLA.
-      devices: virtual ones, where it runs on a CPU.
-      needs_gpu: it must not run on a CPU.
+      function: "module.function".
+      row: fields that are added to each of its rows.
+      flags: XLA flags.
+      devices: number of virtual devices on a CPU.
+      needs_gpu: the process fails if it would run on a CPU.
     """
 
     function: str
@@ -38,7 +39,13 @@ class Process:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Attributes: share, whole: pairs of a step, on one of 8 GPUs and altogether; chunk: tokens of a chunk."""
+    """The sizes of the benchmark.
+
+    Attributes:
+      share: pairs of a step on one of 8 GPUs.
+      whole: pairs of a step on all 8 GPUs.
+      chunk: tokens of a chunk.
+    """
 
     model: dict[str, Any]
     share: int
@@ -94,7 +101,7 @@ TINY = Sizes(
 
 
 def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
-    """Part -> its processes; ``weights`` holds the checkpoints of ``prepare``."""
+    """Part -> its processes. ``weights`` is the folder of the checkpoints written by ``weights.prepare``."""
     nomic, teacher = str(weights / "nomic"), str(weights / "teacher")
     share = sizes.pairs | dict(rows=sizes.share)
     triplets = sizes.triplets
@@ -145,7 +152,7 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
         ],
         "whole_batch": [
             step(
-                dict(name=f"contrastive, {named(sizes.pairs | dict(rows=sizes.whole))}, chunks computed again"),
+                dict(name=f"contrastive, {named(sizes.pairs | dict(rows=sizes.whole))}, chunks recomputed"),
                 "contrastive",
                 sizes.pairs | dict(rows=sizes.whole),
                 "none",
@@ -179,7 +186,7 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
             Process(
                 "training.one_of_eight",
                 eight | dict(model=kept_attention),
-                dict(name=f"contrastive, {named(eight['load'])} over 8 GPUs, no chunk computed again"),
+                dict(name=f"contrastive, {named(eight['load'])} over 8 GPUs, no chunk recomputed"),
                 devices=8,
             )
         ],
@@ -206,11 +213,11 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
             swept("no Triton products", flags="--xla_gpu_enable_triton_gemm=false"),
             swept("no command buffers", flags=COMMAND_BUFFERS),
             swept("chunks of twice as many tokens", load=dict(chunk_tokens=2 * sizes.chunk)),
-            swept("recompute none, every chunk again", recompute="none", kept_chunks=0.0),
+            swept("recompute none, every chunk recomputed", recompute="none", kept_chunks=0.0),
             swept("chunks of 4 times as many tokens", load=dict(chunk_tokens=4 * sizes.chunk)),
             swept("recompute layer", recompute="layer"),
             micro_batch(sizes.mlm["rows"], "none"),
-            swept("recompute elementwise, half of the chunks again", recompute="elementwise", kept_chunks=0.5),
+            swept("recompute elementwise, half of the chunks recomputed", recompute="elementwise", kept_chunks=0.5),
             micro_batch(sizes.mlm["rows"] // 2),
             micro_batch(sizes.mlm["rows"] * 2),
             swept("chunks of half as many tokens", load=dict(chunk_tokens=sizes.chunk // 2)),

@@ -6,13 +6,13 @@ from benchmarks.gpu.plan import TARGETS
 
 Row = dict[str, Any]
 COLUMNS = ("", "s", "tokens/s", "pairs/s", "MFU", "peak GB", "compile s", "torch", "good", "stretch", "of stretch", "")
-LEGEND = """s: a step or a call, median. tokens/s: of the texts, without padding. MFU: of what the model needs of these
-tokens; nothing that is computed twice counts twice. peak: of the allocator. torch: its tokens/s on the same texts, and
-how many times as fast we are. good, stretch: published targets for an H200."""
+LEGEND = """s: median seconds of a step or call. tokens/s: real tokens, without padding. MFU: counts model FLOPs of real
+tokens only; recomputation is excluded. peak: of the allocator. torch: tokens/s of torch on the same texts, and the
+speed-up of nomic_jax over it. good, stretch: published targets for an H200."""
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All of it, with what it was measured on and how."""
+    """The results as Markdown: machine, versions, commands and table."""
     here, parts = results["machine"], results["parts"]
     rows = [row for part in parts.values() for row in part["rows"]]
     ours = {row["key"]: row for row in rows if row.get("key")}
@@ -23,7 +23,7 @@ def markdown(results: dict[str, Any]) -> str:
             peers.setdefault(row["beside"], []).append(row)
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
-        # A figure of torch's whose row of ours is not there still has a line.
+        # A torch row has a line of its own only if the nomic_jax row is missing.
         if "beside" not in row or row["beside"] not in ours:
             lines.append(f"| {' | '.join(cells(row, ours, peers.get(row.get('key', ''), []), targets))} |")
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
@@ -31,7 +31,7 @@ def markdown(results: dict[str, Any]) -> str:
     seconds = sum(part["seconds"] for part in parts.values())
     return (
         f"# One GPU\n\n{here['gpu']}; Python {here['python']}, {versions}.\n{', '.join(commands)}, {seconds:.0f} s "
-        f"in all{', small sizes that say nothing of speed' if results['tiny'] else ''}.\n\n{LEGEND}\n\n"
+        f"in all{', small sizes, not representative of speed' if results['tiny'] else ''}.\n\n{LEGEND}\n\n"
         + "\n".join(lines)
         + "\n"
     )
@@ -84,7 +84,7 @@ def peer(row: Row, other: Row) -> str:
 
 
 def loss_of(row: Row, beside: list[Row]) -> str:
-    """Of the first step, where torch's is there to compare."""
+    """The losses of the first step, if torch has one to compare."""
     losses = [other["loss"] for other in beside if "loss" in other]
     return f"first loss {row['loss']:.4f}, torch {losses[0]:.4f}" if losses and "loss" in row else ""
 

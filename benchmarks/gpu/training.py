@@ -1,4 +1,4 @@
-"""The training parts of benchmarks.gpu. Each function runs in a process of its own and yields rows of the table."""
+"""The training parts of benchmarks.gpu. Each function runs in a separate process and yields table rows."""
 
 import time
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def make_load(
     chunk_tokens: int = 0,
     devices: int = 1,
 ) -> Load:
-    """Rows of masked-LM of ``length`` tokens; or pairs of so many tokens; or triplets of texts of ``length`` each."""
+    """Masked-LM rows of ``length`` tokens, pairs of ``tokens_per_pair`` tokens, or triplets of texts of ``length``."""
     if stage == "mlm":
         return mlm_load(rows, length)
     if tokens_per_pair:
@@ -58,7 +58,7 @@ def train(
     steps: int = 5,
     seconds: float = 5.0,
 ) -> Iterator[Row]:
-    """A stage's step: from ``weights``, a checkpoint directory, or random ones."""
+    """Runs a stage's step from ``weights``, a checkpoint directory, or from random weights."""
     step = make_step(stage, make_load(stage, **load), model, load.get("layout", "packed"), kept_chunks)
     compiling = step.compile()
     attention = attention_of(step)
@@ -67,10 +67,10 @@ def train(
 
 
 def attention_of(step: TrainStep) -> str:
-    """The kernels of attention in the compiled step.
+    """The attention kernels in the compiled step.
 
     Raises:
-      MissingKernel: on a GPU there are none.
+      MissingKernel: the program for a GPU has no fused attention.
     """
     assert step.compiled is not None
     hlo = step.compiled.as_text() or ""
@@ -82,7 +82,7 @@ def attention_of(step: TrainStep) -> str:
 
 
 def run(step: TrainStep, steps: int, seconds: float, pretrained: dict | None = None) -> Row:
-    """So many steps, or more while there is time, after a first one that is not counted."""
+    """Measures at least ``steps`` steps, and more while ``seconds`` allow, after a first step that is not counted."""
     step.start(pretrained)
     loss = step()
     taken = median_seconds(step, steps, seconds)
@@ -103,11 +103,12 @@ def run(step: TrainStep, steps: int, seconds: float, pretrained: dict | None = N
 def largest(
     model: dict, load: dict, first: int, seconds: float, limit_gb: float | None = None, steps: int = 1
 ) -> Iterator[Row]:
-    """The largest contrastive batch of which all activations fit: sizes by planned memory, then real steps.
+    """Finds the largest contrastive batch whose activations all fit: searches by planned memory, then runs real steps.
 
     Args:
-      first: pairs to begin with; the sizes tried fill as many chunks as training rounds up to.
-      limit_gb: memory to stay within; what the device's allocator has, by default.
+      first: pairs of the first size. Every size fills a number of chunks that training rounds up to.
+      seconds: time limit of the search.
+      limit_gb: memory limit; by default that of the device's allocator.
     """
     started = time.perf_counter()
     if limit_gb is None:
@@ -141,10 +142,11 @@ def largest(
 
 
 def next_size(sizes: list[int], planned: dict[int, float], limit: float) -> int | None:
-    """The size to plan next, or None where the largest that fits is known.
+    """The size to plan next, or None if the largest size that fits is known.
 
-    The first; then the largest, up to four times what fits, that should fit if memory grows as it did between the two
-    largest that do (with one of them, in proportion); always between what fits and what does not.
+    The search begins with the first size. Then it extrapolates memory linearly from the two largest sizes that fit (or
+    proportionally from one) and takes the largest size that should fit, at most four times the largest that does. The
+    result always lies between the sizes that fit and those that do not.
     """
     fitting = [size for size in sizes if planned.get(size, np.inf) <= limit]
     if not planned:
@@ -163,9 +165,10 @@ def next_size(sizes: list[int], planned: dict[int, float], limit: float) -> int 
 
 
 def one_of_eight(model: dict, load: dict, kept_chunks: float) -> Iterator[Row]:
-    """Planned memory of one of 8 GPUs in the step of the whole batch: compiled for 8 of them, which need not be there.
+    """Planned memory of one of 8 GPUs in the step of the whole batch.
 
-    On a GPU for 8 of its kind; on a CPU there must be 8 virtual devices.
+    On a GPU, the step is compiled for 8 GPUs of the same kind, which need not exist. On a CPU, it is compiled for 8
+    virtual devices, which must exist.
     """
     if jax.default_backend() == "gpu":
         from jax.experimental import topologies
@@ -188,10 +191,10 @@ def one_of_eight(model: dict, load: dict, kept_chunks: float) -> Iterator[Row]:
 
 
 def kernels(model: dict, rows: int, length: int, tokens_per_pair: float) -> Iterator[Row]:
-    """The gradient of each stage with the attention that training takes, and with the dense formula, both in bfloat16.
+    """Compares the gradients by the attention kernel of training and by the dense formula, both in bfloat16.
 
-    Both are compared with the dense formula in float32; the fused kernel may not be further off than the rounding of
-    the dense one explains.
+    The reference is the dense formula in float32. The check fails if the fused kernel's error is more than twice the
+    rounding error of the dense formula plus 1e-3.
     """
     for name, load in (
         ("mlm", make_load("mlm", max(1, rows // 16), length)),
@@ -216,13 +219,13 @@ def kernels(model: dict, rows: int, length: int, tokens_per_pair: float) -> Iter
         yield {
             "name": f"gradient, {name}",
             "attention": attention,
-            "note": f"off the float32 gradient by {fused:.2e} of its norm; dense bfloat16 {dense:.2e}",
+            "note": f"differs from the float32 gradient by {fused:.2e} of its norm; dense bfloat16 {dense:.2e}",
             "failed": not fused <= 2 * dense + 1e-3,
         }
 
 
 def products(width: int, inner: int, tokens: int, repeat: int) -> Iterator[Row]:
-    """The matrix products of a layer by themselves, in bfloat16, forward and backward: what the step could reach."""
+    """The matrix products of a layer in isolation, in bfloat16, forward and backward: a bound on a step's speed."""
     peak = peak_flops(jax.devices()[0].device_kind)
 
     @jax.jit
@@ -246,7 +249,7 @@ def products(width: int, inner: int, tokens: int, repeat: int) -> Iterator[Row]:
         weights, cotangents = [normal(rows, n) for n in columns], [normal(tokens, n) for n in columns]
 
         def calls() -> None:
-            # Many between two looks at the clock: one takes less than a millisecond on a GPU.
+            # Many calls per measurement, because one takes less than a millisecond on a GPU.
             results = [forward_and_backward(x_TD, weights, cotangents) for _ in range(repeat)]  # noqa: B023
             jax.block_until_ready(results[-1])
 
@@ -262,7 +265,7 @@ def products(width: int, inner: int, tokens: int, repeat: int) -> Iterator[Row]:
 
 
 def gradient_in_state() -> optax.GradientTransformation:
-    """Changes no parameter; the optimizer's state is the gradient."""
+    """An optimizer that changes no parameter and stores the gradient in its state."""
 
     def zeros(tree: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, tree)
@@ -271,7 +274,7 @@ def gradient_in_state() -> optax.GradientTransformation:
 
 
 def distance(a: Any, b: Any) -> float:
-    """The norm of the difference, in units of the norm of ``b``; of all leaves together."""
+    """The norm of the difference of all leaves, relative to the norm of ``b``."""
     pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b)))
     squares = [(np.sum((np.asarray(x, np.float64) - y) ** 2), np.sum(np.asarray(y, np.float64) ** 2)) for x, y in pairs]
     return float(np.sqrt(sum(top for top, _ in squares) / sum(bottom for _, bottom in squares)))

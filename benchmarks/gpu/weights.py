@@ -1,4 +1,4 @@
-"""The checkpoints of benchmarks.gpu, with random weights: the model of the paper, and a teacher like MiniLM."""
+"""Writes the checkpoints of benchmarks.gpu with random weights: the paper's model, and a teacher of MiniLM's size."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ MINILM = dict(hidden_size=384, num_layers=6, num_heads=12, intermediate_size=153
 
 
 def prepare(folder: str, model: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """nomic/ with the fields of ``model``, and teacher/, which reads 256 tokens of a text; yields no row."""
+    """Writes nomic/ with the fields of ``model``, and teacher/ with a maximum of 256 tokens; yields no row."""
     sizes = {name: value for name, value in model.items() if name != "dtype"}
     tokenizer = made_up_tokenizer()
     write_random(Path(folder) / "nomic", EncoderConfig(**sizes), tokenizer)

@@ -72,7 +72,7 @@ def test_other_suites_and_tasks_that_failed_beside(folder):
 
 def test_too_little_gain_fails(folder):
     done = report(folder, 0.2)
-    assert done.returncode == 2 and "the stages did not do what they should" in done.stderr
+    assert done.returncode == 2 and "training gained less than --min_gain" in done.stderr
 
 
 def test_an_empty_folder_is_explained(tmp_path):

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from configs.base import apply_variant, base_config
 from nomic_jax.train.config import ConfigurationError, TrainConfig
 
 STAGES = ("mlm", "contrastive", "finetune")
@@ -14,7 +15,7 @@ def values(stage="mlm", variant="debug"):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("variant", ["paper", "debug", "quickstart"])
+@pytest.mark.parametrize("variant", ["paper", "debug", "quickstart", "hour", "one_gpu"])
 def test_every_variant_is_a_configuration(stage, variant):
     config = TrainConfig.from_mapping(values(stage, variant))
     config.check(8 if variant == "paper" else 1)
@@ -96,3 +97,15 @@ def test_loss_options_that_cannot_work(change, message):
 def test_an_unknown_variant_names_the_others():
     with pytest.raises(ValueError, match=":paper, :debug, :quickstart"):
         values("mlm", "papr")
+
+
+@pytest.mark.parametrize("field", ["optim.learning_rat", "optimizer.lr", "steps.all", "lr"])
+def test_a_variant_cannot_add_a_field(field):
+    with pytest.raises(ValueError, match=f"variant :mine changes config.{field}, but there is no such field"):
+        apply_variant(base_config("mlm"), {"mine": {field: 1e-3}}, "mine")
+
+
+def test_a_variant_changes_only_its_own_fields():
+    config = base_config("mlm").to_dict()
+    changed = apply_variant(base_config("mlm"), {"mine": {"steps": 7, "model.num_layers": 3}}, "mine").to_dict()
+    assert changed == config | {"steps": 7, "model": config["model"] | {"num_layers": 3}}
