@@ -1,1 +1,1 @@
-"""From files to batches: numpy and grain, no jax, so that workers never touch an accelerator."""
+"""The data pipeline, from files to batches. It uses numpy and grain but not jax: workers never touch an accelerator."""

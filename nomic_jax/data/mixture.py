@@ -1,6 +1,6 @@
-"""What to train on: a list of sources with their columns and task prefixes, read from a YAML file or named directly.
+"""The training data: a list of sources with their columns and task prefixes, from a YAML file or named directly.
 
-The YAML is the original's:
+The YAML has the original's format:
 
     datasets:
       - name: gooaq
@@ -9,11 +9,11 @@ The YAML is the original's:
         query_prefix: search_query
         document_prefix: search_document                       # defaults to query_prefix
         query_only: false                                      # true: no prefix on documents
-        weight: 1.0                                            # counts with config.data.sampling=weights alone
-        rows: 100000                                           # fewest rows there must be: shards may be missing
-        in_batch_negatives: true                               # false: a query sees the documents of its own row alone
+        weight: 1.0                                            # used only with config.data.sampling=weights
+        rows: 100000                                           # minimum number of rows; detects missing shards
+        in_batch_negatives: true                               # false: a query sees only the documents of its own row
 
-All but name, bucket and objective may be left out. Paths are relative to the YAML file.
+Only name, bucket and objective are required. Paths are relative to the YAML file.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import yaml
 
-from nomic_jax.data.formats.hub import is_named
+from nomic_jax.data.formats.hub import is_dataset_name
 from nomic_jax.data.formats.row_checks import BadRow
 
 PREFIXES = ("search_query", "search_document", "classification", "clustering")
@@ -35,28 +35,28 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "pair": ("query", "document"),
     "triplet": ("query", "document", "negatives"),
 }
-ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}  # of the stages
+ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}  # by stage
 _OBJECTIVE_KIND: dict[str, Kind] = {"self": "text", "paired": "pair", "triplet": "triplet"}
-LARGEST_YAML = 1_000_000  # values; a few lines of aliases to aliases stand for billions
+LARGEST_YAML = 1_000_000  # values; aliases of aliases can expand a few lines to billions
 _KIND_OBJECTIVE = {kind: objective for objective, kind in _OBJECTIVE_KIND.items()}
 
 
 class MixtureError(ValueError):
-    """A mixture file that cannot be used; the message names the file, the source and the field."""
+    """A mixture file cannot be used. The message names the file, the source and the field."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Rows of one origin; a batch never mixes two of them.
+    """Rows of one origin. A batch never mixes sources.
 
     Attributes:
       files: see ``nomic_jax.data.formats.paths.expand_files``.
       columns: the file's column for each of ``COLUMNS[kind]``, in that order.
       query_prefix, document_prefix: one of PREFIXES, an instruction of several words, or "" for none. Texts get
         "prefix: " in front.
-      weight: of the source among all, where sources are sampled by weights.
-      rows: fewest rows that its files must have, bad ones included.
-      in_batch_negatives: whether other rows' documents are negatives; not where a source has few different documents.
+      weight: relative weight, used if sources are sampled by weights.
+      rows: minimum number of rows of its files, bad rows included.
+      in_batch_negatives: whether other rows' documents are negatives; false for a source with few different documents.
     """
 
     name: str
@@ -73,51 +73,52 @@ class Source:
         if len(self.columns) != len(COLUMNS[self.kind]):
             raise MixtureError(f"{self.name}: {self.kind} rows take the columns {COLUMNS[self.kind]}")
         for prefix in (self.query_prefix, self.document_prefix):
-            # A single word that is none of the known ones is most often a slip.
+            # An unknown single word is usually a typing error.
             if prefix and prefix not in PREFIXES and " " not in prefix:
                 raise MixtureError(
                     f"{self.name}: unknown prefix {prefix!r}; write one of {', '.join(PREFIXES)}, or an instruction"
                 )
         if not self.name or "/" in self.name or re.search(r"^\.|[\0-\x1f\x7f\ud800-\udfff]", self.name):
-            raise MixtureError(f"the source name {self.name!r} cannot be that of a folder; use letters and digits")
+            raise MixtureError(f"the source name {self.name!r} cannot be a folder name; use letters and digits")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise MixtureError(f"{self.name}: weight is {self.weight}; write a positive number")
 
     def check_row(self, row: Mapping[str, Any], where: str) -> None:
-        """Raises BadRow if the row says, as the original's do in ``metadata.objective``, that it has other columns."""
+        """Raises BadRow if the row declares other columns in ``metadata.objective``, as rows of the original do."""
         metadata = row.get("metadata")
         objective = metadata.get("objective") if isinstance(metadata, dict) else None
         if not isinstance(objective, dict):
             return
         declared = _lists(objective.get(_KIND_OBJECTIVE[self.kind]))
-        if self.kind == "pair":  # what a triplet has besides its negatives
+        if self.kind == "pair":  # a triplet without its negatives
             declared += [columns[:2] for columns in _lists(objective.get("triplet"))]
         if list(self.columns) not in declared:
             raise BadRow(
-                f"{where}: metadata.objective names {objective}, the mixture asks for "
+                f"{where}: metadata.objective names {objective}, but the mixture needs "
                 f"{_KIND_OBJECTIVE[self.kind]} rows with the columns {list(self.columns)}"
             )
 
 
 def _lists(value: Any) -> list[list]:
-    """Those in what should be a list of lists; in a self objective a column may stand by itself."""
+    """Returns the lists in a list of lists, [] for other values. A single column of a self objective becomes a list."""
     items = value if isinstance(value, list) else []
     return [item if isinstance(item, list) else [item] for item in items]
 
 
 def with_prefix(prefix: str, text: str) -> str:
-    """Paper section 3.3.1: the task in front of the text, with a colon and a space."""
+    """Returns the text after its task prefix, a colon and a space (paper section 3.3.1)."""
     return f"{prefix}: {text}" if prefix else text
 
 
 def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
-    """The sources of a mixture YAML, or one source of the given kind for files (or a data set) named directly.
+    """Returns the sources of a mixture YAML, or one source of the given kind for files (or a data set) named directly.
 
-    Files named directly have the columns of ``COLUMNS[kind]`` and the prefixes search_query and search_document.
+    Files named directly have the columns of ``COLUMNS[kind]`` and the prefixes search_query and search_document; text
+    rows have no prefix.
 
     Raises:
-      MixtureError: unknown or missing fields, an unknown prefix, rows of another kind than the stage needs.
-      FileNotFoundError: there is no such YAML.
+      MixtureError: unknown or missing fields, an unknown prefix, or rows of another kind than the stage needs.
+      FileNotFoundError: the YAML does not exist.
     """
     if not path:
         raise MixtureError("no training data is named; set config.data.mixture to a mixture .yaml or to files")
@@ -133,7 +134,7 @@ def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
     if len(set(names)) < len(names):
         raise MixtureError(f"{path}: source names must differ, found {sorted(names)}")
     for source in sources:
-        # Triplets without their negatives are pairs, and a stage may ask for those.
+        # A stage that needs pairs may use triplets without their negatives.
         if source.kind != kind and (source.kind, kind) != ("triplet", "pair"):
             raise MixtureError(f"{path}: source {source.name!r} holds {source.kind} rows; this stage needs {kind} rows")
     if kind == "pair":
@@ -142,7 +143,7 @@ def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes no field twice: the first one would be lost unseen."""
+    """Rejects a field that is given twice; the YAML library would silently drop the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -157,16 +158,16 @@ def _load_yaml(path: str) -> Any:
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         if _expanded_size(content, {}) > LARGEST_YAML:
-            raise ValueError(f"its aliases stand for more than {LARGEST_YAML:,} values")
+            raise ValueError(f"its aliases expand to more than {LARGEST_YAML:,} values")
         return content
     except RecursionError as error:
-        raise MixtureError(f"{path}: broken YAML (nested too deep, or within itself)") from error
-    except (yaml.YAMLError, ValueError) as error:  # of dates that are none, ValueErrors
+        raise MixtureError(f"{path}: broken YAML (nested too deep, or contains itself)") from error
+    except (yaml.YAMLError, ValueError) as error:  # an invalid date raises ValueError
         raise MixtureError(f"{path}: broken YAML ({' '.join(str(error).split())})") from error
 
 
 def _expanded_size(value: Any, known: dict[int, int]) -> int:
-    """Values in it, those that aliases (*name) stand for counted each time; ``known``: of the ids met before."""
+    """Returns the number of values after expanding aliases (*name). ``known`` maps ids of objects to their sizes."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
@@ -186,26 +187,26 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
         )
     for field in ("name", "bucket", "query_prefix", "document_prefix"):
         if not isinstance(entry.get(field, ""), str | int | None) or (field == "bucket" and not entry[field]):
-            raise MixtureError(f"{where}: {field} is a text, found {entry[field]!r}")
+            raise MixtureError(f"{where}: {field} must be a text, found {entry[field]!r}")
     objective = entry["objective"]
     kind = _OBJECTIVE_KIND.get(str(objective.get("type"))) if isinstance(objective, dict) else None
     columns = objective.get("columns") or [] if isinstance(objective, dict) else []
     if kind is None or not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
-        raise MixtureError(f"{where}: objective is {{type: self | paired | triplet, columns: [...]}}")
+        raise MixtureError(f"{where}: objective must be {{type: self | paired | triplet, columns: [...]}}")
     query_prefix, document_prefix = (
         str(entry.get(field) or "").strip().removesuffix(":") for field in ("query_prefix", "document_prefix")
     )
     if not isinstance(entry.get("in_batch_negatives", True), bool):
-        raise MixtureError(f"{where}: in_batch_negatives is true or false, found {entry['in_batch_negatives']!r}")
+        raise MixtureError(f"{where}: in_batch_negatives must be true or false, found {entry['in_batch_negatives']!r}")
     if entry.get("kd_loss"):
         raise MixtureError(f"{where}: kd_loss (distillation from a teacher's scores) is not implemented; leave it out")
     for field, kinds in (("weight", int | float), ("rows", int)):
         if not isinstance(entry.get(field, 1), kinds) or isinstance(entry.get(field), bool):
-            raise MixtureError(f"{where}: {field} is a number, found {entry[field]!r}")
+            raise MixtureError(f"{where}: {field} must be a number, found {entry[field]!r}")
         if abs(entry.get(field, 1)) > 2**53 or (field == "rows" and entry.get(field, 0) < 0):
             raise MixtureError(f"{where}: {field} is {entry[field]!r}, which is out of range")
     files = str(entry["bucket"])
-    if "://" not in files and not is_named(files):
+    if "://" not in files and not is_dataset_name(files):
         files = str(folder / files)
     try:
         return Source(

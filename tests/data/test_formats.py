@@ -231,7 +231,7 @@ def test_names_that_lead_nowhere(tmp_path):
         f"hf:{tmp_path}/scripted": "scripts are no longer supported",
         f"tfds:toy/pairs:1.0.0?data_dir={tmp_path}&split=test": "Unknown split 'test'",
         f"tfds:nothing:1.0.0?data_dir={tmp_path}": "Dataset nothing not found",
-        "tfds:somebody:toy": "no name of a prepared data set",
+        "tfds:somebody:toy": "not the name of a prepared data set",
         "tfds:toy?splits=train": "unknown option 'splits'",
         "hf:?split=train": "no data set is named",
         f"hf:{folder}?split=train[:10]": "parts of a split",
@@ -249,7 +249,7 @@ def test_a_data_set_that_cannot_be_reached_is_named_at_once(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"hf:nobody/nothing: no folder .*OSError: no network"):
+    with pytest.raises(FileNotFoundError, match=r"hf:nobody/nothing: there is no folder .*OSError: no network"):
         expand_files("hf:nobody/nothing")
 
 
@@ -275,7 +275,7 @@ def test_a_tfds_shard_of_another_size(tmp_path):
     name = write_tfds(tmp_path, ROWS[:4])
     info = tmp_path / "toy/pairs/1.0.0/dataset_info.json"
     info.write_text(info.read_text().replace('["2", "2"]', '["2", "3"]'))
-    with pytest.raises(BadRow, match=r"00001-of-00002: has 2 rows, dataset_info\.json says 3"):
+    with pytest.raises(BadRow, match=r"00001-of-00002: has 2 rows, but dataset_info\.json says 3"):
         expand_files(name)
 
 

@@ -148,7 +148,7 @@ def test_what_cannot_be_sampled_is_explained():
         Mixing(STORES, 8, 0, Sampling("shards"))
     with pytest.raises(ValueError, match="temperature is 0"):
         Mixing(STORES, 4, 0, Sampling("temperature", 0.0))
-    with pytest.raises(ValueError, match="one above 0 for each of 3 sources"):
+    with pytest.raises(ValueError, match="a positive weight for each of 3 sources"):
         Mixing(STORES, 4, 0, Sampling("weights", weights=(1.0, 0.0, 1.0)))
 
 

@@ -184,7 +184,7 @@ def test_wrong_counts_and_offsets_are_named(tmp_path, tokenizer, fault):
 def test_offsets_that_count_characters_are_named(tmp_path, tokenizer):
     """As a script does that reads text that is not escaped."""
     folder = write_shards(tmp_path / "filtered", length=lambda line: len(line.decode()))
-    with pytest.raises(BadRow, match=r"places row 0 of .*shard-00000\.jsonl\.gz .*count characters; bytes are meant"):
+    with pytest.raises(BadRow, match=r"places row 0 of .*shard-00000\.jsonl\.gz .*count characters, not bytes"):
         pretokenize(read_original(folder)[0], tokenizer, tmp_path / "cache", progress=False)
 
 
@@ -199,7 +199,7 @@ def test_offsets_are_read_in_parts(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("nomic_jax.data.formats.shard_index.CHARACTERS", 100)
     assert pretokenize(read_original(folder)[0], tokenizer, tmp_path / "cache", progress=False).rows == 70
     (folder / "offsets.json.gz").write_bytes(gzip.compress(b'{"bucket/filtered/shard-00000.jsonl.gz": {"0": [0, 4'))
-    with pytest.raises(BadRow, match=r"offsets\.json\.gz: not of the form .*breaks off"):
+    with pytest.raises(BadRow, match=r"offsets\.json\.gz: not of the form .*truncated"):
         pretokenize(read_original(folder)[0], tokenizer, tmp_path / "new", progress=False)
 
 
@@ -216,7 +216,7 @@ def test_rows_say_which_columns_they_have(tmp_path, tokenizer):
         (source,) = read_mixture(mixture("triplet", "query, pos, neg"), kind)
         assert pretokenize(source, tokenizer, tmp_path / "cache", progress=False).rows == 1
     (source,) = read_mixture(mixture("paired", "pos, query"), "pair")
-    with pytest.raises(BadRow, match=r"rows\.jsonl:1: metadata\.objective names .* asks for paired rows"):
+    with pytest.raises(BadRow, match=r"rows\.jsonl:1: metadata\.objective names .* needs paired rows"):
         pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
 
 
@@ -229,7 +229,7 @@ def test_fewer_rows_than_the_mixture_expects(tmp_path, tokenizer):
         if rows == 3:
             assert pretokenize(source, tokenizer, tmp_path / "cache", progress=False).rows == 3
             continue
-        with pytest.raises(ValueError, match=r"'a' has 3 rows in 1 files, its mixture expects at least 4; fetch"):
+        with pytest.raises(ValueError, match=r"'a' has 3 rows in 1 files, but its mixture expects at least 4; fetch"):
             pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
 
 
@@ -237,9 +237,9 @@ def test_fewer_rows_than_the_mixture_expects(tmp_path, tokenizer):
     ("field", "message"),
     [
         ("kd_loss: true", "kd_loss"),
-        ("weight: heavy", "weight is a number"),
+        ("weight: heavy", "weight must be a number"),
         ("weight: -1", "write a positive number"),
-        ("rows: 1.5", "rows is a number"),
+        ("rows: 1.5", "rows must be a number"),
         ("query_prefix: passage", "unknown prefix 'passage'"),
     ],
 )

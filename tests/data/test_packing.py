@@ -204,10 +204,10 @@ def test_what_cannot_be_planned_is_explained():
     layout = packed_layout(64, 128)
     with pytest.raises(ValueError, match=r"document lengths from 1 to 65 tokens; chunks take 1 to 64"):
         plan_chunks(ones, np.array([1, 1, 65, 1, 1, 1])[:, None], layout, 2)
-    with pytest.raises(ValueError, match="batch of 6 rows cannot be dealt to 4 devices"):
+    with pytest.raises(ValueError, match="batch of 6 rows cannot be divided evenly among 4 devices"):
         plan_chunks(ones, ones[:, None], layout, 4)
     with pytest.raises(ValueError, match="chunks of 32 tokens cannot hold a text of 64"):
         packed_layout(64, 32)
     plan = plan_chunks(ones, ones[:, None], layout, 1)
-    with pytest.raises(ValueError, match="12 texts of 24 tokens for a plan of 12 of 12"):
+    with pytest.raises(ValueError, match="12 texts of 24 tokens, the plan has 12 of 12"):
         fill_chunks(plan, layout, slice(0, 1), *flat([np.array([7, 8])] * 12), pad_id=0)

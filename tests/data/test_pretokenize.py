@@ -104,7 +104,7 @@ def test_a_full_disk_is_explained(shards, tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pieces, "_append", full)
     with pytest.raises(
-        OSError, match=r"cache is full \(No space left .* while 'data' is tokenised; what is done stays"
+        OSError, match=r"cache is full \(No space left .* while 'data' is tokenised; finished spans are kept"
     ):
         pretokenize(source_of(shards), tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
     assert len(list((tmp_path / "cache").glob(".*.pieces/*/counts.json"))) == 5
@@ -195,7 +195,7 @@ def test_tokens_of_another_tokenizer_are_refused(corpus, tokenizer, tmp_path, ca
     content["normalizer"]["lowercase"] = False
     other = Tokenizer(Backend.from_str(json.dumps(content)))
     with pytest.raises(
-        ValueError, match=f"made by the tokenizer {tokenizer.sha256[:16]}, this one is {other.sha256[:16]}"
+        ValueError, match=f"made by the tokenizer {tokenizer.sha256[:16]}, but this one is {other.sha256[:16]}"
     ):
         PairStream([store], other, batch_size=8, query_length=32, document_length=32)
     assert pretokenize(source_of(corpus / "a.jsonl"), other, tmp_path, progress=False).fingerprint != store.fingerprint

@@ -71,7 +71,7 @@ def test_files_that_cannot_be_read_to_their_end_are_set_aside(tmp_path, capfd):
     known = rejected.quarantined[0].rows_at_least
     assert 20_000 < known < 30_000 and f"none of its rows ({known:,} or more) is used" in reasons[0]
     assert f"{tmp_path}/0.jsonl.gz: the compressed file breaks off after line {known} " in reasons[0]
-    assert f"{tmp_path}/1.jsonl: the file is empty" in reasons[1] and "nobody knows how many" in reasons[1]
+    assert f"{tmp_path}/1.jsonl: the file is empty" in reasons[1] and "their number is unknown" in reasons[1]
     assert f"{tmp_path}/3.jsonl: cannot be read (Is a directory)" in reasons[2]
     assert all(reason in capfd.readouterr().err for reason in reasons[:1])
 
@@ -252,7 +252,7 @@ MIXTURES = {
     "unknown prefix": ("{name: a, bucket: a, objective: {type: paired}, query_prefix: serach}", "unknown prefix"),
     "unknown field": ("{name: a, bucket: a, objective: {type: paired}, prefix: x}", "unknown field 'prefix'"),
     "no bucket": ("{name: a, objective: {type: paired}}", "needs the fields"),
-    "unknown objective": ("{name: a, bucket: a, objective: {type: pairs}}", "objective is"),
+    "unknown objective": ("{name: a, bucket: a, objective: {type: pairs}}", "objective must be"),
     "columns": ("{name: a, bucket: a, objective: {type: paired, columns: [a]}}", "take the columns"),
     "kind": ("{name: a, bucket: a, objective: {type: self}}", "holds text rows; this stage needs pair rows"),
 }
@@ -299,7 +299,7 @@ def test_a_stream_of_arrow_that_was_cut_between_two_batches_is_broken(tmp_path):
     assert {rows_by_pyarrow(content[:length]) for length in cuts} == {0, 1, 2, 3, 4}
     for length in cuts:
         (tmp_path / "cut.arrow").write_bytes(content[:length])
-        with pytest.raises(BadRow, match=r"cut\.arrow: not a readable Arrow file \(it breaks off"):
+        with pytest.raises(BadRow, match=r"cut\.arrow: not a readable Arrow file \(the file is truncated"):
             list(read_rows(tmp_path / "cut.arrow", {"text": str}))
 
 

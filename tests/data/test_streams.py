@@ -119,7 +119,7 @@ class TestMlm:
             np.testing.assert_array_equal(np.concatenate(parts), array)
 
     def test_too_little_text_is_explained(self, stores, tokenizer):
-        with pytest.raises(ValueError, match=r"rows of 64 tokens, a batch takes 4096"):
+        with pytest.raises(ValueError, match=r"rows of 64 tokens, but a batch takes 4096"):
             self.stream(stores, tokenizer, batch_size=4096)
 
 

@@ -147,7 +147,7 @@ def _counts(rng: random.Random, files: list[Path], shards: list[Rows], shard: in
     elif type(wrong) is int:
         reason = f"counts {wrong} rows in {files[shard]}, which has {found}"
     else:
-        reason = f'not of the form {{"file": rows}} ({wrong!r} is no number of rows)'
+        reason = f'not of the form {{"file": rows}} ({wrong!r} is not a number of rows)'
     return f"{wrong} for the {found} rows of {name}", (f"{file}: ", reason)
 
 
@@ -219,16 +219,16 @@ def _mixture(rng: random.Random, folder: Path, rows: Rows, reader: str) -> Damag
             reason += "needs the fields name, bucket and objective"
         case "columns":
             one["objective"]["columns"] = "query"
-            reason += "objective is {type"
+            reason += "objective must be {type"
         case "rows":
             one["rows"] = "many"
-            reason += "rows is a number, found 'many'"
+            reason += "rows must be a number, found 'many'"
         case "prefix":
             one["query_prefix"] = "serch_query"
             reason += f"{one['name']}: unknown prefix 'serch_query'"
         case "name":
             one["name"] = "../s"
-            reason += "the source name '../s' cannot be that of a folder"
+            reason += "the source name '../s' cannot be a folder name"
         case "twice":
             one["name"] = sources[number - 1]["name"]
             reason = "source names must differ"

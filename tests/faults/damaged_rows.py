@@ -101,7 +101,7 @@ def _giant_line(rng: random.Random, row: dict, column: str) -> tuple[bytes, str]
     count = rng.randint(BIG, 2 * BIG) // len(line)
     return rng.choice(
         [
-            (b"[" + b", ".join([line] * count) + b"]", "found a list; write one row a line"),
+            (b"[" + b", ".join([line] * count) + b"]", "found a list; write one row per line"),
             (line * count, "broken JSON (Extra data"),
             (line[:-2] + b"x" * len(line) * count, "broken JSON (Invalid control character"),
         ]

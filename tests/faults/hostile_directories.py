@@ -314,7 +314,7 @@ def _tokenizers() -> list[Case]:
         Case("tokenizer: nested", write("tokenizer.json", "[" * 100_000), ("tokenizer cannot be read",)),
         Case("tokenizer: an id of 2^32 - 1", edit_tokenizer(_far_id), ("tokenizer",)),
         Case("tokenizer: an id of 2^31", edit_tokenizer(lambda c: c["model"]["vocab"].update({"[PAD]": 2**31})),
-            ("tokenizer", "ids are below")),
+            ("tokenizer", "ids must be below")),
         Case("tokenizer: [SEP] has an id of 10^6", edit_tokenizer(far_special_tokens), ("tokenizer", "rows")),
         Case("tokenizer: texts become 2^60 times as long", edit_tokenizer(growing_normalizer),
             ("tokenizer", "times as long")),

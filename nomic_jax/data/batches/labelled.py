@@ -1,4 +1,4 @@
-"""Batches of labelled texts, or pairs of texts, to finetune a classifier on."""
+"""Batches of labelled texts, or pairs of texts, for finetuning a classifier."""
 
 import functools
 import hashlib
@@ -23,7 +23,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class LabelledRows(TokenStore):
-    """The rows of one task, in memory: GLUE's largest task has 25 million tokens.
+    """The rows of one task, in memory. GLUE's largest task has 25 million tokens.
 
     Attributes:
       ids: token ids of each row, cut to ``seq_len``: [CLS] text [SEP], or [CLS] first [SEP] second [SEP].
@@ -33,7 +33,12 @@ class LabelledRows(TokenStore):
     def __init__(
         self, files: str, columns: Sequence[str], num_labels: int, tokenizer: Tokenizer, seq_len: int, name: str = ""
     ):
-        """Raises BadRow: a column is missing or no text, or a label is none of the task's; FileNotFoundError."""
+        """Reads the rows.
+
+        Raises:
+          BadRow: a column is missing or is not text, a label is not valid for the task, or there are no rows.
+          FileNotFoundError: no file matches.
+        """
         check = functools.partial(_check_label, num_labels=num_labels)
         kinds = dict.fromkeys(columns, str)
         rows = list(read_rows(files, kinds, others=("label",), allow_empty=True, further_check=check))
@@ -53,9 +58,9 @@ class LabelledRows(TokenStore):
 
 
 class LabelledStream:
-    """All rows in a new order every epoch, but for those that do not fill a last batch.
+    """All rows, in a new order every epoch; rows that do not fill a last batch are dropped.
 
-    Arrays of a batch: ``ids`` [B, L], padded on the right to one of few lengths; ``length`` [B]; ``label`` [B].
+    Arrays of a batch: ``ids`` [B, L], padded on the right to a length of a short menu; ``length`` [B]; ``label`` [B].
     """
 
     layout: Layout | None = None
@@ -72,7 +77,7 @@ class LabelledStream:
         self.fingerprint = hashlib.sha256(repr((batch_size, seq_len, seed, rows.fingerprint)).encode()).hexdigest()
 
     def rows_of_step(self, step: int) -> np.ndarray:
-        """Row numbers [batch_size] of a step."""
+        """Returns the row numbers [batch_size] of a step."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         first = slot * self.batch_size
         return shuffled(range(first, first + self.batch_size), self.rows, self.seed, epoch)
@@ -82,7 +87,7 @@ class LabelledStream:
 
     def batch(self, step: int, shard: int = 0, shard_count: int = 1) -> Batch:
         rows = self.rows_of_step(step)
-        # By the longest of all rows: every process must arrive at the same shape.
+        # The longest of all rows decides, so that every process gets the same shape.
         L = padded_length(int(self.lengths[rows].max()), self.seq_len)
         own = rows[share(self.batch_size, shard, shard_count)]
         arrays = {
@@ -95,7 +100,7 @@ class LabelledStream:
 
 
 def encode_rows(tokenizer: Tokenizer, rows: Sequence[Sequence[str]], max_length: int) -> list[np.ndarray]:
-    """Token ids, int32, of texts or pairs of texts, cut as transformers does: always from the longer text of a pair."""
+    """Returns the int32 ids of texts or pairs, truncated as in transformers: always from the longer text of a pair."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())  # truncation is a setting of the backend
     backend.enable_truncation(max_length, strategy="longest_first")
     inputs: Iterator[Any] = iter([row[0] if len(row) == 1 else tuple(row) for row in rows])

@@ -1,16 +1,16 @@
-"""Which rows of which source come at a step, as a function of (seed, step) alone.
+"""Selects the source and the rows of a step, as a function of (seed, step) alone.
 
-Batches are drawn from units: a source, or each of its files. A unit goes through its rows again and again, every time
-in another order, and gives them in batches that are numbered from 0 on. An epoch is a number of batches of each unit:
+Batches come from units. A unit is a source, or one of its files. A unit repeats its rows, in another order each pass,
+and its batches are numbered from 0. An epoch has a number of batches of each unit:
 
-  rows         as many as its rows fill: every row once an epoch, in proportion to rows at any time
-  shards       the same for each file, and at every step any file that has batches left is as likely as any other
-  temperature  of all batches a share in proportion to rows ** (1 / temperature): 1 is proportional, more is more even
-  weights      of all batches a share in proportion to the weight of the source
+  rows         as many as its rows fill: every row once per epoch, always mixed in proportion to rows
+  shards       the same for each file; at every step, all files that have batches left are equally likely
+  temperature  a share of all batches in proportion to rows ** (1 / temperature): 1 is proportional, higher is more even
+  weights      a share of all batches in proportion to the weight of the source
 
-With the last two an epoch has as many steps as with "rows", but small units may have come several times in it and large
-ones not completely. What is left over when a unit's rows are not a multiple of the batch is dropped in that pass (other
-rows in the next one), or, if carried, comes first in the unit's next batch.
+With the last two, an epoch has as many steps as with "rows", but small units may repeat within it and large units may
+be incomplete. If a unit's rows are not a multiple of the batch size, the remainder is dropped in that pass (other rows
+are dropped in the next pass) or, with "carry", comes first in the unit's next batch.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from nomic_jax.data.tokens.store import TokenStore
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How sources share the steps; see the module.
+    """How sources share the steps; see the module's docstring.
 
     Attributes:
-      by: what decides.
-      temperature: with by="temperature".
-      weights: of each source, with by="weights".
-      remainder: what becomes of rows that do not fill a batch.
+      by: the rule for the number of batches of each unit.
+      temperature: used with by="temperature".
+      weights: weight of each source, used with by="weights".
+      remainder: whether to drop or carry rows that do not fill a batch.
     """
 
     by: Literal["rows", "shards", "temperature", "weights"] = "rows"
@@ -50,7 +50,7 @@ class Unit(NamedTuple):
 
 
 class _Epoch(NamedTuple):
-    """The batches of an epoch: ``counts`` of each unit, the first of which has the number ``first``."""
+    """The batches of an epoch: ``counts`` batches of each unit, numbered from ``first``."""
 
     number: int
     steps_before: int
@@ -59,13 +59,18 @@ class _Epoch(NamedTuple):
 
 
 class Mixing:
-    """Attributes: steps_per_epoch: of the first epoch; with carried remainders later ones may have a few more."""
+    """The sequence of batches.
+
+    Attributes:
+      steps_per_epoch: steps of the first epoch; with carried remainders, later epochs may have a few more.
+    """
 
     def __init__(self, stores: Sequence[TokenStore], batch_size: int, seed: int, sampling: Sampling):
-        """
+        """Computes the number of batches of each unit.
+
         Raises:
-          ValueError: a source (with by="shards" all files of one, with a carried remainder any file) has fewer rows
-            than a batch; weights or a temperature that are not positive.
+          ValueError: a source has fewer rows than a batch; with by="shards", no file of a source has enough rows or,
+            with a carried remainder, some file has too few; a weight or the temperature is not positive.
         """
         self.batch_size, self.seed, self.sampling = batch_size, seed, sampling
         self.units = _units(stores, batch_size, sampling)
@@ -80,12 +85,12 @@ class Mixing:
         self.steps_per_epoch = int(self._before(1).sum())
 
     def rows_of_step(self, step: int) -> tuple[int, np.ndarray]:
-        """(index of the source, its row numbers [batch_size])."""
+        """Returns (index of the source, its row numbers [batch_size])."""
         index, batch = self.batch_of_step(step)
         return self.units[index].source, self.rows_of_batch(index, batch)
 
     def batch_of_step(self, step: int) -> tuple[int, int]:
-        """(index of the unit, number of its batch)."""
+        """Returns (index of the unit, number of its batch)."""
         epoch = self._epoch(step)
         slot = step - epoch.steps_before
         if self.sampling.by != "rows":
@@ -98,14 +103,14 @@ class Mixing:
         return index, int(epoch.first[index] + slot - (ends[index] - epoch.counts[index]))
 
     def rows_of_batch(self, index: int, batch: int) -> np.ndarray:
-        """Row numbers [batch_size] of a unit's source."""
+        """Returns the row numbers [batch_size] within the unit's source."""
         unit, B = self.units[index], self.batch_size
         seed = self.seed + 1 + index
         if self.sampling.remainder == "drop":
-            epoch, place = divmod(batch, unit.rows // B)
-            return unit.start + shuffled(range(place * B, (place + 1) * B), unit.rows, seed, epoch)
+            epoch, slot = divmod(batch, unit.rows // B)
+            return unit.start + shuffled(range(slot * B, (slot + 1) * B), unit.rows, seed, epoch)
         epoch, first = divmod(batch * B, unit.rows)
-        # What this pass has left comes before the next one, which has enough: no unit is smaller than a batch.
+        # The rest of this pass comes first. The next pass fills the batch, because no unit is smaller than a batch.
         left, beyond = range(first, min(first + B, unit.rows)), range(first + B - unit.rows)
         parts = [shuffled(left, unit.rows, seed, epoch), shuffled(beyond, unit.rows, seed, epoch + 1)]
         return unit.start + np.concatenate(parts)
@@ -117,16 +122,18 @@ class Mixing:
             return self._rows.astype(np.float64) ** (1 / self.sampling.temperature)
         weights = np.array(self.sampling.weights, np.float64)
         if len(weights) != sources or not (weights > 0).all():
-            raise ValueError(f"sampling by weights needs one above 0 for each of {sources} sources, found {weights}")
+            raise ValueError(
+                f"sampling by weights needs a positive weight for each of {sources} sources, found {weights}"
+            )
         return weights
 
     def _before(self, epoch: int) -> np.ndarray:
-        """Batches of each unit before an epoch."""
-        # The addend makes up for products such as 3 * (1 / 3 * 9) that end just below a whole number.
+        """Returns the number of batches of each unit before an epoch."""
+        # The addend corrects products such as 3 * (1 / 3 * 9) that are just below a whole number.
         return np.floor(epoch * self._rate + 1e-6).astype(np.int64)
 
     def _epoch(self, step: int) -> _Epoch:
-        # Each floor takes less than one step away, so this is not beyond the epoch and at most a few before it.
+        # Each floor removes less than one step, so this estimate is never too high and at most a few epochs too low.
         number = int(step / self._rate.sum())
         first, after = self._before(number), self._before(number + 1)
         while after.sum() <= step:
@@ -134,7 +141,7 @@ class Mixing:
         return _Epoch(number, int(first.sum()), first, after - first)
 
     def _schedule(self, epoch: _Epoch) -> tuple[np.ndarray, np.ndarray]:
-        """(unit, how many batches of it came before in the epoch) of each step of an epoch."""
+        """Returns (unit, number of the unit's earlier batches in the epoch) of each step of an epoch."""
         held = self._schedules.get(epoch.number)
         if held is None:
             rng = np.random.default_rng([self.seed, epoch.number])
@@ -142,8 +149,8 @@ class Mixing:
             ends = np.cumsum(epoch.counts)
             first = (ends - epoch.counts)[order]
             if self.sampling.by == "shards":
-                # If every file gives a batch whenever a clock of its own rings, all at the same rate, the next one is
-                # any of those that have some left, with equal probability.
+                # Each file has its own Poisson clock, all of the same rate. Every file that has batches left is then
+                # equally likely to come next.
                 time = np.concatenate([[0.0], np.cumsum(rng.exponential(size=len(order)))])
                 order = order[np.argsort(time[1:] - time[first], kind="stable")]
             else:
@@ -151,7 +158,7 @@ class Mixing:
             rank = np.empty(len(order), np.int64)
             rank[np.argsort(order, kind="stable")] = np.arange(len(order)) - first
             held = order, rank
-            latest = list(self._schedules.items())[-1:]  # some threads may still be in the epoch before
+            latest = list(self._schedules.items())[-1:]  # some threads may still be in the previous epoch
             self._schedules = dict(latest) | {epoch.number: held}
         return held
 

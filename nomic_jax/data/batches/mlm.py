@@ -1,4 +1,4 @@
-"""Masked-LM batches: packed rows of exactly ``seq_len`` tokens, 30 % of them to be predicted."""
+"""Masked-LM batches: packed rows of exactly ``seq_len`` tokens, of which 30 % (by default) are predicted."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from nomic_jax.data.tokens.tokenizer import Tokenizer
 
 
 class MlmStream:
-    """Documents one after the other, cut into rows; only what is left after a source's last full row is dropped.
+    """Concatenates documents and cuts them into rows. Only the tokens after a source's last full row are dropped.
 
-    Masking as in BERT: a fixed share of a row's tokens is chosen, specials never; of these 80 % become [MASK], 10 % a
-    random token, 10 % stay. Choosing a fixed share instead of a coin per token keeps the expectation and gives every
-    row the same number of predictions at most, so that the head computes exactly those. The choice is a function of
-    (seed, epoch, row).
+    Masking is as in BERT: a fixed share of a row's tokens is chosen, never special tokens. Of these, 80 % become
+    [MASK], 10 % become a random token and 10 % stay. A fixed share, instead of an independent choice per token, keeps
+    the expectation and bounds the predictions per row, so that the head computes only the predictions. The choice is a
+    function of (seed, epoch, row).
 
     Arrays of a batch: ``ids`` [B, L], ``position`` [B, P] and ``target`` [B, P] of the tokens to predict (target -1:
-    slot not used), and with ``document_mask`` also ``segment`` [B, L], the document of each token.
+    unused slot), and with ``document_mask`` also ``segment`` [B, L], the document of each token.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class MlmStream:
         self.stores: Sequence[TokenStore] = list(stores)
         check_tokenizer(self.stores, tokenizer)
         self.texts = [store.columns["text"] for store in self.stores]
-        # Rows are full.
-        self.layout = Layout((Shape(1, seq_len),), self._most_documents(seq_len)) if document_mask else None
+        # All rows are full, so there is only one shape.
+        self.layout = Layout((Shape(1, seq_len),), self._max_documents(seq_len)) if document_mask else None
         self.row_ends = np.cumsum([len(texts.ids) // seq_len for texts in self.texts])
         self.rows = int(self.row_ends[-1])
         if self.rows < batch_size:
             raise ValueError(
-                f"the data gives {self.rows} rows of {seq_len} tokens, a batch takes {batch_size}; "
+                f"the data gives {self.rows} rows of {seq_len} tokens, but a batch takes {batch_size}; "
                 f"add text, or lower config.batch_size or config.data.seq_len"
             )
         self.tokenizer = tokenizer
@@ -58,7 +58,7 @@ class MlmStream:
         self._special_ids = tokenizer.special_ids
 
     def rows_of_step(self, step: int, shard: int = 0, shard_count: int = 1) -> np.ndarray:
-        """Row numbers of a shard of a step's batch, counted through all sources."""
+        """Returns the row numbers of a shard of a step's batch, counted over all sources."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         first, own = slot * self.batch_size, share(self.batch_size, shard, shard_count)
         return shuffled(range(first + own.start, first + own.stop), self.rows, self.seed, epoch)
@@ -76,16 +76,16 @@ class MlmStream:
         masked = [self._masked_row(row, epoch) for row in rows]
         arrays = {name: np.stack([row[name] for row in masked]) for name in masked[0]}
         tokens = self.batch_size * self.seq_len
-        # With a document mask fewer count; they are not looked up for that.
+        # With a document mask there are fewer pairs; they are not counted exactly.
         return Batch(arrays, "text", tokens, tokens, token_pairs=tokens * self.seq_len)
 
-    def _most_documents(self, seq_len: int) -> int:
-        """Of a row, with the one that goes on from the row before."""
+    def _max_documents(self, seq_len: int) -> int:
+        """Returns the maximum number of documents in a row, including one continued from the previous row."""
         ends = [np.searchsorted(x.offsets, np.arange(0, len(x.ids) + 1, seq_len)) for x in self.texts]
         return 1 + max(int(np.diff(end).max(initial=0)) for end in ends)
 
     def _locate(self, row: int) -> tuple[int, int]:
-        """(index of the source, row in it) of a row counted through all sources."""
+        """Returns (index of the source, row within the source) of a row counted over all sources."""
         source = int(np.searchsorted(self.row_ends, row, side="right"))
         return source, row - (int(self.row_ends[source - 1]) if source else 0)
 
@@ -103,7 +103,7 @@ class MlmStream:
         if self.document_mask:
             # Every document starts with [CLS]; a row may start inside one.
             out["segment"] = np.cumsum(ids_L == self._cls_id, dtype=np.int32) + np.int32(ids_L[0] != self._cls_id)
-        draw = rng.random(len(chosen))
-        replacement = np.where(draw < 0.8, self._mask_id, rng.integers(0, self.tokenizer.vocab_size, len(chosen)))
-        ids_L[chosen] = np.where(draw < 0.9, replacement, ids_L[chosen])
+        uniform = rng.random(len(chosen))
+        replacement = np.where(uniform < 0.8, self._mask_id, rng.integers(0, self.tokenizer.vocab_size, len(chosen)))
+        ids_L[chosen] = np.where(uniform < 0.9, replacement, ids_L[chosen])
         return out | {"ids": ids_L}

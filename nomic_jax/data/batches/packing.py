@@ -1,13 +1,13 @@
-"""No work on padding: the texts of a global batch dealt to devices and laid out in chunks of few shapes.
+"""Avoids work on padding: assigns the texts of a global batch to devices and arranges them in chunks of few shapes.
 
-A chunk is one call of the encoder: rows of one length, at most a budget of tokens. There are two layouts:
+A chunk is one call of the encoder: rows of one length, with a limited number of tokens. There are two layouts:
 
-  bucketed  one text a row; a chunk holds texts of similar length, and the lengths of chunks are few
-  packed    several texts a row, told apart by segment ids; all rows have one length
+  bucketed  one text per row; a chunk holds texts of similar length, and chunks have few lengths
+  packed    several texts per row, separated by segment ids; all rows have one length
 
-The plan is made from the lengths of all texts of the batch, so every process arrives at the same one and then fills
-the chunks of its own devices only. A device runs its chunks one after the other, each in its own shape, in a program
-that is the same on all devices (``nomic_jax.train.objectives.chunks``); compiled anew is only another number of chunks.
+The plan depends on the lengths of all texts of the batch. Every process computes the same plan and fills the chunks of
+its own devices only. A device runs its chunks one after the other, each in its own shape, in a program that is the same
+on all devices (``nomic_jax.train.objectives.chunks``); only a new number of chunks needs a new compilation.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ import numpy as np
 from nomic_jax.data.batches.shapes import Shape
 from nomic_jax.data.tokens.store import flat_indices
 
-LENGTH_STEP = 8  # lengths of buckets are its multiples: matrix units and cuDNN want no odd ones
-# What a chunk costs besides its tokens, as a share of the budget: keeps the plan from many tiny chunks.
+LENGTH_STEP = 8  # bucket lengths are multiples of it, as matrix units and cuDNN prefer
+# Cost of a chunk besides its tokens, as a share of the budget. It prevents plans of many tiny chunks.
 CHUNK_OVERHEAD = 1 / 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The shapes that chunks may have.
+    """The allowed shapes of chunks.
 
     Attributes:
-      shapes: of a chunk's rows, the one with most tokens first.
-      segments: most texts of a row; 1 is the bucketed layout.
+      shapes: rows and length of a chunk; the shape with the most tokens comes first.
+      segments: maximum number of texts per row; 1 for the bucketed layout.
     """
 
     shapes: tuple[Shape, ...]
@@ -45,12 +45,12 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of the largest chunk."""
+        """Tokens of the largest chunk."""
         return max(shape.rows * shape.length for shape in self.shapes)
 
     @property
     def slots(self) -> int:
-        """Most texts of a chunk."""
+        """Maximum number of texts in a chunk."""
         return max(shape.rows for shape in self.shapes) * self.segments
 
     @property
@@ -60,18 +60,19 @@ class Layout:
 
 
 def segments_for(lengths: np.ndarray, row_length: int) -> int:
-    """Most texts of a row, such that rows of texts like these fill up before they run out of segments; 128 at most."""
+    """Returns the maximum texts per row, at most 128: enough to fill rows with such texts before segments run out."""
     return min(max(32, -(-int(1.5 * row_length / lengths.mean()) // 8) * 8), 128)
 
 
 def packed_layout(row_length: int, budget: int, *, segments: int = 32, parts: Sequence[int] = (1, 4)) -> Layout:
-    """Rows of ``row_length`` tokens, chunks of ``budget`` tokens, and of ``budget / part`` for what is left over.
+    """Returns a layout with rows of ``row_length`` tokens, in chunks of ``budget / part`` tokens for each part.
 
     Args:
-      row_length: at least the longest text; with longer rows less is left free, but dense attention costs more.
+      row_length: at least the longest text. Longer rows leave less space unused, but dense attention costs more.
       budget: tokens of a chunk, at least ``row_length``.
-      segments: most texts of a row.
-      parts: every part is one more shape to compile. Parts that would have no row are left out.
+      segments: maximum number of texts per row.
+      parts: 1 is the full chunk; larger parts are for the remaining rows. Each part adds one shape to compile. Parts
+        that would have no row are left out.
     """
     _check_budget(budget, row_length)
     rows = {budget // part // row_length for part in parts} - {0}
@@ -81,14 +82,14 @@ def packed_layout(row_length: int, budget: int, *, segments: int = 32, parts: Se
 def bucketed_layout(
     lengths: np.ndarray, max_length: int, budget: int, *, buckets: int = 24, parts: Sequence[int] = (1,)
 ) -> Layout:
-    """Chunks of about ``budget`` tokens in the ``buckets`` lengths that pad texts of such lengths least.
+    """Returns a layout with chunks of about ``budget`` tokens, in the ``buckets`` lengths that need the least padding.
 
     Args:
-      lengths: a sample of text lengths, none above ``max_length``.
-      max_length: the longest bucket, whatever the sample says.
-      budget: most tokens of a chunk, at least ``max_length``.
-      buckets: lengths, at most; each of them is compiled once for every part.
-      parts: chunks of ``budget / part`` tokens too, for lengths of which there are few texts.
+      lengths: a sample of text lengths, at most ``max_length``.
+      max_length: length of the longest bucket; does not depend on the sample.
+      budget: maximum number of tokens of a chunk, at least ``max_length``.
+      buckets: maximum number of lengths; each is compiled once for every part.
+      parts: adds chunks of ``budget / part`` tokens, for lengths with few texts.
     """
     _check_budget(budget, max_length)
     shapes = {
@@ -106,13 +107,13 @@ def _check_budget(budget: int, longest: int) -> None:
 
 
 def _best_lengths(lengths: np.ndarray, max_length: int, buckets: int) -> list[int]:
-    """The bucket lengths that pad the least, by dynamic programming over the multiples of LENGTH_STEP."""
+    """Returns the bucket lengths that pad the least, by dynamic programming over the multiples of LENGTH_STEP."""
     candidates = np.minimum(np.arange(LENGTH_STEP, max_length + LENGTH_STEP, LENGTH_STEP), max_length)
-    # Bucket (i, j] takes the texts that fit candidate j and not i; candidate 0 stands for length 0.
+    # Bucket (i, j] holds the texts that fit candidate j but not i; candidate 0 is length 0.
     fitting = np.concatenate([[0], np.searchsorted(np.sort(lengths), candidates, side="right")])
     candidates = np.concatenate([[0], candidates])
     padded = np.where(np.tri(len(candidates), dtype=bool), np.inf, candidates * (fitting - fitting[:, None]))
-    # cost[j]: padded tokens of all texts up to candidate j with so many buckets, the last one ending there.
+    # cost[j]: padded tokens of all texts up to candidate j with the buckets so far; the last bucket ends at j.
     cost = np.where(candidates == 0, 0.0, np.inf)
     previous = []
     for _ in range(min(buckets, len(candidates) - 1)):
@@ -127,21 +128,21 @@ def _best_lengths(lengths: np.ndarray, max_length: int, buckets: int) -> list[in
 
 
 class ChunkPlan(NamedTuple):
-    """Where every text of a global batch goes. Arrays have one row a device.
+    """The position of every text of a global batch. Arrays have one row per device.
 
-    A device's texts are the queries of its rows, then their documents, row by row; b rows with C documents are
+    A device's texts are the queries of its rows, then their documents, row by row. b rows with C documents each have
     N = b * (1 + C) texts.
 
     Attributes:
       rows: [devices, b]: rows of the global batch, ascending.
       length: [devices, N]: tokens of each text.
-      start: [devices, N]: its first token in the device's chunks, each of ``layout.tokens``, one after the other.
-      place: [devices, N]: its embedding among those of the chunks, each of ``layout.slots``.
+      start: [devices, N]: index of the text's first token in the device's concatenated chunks of ``layout.tokens``.
+      place: [devices, N]: index of the text's embedding in the concatenated chunks of ``layout.slots``.
       segment: [devices, N]: 1, 2, ... within its row.
-      shape: [devices, chunks]: index into ``layout.shapes``; one more for a chunk that is empty.
-      real_tokens: of all texts.
-      padded_tokens: of all chunks: what is computed.
-      waited_tokens: of the device with most of them, times devices: what the step takes the time of.
+      shape: [devices, chunks]: index into ``layout.shapes``, or ``len(layout.shapes)`` for an empty chunk.
+      real_tokens: tokens of all texts.
+      padded_tokens: computed tokens, which are those of all chunks.
+      waited_tokens: tokens of the device with the most, times devices; the time of the step is proportional to it.
     """
 
     rows: np.ndarray
@@ -158,17 +159,17 @@ class ChunkPlan(NamedTuple):
 def plan_chunks(
     query_length: np.ndarray, document_length: np.ndarray, layout: Layout, devices: int, *, least_chunks: int = 1
 ) -> ChunkPlan:
-    """The plan of a global batch; a function of its arguments alone.
+    """Returns the plan of a global batch, as a function of the arguments alone.
 
     Args:
       query_length: [B], tokens of each row's query, at least 1 and at most ``layout.longest``.
-      document_length: [B, C], of its documents.
+      document_length: [B, C], tokens of each row's documents, in the same range.
       layout: the shapes to use.
-      devices: of all processes; B is their multiple.
-      least_chunks: a device has at least so many, empty ones included: sources of different lengths share a program.
+      devices: number of devices of all processes; B must be a multiple.
+      least_chunks: minimum chunks per device, some empty, so that sources of different lengths share a program.
 
     Raises:
-      ValueError: a text that is empty or too long, or rows that cannot be dealt evenly.
+      ValueError: a text is empty or too long, or the rows cannot be divided evenly.
     """
     for name, lengths in (("query", query_length), ("document", document_length)):
         if lengths.min() < 1 or lengths.max() > layout.longest:
@@ -199,11 +200,11 @@ def plan_chunks(
 
 
 def _deal(tokens: np.ndarray, devices: int) -> np.ndarray:
-    """[devices, b]: rows to devices, equal in number and nearly equal in tokens."""
+    """Assigns rows to devices, [devices, b]: equal in number and nearly equal in tokens."""
     if len(tokens) % devices:
-        raise ValueError(f"a batch of {len(tokens)} rows cannot be dealt to {devices} devices evenly")
+        raise ValueError(f"a batch of {len(tokens)} rows cannot be divided evenly among {devices} devices")
     rounds = np.argsort(-tokens, kind="stable").reshape(-1, devices)
-    # Longest rows first, in each round the longest of them to the device with the fewest tokens so far.
+    # Longest rows first. In each round, the longest row goes to the device with the fewest tokens so far.
     load, dealt = np.zeros(devices, np.int64), np.empty_like(rounds)
     for i, round_ in enumerate(rounds):
         order = np.argsort(load, kind="stable")
@@ -213,9 +214,9 @@ def _deal(tokens: np.ndarray, devices: int) -> np.ndarray:
 
 
 def number_compiled(chunks: int) -> int:
-    """1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, ...: few numbers of chunks, as each is compiled.
+    """Rounds up to 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, ...: few numbers of chunks, because each is compiled.
 
-    An empty chunk takes no time, but where chunks keep their activations the memory of a full one.
+    An empty chunk takes no time. If chunks keep their activations, it takes the memory of a full chunk.
     """
     power = 1 << (chunks - 1).bit_length()
     step = max(1, power // (8 if power > 8 else 4))
@@ -223,7 +224,7 @@ def number_compiled(chunks: int) -> int:
 
 
 def _lay_out(lengths: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """(start, place, segment) of a device's texts, [N] each, and the shape of every chunk; see ``ChunkPlan``."""
+    """Returns (start, place, segment) of a device's texts, [N] each, and the shape of each chunk; see ``ChunkPlan``."""
     if layout.packed:
         row, segment, offset, count = _pack(lengths, layout.longest, layout.segments)
         row_lengths = np.full(count, layout.longest)
@@ -245,28 +246,28 @@ def _lay_out(lengths: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarra
 
 
 def _cut(row_lengths: np.ndarray, layout: Layout) -> list[tuple[int, int]]:
-    """(shape, first row) of chunks that hold all rows, which come longest first, at the least cost.
+    """Returns (shape, first row) of the chunks that hold all rows at the least cost. The longest rows come first.
 
-    By dynamic programming from the last row back. The largest chunks come first in the result.
+    Uses dynamic programming from the last row back. The largest chunks come first in the result.
     """
     menu = sorted({shape.length for shape in layout.shapes})
     overhead = CHUNK_OVERHEAD * layout.tokens
     options: list[list[tuple[int, float, int]]] = [[] for _ in menu]
     for i, (rows, length) in enumerate(layout.shapes):
         options[menu.index(length)].append((rows, rows * length + overhead, i))
-    wanted = np.searchsorted(menu, row_lengths).tolist()
-    # cost[i]: of the chunks for the rows from i on; nothing is left to do beyond the last one.
-    cost = [0.0] * (len(wanted) + max(shape.rows for shape in layout.shapes))
-    choice = [(0, 0)] * len(wanted)
-    for i in range(len(wanted) - 1, -1, -1):
+    length_index = np.searchsorted(menu, row_lengths).tolist()
+    # cost[i]: cost of the chunks for the rows from i on; 0 beyond the last row.
+    cost = [0.0] * (len(length_index) + max(shape.rows for shape in layout.shapes))
+    choice = [(0, 0)] * len(length_index)
+    for i in range(len(length_index) - 1, -1, -1):
         best = math.inf
-        for rows, own_cost, shape in options[wanted[i]]:
+        for rows, own_cost, shape in options[length_index[i]]:
             total = own_cost + cost[i + rows]
             if total < best:
                 best, choice[i] = total, (shape, rows)
         cost[i] = best
     chunks, i = [], 0
-    while i < len(wanted):
+    while i < len(length_index):
         shape, rows = choice[i]
         chunks.append((shape, i))
         i += rows
@@ -274,15 +275,15 @@ def _cut(row_lengths: np.ndarray, layout: Layout) -> list[tuple[int, int]]:
 
 
 def _pack(lengths: np.ndarray, row_length: int, segments: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(row, number in its row, offset in its row) of each text, and the number of rows."""
+    """Returns (row, number in its row, offset in its row) of each text, and the number of rows."""
     fewest = max(-(-int(lengths.sum()) // row_length), -(-len(lengths) // segments))
     row, count = _pack_evenly(lengths, row_length, segments, fewest)
-    if count > 1.03 * fewest:  # the second way is seldom better where the first one is good
+    if count > 1.03 * fewest:  # tight packing is rarely better if even packing is good
         tight_row, tight_count = _pack_tightly(lengths, row_length, segments)
         if tight_count < count:
             row, count = tight_row, tight_count
     order = np.argsort(row, kind="stable")
-    first = np.searchsorted(row[order], np.arange(count))  # of each row, in the order of rows
+    first = np.searchsorted(row[order], np.arange(count))  # first text of each row, in the order of rows
     tokens_before = np.cumsum(lengths[order]) - lengths[order]
     number, offset = np.empty_like(row), np.empty_like(row)
     number[order] = np.arange(len(row)) - first[row[order]]
@@ -291,35 +292,35 @@ def _pack(lengths: np.ndarray, row_length: int, segments: int) -> tuple[np.ndarr
 
 
 def _pack_evenly(lengths: np.ndarray, row_length: int, segments: int, fewest: int) -> tuple[np.ndarray, int]:
-    """(row of each text, rows): longest first, each to the row with most room; a new row where none has enough.
+    """Returns (row of each text, number of rows). Longest first; each text goes to the row with the most room.
 
-    All rows fill up together and the short texts come last, so little is left over and no row has only short texts,
-    which would run out of segments before it is full.
+    A text that fits no row starts a new row. All rows fill up together and the short texts come last, so little room
+    remains, and no row has only short texts, which would use up its segments before it is full.
     """
-    # A row in the heap is one number, of (tokens in it, its index, texts in it): the smallest is that with most room.
+    # A heap entry packs (tokens in the row, index, texts in the row) in one number; the smallest has the most room.
     count_bits, row_bits = segments.bit_length(), (fewest + len(lengths)).bit_length()
     shift, counted = count_bits + row_bits, (1 << count_bits) - 1
     full = (row_length + 1) << shift
     heap = [row << count_bits for row in range(fewest)] + [full]
-    rows, order, places = fewest, np.argsort(-lengths, kind="stable"), []
+    rows, order, entries = fewest, np.argsort(-lengths, kind="stable"), []
     for step in ((lengths[order].astype(np.int64) << shift) + 1).tolist():
         row = heap[0]
         if row + step >= full:
             row = rows << count_bits
             heapq.heappush(heap, row)
             rows += 1
-        places.append(row)
+        entries.append(row)
         if row & counted < segments - 1:
             heapq.heapreplace(heap, row + step)
         else:
             heapq.heappop(heap)
     row_of = np.empty(len(lengths), np.int64)
-    row_of[order] = (np.array(places) >> count_bits) & ((1 << row_bits) - 1)
+    row_of[order] = (np.array(entries) >> count_bits) & ((1 << row_bits) - 1)
     return row_of, rows
 
 
 def _pack_tightly(lengths: np.ndarray, row_length: int, segments: int) -> tuple[np.ndarray, int]:
-    """(row of each text, rows): longest first, each to the row it fills best. Better where no texts are short."""
+    """Returns the same as ``_pack_evenly``, with each text in the row it fills best. Better if no texts are short."""
     rows_with_room: list[list[int]] = [[] for _ in range(row_length + 1)]
     rooms = 0  # bit r is set where a row has room for r more tokens
     taken: list[int] = []
@@ -351,27 +352,27 @@ def _longest_first(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
 def fill_chunks(
     plan: ChunkPlan, layout: Layout, devices: slice, ids: np.ndarray, lengths: np.ndarray, pad_id: int
 ) -> dict[str, np.ndarray]:
-    """What ``embed_chunks`` takes, for some devices: the first axis of each array holds theirs one after the other.
+    """Returns the inputs of ``embed_chunks`` for some devices, concatenated along the first axis of each array.
 
     Args:
-      plan, layout: of the global batch.
-      devices: whose arrays to make; a process gives its own.
-      ids, lengths: token ids of these devices' texts one after the other, in the order of the plan, cut to its lengths.
-      pad_id: the token of padding.
+      plan, layout: the plan and layout of the global batch.
+      devices: the devices to make arrays for; a process passes its own.
+      ids, lengths: token ids of these devices' texts, concatenated in the order of the plan and cut to its lengths.
+      pad_id: id of the padding token.
 
     Returns:
       int32 arrays for d devices with n chunks each: ``ids`` [d * n, tokens], ``shape`` [d * n], ``place`` [d * N], and
       ``segment`` [d * n, tokens] if the layout is packed, ``length`` [d * n, slots] if not.
 
     Raises:
-      ValueError: texts of other lengths than planned.
+      ValueError: the texts have other lengths than planned.
     """
     shape, length = plan.shape[devices], plan.length[devices].ravel()
     d, n = shape.shape
     if not np.array_equal(lengths, length) or len(ids) != length.sum():
         raise ValueError(
-            f"{len(lengths)} texts of {len(ids)} tokens for a plan of {len(length)} of {length.sum()}: give those of "
-            f"these devices in the order of the plan, cut to its lengths"
+            f"got {len(lengths)} texts of {len(ids)} tokens, the plan has {len(length)} of {length.sum()}: pass the "
+            f"texts of these devices in the order of the plan, cut to its lengths"
         )
 
     def in_order(of_device: np.ndarray, size: int) -> np.ndarray:

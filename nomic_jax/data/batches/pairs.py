@@ -1,4 +1,4 @@
-"""Contrastive batches: every batch holds rows of one source, queries and documents padded on the right."""
+"""Contrastive batches. Every batch holds queries and documents of one source, padded on the right or in chunks."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from nomic_jax.data.batches.stream import Batch, share
 from nomic_jax.data.tokens.store import TokenStore, check_tokenizer, flat_indices
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 
-LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths decide on the buckets
-MAX_CHUNK_TOKENS = 16_384  # fills a GPU; larger ones are bucketed more coarsely, hence with more padding
+LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths determine the buckets
+MAX_CHUNK_TOKENS = 16_384  # fills a GPU; larger chunks have coarser buckets, hence more padding
 
 
 def make_layout(
@@ -34,10 +34,10 @@ def make_layout(
     rows_per_device: int,
     chunk_tokens: int = 0,
 ) -> Layout | None:
-    """How the texts of a batch are laid out; None for "padded": all to the longest of the batch.
+    """Returns the layout of a batch's texts; None for "padded", which pads all texts to the longest of the batch.
 
-    Without ``chunk_tokens`` a chunk is an eighth of what a device has to do of an average batch, so that what its last
-    chunk leaves empty is little, and at most MAX_CHUNK_TOKENS.
+    Without ``chunk_tokens``, a chunk has an eighth of a device's tokens in an average batch, so that its last chunk
+    leaves little room empty, and at most MAX_CHUNK_TOKENS.
     """
     if kind == "padded":
         return None
@@ -61,7 +61,7 @@ def layout_for(
     tokens_per_device: float,
     chunk_tokens: int = 0,
 ) -> Layout | None:
-    """``make_layout`` for texts of such lengths, of ``longest`` tokens at most, with so many a device and batch."""
+    """Returns the layout as ``make_layout`` does, for texts of the given lengths, none above ``longest``."""
     if kind == "padded":
         return None
     budget = max(chunk_tokens or min(int(tokens_per_device / 8), MAX_CHUNK_TOKENS), longest)
@@ -71,17 +71,17 @@ def layout_for(
 
 
 class PairStream:
-    """Pairs, or triplets when ``num_negatives`` is given; ``sampling`` decides how often a source is visited.
+    """Pairs, or triplets if ``num_negatives`` is given; ``sampling`` decides how often a source is visited.
 
-    By default every source gives its full batches (rows // batch_size) in an epoch, all of them in one shuffled order;
-    rows are shuffled within their source. The negatives of a row are drawn anew at every visit.
+    By default every source gives its full batches (rows // batch_size) in an epoch, all in one shuffled order. Rows are
+    shuffled within their source. The negatives of a row are sampled anew at every visit.
 
-    Without a layout, arrays of a batch (b rows, M negatives, Lq and Ld from a short menu of lengths):
+    Without a layout, a batch has the arrays (b rows, M negatives, Lq and Ld from a short menu of lengths):
       query_ids [b, Lq], query_length [b], document_ids [b, 1 + M, Ld], document_length [b, 1 + M]: document 0 of each
       row is the positive. query_hash [b, 2] and document_hash [b, 1 + M, 2], uint32: equal where the token ids that the
       model sees are equal. in_batch_negatives [b]: false for the sources in ``own_candidates_only``, whose queries are
-      compared with their own row alone.
-    With one, the texts lie in chunks (``nomic_jax.data.batches.packing.fill_chunks``), and the rows of query_hash,
+      compared only with their own row.
+    With a layout, the texts are in chunks (``nomic_jax.data.batches.packing.fill_chunks``), and the rows of query_hash,
       document_hash and in_batch_negatives are in the order of the plan, device by device.
     """
 
@@ -121,7 +121,7 @@ class PairStream:
         self.fingerprint = hashlib.sha256(repr(settings + fingerprints).encode()).hexdigest()
 
     def rows_of_step(self, step: int) -> tuple[int, np.ndarray]:
-        """(index of the source, its row numbers [batch_size]) of a step."""
+        """Returns (index of the source, its row numbers [batch_size]) of a step."""
         return self.mixing.rows_of_step(step)
 
     def row_numbers(self, step: int) -> dict[str, list[int]]:
@@ -131,7 +131,7 @@ class PairStream:
     def batch(self, step: int, shard: int = 0, shard_count: int = 1) -> Batch:
         source, rows = self.rows_of_step(step)
         store = self.stores[source]
-        # For all rows, not this process's alone: every process must arrive at the same shapes.
+        # For all rows, not only this process's, so that every process gets the same shapes.
         candidates = self._candidates(store, rows, step)
         query_lengths = np.minimum(store.columns["query"].lengths(rows), self.query_length)
         document_lengths = np.minimum(_candidate_lengths(store, candidates), self.document_length)
@@ -154,7 +154,7 @@ class PairStream:
             lengths = plan.length[own_devices]
             starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
             ids = np.empty(int(lengths.sum()), np.int32)
-            b = plan.rows.shape[1]  # of a device's texts, its queries come first
+            b = plan.rows.shape[1]  # a device's queries come before its documents
             ids[flat_indices(starts[:, :b].ravel(), query_length)] = queries
             ids[flat_indices(starts[:, b:].ravel(), document_length)] = documents
             arrays |= fill_chunks(plan, self.layout, own_devices, ids, lengths.ravel(), self.pad_id)
@@ -171,7 +171,7 @@ class PairStream:
         return Batch(arrays, store.name, real_tokens, padded_tokens, token_pairs)
 
     def _candidates(self, store: TokenStore, rows: np.ndarray, step: int) -> np.ndarray:
-        """What queries are compared with, [B, 1 + M]: r < rows is document r, rows + n is text n of the negatives."""
+        """Returns each query's candidates, [B, 1 + M]: r < rows is document r, rows + n is text n of the negatives."""
         if not self.num_negatives:
             return rows[:, None]
         return np.stack([self._candidates_of_row(store, row, step) for row in rows.tolist()])
@@ -179,10 +179,10 @@ class PairStream:
     def _candidates_of_row(self, store: TokenStore, row: int, step: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, step, row])
         mined = np.arange(store.negative_rows[row], store.negative_rows[row + 1])
-        drawn = len(store) + rng.permutation(mined)[: self.num_negatives]
-        # A filler that happens to be the row's own positive is masked by the loss, like any duplicate of it.
-        fillers = rng.integers(0, len(store), self.num_negatives - len(drawn))
-        return np.concatenate([[row], drawn, fillers])
+        sampled = len(store) + rng.permutation(mined)[: self.num_negatives]
+        # If a filler is the row's own positive, the loss masks it like any duplicate of the positive.
+        fillers = rng.integers(0, len(store), self.num_negatives - len(sampled))
+        return np.concatenate([[row], sampled, fillers])
 
 
 def _candidate_lengths(store: TokenStore, candidates: np.ndarray) -> np.ndarray:
@@ -194,7 +194,7 @@ def _candidate_lengths(store: TokenStore, candidates: np.ndarray) -> np.ndarray:
 
 
 def _gather_candidates(store: TokenStore, candidates: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids one text after the other, lengths) of candidates [N], documents and negatives mixed."""
+    """Returns (concatenated ids, lengths) of candidates [N], documents and negatives mixed."""
     is_document = candidates < len(store)
     if is_document.all():
         return store.columns["document"].gather(candidates, max_length)

@@ -1,8 +1,8 @@
-"""A pseudo-random permutation of a range that is never held: where many places go, at once.
+"""A pseudo-random permutation of a range, computed for many positions at once without storing the range.
 
-The values are those of ``grain.experimental.index_shuffle`` with 4 rounds, which takes 3 microseconds for each; every
-process has to know where all rows of the global batch come from, at every step. A Simon cipher
-(https://eprint.iacr.org/2013/404) of as few bits as hold the range, applied again to what falls beyond it.
+The values equal those of ``grain.experimental.index_shuffle`` with 4 rounds, which takes 3 microseconds per value; at
+every step, every process needs the origin of all rows of the global batch. The method is a Simon cipher
+(https://eprint.iacr.org/2013/404) with the fewest bits that hold the range, applied again to values beyond the range.
 """
 
 import math
@@ -11,28 +11,28 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 ROUNDS = 4
-LEAST_BITS = 16  # of a block: smaller ones show patterns
-SMALL = 1 << 12  # in so small a part of 16 bits the cipher is applied too often for whole arrays to be quicker
+MIN_BITS = 16  # of a block: smaller blocks show patterns
+SMALL = 1 << 12  # up to this size, index_shuffle is faster: the 16-bit cipher is applied too often
 
 
-def shuffled(places: range, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each of ``places`` goes in the permutation of range(size) that belongs to seed and epoch; int64."""
-    # 32 bits of seed; the odd multiplier keeps neighbouring seeds and epochs apart.
+def shuffled(positions: range, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the int64 images of ``positions`` under the permutation of range(size) for seed and epoch."""
+    # The key has 32 bits; the odd multiplier separates neighbouring seeds and epochs.
     key = (seed * 1_000_003 + epoch * 7919) % (1 << 32)
     if size <= SMALL:
-        moved = [index_shuffle(place, max_index=size - 1, seed=key, rounds=ROUNDS) for place in places]
+        moved = [index_shuffle(i, max_index=size - 1, seed=key, rounds=ROUNDS) for i in positions]
         return np.array(moved, np.int64)
     bits = math.ceil(math.log2(size - 1))
-    word = max(bits + bits % 2, LEAST_BITS) // 2
+    word = max(bits + bits % 2, MIN_BITS) // 2
     round_keys = _seed_sequence(key, ROUNDS)
-    values = _encrypt(np.arange(places.start, places.stop, dtype=np.uint64), word, round_keys)
+    values = _encrypt(np.arange(positions.start, positions.stop, dtype=np.uint64), word, round_keys)
     while len(beyond := np.flatnonzero(values >= size)):
         values[beyond] = _encrypt(values[beyond], word, round_keys)
     return values.astype(np.int64)
 
 
 def _encrypt(values: np.ndarray, word: int, keys: list[int]) -> np.ndarray:
-    """Blocks of two words of so many bits."""
+    """Encrypts blocks of two words of ``word`` bits each."""
     mask = np.uint64((1 << word) - 1)
 
     def rotated(x: np.ndarray, by: int) -> np.ndarray:
@@ -46,7 +46,7 @@ def _encrypt(values: np.ndarray, word: int, keys: list[int]) -> np.ndarray:
 
 
 def _seed_sequence(seed: int, count: int) -> list[int]:
-    """What C++'s ``std::seed_seq`` of one number generates (ISO C++, [rand.util.seedseq]); 32 bits each, count < 7."""
+    """Returns ``count`` < 7 numbers of 32 bits as C++'s ``std::seed_seq`` of a seed (ISO C++, [rand.util.seedseq])."""
     low = 0xFFFFFFFF
     b = [0x8B8B8B8B] * count
     shift = (count - 1) // 2

@@ -1,4 +1,4 @@
-"""Rows of different lengths into arrays of few shapes: every new shape costs a compilation."""
+"""Pads rows of different lengths to arrays of few shapes, because every new shape costs a compilation."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,32 +9,32 @@ LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3
 
 
 def padded_length(longest: int, max_length: int) -> int:
-    """The smallest of LENGTHS that holds ``longest`` tokens, at most ``max_length``."""
+    """Returns the smallest of LENGTHS that holds ``longest`` tokens, at most ``max_length``."""
     return min(next((length for length in LENGTHS if length >= longest), max_length), max_length)
 
 
 def pad_right(rows: Sequence[np.ndarray], length: int, pad_id: int) -> np.ndarray:
-    """int32 [len(rows), length]."""
+    """Returns the rows padded on the right, int32 [len(rows), length]."""
     lengths = np.array([len(ids) for ids in rows], np.int64)
     return pad_flat(np.concatenate(rows) if len(rows) else np.zeros(0, np.int32), lengths, length, pad_id)
 
 
 def pad_flat(ids: np.ndarray, lengths: np.ndarray, length: int, pad_id: int) -> np.ndarray:
-    """int32 [len(lengths), length] of texts that lie one after the other."""
+    """Returns concatenated texts padded on the right, int32 [len(lengths), length]."""
     out = np.full((len(lengths), length), pad_id, np.int32)
     out[np.arange(length) < lengths[:, None]] = ids
     return out
 
 
 def hash_texts(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """uint32 [texts, 2]: 64 bits of each of the texts that lie one after the other; equal where their ids are.
+    """Returns 64-bit hashes of concatenated texts, uint32 [texts, 2]. Texts with equal ids have equal hashes.
 
-    The sum of a hash (splitmix64) of each token and its place, hashed once more; as two halves because JAX has no
-    uint64 by default.
+    A text's hash is the sum of the hashes (splitmix64) of each token with its position, hashed once more. It is
+    returned as two halves because JAX has no uint64 by default.
     """
     ends = np.cumsum(lengths)
-    place = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
-    hashed = _mix(ids.astype(np.uint64) << np.uint64(32) | place.astype(np.uint64))
+    position = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    hashed = _mix(ids.astype(np.uint64) << np.uint64(32) | position.astype(np.uint64))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashed)])
     hashes = _mix(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
     return np.ascontiguousarray(hashes.astype("<u8")).view("<u4").reshape(-1, 2)
@@ -48,7 +48,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class Shape(NamedTuple):
-    """Of a padded batch."""
+    """The shape of a padded batch."""
 
     rows: int
     length: int
@@ -57,15 +57,16 @@ class Shape(NamedTuple):
 def length_sorted_batches(
     lengths: np.ndarray, *, max_length: int, batch_size: int, tokens_per_device: int, devices: int
 ) -> Iterator[tuple[np.ndarray, Shape]]:
-    """(indices of the texts, shape to pad them to) of every batch.
+    """Yields (indices of the texts, shape to pad them to) of every batch.
 
-    Longest first: neighbours have similar lengths, and memory runs out at once if it does. The shapes are few: lengths
-    of the menu, and row counts that are the most that fit or a power of two, as multiples of the devices.
+    The longest texts come first: neighbours have similar lengths, and a lack of memory shows at once. The shapes are
+    few: lengths from LENGTHS, and row counts that are the maximum that fits or a power of two, rounded up to a multiple
+    of the devices.
 
     Args:
-      lengths: tokens of each text, none above ``max_length``.
-      batch_size: most texts of a batch, over all devices.
-      tokens_per_device: most tokens of a batch on one device, padding included; a text is never split.
+      lengths: tokens of each text, at most ``max_length``.
+      batch_size: maximum number of texts in a batch, over all devices.
+      tokens_per_device: maximum number of tokens of a batch on one device, padding included; a text is never split.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0

@@ -1,7 +1,7 @@
 """Streams of batches.
 
-A stream is a pure function of the step: the place in the data is the step number, resuming costs nothing, and the rows
-of a step are the same for any number of devices, processes and threads.
+A stream is a pure function of the step. The position in the data is the step number, so resuming costs nothing. The
+rows of a step are the same for any number of devices, processes and threads.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,12 @@ class Batch(NamedTuple):
     """One process's share of a global batch.
 
     Attributes:
-      arrays: what the stage's loss takes; the first axis of each is rows.
-      source: the name of the source that all rows come from.
-      real_tokens, padded_tokens: of the global batch: texts' own tokens, and those plus padding, and with chunks plus
-        what the other devices could do while they wait for the one with most of them.
-      token_pairs: of the global batch: the sum of texts' squared lengths, what attention has to do.
+      arrays: inputs of the stage's loss; the first axis of each is rows.
+      source: name of the source of all rows.
+      real_tokens: tokens of the texts of the global batch.
+      padded_tokens: real_tokens plus padding. With chunks, also the tokens that devices could compute while they wait
+        for the device with the most tokens.
+      token_pairs: sum of the squared text lengths of the global batch; the work of attention is proportional to it.
     """
 
     arrays: dict[str, np.ndarray]
@@ -35,12 +36,12 @@ class Stream(Protocol):
     """An endless sequence of global batches, with random access.
 
     Attributes:
-      fingerprint: of rows, tokenizer, prefixes and every setting that decides what a step sees. A run refuses to resume
-        on a stream with another one.
-      steps_per_epoch: after so many steps the rows come again, in another order.
-      rows: rows of all sources.
-      stores: the tokens of each source.
-      layout: the chunks that texts lie in, or the rows of documents told apart by segment ids; else None.
+      fingerprint: digest of rows, tokenizer, prefixes and every setting that affects the data of a step. A run does not
+        resume on a stream with another fingerprint.
+      steps_per_epoch: number of steps after which the rows repeat, in another order.
+      rows: number of rows of all sources.
+      stores: token store of each source.
+      layout: the chunks that hold the texts, or the rows of documents separated by segment ids; otherwise None.
     """
 
     stores: Sequence[TokenStore]
@@ -50,17 +51,17 @@ class Stream(Protocol):
     rows: int
 
     def batch(self, step: int, shard: int, shard_count: int) -> Batch:
-        """The ``shard``-th of ``shard_count`` equal parts of the batch of a step."""
+        """Returns part ``shard``, from 0, of ``shard_count`` equal parts of a step's batch."""
         ...
 
     def row_numbers(self, step: int) -> dict[str, list[int]]:
-        """Source -> its rows in the batch of a step; a row of masked-LM is ``seq_len`` tokens, counted from 0."""
+        """Returns source -> its rows in a step's batch. A row of masked-LM is ``seq_len`` tokens, counted from 0."""
         ...
 
 
 def share(size: int, shard: int, shard_count: int) -> slice:
-    """The rows of a global batch of ``size`` that belong to a shard."""
+    """Returns the rows of a global batch of ``size`` rows that belong to a shard."""
     if size % shard_count:
-        raise ValueError(f"a batch of {size} rows cannot be dealt to {shard_count} processes evenly")
+        raise ValueError(f"a batch of {size} rows cannot be divided evenly among {shard_count} processes")
     part = size // shard_count
     return slice(shard * part, (shard + 1) * part)

@@ -1,4 +1,4 @@
-"""Rows of ArrayRecord files as TensorFlow Datasets prepares them, read without TensorFlow."""
+"""Reads ArrayRecord files that TensorFlow Datasets prepared, without TensorFlow."""
 
 import functools
 import os
@@ -11,11 +11,11 @@ import numpy as np
 from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, sha256_of_file
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
 
-ROWS_AT_ONCE = 1024  # decoded
+ROWS_AT_ONCE = 1024  # decoded in one call
 
 
 class ArrayRecordRows(FileRows):
-    """See ``FileRows``. ``features.json`` beside the file says what a record holds."""
+    """The rows of an ArrayRecord file; see ``FileRows``. ``features.json`` beside the file defines the fields."""
 
     def __init__(self, file: str, columns: Mapping[str, type], others: Collection[str] | None = None):
         super().__init__(file, columns, others)
@@ -45,10 +45,10 @@ class ArrayRecordRows(FileRows):
                 where = f"{self.file}: row {number} (counted from 0)"
                 try:
                     row = self._features.deserialize_example_np(record)
-                except Exception as error:  # whatever protobuf finds wrong with a record
+                except Exception as error:  # protobuf raises several types
                     raise BadRow(f"{where}: not a record of this data set ({error})") from error
-                wanted = row if self.wanted is None else self.wanted
-                yield where, {name: _python_value(row[name]) for name in wanted}
+                names = row if self.decoded_columns is None else self.decoded_columns
+                yield where, {name: _python_value(row[name]) for name in names}
 
     def scan(self, span_bytes: int) -> Scan:
         size = os.path.getsize(self.file) / max(1, len(self))
@@ -84,7 +84,7 @@ def _features(directory: str) -> Any:
 
 
 def _python_value(value: Any) -> Any:
-    """Texts as str; one that is not UTF-8 stays bytes."""
+    """Converts numpy values to Python values. Texts become str; a text that is not UTF-8 stays bytes."""
     if isinstance(value, np.ndarray | list | tuple):
         return [_python_value(item) for item in value]
     if isinstance(value, bytes):

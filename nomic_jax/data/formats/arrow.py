@@ -1,4 +1,4 @@
-"""Rows of Arrow files as Hugging Face ``datasets`` writes them, and what all columnar formats share."""
+"""Reads Arrow files as Hugging Face ``datasets`` writes them; also has the helpers of all columnar formats."""
 
 import functools
 import os
@@ -10,21 +10,21 @@ import fsspec
 from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, sha256_of_file
 from nomic_jax.data.formats.row_checks import BadRow, RawRow, listed
 
-if TYPE_CHECKING:  # imported where it is used: most commands read jsonl only
+if TYPE_CHECKING:  # imported where used: most commands read only jsonl
     import pyarrow as pa
 
 
-_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # end mark of a stream
 
 
 class ArrowRows(FileRows):
-    """See ``FileRows``. Local files are memory-mapped."""
+    """The rows of an Arrow file; see ``FileRows``. Local files are memory-mapped."""
 
     def __len__(self) -> int:
         return sum(len(batch) for batch in self._batches())
 
     def numbered(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, RawRow]]:
-        yield from numbered_rows(self.file, self._batches(), start, stop, self.wanted)
+        yield from numbered_rows(self.file, self._batches(), start, stop, self.decoded_columns)
 
     def scan(self, span_bytes: int) -> Scan:
         sizes: list[tuple[int, int]] = []
@@ -32,7 +32,7 @@ class ArrowRows(FileRows):
         try:
             for batch in self._batches():
                 sizes.append((len(batch), batch.get_total_buffer_size()))
-                self._check(batch if self.wanted is None else batch.select(self.wanted))
+                self._check(batch if self.decoded_columns is None else batch.select(self.decoded_columns))
         except BadRow as error:
             broken = str(error)
         rows, marks = marks_of_sizes(iter(sizes), span_bytes)
@@ -52,7 +52,7 @@ class ArrowRows(FileRows):
 
     @functools.cached_property
     def _mapped(self) -> list["pa.RecordBatch"]:
-        """Their values stay in the file until they are looked at."""
+        """The batches of a local file; values are read from the file on access."""
         import pyarrow as pa
 
         try:
@@ -76,7 +76,7 @@ class ArrowRows(FileRows):
 
         try:
             reader = pa.ipc.open_stream(f)
-        except pa.ArrowInvalid:  # the other of Arrow's two formats
+        except pa.ArrowInvalid:  # not a stream: Arrow's file format
             f.seek(0)
             file_reader = pa.ipc.open_file(f)
             check_schema(file_reader.schema, self.columns, self.others or (), self.file)
@@ -85,10 +85,10 @@ class ArrowRows(FileRows):
         else:
             check_schema(reader.schema, self.columns, self.others or (), self.file)
             yield from reader
-            # A stream that was cut between two batches looks like a shorter one, but for this.
+            # A stream that was cut between two batches lacks only the end mark.
             f.seek(max(0, f.size() - len(_END)))
             if f.read() != _END:
-                raise pa.ArrowInvalid("it breaks off: there is no end mark")
+                raise pa.ArrowInvalid("the file is truncated: there is no end mark")
 
     def _broken(self, error: Exception) -> BadRow:
         return BadRow(f"{self.file}: not a readable Arrow file ({error}); write or fetch it again")
@@ -99,10 +99,10 @@ def numbered_rows(
     batches: Iterable["pa.RecordBatch"],
     start: int,
     stop: int | None,
-    wanted: list[str] | None,
+    decoded_columns: list[str] | None,
     first: int = 0,
 ) -> Iterator[tuple[str, RawRow]]:
-    """The rows start ... stop - 1 of batches whose first row is number ``first`` of the file."""
+    """Yields the rows start ... stop - 1 of batches; the first batch starts at row ``first`` of the file."""
     import pyarrow as pa
 
     for batch in batches:
@@ -112,8 +112,8 @@ def numbered_rows(
         end = len(batch) if stop is None else min(len(batch), stop - first)
         if skipped < end:
             chosen = batch.slice(skipped, end - skipped)
-            if wanted is not None:
-                chosen = chosen.select(wanted)
+            if decoded_columns is not None:
+                chosen = chosen.select(decoded_columns)
             try:
                 check_buffers(chosen)
             except pa.ArrowInvalid as error:
@@ -125,21 +125,21 @@ def numbered_rows(
 
 
 def check_schema(schema: "pa.Schema", columns: Mapping[str, type], others: Collection[str], file: str) -> None:
-    """Raises BadRow unless the columns are there, with texts or lists of texts in them."""
+    """Raises BadRow unless the file has the columns and they hold texts or lists of texts."""
     for column in (*columns, *others):
         if column not in schema.names:
             raise BadRow(f"{file}: no column {column!r}; the file has {listed(schema.names)}")
     for column, kind in columns.items():
         found = schema.field(column).type
         if not _holds_texts(found, kind):
-            wanted = "lists of texts" if kind is list else "text"
-            raise BadRow(f"{file}: column {column!r} should hold {wanted}, found the type {found}")
+            expected = "lists of texts" if kind is list else "text"
+            raise BadRow(f"{file}: column {column!r} should hold {expected}, found the type {found}")
 
 
 def _holds_texts(found: "pa.DataType", kind: type) -> bool:
     from pyarrow import types
 
-    if types.is_null(found):  # what stands in each row says it better
+    if types.is_null(found):  # the check of each row gives a better message
         return True
     if kind is list:
         lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
@@ -150,9 +150,9 @@ def _holds_texts(found: "pa.DataType", kind: type) -> bool:
 
 
 def check_buffers(batch: "pa.RecordBatch") -> None:
-    """Raises ArrowInvalid where values would lie outside the memory that holds them: pyarrow looks there unasked."""
+    """Raises ArrowInvalid if a value refers to memory outside its buffer; pyarrow would read it unchecked."""
     for column in batch.columns:
-        # As bytes, because texts that are not UTF-8 are faults of their rows.
+        # Texts are viewed as bytes: invalid UTF-8 is a fault of its row, not of the file.
         column.view(_as_bytes(column.type)).validate(full=True)
 
 
@@ -172,7 +172,7 @@ def _as_bytes(kind: "pa.DataType") -> "pa.DataType":
 
 
 def _python_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]]:
-    """The rows with Python values; a text that is not UTF-8 stays bytes."""
+    """Returns the rows with Python values; a text that is not UTF-8 stays bytes."""
 
     def value(scalar):
         try:

@@ -1,4 +1,4 @@
-"""The interface that every file format implements, and what the formats share."""
+"""The interface that every file format implements, and helpers that the formats share."""
 
 import abc
 import contextlib
@@ -12,12 +12,12 @@ import fsspec
 
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
 
-# Of the file itself; what a network or a full table of files says may be otherwise in a minute.
+# Errors of the file itself. Others, such as a network error or too many open files, may be temporary.
 _UNREADABLE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class Mark(NamedTuple):
-    """A place in a file where reading can start: the row, and for jsonl its line (from 0) and uncompressed byte."""
+    """A position where reading can start: the row and, for jsonl, its line (from 0) and uncompressed byte offset."""
 
     row: int
     line: int = 0
@@ -25,13 +25,13 @@ class Mark(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What one pass over a file finds out.
+    """The result of one pass over a file.
 
     Attributes:
-      sha256: of its bytes as they are stored; empty if not even those can be read.
-      rows: of the file, bad ones included; of a broken one those that are known of.
-      marks: where the spans of the file begin, the first one at row 0.
-      ends_sha256: of jsonl, the digest of all rows' ends (int64 bytes), to compare the original's offsets with.
+      sha256: digest of the stored bytes; empty if they cannot be read.
+      rows: number of rows, bad ones included; for a broken file, the number of rows found.
+      marks: start of each span of the file; the first is at row 0.
+      ends_sha256: for jsonl, digest of the end offsets of all rows (int64 bytes), compared with the original's offsets.
       broken: why the file cannot be read to its end; empty if it can.
     """
 
@@ -43,7 +43,7 @@ class Scan(NamedTuple):
 
 
 class FileRows(abc.ABC):
-    """The rows of one file, with random access; opening is cheap, and no file is held in memory.
+    """The rows of one file, with random access. Opening is cheap, and the file is not loaded into memory.
 
     Args:
       file: path or URL.
@@ -59,25 +59,25 @@ class FileRows(abc.ABC):
 
     @abc.abstractmethod
     def numbered(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, RawRow]]:
-        """(where it stands, in words; the row) of the rows start ... stop - 1.
+        """Yields (location for messages, row) of the rows start ... stop - 1.
 
         Raises:
-          BadRow: the file is broken, or has not the columns.
+          BadRow: the file is broken or lacks the columns.
         """
 
     @abc.abstractmethod
     def scan(self, span_bytes: int) -> Scan:
-        """Reads the whole file; a span gets about ``span_bytes`` of uncompressed data."""
+        """Reads the whole file. A span has about ``span_bytes`` of uncompressed data."""
 
     @property
-    def wanted(self) -> list[str] | None:
+    def decoded_columns(self) -> list[str] | None:
         """The columns to decode; None for all."""
         return None if self.others is None else list(dict.fromkeys([*self.columns, *self.others]))
 
 
 @contextlib.contextmanager
-def named_if_unreadable(file: str) -> Iterator[None]:
-    """Makes a BadRow of what the file system says of a folder in place of a file, of one it may not or cannot read."""
+def unreadable_as_bad_row(file: str) -> Iterator[None]:
+    """Raises BadRow in place of the OSError for a path that is a folder, lacks permission or cannot be read."""
     try:
         yield
     except OSError as error:
@@ -87,16 +87,16 @@ def named_if_unreadable(file: str) -> Iterator[None]:
 
 
 def sha256_of_file(file: str) -> str:
-    """Raises BadRow if the file is a folder, or may not be read."""
+    """Returns the digest of the stored bytes. Raises BadRow if the path is a folder or cannot be read."""
     digest = hashlib.sha256()
-    with named_if_unreadable(file), fsspec.open(file, "rb") as f:
+    with unreadable_as_bad_row(file), fsspec.open(file, "rb") as f:
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def marks_of_sizes(sizes: Iterator[tuple[int, int]], span_bytes: int) -> tuple[int, tuple[Mark, ...]]:
-    """(rows, marks) of (rows, bytes) of consecutive groups of rows; a span starts where a group does."""
+    """Returns (rows, marks) for consecutive groups of (rows, bytes). A span starts at the start of a group."""
     rows, held, marks = 0, span_bytes, []
     for count, size in sizes:
         if held >= span_bytes and count:

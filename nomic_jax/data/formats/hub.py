@@ -1,9 +1,9 @@
-"""Data sets that are named, not located, as local files with random access.
+"""Finds the local files of data sets that are given by name. The files have random access.
 
-    hf:sentence-transformers/all-nli?config=triplet&split=train     of the Hugging Face hub, or hf:A_LOCAL_FOLDER
-    tfds:wiki40b/en:1.3.0?split=train&data_dir=DIR                  of TensorFlow Datasets
+    hf:sentence-transformers/all-nli?config=triplet&split=train     Hugging Face hub, or hf:A_LOCAL_FOLDER
+    tfds:wiki40b/en:1.3.0?split=train&data_dir=DIR                  TensorFlow Datasets
 
-The hub's data are downloaded once, to the cache of ``datasets``; those of TensorFlow Datasets must be prepared already.
+Data sets of the hub are downloaded once, to the cache of ``datasets``. Those of TensorFlow Datasets must be prepared.
 """
 
 import json
@@ -17,23 +17,23 @@ from nomic_jax.data.formats.array_record import ArrayRecordRows, is_array_record
 from nomic_jax.data.formats.row_checks import BadRow
 
 PREFIXES = ("hf:", "tfds:")
-# Where the hub keeps its own conversion of data sets whose authors wrote a loading script, which nobody runs any more.
+# The hub's own conversion of data sets whose authors wrote a loading script; `datasets` no longer runs scripts.
 CONVERTED = "refs/convert/parquet"
-# NAMESPACE:NAME would be somebody's code, fetched and executed.
+# NAMESPACE:NAME is rejected: TensorFlow Datasets would download and execute third-party code.
 _TFDS_NAME = re.compile(r"\w+(/[\w.+=-]+)?(:[\d.*]+)?")
 _TFDS_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 
 
-def is_named(pattern: str) -> bool:
+def is_dataset_name(pattern: str) -> bool:
     return pattern.startswith(PREFIXES) and "://" not in pattern
 
 
 def files_of(name: str) -> list[str]:
-    """The files of a data set's split, in order.
+    """Returns the files of a data set's split, in order.
 
     Raises:
-      FileNotFoundError: there is no such data set here, and none could be fetched.
-      ValueError: no such configuration or split, or one without random access.
+      FileNotFoundError: the data set is not available locally and cannot be downloaded.
+      ValueError: the name, an option, the configuration or the split is invalid, or the split has no random access.
     """
     scheme, _, rest = name.partition(":")
     path, _, query = rest.partition("?")
@@ -49,7 +49,7 @@ def files_of(name: str) -> list[str]:
 
 
 def load_split(path: str, config: str | None, split: str, revision: str | None = None) -> Any:
-    """What ``datasets`` loads; the hub's own conversion where the authors published a loading script."""
+    """Loads a split with ``datasets``; uses the hub's own conversion if the authors published a loading script."""
     import datasets
 
     try:
@@ -84,17 +84,17 @@ def _hub_files(name: str, path: str, options: dict[str, str]) -> list[str]:
 
 
 def _check_reachable(name: str, path: str) -> None:
-    """`datasets` tries for half a minute to reach what is not there; this answers at once."""
+    """Raises FileNotFoundError at once if the data set cannot be reached; `datasets` would retry for half a minute."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return  # it looks into its cache alone
+        return  # `datasets` only reads its cache
     try:
         huggingface_hub.HfApi().dataset_info(path, timeout=10)
-    except Exception as error:  # of the network, of the hub, of a malformed name
+    except Exception as error:  # network errors, hub errors and malformed names
         raise FileNotFoundError(
-            f"{name}: no folder {path!r} is here, and no such data set could be reached on the hub "
-            f"({type(error).__name__}: {_first_line(error)}); with HF_HUB_OFFLINE=1 one downloaded before will do"
+            f"{name}: there is no folder {path!r}, and the data set could not be reached on the hub "
+            f"({type(error).__name__}: {_first_line(error)}); set HF_HUB_OFFLINE=1 to use an earlier download"
         ) from error
 
 
@@ -105,7 +105,7 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
     except ImportError as error:
         raise ModuleNotFoundError(f"{name}: needs pip install tensorflow-datasets importlib_resources") from error
     if not _TFDS_NAME.fullmatch(path):
-        raise ValueError(f"{name}: no name of a prepared data set; write tfds:NAME[/CONFIG][:VERSION]")
+        raise ValueError(f"{name}: not the name of a prepared data set; write tfds:NAME[/CONFIG][:VERSION]")
     folder = Path(options.get("data_dir") or "~/tensorflow_datasets").expanduser()
     _check_features(folder / re.split("[/:]", path)[0], name)
     try:
@@ -116,7 +116,7 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
             f"{name}: features.json or dataset_info.json of the prepared data set is broken ({error}); prepare it again"
         ) from error
     except (ImportError, AssertionError, NotImplementedError, OSError, ValueError) as error:
-        # Of a data set that it would have to prepare it asks for TensorFlow, at length.
+        # If the data set is not prepared, the error is a long request to install TensorFlow.
         raise FileNotFoundError(
             f"{name}: {_first_line(error)} (looked for it in {options.get('data_dir') or '~/tensorflow_datasets'}; "
             f'it must be prepared there, with file_format="array_record" or "parquet")'
@@ -125,12 +125,12 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
     for file, instruction in zip(files, instructions):
         expected = instruction.examples_in_shard
         if is_array_record(file) and (found := len(ArrayRecordRows(file, {}, ()))) != expected:
-            raise BadRow(f"{file}: has {found} rows, dataset_info.json says {expected}; prepare the data set again")
+            raise BadRow(f"{file}: has {found} rows, but dataset_info.json says {expected}; prepare the data set again")
     return files
 
 
 def _check_features(folder: Path, name: str) -> None:
-    """Raises BadRow for a features.json that names a class of another package: TensorFlow Datasets would import it."""
+    """Raises BadRow if features.json names a class of another package, which TensorFlow Datasets would import."""
     for file in folder.rglob("features.json"):
         classes: list[str] = []
 
@@ -141,9 +141,9 @@ def _check_features(folder: Path, name: str) -> None:
         try:
             json.loads(file.read_bytes(), object_hook=note)
         except ValueError:
-            continue  # it is told of when it is opened
+            continue  # reported when the data set is opened
         if foreign := [x for x in classes if not _TFDS_CLASS.fullmatch(x)]:
-            raise BadRow(f"{name}: {file} names the class {foreign[0]!r}, which is none of tensorflow_datasets")
+            raise BadRow(f"{name}: {file} names the class {foreign[0]!r}, which is not part of tensorflow_datasets")
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Rows of jsonl files, plain or compressed (.gz, .bz2, .xz, .zst): a row is a line that is not blank."""
+"""Reads jsonl files, plain or compressed (.gz, .bz2, .xz, .zst). A row is a line that is not blank."""
 
 import contextlib
 import gzip
@@ -14,20 +14,20 @@ import fsspec.compression
 import fsspec.utils
 import numpy as np
 
-from nomic_jax.data.formats.file_format import FileRows, Mark, Scan, named_if_unreadable
+from nomic_jax.data.formats.file_format import FileRows, Mark, Scan, unreadable_as_bad_row
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
 
-CHUNK = 1 << 22  # bytes looked at together
-INDEX_BYTES = 1 << 16  # between two places where random access can start
+CHUNK = 1 << 22  # bytes processed at once
+INDEX_BYTES = 1 << 16  # between two positions where random access can start
 _BLANKS = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
 class JsonlRows(FileRows):
-    """See ``FileRows``. In a compressed file, random access decompresses all that lies before.
+    """The rows of a jsonl file; see ``FileRows``. Random access to a compressed file decompresses it up to the row.
 
     Args:
-      marks: known places where rows start; the beginning is always one.
+      marks: known positions where rows start; the start of the file is always included.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class JsonlRows(FileRows):
                 if row >= start:
                     yield f"{self.file}:{line}", raw
                 row += 1
-                if row == stop:  # the file may be broken behind it
+                if row == stop:  # later bytes may be broken
                     return
         if not found_any:
             raise self._empty()
@@ -76,10 +76,10 @@ class JsonlRows(FileRows):
         sha256, ends_sha256 = hashlib.sha256(), hashlib.sha256()
         marks: list[Mark] = []
         row = line = 0
-        byte = 0  # where the line that begins ``parts`` starts
-        parts: list[bytes] = []  # of a line that has not ended; put together once, however long it is
+        byte = 0  # offset of the line at the start of ``parts``
+        parts: list[bytes] = []  # of an incomplete line; joined only once, so that long lines stay cheap
         broken = ""
-        with named_if_unreadable(self.file), fsspec.open(self.file, "rb") as stored:
+        with unreadable_as_bad_row(self.file), fsspec.open(self.file, "rb") as stored:
             hashing = _HashingReader(stored, sha256)
             chunks = self._chunks(hashing, lambda: line)
             try:
@@ -97,7 +97,7 @@ class JsonlRows(FileRows):
                     row += int(is_row.sum())
                     line += len(starts)
                     ends_sha256.update((byte + ends[is_row]).astype("<i8").tobytes())
-                    # Each of these lines would be a place to start; of every span the first one is kept.
+                    # Reading could start at each of these lines; a mark is set at the first line of each span.
                     candidates = np.flatnonzero(is_row)
                     while len(candidates):
                         due = marks[-1].byte + span_bytes if marks else 0
@@ -118,7 +118,7 @@ class JsonlRows(FileRows):
         return Scan(sha256.hexdigest(), row, tuple(marks), ends_sha256.hexdigest(), broken)
 
     def _chunks(self, stored: io.RawIOBase, lines_read: Callable[[], int]) -> Iterator[bytes]:
-        """CHUNK bytes at a time, at the end b""; of a broken file all that comes before the break, then a BadRow."""
+        """Yields CHUNK bytes at a time and b"" at the end. Yields a broken file up to the break, then raises BadRow."""
         with self._errors(lines_read), _decompressed(self.file, stored) as f:
             while True:
                 parts, missing = [], CHUNK
@@ -140,8 +140,8 @@ class JsonlRows(FileRows):
             yield
         except (*_BROKEN, OSError) as error:
             if isinstance(error, OSError) and (error.errno is not None or not is_compressed(self.file)):
-                with named_if_unreadable(self.file):
-                    raise  # of the file system; decompressors give no number
+                with unreadable_as_bad_row(self.file):
+                    raise  # a file system error: decompressors set no errno
             raise BadRow(
                 f"{self.file}: the compressed file breaks off after line {lines_read()} ({error}); fetch it again"
             ) from error
@@ -151,7 +151,7 @@ class JsonlRows(FileRows):
 
 
 def _lines(text: bytes, *, ends_with_file: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, ends) of the complete lines; an end is behind the line feed."""
+    """Returns (starts, ends) of the complete lines. A line ends after its line feed."""
     ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")).astype(np.int64) + 1
     if ends_with_file and len(text) > (ends[-1] if len(ends) else 0):
         ends = np.append(ends, len(text))
@@ -166,7 +166,7 @@ def _not_blank(text: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 class _HashingReader(io.RawIOBase):
-    """Hashes the bytes that pass through."""
+    """Reads a file and adds the bytes to a digest."""
 
     def __init__(self, f: IO[bytes], digest: Any):
         self.f, self.digest = f, digest
@@ -181,7 +181,7 @@ class _HashingReader(io.RawIOBase):
         return len(data)
 
     def drain(self) -> None:
-        """A decompressor may stop before the end of the file."""
+        """Reads to the end of the file, because a decompressor may stop before it."""
         while self.read(1 << 20):
             pass
 
@@ -197,4 +197,4 @@ def _decompressed(file: str, f: io.RawIOBase) -> Iterator[Any]:
     try:
         yield fsspec.compression.compr[name](buffered, mode="rb") if name else buffered
     finally:
-        buffered.detach()  # closing it would close the file, of which there may be more to hash
+        buffered.detach()  # closing it would close the file, which may have more bytes to hash

@@ -1,4 +1,4 @@
-"""Rows of parquet files."""
+"""Reads parquet files."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
@@ -12,20 +12,20 @@ from nomic_jax.data.formats.file_format import (
     Mark,
     Scan,
     marks_of_sizes,
-    named_if_unreadable,
     sha256_of_file,
+    unreadable_as_bad_row,
 )
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
 
-if TYPE_CHECKING:  # imported where it is used: most commands read jsonl only
+if TYPE_CHECKING:  # imported where used: most commands read only jsonl
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-ROWS_AT_ONCE = 1024  # decoded
+ROWS_AT_ONCE = 1024  # decoded in one call
 
 
 class ParquetRows(FileRows):
-    """See ``FileRows``. Random access decodes a row group up to the row."""
+    """The rows of a parquet file; see ``FileRows``. Random access decodes a row group up to the row."""
 
     def __len__(self) -> int:
         return read_parquet_footer(self.file, self.columns, self.others or ())[0]
@@ -38,7 +38,7 @@ class ParquetRows(FileRows):
                 first += parquet.metadata.row_group(group).num_rows
                 group += 1
             groups = list(range(group, parquet.num_row_groups))
-            batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=self.wanted)
+            batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=self.decoded_columns)
             yield from numbered_rows(self.file, batches, start, stop, None, first)
 
     def scan(self, span_bytes: int) -> Scan:
@@ -49,7 +49,7 @@ class ParquetRows(FileRows):
                 groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
                 rows, marks = marks_of_sizes(((group.num_rows, group.total_byte_size) for group in groups), span_bytes)
                 check_schema(parquet.schema_arrow, self.columns, self.others or (), self.file)
-                for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=self.wanted):
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=self.decoded_columns):
                     check_buffers(batch)
         except BadRow as error:
             broken = str(error)
@@ -58,13 +58,13 @@ class ParquetRows(FileRows):
 
 @contextlib.contextmanager
 def open_parquet(file: str) -> Iterator["pq.ParquetFile"]:
-    """The open file; whatever pyarrow finds wrong with it, now or when it is read, becomes a BadRow that names it."""
+    """Yields the open file. Errors of pyarrow, on opening or while reading, become a BadRow that names the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with named_if_unreadable(file), fsspec.open(file, "rb") as f:
+    with unreadable_as_bad_row(file), fsspec.open(file, "rb") as f:
         try:
-            # Bytes come in as they are decoded: by default a column's of a whole row group, often all, are read ahead.
+            # Read bytes as they are decoded. By default pyarrow reads ahead a column of a row group, often all columns.
             yield pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise BadRow(f"{file}: not a readable parquet file ({error}); write or fetch it again") from error
@@ -73,10 +73,10 @@ def open_parquet(file: str) -> Iterator["pq.ParquetFile"]:
 def read_parquet_footer(
     file: str, columns: Mapping[str, type], others: Collection[str] = ()
 ) -> tuple[int, "pa.Schema"]:
-    """Number of rows and the schema, checked to hold the columns as ``read_rows`` would.
+    """Returns the number of rows and the schema, after checking the columns as ``read_rows`` does.
 
     Raises:
-      BadRow: a broken file, one without the columns or with other types.
+      BadRow: the file is broken, lacks the columns, or has columns of other types.
     """
     with open_parquet(file) as parquet:
         check_schema(parquet.schema_arrow, columns, others, file)

@@ -1,4 +1,4 @@
-"""The files that a path, glob, brace range, folder, URL or data set name stands for."""
+"""Expands a path, glob, brace range, folder, URL or data set name to a list of files."""
 
 import contextlib
 import json
@@ -12,28 +12,29 @@ import fsspec
 from nomic_jax.data.formats import hub
 from nomic_jax.data.formats.row_checks import BadRow
 
-MOST_FILES = 1_000_000
+MAX_FILES = 1_000_000
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet", ".arrow")
 
 
 def expand_files(pattern: str | os.PathLike) -> list[str]:
-    """The files of what is named, in a fixed order.
+    """Returns the files that match a pattern, in a fixed order.
 
     The pattern is a path, a glob, a brace range or list, a folder (its files that end in one of SUFFIXES, or the
-    shards that ``datasets`` saved with save_to_disk), any fsspec URL of these (s3://, gs://), or a data set of the
-    Hugging Face hub or of TensorFlow Datasets (``nomic_jax.data.formats.hub``). ``shard-{00000..00538}.jsonl.gz`` names
-    every file of the range, so a missing one is an error. A glob takes the files that exist.
+    shards that ``datasets`` saved with save_to_disk), an fsspec URL of any of these (s3://, gs://), or a data set of
+    the Hugging Face hub or of TensorFlow Datasets (``nomic_jax.data.formats.hub``). ``shard-{00000..00538}.jsonl.gz``
+    names every file of the range, so a missing file is an error. A glob matches only files that exist.
 
     Raises:
       FileNotFoundError: nothing matches, or a file of a brace range is missing.
       ValueError: a file is named twice.
-      ModuleNotFoundError, OSError: a remote file system needs a package, or cannot be reached.
+      ModuleNotFoundError: a remote file system needs a package that is not installed.
+      OSError: a remote file system cannot be reached.
     """
     pattern = os.fspath(pattern)
-    if hub.is_named(pattern):
+    if hub.is_dataset_name(pattern):
         return hub.files_of(pattern)
     if re.search(r"[\0\ud800-\udb7f]", pattern):
-        raise ValueError(f"{pattern!r} names no files: it holds characters that no name has")
+        raise ValueError(f"{pattern!r} is not a path: it contains a null character or an unpaired surrogate")
     try:
         fs, path = fsspec.core.url_to_fs(pattern)
         return _expand(fs, path, pattern)
@@ -41,7 +42,7 @@ def expand_files(pattern: str | os.PathLike) -> list[str]:
         raise ModuleNotFoundError(f"{pattern}: {error}") from error
     except (OSError, ValueError):
         raise
-    except Exception as error:  # every remote file system has exceptions of its own
+    except Exception as error:  # each remote file system has its own exception types
         raise OSError(f"{pattern}: cannot be reached ({type(error).__name__}: {error})") from error
 
 
@@ -72,10 +73,10 @@ def _expand(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[str]
 
 
 def expand_braces(text: str) -> list[str]:
-    """Every text that ``{0..12}``, ``{00..12}`` (of equal width, as in a shell) and ``{a,b}`` stand for.
+    """Expands ``{0..12}``, ``{00..12}`` (numbers of equal width, as in a shell) and ``{a,b}``.
 
     Raises:
-      ValueError: they are more than MOST_FILES.
+      ValueError: the result has more than MAX_FILES texts.
     """
     texts, is_expanded = [text], False
     while not is_expanded:
@@ -85,14 +86,14 @@ def expand_braces(text: str) -> list[str]:
             parts = _expand_first_brace(one)
             is_expanded &= parts is None
             further += parts or [one]
-            if len(further) > MOST_FILES:
-                raise ValueError(f"{text}: its braces name more than {MOST_FILES:,} files")
+            if len(further) > MAX_FILES:
+                raise ValueError(f"{text}: its braces name more than {MAX_FILES:,} files")
         texts = further
     return texts
 
 
 def _expand_first_brace(text: str) -> list[str] | None:
-    """None if there is none."""
+    """Returns the expansions of the first brace expression, or None if the text has none."""
     brace = re.search(r"\{(?:([0-9]{1,20})\.\.([0-9]{1,20})|([^{}]*,[^{}]*))\}", text)
     if brace is None:
         return None
@@ -101,8 +102,8 @@ def _expand_first_brace(text: str) -> list[str] | None:
         width = max(len(first), len(last)) if first[0] == "0" or last[0] == "0" else 0
         step = 1 if int(first) <= int(last) else -1
         numbers = range(int(first), int(last) + step, step)
-        if max(len(first), len(last)) > 18 or len(numbers) > MOST_FILES:
-            raise ValueError(f"{text}: the range {brace[0]} names more than {MOST_FILES:,} files")
+        if max(len(first), len(last)) > 18 or len(numbers) > MAX_FILES:
+            raise ValueError(f"{text}: the range {brace[0]} names more than {MAX_FILES:,} files")
         parts = [f"{i:0{width}d}" for i in numbers]
     else:
         parts = names.split(",")
@@ -110,7 +111,7 @@ def _expand_first_brace(text: str) -> list[str] | None:
 
 
 def _existing(fs: fsspec.AbstractFileSystem, names: list[str]) -> set[str]:
-    """Those of the files that exist. A remote folder is listed once, instead of a question for every shard."""
+    """Returns the names that exist. A remote folder is listed once, which takes fewer requests than one per shard."""
     if "file" in fs.protocol or "http" in fs.protocol or len(names) < 4:
         return {name for name in names if fs.exists(name)}
     found: set[str] = set()
@@ -124,10 +125,10 @@ def _files_of_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
     folder = folder.rstrip("/")
     names = {file.rsplit("/", 1)[-1] for file in fs.ls(folder, detail=False)}
     if "dataset_dict.json" in names:
-        splits = _listed(fs, f"{folder}/dataset_dict.json", lambda content: list(content["splits"]))
+        splits = _listed_names(fs, f"{folder}/dataset_dict.json", lambda content: list(content["splits"]))
         raise FileNotFoundError(f"{folder} holds the splits {', '.join(splits)}; name one: {folder}/{splits[0]}")
-    if "state.json" in names:  # what save_to_disk writes; it says which shards there are, and their order
-        shards = _listed(
+    if "state.json" in names:  # written by save_to_disk; lists the shards in order
+        shards = _listed_names(
             fs, f"{folder}/state.json", lambda content: [shard["filename"] for shard in content["_data_files"]]
         )
         if missing := [shard for shard in shards if shard not in names]:
@@ -136,12 +137,12 @@ def _files_of_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
     return [f"{folder}/{name}" for name in sorted(names) if name.endswith(SUFFIXES)]
 
 
-def _listed(fs: fsspec.AbstractFileSystem, file: str, names_of: Callable[[Any], list]) -> list[str]:
-    """Names from a file that ``datasets`` wrote."""
+def _listed_names(fs: fsspec.AbstractFileSystem, file: str, names_of: Callable[[Any], list]) -> list[str]:
+    """Returns the file names listed in a file that ``datasets`` wrote."""
     try:
         names = names_of(json.loads(fs.cat_file(file)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadRow(f"{file}: not as `datasets` writes it ({error!r}); save the data set again") from error
+        raise BadRow(f"{file}: not in the format of `datasets` ({error!r}); save the data set again") from error
     if not names or not all(isinstance(name, str) for name in names):
         raise BadRow(f"{file}: names no files; save the data set again")
     return names

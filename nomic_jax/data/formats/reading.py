@@ -1,4 +1,4 @@
-"""Rows of files in every format, with errors that name file and line."""
+"""Reads rows of files in every format, with errors that name file and line."""
 
 import bisect
 import itertools
@@ -24,11 +24,11 @@ def open_file(
     others: Collection[str] | None = None,
     marks: Collection[Mark] = (),
 ) -> FileRows:
-    """The rows of one of ``expand_files``'s files, by its name; what is no other format is jsonl.
+    """Opens one file from ``expand_files``. The file name decides the format; the default is jsonl.
 
     Args:
       columns, others: see ``read_rows``.
-      marks: places where rows of a jsonl file are known to start.
+      marks: known positions where rows of a jsonl file start.
     """
     if file.endswith(".parquet"):
         return ParquetRows(file, columns, others)
@@ -40,10 +40,10 @@ def open_file(
 
 
 class Rows:
-    """The rows of all files that match, with random access: ``len(rows)``, ``rows[i]``.
+    """The rows of all files that match a pattern, with random access: ``len(rows)``, ``rows[i]``.
 
-    Takes what ``read_rows`` takes; a row is checked when it is asked for. The first look at a jsonl file is a pass over
-    it, to find its lines; a compressed one is decompressed up to the row.
+    The arguments are those of ``read_rows``. A row is checked when it is accessed. A jsonl file is first read once to
+    find its lines. Access to a compressed jsonl file decompresses it up to the row.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Rows:
         return self.ends[-1]
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Raises BadRow for a row that cannot be used."""
+        """Returns row ``i``. Raises BadRow if the row cannot be used."""
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         file = bisect.bisect_right(self.ends, i)
@@ -83,26 +83,26 @@ def read_rows(
     rejected: RejectedRows | None = None,
     further_check: RowCheck = lambda row, where: None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the files that match, in order, each checked to hold the columns. Files are read as the rows are taken.
+    """Yields the rows of the files that match a pattern, in order, with columns checked. Files are read lazily.
 
     Args:
       pattern: see ``expand_files``.
-      columns: name -> ``str`` (a text, not empty) or ``list`` (a list of such texts).
-      others: further columns to pass on, unchecked; None for all there are. A jsonl row may lack them, other files may
-        not, and only what is named is decoded of those.
-      allow_empty: take empty texts too.
-      on_bad_row: "raise", or "skip" to hand bad rows to ``rejected`` and go on.
+      columns: name -> ``str`` (a non-empty text) or ``list`` (a list of non-empty texts).
+      others: further columns to return, unchecked; None for all. A jsonl row may lack them. In other formats they must
+        exist, and only the named columns are decoded.
+      allow_empty: accept empty texts too.
+      on_bad_row: "raise", or "skip" to pass bad rows to ``rejected`` and continue.
       rejected: required for "skip".
-      further_check: (row, where it stands) -> None; raises BadRow.
+      further_check: (row, location for messages) -> None; raises BadRow.
 
     Raises:
-      BadRow: broken JSON or UTF-8, a missing column, a wrong type, an empty text; a cut gzip, a broken or empty file, a
-        parquet file without the columns. Skipping, each file is read to its end first; one that cannot be is one entry
-        in ``rejected``, and none of its rows comes.
+      BadRow: invalid JSON or UTF-8, a missing column, a wrong type, an empty text; a truncated gzip file, a broken or
+        empty file, a parquet file without the columns. With "skip", each file is first read to its end. A file that
+        cannot be read to its end becomes one entry in ``rejected``, and none of its rows is returned.
     """
     check_policy(on_bad_row)
     if on_bad_row == "skip" and rejected is None:
-        raise ValueError('on_bad_row="skip" needs `rejected`, so that no row is lost unseen')
+        raise ValueError('on_bad_row="skip" needs `rejected`, so that skipped rows are recorded')
     for file in expand_files(pattern):
         if rejected is None or is_readable(file, columns, others, on_bad_row, rejected):
             rows = open_file(file, columns, others)
@@ -112,7 +112,7 @@ def read_rows(
 def is_readable(
     file: str, columns: Mapping[str, type], others: Collection[str] | None, on_bad_row: str, rejected: RejectedRows
 ) -> bool:
-    """Under "skip", False of a file that cannot be read to its end, which ``rejected`` sets aside; True otherwise."""
+    """Under "skip", returns False and quarantines the file if it cannot be read to its end; otherwise returns True."""
     if on_bad_row == "raise":
         return True
     scan = scan_file(file, columns, others, 1 << 62)
@@ -122,7 +122,7 @@ def is_readable(
 
 
 def scan_file(file: str, columns: Mapping[str, type], others: Collection[str] | None, span_bytes: int) -> Scan:
-    """``FileRows.scan``; what is wrong with the file is in ``broken``."""
+    """Scans a file; see ``FileRows.scan``. A fault of the file is returned in ``broken``, not raised."""
     try:
         return open_file(file, columns, others).scan(span_bytes)
     except BadRow as error:
@@ -147,7 +147,7 @@ def usable_rows(
     rejected: RejectedRows | None,
     further_check: RowCheck = lambda row, where: None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of ``FileRows.numbered`` that can be used; see ``read_rows``. A file that breaks off raises BadRow."""
+    """Yields the valid rows of ``FileRows.numbered``; see ``read_rows``. Raises BadRow for a truncated file."""
     for where, raw in numbered:
         try:
             row = parse_row(raw, where)

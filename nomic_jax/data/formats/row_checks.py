@@ -1,4 +1,4 @@
-"""What a row must hold, and what becomes of rows and files that cannot be used."""
+"""Checks rows, and records the rows and files that cannot be used."""
 
 import json
 import os
@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-# A row as the file has it: of jsonl the line, of the other formats the values.
+# A row as it is stored: the line for jsonl, the values for other formats.
 RawRow = bytes | dict[str, Any]
-MOST_NAMES = 20  # of columns, in a message
+MAX_NAMES = 20  # of columns listed in a message
 
 
 class BadRow(ValueError):
-    """A row or a file that cannot be used; the message names file, line or row, and what is wrong with it."""
+    """A row or file cannot be used. The message names the file, the line or row, and the fault."""
 
 
 class Quarantined(NamedTuple):
-    """A file that cannot be read to its end: none of its rows is used, as those before the break may be damaged too.
+    """A file that cannot be read to its end. No row of it is used, because rows before the break may be damaged too.
 
     Attributes:
-      reason: what is wrong, beginning with the file's name.
-      rows_at_least: so many are known of.
+      reason: the fault, starting with the file's name.
+      rows_at_least: number of rows found; the file may have more.
     """
 
     file: str
@@ -32,23 +32,23 @@ class Quarantined(NamedTuple):
     rows_at_least: int
 
     def __str__(self) -> str:
-        lost = f"{self.rows_at_least:,} or more" if self.rows_at_least else "nobody knows how many"
+        lost = f"{self.rows_at_least:,} or more" if self.rows_at_least else "their number is unknown"
         return f"set aside: {self.reason}; none of its rows ({lost}) is used"
 
 
 class RejectedRows:
-    """Counts rows that were skipped and keeps them, with the reason, in a side file next to the output.
+    """Counts skipped rows, and stores them with the reason in a side file next to the output.
 
     Attributes:
-      count: entries of the side file: rows, and one for each quarantined file.
-      quarantined: files that were set aside.
+      count: number of entries in the side file: one per row and one per quarantined file.
+      quarantined: files that cannot be read to their end.
     """
 
     def __init__(self, side_file: str | os.PathLike):
         self.side_file = Path(side_file)
         self.count = 0
         self.quarantined: list[Quarantined] = []
-        # Left by a run that was killed: this run meets the same rows again.
+        # Left by a killed run: this run finds the same rows again.
         self.side_file.unlink(missing_ok=True)
 
     def add(self, error: BadRow, raw: bytes) -> None:
@@ -57,17 +57,17 @@ class RejectedRows:
         with self.side_file.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"reason": str(error), "row": raw.decode("utf-8", "replace")}) + "\n")
 
-    def quarantine(self, one: Quarantined) -> None:
-        self.quarantined.append(one)
-        self.add(BadRow(str(one)), b"")
-        tqdm.write(str(one), file=sys.stderr)
+    def quarantine(self, file: Quarantined) -> None:
+        self.quarantined.append(file)
+        self.add(BadRow(str(file)), b"")
+        tqdm.write(str(file), file=sys.stderr)
 
 
 def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
-    """The row's values.
+    """Returns the row's values.
 
     Raises:
-      BadRow: broken UTF-8 or JSON, or JSON that is no object.
+      BadRow: the row is not valid UTF-8 or JSON, or its JSON is not an object.
     """
     if not isinstance(raw, bytes):
         return raw
@@ -75,14 +75,14 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
         text = raw.decode("utf-8")
         if text.startswith("\ufeff"):
             raise BadRow(f"{where}: begins with a byte order mark; save the file as UTF-8 without one")
-        if text.lstrip().startswith("["):  # perhaps the whole file in one line: to parse it would take minutes
-            raise BadRow(f"{where}: expected an object with named columns, found a list; write one row a line")
+        if text.lstrip().startswith("["):  # may be the whole file in one line, which takes minutes to parse
+            raise BadRow(f"{where}: expected an object with named columns, found a list; write one row per line")
         row = _JSON.decode(text)
     except UnicodeDecodeError as error:
         raise BadRow(f"{where}: not valid UTF-8 ({error})") from error
     except BadRow:
         raise
-    except ValueError as error:  # also of a number with too many digits
+    except ValueError as error:  # also raised for a number with too many digits
         raise BadRow(f"{where}: broken JSON ({error})") from error
     except RecursionError:
         raise BadRow(f"{where}: broken JSON (nested too deep)") from None
@@ -92,7 +92,7 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
 
 
 def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's keys and values, as ``json`` hands them over, as a dictionary; Python drops the first of two.
+    """Converts a JSON object's pairs to a dictionary, as ``object_pairs_hook``; ``json`` alone drops repeated keys.
 
     Raises:
       ValueError: a key is given twice.
@@ -109,7 +109,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=each_key_once)
 
 
 def check_row(row: Mapping[str, Any], columns: Mapping[str, type], allow_empty: bool, where: str) -> None:
-    """Raises BadRow unless the row has the columns, with texts (or lists of texts) in them."""
+    """Raises BadRow unless the row has the columns and they hold texts (or lists of texts)."""
     for column, kind in columns.items():
         if column not in row:
             raise BadRow(f"{where}: no column {column!r}; the row has {listed(row) or 'none'}")
@@ -126,11 +126,11 @@ def check_row(row: Mapping[str, Any], columns: Mapping[str, type], allow_empty: 
             if not allow_empty and not text.strip():
                 raise BadRow(f"{where}: column {column!r} holds an empty text")
             if not text.isascii() and re.search(r"[\ud800-\udfff]", text):
-                # JSON can spell it, but neither UTF-8 files nor the tokenizer can hold it.
-                raise BadRow(f"{where}: column {column!r} holds half of a surrogate pair, which is no text")
+                # JSON can escape it, but UTF-8 files and the tokenizer cannot represent it.
+                raise BadRow(f"{where}: column {column!r} holds half of a surrogate pair, which is not valid text")
 
 
 def listed(names: Collection[str]) -> str:
-    """In a message."""
-    some = ", ".join(repr(name[:80]) for name in list(names)[:MOST_NAMES])
-    return some if len(names) <= MOST_NAMES else f"{some} and {len(names) - MOST_NAMES:,} more"
+    """Returns the names as text for a message, at most MAX_NAMES of them."""
+    some = ", ".join(repr(name[:80]) for name in list(names)[:MAX_NAMES])
+    return some if len(names) <= MAX_NAMES else f"{some} and {len(names) - MAX_NAMES:,} more"

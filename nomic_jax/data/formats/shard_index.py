@@ -1,9 +1,9 @@
-"""What the original lays beside its shards: counts.json and offsets.json.gz, compared with the shards themselves.
+"""Compares shards with the index files that the original stores beside them: counts.json and offsets.json.gz.
 
     counts.json       {file: rows} or {"count_per_file": {file: rows}, "total_count": n}
-    offsets.json.gz   {file: {"i": [start, end]}}: the bytes of row i in the uncompressed file
+    offsets.json.gz   {file: {"i": [start, end]}}: byte range of row i in the uncompressed file
 
-Nothing here is needed for reading; but where they differ from the files, one of the two was changed or cut.
+Reading does not need the index files. A difference shows that a shard or its index was changed or truncated.
 """
 
 import hashlib
@@ -20,19 +20,19 @@ from nomic_jax.data.formats.file_format import Scan
 from nomic_jax.data.formats.row_checks import BadRow
 
 COUNTS, OFFSETS = "counts.json", "offsets.json.gz"
-CHARACTERS = 1 << 22  # of offsets read at once: those of a source may be gigabytes
+CHARACTERS = 1 << 22  # read at once: the offsets of a source may be gigabytes
 _ENTRY = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*(\{[^{}]*\})')
 
 
 def check_shards(files: Sequence[str], scans: Sequence[Scan]) -> None:
-    """Compares jsonl files with the counts and offsets that lie in their folder, if any do.
+    """Compares jsonl files with the counts and offsets in their folder, if there are any.
 
     Raises:
-      BadRow: they differ, or cannot be read; names the file, and of offsets the first row.
+      BadRow: they differ, or cannot be read. The message names the file and, for offsets, the first row that differs.
     """
     folders: dict[str, dict[str, tuple[str, Scan]]] = {}
     for file, scan in zip(files, scans):
-        if scan.ends_sha256 and not scan.broken:  # what is wrong with a broken one is said already
+        if scan.ends_sha256 and not scan.broken:  # a broken file is reported elsewhere
             folder, _, name = file.rpartition("/")
             folders.setdefault(folder, {})[name] = (file, scan)
     for folder, shards in folders.items():
@@ -54,7 +54,7 @@ def _check_counts(file: str, shards: dict[str, tuple[str, Scan]]) -> None:
             content = json.load(f)
         counts = {name.rsplit("/", 1)[-1]: n for name, n in content.get("count_per_file", content).items()}
         if wrong := [n for name, n in counts.items() if type(n) is not int and name in shards]:
-            raise ValueError(f"{wrong[0]!r} is no number of rows")
+            raise ValueError(f"{wrong[0]!r} is not a number of rows")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadRow(f'{file}: not of the form {{"file": rows}} ({error}); write it again, or delete it') from error
     for name, (shard, scan) in shards.items():
@@ -84,7 +84,7 @@ def _check_offsets(file: str, shards: dict[str, tuple[str, Scan]]) -> None:
 
 
 def _read_offsets(file: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, int64 [rows, 2]) of each shard; one shard's are in memory at a time."""
+    """Yields (name, int64 [rows, 2]) of each shard; only one shard's offsets are in memory at a time."""
 
     def broken(why: Any) -> BadRow:
         return BadRow(f'{file}: not of the form {{"file": {{"0": [start, end]}}}} ({why}); make it again, or delete it')
@@ -93,22 +93,22 @@ def _read_offsets(file: str) -> Iterator[tuple[str, np.ndarray]]:
         with fsspec.open(file, "rt", encoding="utf-8", compression="infer") as f:
             text = f.read(CHARACTERS).lstrip()
             if not text.startswith("{"):
-                raise broken("no object")
-            place = 1
+                raise broken("not an object")
+            position = 1
             while True:
-                entry = _ENTRY.match(text, place)
+                entry = _ENTRY.match(text, position)
                 if entry is None:
                     more = f.read(CHARACTERS)
-                    text, place = text[place:] + more, 0
+                    text, position = text[position:] + more, 0
                     if more:
                         continue
                     if text.strip() != "}":
-                        raise broken("it breaks off")
+                        raise broken("the file is truncated")
                     return
                 name, rows = json.loads(entry[1]), json.loads(entry[2])
                 pairs = [rows[str(i)] for i in range(len(rows))]
                 yield name, np.array(pairs, np.int64).reshape(len(pairs), 2)
-                place = entry.end()
+                position = entry.end()
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, BadRow | FileNotFoundError):
             raise
@@ -127,10 +127,10 @@ def _first_difference(shard: str, offsets: np.ndarray) -> str:
             if (start, at) != tuple(offsets[row]):
                 hint = ""
                 if offsets[row][1] - offsets[row][0] == len(line.decode("utf-8", "replace")):
-                    hint = " (it seems to count characters; bytes are meant)"
+                    hint = " (the offsets seem to count characters, not bytes)"
                 return (
                     f"places row {row} of {shard} at the bytes {offsets[row][0]} to {offsets[row][1]}, "
-                    f"it lies at {start} to {at}{hint}"
+                    f"but the row is at {start} to {at}{hint}"
                 )
             row += 1
     return f"has offsets of {len(offsets)} rows of {shard}, which has {row}"

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all: jsonl rows, JSON, and any other through ``atomic_file``."""
+"""Writes files that appear complete or not at all: jsonl rows, JSON and, through ``atomic_file``, any other file."""
 
 import base64
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes rows as jsonl and returns their number; the file appears complete or not at all."""
+    """Writes rows as jsonl and returns the number of rows. The file appears complete or not at all."""
     count = 0
     with atomic_file(path) as part, open(part, "wb") as f:
         for row in rows:
@@ -22,10 +22,10 @@ def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> in
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
-    """A row as jsonl. What parquet has and JSON has not: times in ISO 8601, bytes in base64, all else as text."""
+    """Returns a row as a line of jsonl. Times become ISO 8601, bytes base64, other types that JSON lacks text."""
     try:
         line = json.dumps(row, ensure_ascii=False, default=_json_value).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, in a column nobody checked: only an escape can hold it
+    except UnicodeEncodeError:  # an unpaired surrogate in an unchecked column; JSON must escape it
         line = json.dumps(row, default=_json_value).encode()
     return line + b"\n"
 
@@ -38,7 +38,7 @@ def _json_value(value: Any) -> str:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place on success, so that a kill leaves no half file."""
+    """Yields a temporary path, and renames it to ``path`` on success, so that a kill leaves no partial file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -47,7 +47,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
         with part.open("rb") as f:
             os.fsync(f.fileno())
     except OSError as error:
-        # Python does not say what could not be written, numpy ("8 requested and 0 written") not even why.
+        # Python's error does not name the file; numpy's ("8 requested and 0 written") does not even give the reason.
         if error.errno == errno.ENOSPC or (error.errno is None and "requested and" in str(error)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise

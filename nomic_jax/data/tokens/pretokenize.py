@@ -1,10 +1,10 @@
-"""Sources to token stores: in spans, by several processes, and after a kill with the spans that were finished.
+"""Makes token stores from sources: in spans and in parallel processes. A restart reuses the finished spans.
 
-What is written does not depend on the number of processes: the files decide where spans begin.
+The result does not depend on the number of processes, because the files alone decide where spans begin.
 
     CACHE/<source>-<fingerprint>/            the store (``nomic_jax.data.tokens.store``)
-    CACHE/.<source>-<settings>.pieces/       finished spans of one that is being made
-    CACHE/.scans/                            what is known of files (``nomic_jax.data.tokens.scans``)
+    CACHE/.<source>-<settings>.pieces/       finished spans of an unfinished store
+    CACHE/.scans/                            cached scans of files (``nomic_jax.data.tokens.scans``)
 """
 
 import contextlib
@@ -54,21 +54,21 @@ def pretokenize(
     fingerprint: str = "",
     pool: Executor | None = None,
 ) -> TokenStore:
-    """The token store of a source, made now unless ``cache_dir`` has it already.
+    """Returns the token store of a source, and makes the store unless ``cache_dir`` already has it.
 
-    The directory's name holds the fingerprint: other files, columns, prefixes or another tokenizer give another store.
-    A kill leaves no half store, and what was done is not done again. Of processes that want the same store at the same
-    time, on any number of hosts, one makes it and the others wait.
+    The directory's name contains the fingerprint: other files, columns, prefixes or another tokenizer give another
+    store. A kill leaves no partial store, and finished spans are not repeated. If several processes, on any number of
+    hosts, need the same store at the same time, one process makes it and the others wait.
 
     Args:
-      fingerprint: of the store, where another process has found it out. If the cache has that store, it is opened, and
-        of the source's files nothing is read.
-      pool: of ``worker_pool``; without one this process does it all, the tokenizer with a thread for each core.
+      fingerprint: the store's fingerprint, if another process has computed it. If the cache has that store, it is
+        opened without reading the source's files.
+      pool: from ``worker_pool``; without it this process does all the work, with one tokenizer thread per core.
 
     Raises:
-      BadRow: a row that cannot be used, under on_bad_row="raise"; counts or offsets that are not those of the files.
-      ValueError: what is here has another fingerprint than the one given; fewer rows than ``source.rows``; the same
-        file twice; no usable row.
+      BadRow: a row cannot be used, under on_bad_row="raise"; counts or offsets differ from the files.
+      ValueError: the source differs from the given fingerprint; it has fewer rows than ``source.rows``, the same file
+        twice, or no usable row.
     """
     if fingerprint and _is_made(known := _directory(cache_dir, source, fingerprint)):
         return TokenStore(known)
@@ -98,43 +98,43 @@ def pretokenize(
         )
     directory = _directory(cache_dir, source, found)
     if not _is_made(directory):
-        _tell_of_other_tokenizer(directory, source, tokenizer)
+        _report_other_tokenizer(directory, source, tokenizer)
         work = directory.with_name(f".{source.name}-{_sha256(settings | {'pattern': source.files})[:16]}")
         work.parent.mkdir(parents=True, exist_ok=True)
         with _lock(work, f"tokenising {source.name}") as spans:
             if not _is_made(directory):
                 check_shards(files, scans)
                 job = functools.partial(Span, source, on_bad_row, str(spans))
-                with _full_disk_explained(cache_dir, source.name):
+                with _explain_full_disk(cache_dir, source.name):
                     about = identity | {"fingerprint": found, "paths": [str(file) for file in files]}
                     _make(directory, files, scans, job, tokenizer, about, pool, progress)
             shutil.rmtree(spans, ignore_errors=True)
     store = TokenStore(directory)
-    for one in store.quarantined:  # said at every start, not at the first alone
-        tqdm.write(str(one), file=sys.stderr)
+    for file in store.quarantined:  # reported at every start, not only at the first
+        tqdm.write(str(file), file=sys.stderr)
     seen = store.rows + store.manifest["rejected"]
     if seen < source.rows:
         raise ValueError(
-            f"source {source.name!r} has {seen:,} rows in {len(files)} files, its mixture expects at least "
-            f"{source.rows:,}; fetch what is missing of {source.files}, or lower its field `rows`"
+            f"source {source.name!r} has {seen:,} rows in {len(files)} files, but its mixture expects at least "
+            f"{source.rows:,}; fetch the missing files of {source.files}, or lower the source's field `rows`"
         )
     return store
 
 
 @contextlib.contextmanager
 def worker_pool(tokenizer: Tokenizer, workers: int) -> Iterator[Executor | None]:
-    """So many processes that tokenise, one core each; None for one worker, which is this process."""
+    """Yields a pool of ``workers`` tokenising processes, one core each; None for one worker, which is this process."""
     if workers == 1:
         yield None
         return
-    # Not forked: a fork of a process with threads (of the tokenizer, of jax) may hang.
+    # Not forked: a fork of a process with threads (tokenizer, jax) may hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.backend.to_str(),))
     try:
         yield pool
     except BrokenProcessPool as error:
         raise OSError(
-            "a worker process died, perhaps for want of memory; the same command goes on, with fewer --workers"
+            "a worker process died, perhaps for lack of memory; run the same command with fewer --workers to resume"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -145,14 +145,14 @@ _worker_tokenizer: Tokenizer | None = None
 
 def _start_worker(tokenizer: str) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the worker without a traceback
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have their own workers
     _worker_tokenizer = Tokenizer(Backend.from_str(tokenizer))
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work forever."""
+    """Ends a worker whose parent was killed; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
@@ -171,7 +171,7 @@ def _sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _tell_of_other_tokenizer(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
+def _report_other_tokenizer(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
     for manifest in sorted(directory.parent.glob(f"{glob.escape(source.name)}-*/manifest.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             other = json.loads(manifest.read_text(encoding="utf-8"))
@@ -186,7 +186,7 @@ def _tell_of_other_tokenizer(directory: Path, source: Source, tokenizer: Tokeniz
 
 @contextlib.contextmanager
 def _lock(work: Path, doing: str) -> Iterator[Path]:
-    """A folder for spans, for one process at a time; the kernel lets the next one in if that process is killed."""
+    """Yields a folder for spans, for one process at a time. The kernel releases the lock of a killed process."""
     lock = work.with_name(f"{work.name}.lock")
     with lock.open("w") as f:
         try:
@@ -196,26 +196,26 @@ def _lock(work: Path, doing: str) -> Iterator[Path]:
                 tqdm.write(f"waiting for another process that is {doing} (it holds {lock})", file=sys.stderr)
                 fcntl.flock(f, fcntl.LOCK_EX)
         except OSError as error:
-            tqdm.write(f"{lock}: no locks on this file system ({error}); two may be {doing}", file=sys.stderr)
-            # Then two may be at it, each in a folder of its own, and the first one that is ready counts.
+            tqdm.write(f"{lock}: no locks on this file system ({error}); two processes may be {doing}", file=sys.stderr)
+            # Two processes may then make the store, each in its own folder. The first to finish provides it.
             yield work.with_name(f"{work.name}.{socket.gethostname()}-{os.getpid()}.pieces")
         else:
-            # Nobody else is at it: what is there was left by a process that was killed.
+            # This process has the lock, so any other folder was left by a killed process.
             for left in work.parent.glob(f"{glob.escape(work.name)}.*.pieces"):
                 shutil.rmtree(left, ignore_errors=True)
             yield work.with_name(f"{work.name}.pieces")
 
 
 @contextlib.contextmanager
-def _full_disk_explained(cache_dir: str | Path, name: str) -> Iterator[None]:
+def _explain_full_disk(cache_dir: str | Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
-            f"{cache_dir} is full ({error.strerror}) while {name!r} is tokenised; what is done stays. Tokens take "
-            f"about half the space of the text, and twice that until they are complete"
+            f"{cache_dir} is full ({error.strerror}) while {name!r} is tokenised; finished spans are kept. Tokens "
+            f"take about half the space of the text, and twice that until the store is complete"
         ) from error
 
 
@@ -264,11 +264,11 @@ def _make(
         "rows": sum(file_rows),
         "file_rows": file_rows,
         "rejected": sum(count["rejected"] for count in counts) + len(quarantined),
-        "quarantined": [one._asdict() for one in quarantined],
+        "quarantined": [file._asdict() for file in quarantined],
         "tokens": {column: sum(count["tokens"][column] for count in counts) for column in COLUMNS[kind]},
     }
     if totals["rows"] == 0:
-        reasons = "".join(f"; {one}" for one in quarantined[:3])
+        reasons = "".join(f"; {file}" for file in quarantined[:3])
         raise ValueError(f"source {name!r} has no usable row ({totals['rejected']} rejected{reasons})")
     if totals["rejected"]:
         tqdm.write(
@@ -287,7 +287,7 @@ def _make(
 
 
 def _bounds(scan: Scan) -> list[tuple[Mark, int]]:
-    """Where its spans begin and end."""
+    """Returns (start, row after the last) of each span."""
     return list(zip(scan.marks, [*(mark.row for mark in scan.marks[1:]), scan.rows]))
 
 

@@ -1,4 +1,4 @@
-"""What the files of a source hold, by one pass over each that is remembered until the file changes."""
+"""Scans the files of a source, one pass per file, and caches each result until the file changes."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from nomic_jax.data.formats.file_format import Mark, Scan
 from nomic_jax.data.formats.reading import scan_file
 from nomic_jax.data.formats.row_checks import BadRow
 
-SPAN_BYTES = 1 << 25  # of uncompressed rows: what one worker tokenises between two points of restart
-_OF_NOTHING = hashlib.sha256(b"").hexdigest()
-# Where a file system says that a file is another one than before.
+SPAN_BYTES = 1 << 25  # uncompressed bytes of a span; a restart repeats only unfinished spans
+_EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+# Fields that change when a file of a remote file system changes.
 _VERSION_FIELDS = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "generation", "created")
 
 
@@ -30,20 +30,20 @@ def scan_files(
     executor: Executor | None = None,
     progress: bool = True,
 ) -> list[Scan]:
-    """A ``Scan`` of each file.
+    """Returns a ``Scan`` of each file.
 
     Args:
-      columns: what the files' rows should have.
-      cache_dir: where results are kept; a file that has the size and the time of change of last time is not read again.
-      on_bad_row: "raise", or "skip" to pass on the scan of a file that cannot be read to its end.
-      executor: reads several files at once.
+      columns: the columns that the files' rows must have.
+      cache_dir: folder of cached results; a file with unchanged size and modification time is not read again.
+      on_bad_row: "raise", or "skip" to return the scan of a file that cannot be read to its end.
+      executor: reads several files in parallel.
 
     Raises:
-      BadRow: a file that is broken, or has not the columns, under on_bad_row="raise".
-      ValueError: two files that are the same, byte for byte.
+      BadRow: a file is broken or lacks the columns, under on_bad_row="raise".
+      ValueError: two files are the same, byte for byte.
     """
-    memory = [_Memory(Path(cache_dir), file) for file in files]
-    scans = [known.read() for known in memory]
+    caches = [_ScanCache(Path(cache_dir), file) for file in files]
+    scans = [cache.read() for cache in caches]
     unknown = [i for i, scan in enumerate(scans) if scan is None]
     if unknown:
         run: Callable = map if executor is None else executor.map
@@ -52,26 +52,26 @@ def scan_files(
             if scan.broken and on_bad_row == "raise":
                 raise BadRow(scan.broken)
             scans[i] = scan
-            if not scan.broken:  # perhaps for other columns it is not
-                memory[i].write(scan)
+            if not scan.broken:  # a broken file may be valid for other columns
+                caches[i].write(scan)
     complete = [scan for scan in scans if scan is not None]
     check_distinct((file, scan.sha256) for file, scan in zip(files, complete) if not scan.broken)
     return complete
 
 
 def check_distinct(hashes: Iterable[tuple[str, str]]) -> None:
-    """Raises ValueError if two files have the same content: their rows would count double."""
+    """Raises ValueError if two files have the same content, because their rows would count twice."""
     first: dict[str, str] = {}
     for file, sha256 in hashes:
-        if sha256 in ("", _OF_NOTHING):
+        if sha256 in ("", _EMPTY_SHA256):
             continue
         if sha256 in first:
             raise ValueError(f"{first[sha256]} and {file} are the same, byte for byte; remove one of the two")
         first[sha256] = file
 
 
-class _Memory:
-    """The scan of a file as it was when it was last read."""
+class _ScanCache:
+    """The cached scan of a file; valid until the file changes."""
 
     def __init__(self, cache_dir: Path, file: str):
         self.key = _version(file)
@@ -89,7 +89,7 @@ class _Memory:
     def write(self, scan: Scan) -> None:
         if self.key is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # A name of its own: several runs may start at once.
+            # A unique name: several runs may start at the same time.
             handle, part = tempfile.mkstemp(dir=self.path.parent)
             with os.fdopen(handle, "w", encoding="utf-8") as f:
                 json.dump({"key": self.key, "scan": scan._asdict()}, f)
@@ -97,7 +97,7 @@ class _Memory:
 
 
 def _version(file: str) -> str | None:
-    """Of the file as it is now; None where the file system cannot tell."""
+    """Returns a text that identifies the file's current version; None if the file system reports no version."""
     fs, path = fsspec.core.url_to_fs(file)
     if "file" in fs.protocol:
         status = os.stat(path)

@@ -1,4 +1,4 @@
-"""A store is made in spans: rows of a file that one worker tokenises, and a kill does not undo."""
+"""Makes token stores in spans: the rows of a file that one worker tokenises. A kill does not lose finished spans."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ from nomic_jax.data.formats.writing import write_json
 from nomic_jax.data.mixture import COLUMNS, Source, with_prefix
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 
-ROWS_PER_CALL = 4096  # enough for the tokenizer to use every core, little enough for memory
+ROWS_PER_CALL = 4096  # enough for the tokenizer to use every core, few enough for memory
 LENGTH = np.dtype("<u4")
 
 
@@ -30,7 +30,7 @@ class Span(NamedTuple):
     file: str
     mark: Mark
     stop: int
-    name: str  # of the folder of what is done
+    name: str  # of the folder for the result
 
     @property
     def path(self) -> Path:
@@ -46,7 +46,7 @@ def ids_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def tokenise_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any]) -> dict[str, Any]:
-    """Writes the span unless it is there, and returns its numbers of rows, tokens and rejected rows."""
+    """Writes the span unless it exists, and returns its numbers of rows, tokens and rejected rows."""
     done = span.path / "counts.json"
     if done.exists():
         counts = json.loads(done.read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def join_spans(
     manifest: dict[str, Any],
     directory: Path,
 ) -> None:
-    """The store of the spans, one after the other; it appears complete or not at all."""
+    """Concatenates the spans to a store. The store appears complete or not at all."""
     store = spans[0].with_name("store")
     shutil.rmtree(store, ignore_errors=True)
     store.mkdir()
@@ -111,8 +111,8 @@ def join_spans(
     if "negatives" in columns:
         _join_counts(store / "negatives.rows.npy", [span / "negatives.counts" for span in spans])
     rejected = RejectedRows(store / "rejected.jsonl")
-    for one in quarantined:
-        rejected.add(BadRow(str(one)), b"")
+    for file in quarantined:
+        rejected.add(BadRow(str(file)), b"")
     with (store / "rejected.jsonl").open("ab") as f:
         for span in spans:
             _append(span / "rejected.jsonl", f)
@@ -120,12 +120,12 @@ def join_spans(
     try:
         store.rename(directory)
     except OSError:
-        if not (directory / "manifest.json").exists():  # else another process was first
+        if not (directory / "manifest.json").exists():  # otherwise another process has written the store
             raise
 
 
 def _join_counts(path: Path, spans: list[Path]) -> None:
-    """Writes the running sums of the spans' counts, from 0 on."""
+    """Writes the running sums of the spans' counts, starting with 0."""
     total = 0
     with path.open("wb") as f:
         _write_header(f, np.dtype("<i8"), 1 + sum(span.stat().st_size for span in spans) // LENGTH.itemsize)

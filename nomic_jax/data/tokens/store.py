@@ -1,14 +1,14 @@
-"""Texts tokenised once, kept as memory-mapped arrays: training never tokenises in its step loop.
+"""Stores of tokenised texts as memory-mapped arrays, so that training never tokenises in its step loop.
 
-A source becomes a directory (``nomic_jax.data.tokens.pretokenize`` writes it):
+A source becomes a directory, written by ``nomic_jax.data.tokens.pretokenize``:
 
-    manifest.json            what was tokenised, with which tokenizer, how many rows; `fingerprint` identifies it all
-    <column>.ids.npy         token ids of every text, one after the other (uint16 where the vocabulary fits)
+    manifest.json            the source, tokenizer and number of rows; `fingerprint` identifies all of them
+    <column>.ids.npy         token ids of all texts, concatenated (uint16 if the vocabulary fits)
     <column>.offsets.npy     int64 [texts + 1]: text i is ids[offsets[i]:offsets[i + 1]]
-    negatives.rows.npy       int64 [rows + 1]: row r owns the negatives rows[r] ... rows[r + 1] - 1
-    rejected.jsonl           rows that were skipped, and why
+    negatives.rows.npy       int64 [rows + 1]: row r has the negatives rows[r] ... rows[r + 1] - 1
+    rejected.jsonl           rows that were skipped, with the reason
 
-Texts carry their prefix and special tokens and are not cut, so one store serves every sequence length.
+Texts include their prefix and special tokens and are not truncated, so one store serves every sequence length.
 """
 
 import json
@@ -22,7 +22,7 @@ from nomic_jax.data.mixture import COLUMNS
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 
 FORMAT = 2
-# What a store's fingerprint is made of, with the hashes of its files; in its manifest under these names.
+# Manifest fields that a store's fingerprint covers, besides the hashes of its files.
 IDENTITY = ("format", "source", "tokenizer", "on_bad_row")
 
 
@@ -43,24 +43,24 @@ class RaggedTokens:
         return np.asarray(self.offsets[rows + 1] - self.offsets[rows])
 
     def gather(self, rows: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(int32 ids one text after the other, length of each): each as ``truncate`` cuts it."""
+        """Returns (int32 ids of the texts, concatenated; length of each text). Texts are cut as in ``truncate``."""
         starts, stops = np.asarray(self.offsets[rows]), np.asarray(self.offsets[rows + 1])
         lengths = np.minimum(stops - starts, max_length)
-        places = flat_indices(starts, lengths)
+        indices = flat_indices(starts, lengths)
         cut = stops - starts > max_length
-        places[np.cumsum(lengths)[cut] - 1] = stops[cut] - 1
-        return np.asarray(self.ids)[places].astype(np.int32), lengths
+        indices[np.cumsum(lengths)[cut] - 1] = stops[cut] - 1
+        return np.asarray(self.ids)[indices].astype(np.int32), lengths
 
 
 class TokenStore:
     """One pre-tokenised source.
 
     Attributes:
-      directory: where it lies.
-      rows: of all files, without rejected ones.
-      file_rows: of each file, in the order of files.
-      fingerprint: of the files' content, columns, prefixes and tokenizer.
-      quarantined: files that were set aside, as they could not be read.
+      directory: folder of the store.
+      rows: number of rows of all files, without rejected rows.
+      file_rows: number of rows of each file, in the order of the files.
+      fingerprint: digest of the files' content, columns, prefixes and tokenizer.
+      quarantined: files that are not used because they cannot be read to their end.
     """
 
     def __init__(self, directory: str | Path):
@@ -68,12 +68,12 @@ class TokenStore:
         try:
             self.manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
             if self.manifest["format"] != FORMAT:
-                raise ValueError(f"its token format is {self.manifest['format']}, this version reads {FORMAT}")
+                raise ValueError(f"its token format is {self.manifest['format']}, but this version reads {FORMAT}")
             self._open(directory)
         except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
             raise ValueError(
-                f"{directory} cannot be used ({type(error).__name__}: {error}); delete that folder, and its source is "
-                f"tokenised again"
+                f"{directory} cannot be used ({type(error).__name__}: {error}); delete that folder to "
+                f"tokenise its source again"
             ) from error
 
     def _open(self, directory: Path) -> None:
@@ -81,8 +81,8 @@ class TokenStore:
         self.rows: int = self.manifest["rows"]
         self.file_rows: list[int] = self.manifest["file_rows"]
         self.fingerprint: str = self.manifest["fingerprint"]
-        # Stores of before have no such entry.
-        self.quarantined = [Quarantined(**one) for one in self.manifest.get("quarantined", [])]
+        # Older stores lack this entry.
+        self.quarantined = [Quarantined(**file) for file in self.manifest.get("quarantined", [])]
         columns = COLUMNS[self.manifest["source"]["kind"]]
         self.columns = {column: RaggedTokens(directory, column) for column in columns}
         if "negatives" in columns:
@@ -90,22 +90,22 @@ class TokenStore:
         texts = {column: self.negative_rows[-1] if column == "negatives" else self.rows for column in columns}
         for column, tokens in self.columns.items():
             if len(tokens) != texts[column] or tokens.offsets[-1] != len(tokens.ids):
-                raise ValueError(f"{column}.ids.npy and {column}.offsets.npy do not fit together")
+                raise ValueError(f"{column}.ids.npy and {column}.offsets.npy do not match")
 
     def __len__(self) -> int:
         return self.rows
 
 
 def check_tokenizer(stores: Sequence[TokenStore], tokenizer: Tokenizer) -> None:
-    """Raises ValueError if another tokenizer made the tokens: their ids would be other words to the model."""
+    """Raises ValueError if another tokenizer made the tokens: their ids would stand for other words."""
     for store in stores:
         if store.manifest["tokenizer"] != tokenizer.sha256:
             raise ValueError(
                 f"the tokens of source {store.name!r} were made by the tokenizer {store.manifest['tokenizer'][:16]}, "
-                f"this one is {tokenizer.sha256[:16]}; tokenise the source with this one"
+                f"but this one is {tokenizer.sha256[:16]}; tokenise the source again with this one"
             )
 
 
 def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The places of texts' tokens, text after text, where text i lies at starts[i] ... starts[i] + lengths[i] - 1."""
+    """Returns the indices of the texts' tokens, text after text; text i is starts[i] ... starts[i] + lengths[i] - 1."""
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
