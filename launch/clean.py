@@ -12,7 +12,7 @@ from absl import flags
 from launch.errors import run
 from nomic_jax.curate.clean.cleaning import CleaningOptions, clean_rows
 from nomic_jax.curate.clean.contamination import NGRAM, EvaluationTexts
-from nomic_jax.curate.engine.report import told
+from nomic_jax.curate.engine.report import quarantine_lines
 from nomic_jax.evals.tasks.retrieval import RetrievalTask
 
 FLAGS = flags.FLAGS
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         f"kept {summary['kept']:,} of {summary['rows']:,} rows (removed: {removed}), rejected "
         f"{summary['rejected']:,}; see {FLAGS.output}/report.md"
     )
-    for line in told(summary):
+    for line in quarantine_lines(summary):
         print(line)
     for overlap in summary["contamination"]:
         print(

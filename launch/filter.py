@@ -12,7 +12,7 @@ from absl import flags
 
 from launch import teacher
 from launch.errors import run
-from nomic_jax.curate.engine.report import told
+from nomic_jax.curate.engine.report import quarantine_lines
 from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
 from nomic_jax.curate.mixtures import filter_mixture, is_mixture
 from nomic_jax.data.formats.paths import expand_files
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         f"kept {summary['kept']:,} of {summary['rows']:,} pairs ({summary['share_kept']:.1%}), "
         f"rejected {summary['rejected']:,} rows; see {teacher.OUTPUT.value}/report.md"
     )
-    for line in told(summary):
+    for line in quarantine_lines(summary):
         print(line)
 
 

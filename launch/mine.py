@@ -14,7 +14,7 @@ from absl import flags
 
 from launch import teacher
 from launch.errors import run
-from nomic_jax.curate.engine.report import told
+from nomic_jax.curate.engine.report import quarantine_lines
 from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
 from nomic_jax.curate.mixtures import is_mixture, mine_mixture
 from nomic_jax.data.formats.paths import expand_files
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
         f"wrote {summary['written']:,} of {summary['pairs']:,} pairs, dropped {summary['dropped_too_few']:,} with "
         f"too few negatives, rejected {summary['rejected']:,}; see {teacher.OUTPUT.value}/report.md"
     )
-    for line in told(summary):
+    for line in quarantine_lines(summary):
         print(line)
 
 

@@ -38,7 +38,7 @@ def quarantine(summary: Mapping[str, Any]) -> str:
     return f"## Files set aside\n\nNone of their rows is used.\n\n{table(('file', 'reason', 'rows, at least'), rows)}\n"
 
 
-def told(summary: Mapping[str, Any]) -> list[str]:
+def quarantine_lines(summary: Mapping[str, Any]) -> list[str]:
     """The files that were set aside, a line each, for the end of a command."""
     # The summary may be one that a version without quarantine wrote.
     return [str(Quarantined(**one)) for one in summary.get("quarantined", [])]
