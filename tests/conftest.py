@@ -1,15 +1,40 @@
-"""Eight virtual CPU devices for every test, and the real tokenizer and embedder that the package index brings."""
+"""Eight virtual CPU devices for every test, and the real tokenizer and embedder that the package index brings.
 
+Both workers and all processes that tests start share one cache of compiled programs, .pytest_cache/jax. It keeps every
+program, because most programs of tests compile in less than the second that JAX asks for by default.
+"""
+
+import os
 from pathlib import Path
+
+# Before jax is imported, and in the environment, for the processes that tests start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest
 
 from tests.corpus import find_minilm, write_corpus
 
+pytest_plugins = ["pytester", "tests.effort"]
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(request):
+    """Compiles without LLVM's optimizations, also in processes that a test starts; with --all as users compile.
+
+    XLA's own passes run as always. Small programs take about two thirds of the time.
+    """
+    if request.config.option.all_tests:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # the next module must not run these programs
 
 
 @pytest.fixture(scope="session")

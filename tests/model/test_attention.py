@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import nomic_jax.model.attention as attention_module
 from nomic_jax.model import EncoderConfig, abstract_encoder, encode, init_encoder
@@ -17,6 +16,7 @@ B, H, K = 3, 2, 8
 
 def reference(q, k, v, allowed, cotangent):
     """Output and gradients in float64 through torch."""
+    torch = pytest.importorskip("torch", reason="the reference is torch's autograd in float64; torch is not installed")
     q, k, v = (torch.tensor(x.transpose(0, 2, 1, 3), dtype=torch.float64, requires_grad=True) for x in (q, k, v))
     scores = (q @ k.transpose(-1, -2)) / K**0.5
     scores = scores.masked_fill(~torch.tensor(allowed)[:, None], -torch.inf)

@@ -6,20 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import BertConfig, BertModel, NomicBertConfig, NomicBertForMaskedLM
+import transformers
 
 from nomic_jax.hf import read_checkpoint
 from nomic_jax.hf.keymap import encoder_keymap, to_params
 from nomic_jax.model import EncoderConfig, abstract_encoder, encode, mlm_logits
 from nomic_jax.train.objectives.loss import masked_cross_entropy
 
+torch = pytest.importorskip("torch", reason="the reference is transformers' model; torch is not installed")
 TOLERANCE = 2e-5
-# Of the texts of a batch; the last one is beyond the trained positions, so under dynamic NTK.
-LENGTHS = ([1], [7, 3], [128, 1, 77], [512, 300], [2048], [3000])
+OTHER_LENGTHS = pytest.mark.exhaustive(reason="a length between those of the default suite")
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
+def randomised(model):
     """Norms and biases away from 1 and 0, so that a swapped or forgotten one shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -41,8 +40,8 @@ def nomic(tmp_path_factory):
     directory = tmp_path_factory.mktemp("nomic")
     torch.manual_seed(0)
     rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}
-    config = NomicBertConfig(vocab_size=30528, rope_parameters=rope)
-    model = NomicBertForMaskedLM(config)
+    config = transformers.NomicBertConfig(vocab_size=30528, rope_parameters=rope)
+    model = transformers.NomicBertForMaskedLM(config)
     model.cls.predictions.transform.dense.bias.data.zero_()
     model = randomised(model)
     # The published head has no such bias; transformers' zero-filled one is what we accept.
@@ -61,39 +60,43 @@ def test_published_size(nomic):
     assert count(checkpoint.params["mlm_head"]) == 589_824 + 1_536
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_nomic_bert(nomic, lengths):
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([1], marks=OTHER_LENGTHS),
+        pytest.param([7, 3], marks=OTHER_LENGTHS),
+        [128, 1, 77],
+        pytest.param([512, 300], marks=OTHER_LENGTHS),
+        pytest.param([2048], marks=OTHER_LENGTHS),
+        [2200],  # beyond the trained positions, so under dynamic NTK
+        pytest.param([3000], marks=OTHER_LENGTHS),
+    ],
+    ids=str,
+)
+def test_nomic_bert_and_masked_lm(nomic, lengths):
+    """Hidden states, and logits where they fit in memory."""
     model, checkpoint = nomic
+    config = checkpoint.config.encoder
     ids, length, mask = batch(lengths, 30522)
+    with_logits = max(lengths) <= 512
     # A fresh copy for each length: its cos and sin tables keep the longest batch so far.
     reference = copy.deepcopy(model)
+    arguments = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
     with torch.no_grad():
-        base = getattr(reference, reference.base_model_prefix)
-        expected = base(input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())
-    encoder = jax.jit(lambda params: encode(params, ids, checkpoint.config.encoder, length_B=length))
-    ours = encoder(checkpoint.params["encoder"])
-    difference = np.abs(np.asarray(ours) - expected.last_hidden_state.numpy())[mask]
-    assert difference.max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("lengths", LENGTHS[:4], ids=str)
-def test_masked_lm(nomic, lengths):
-    model, checkpoint = nomic
-    ids, length, mask = batch(lengths, 30522)
-    with torch.no_grad():
-        expected = copy.deepcopy(model)(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).logits
+        hidden = getattr(reference, reference.base_model_prefix)(**arguments).last_hidden_state
+        expected = [hidden, reference(**arguments).logits] if with_logits else [hidden]
 
     @jax.jit
-    def logits(params):
-        hidden = encode(params["encoder"], ids, checkpoint.config.encoder, length_B=length)
+    def run(params):
+        hidden = encode(params["encoder"], ids, config, length_B=length)
         words = params["encoder"]["embeddings"]["word"]["embedding"]
-        return mlm_logits(params["mlm_head"], words, hidden, checkpoint.config.encoder)
+        return [hidden, mlm_logits(params["mlm_head"], words, hidden, config)] if with_logits else [hidden]
 
-    ours = np.asarray(logits(checkpoint.params))
-    assert np.abs(ours - expected.numpy())[mask].max() <= TOLERANCE
+    for ours, theirs in zip(run(checkpoint.params), expected, strict=True):
+        assert np.abs(np.asarray(ours) - theirs.numpy())[mask].max() <= TOLERANCE
 
 
-def assert_same_gradients(ours: dict, model: torch.nn.Module, config: EncoderConfig, naming: str) -> None:
+def assert_same_gradients(ours: dict, model, config: EncoderConfig, naming: str) -> None:
     """Every leaf, to a relative 1e-4."""
     theirs = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     expected = to_params(theirs, encoder_keymap(config, naming), abstract_encoder(config))
@@ -109,6 +112,7 @@ def random_direction(mask: np.ndarray) -> np.ndarray:
     return np.random.default_rng(2).normal(size=(*mask.shape, 768)).astype(np.float32) * mask[..., None]
 
 
+@pytest.mark.exhaustive(reason="test_masked_lm_gradients compares every gradient of the encoder too")
 def test_nomic_bert_gradients(nomic):
     model, checkpoint = nomic
     config = checkpoint.config.encoder
@@ -160,16 +164,20 @@ def test_masked_lm_gradients(nomic):
         assert np.linalg.norm(mine - theirs.numpy()) <= 1e-4 * np.linalg.norm(theirs.numpy())
 
 
-def random_bert(directory):
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
-    model = randomised(BertModel(BertConfig(), add_pooling_layer=False))
+    model = randomised(transformers.BertModel(transformers.BertConfig(), add_pooling_layer=False))
     model.save_pretrained(directory)
     return model, read_checkpoint(directory)
 
 
-@pytest.mark.parametrize("lengths", [[1], [7, 3], [128, 77], [512, 300]], ids=str)
-def test_bert(tmp_path, lengths):
-    model, checkpoint = random_bert(tmp_path)
+@pytest.mark.parametrize(
+    "lengths", [*(pytest.param(x, marks=OTHER_LENGTHS) for x in ([1], [7, 3], [128, 77])), [512, 300]], ids=str
+)
+def test_bert(bert, lengths):
+    model, checkpoint = bert
     ids, length, mask = batch(lengths, 30522)
     with torch.no_grad():
         expected = model(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
@@ -178,8 +186,8 @@ def test_bert(tmp_path, lengths):
     assert np.abs(np.asarray(ours) - expected.numpy())[mask].max() <= TOLERANCE
 
 
-def test_bert_gradients(tmp_path):
-    model, checkpoint = random_bert(tmp_path)
+def test_bert_gradients(bert):
+    model, checkpoint = bert
     config = checkpoint.config.encoder
     ids, length, mask = batch([40, 25], 30522)
     direction = random_direction(mask)

@@ -14,6 +14,7 @@ from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, init_encoder
 from nomic_jax.train.objectives.chunks import embed_chunks
 from nomic_jax.train.sharding import DATA, make_mesh, put_rows
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # init_std: large enough that attention prefers some tokens to others.
 ENCODER = EncoderConfig(
     vocab_size=128, hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128, max_positions=64, init_std=0.2
@@ -45,8 +46,8 @@ def texts():
     rng = np.random.default_rng(0)
     lengths = np.concatenate(
         [
-            rng.choice([1, 3, 7], (ROWS, 1)),
-            rng.choice([1, 7, 20, 41, LONGEST], (ROWS, DOCUMENTS), p=[0.1, 0.3, 0.3, 0.25, 0.05]),
+            rng.choice([1, 7], (ROWS, 1)),
+            rng.choice([1, 7, 41, LONGEST], (ROWS, DOCUMENTS), p=[0.1, 0.6, 0.25, 0.05]),
         ],
         axis=1,
     )
@@ -110,14 +111,18 @@ def chunked(params, texts, weights, pooling, layout, device_count, kept_chunks):
     return plan, *run(params, {name: put_rows(part, mesh) for name, part in rows.items()})
 
 
+PAIRWISE = pytest.mark.exhaustive(reason="each layout and each pooling are in another case of the default suite")
+
+
 @pytest.mark.parametrize(
     "kind, pooling, device_count, kept_chunks",
     [
         ("bucketed", "mean", 8, 0),
-        ("bucketed", "cls", 1, 0),
-        ("packed", "mean", 8, 0.5),
-        ("packed", "cls", 8, 0),
-        ("packed", "mean", 1, 1.0),
+        ("packed", "cls", 8, 0.5),
+        pytest.param("bucketed", "cls", 1, 0, marks=PAIRWISE),
+        pytest.param("packed", "mean", 8, 0.5, marks=PAIRWISE),
+        pytest.param("packed", "cls", 8, 0, marks=PAIRWISE),
+        pytest.param("packed", "mean", 1, 1.0, marks=PAIRWISE),
     ],
 )
 def test_chunks_give_what_single_texts_give(kind, pooling, device_count, kept_chunks, params, texts, weights, plain):

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-import torch
-from transformers import NomicBertModel
+import transformers
 
 from nomic_jax.hf import Checkpoint, write_checkpoint
 from nomic_jax.hf.keymap import encoder_keymap, to_params
@@ -16,6 +15,9 @@ from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.sharding import make_mesh, put_rows
 from nomic_jax.train.state import init_state, make_train_step
 from tests.train.test_stages import load_config
+
+torch = pytest.importorskip("torch", reason="GradCache is computed with torch; torch is not installed")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MINI_BATCH = 3
 
@@ -64,7 +66,7 @@ def test_the_gradient_is_gradcaches(corpus, minilm, tokenizer, tmp_path):
     gradient = jax.device_get(state.opt_state)
 
     write_checkpoint(tmp_path, Checkpoint(EmbeddingConfig(config.model), params, tokenizer))
-    model = NomicBertModel.from_pretrained(tmp_path).train()
+    model = transformers.NomicBertModel.from_pretrained(tmp_path).train()
     # The same rows, in the order of the files instead of the devices'.
     rows = make_stream(plain, tokenizer, 1).batch(0).arrays
     queries, documents = (

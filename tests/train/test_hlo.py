@@ -1,6 +1,7 @@
 """What is read off compiled HLO, and that a step moves the bytes that the formula of benchmarks/collectives.py says."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from nomic_jax.train.watch.hlo import (
     require_fused_attention,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Lines in the form that XLA prints for a GPU.
 FORWARD = (
     '%c.1 = (bf16[2,12,256,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %v), custom_call_target="__cudnn$fmhaSoftmax"'
@@ -95,8 +97,17 @@ def test_a_collective_in_a_loop_counts_as_often_as_the_loop_goes_round():
 SMALL = dict(hidden_size=64, num_heads=2, intermediate_size=256, vocab_size=512, dtype="float32")
 
 
-@pytest.mark.parametrize("stage", ["mlm", "contrastive", "finetune"])
-@pytest.mark.parametrize("sharding", ["replicated", "zero1", "fsdp"])
+DEFAULT = {("mlm", "replicated"), ("contrastive", "zero1"), ("finetune", "fsdp")}
+OTHERS = pytest.mark.exhaustive(reason="each stage and each sharding are in one pair of the default suite")
+
+
+@pytest.mark.parametrize(
+    ("stage", "sharding"),
+    [
+        pytest.param(*pair, marks=() if pair in DEFAULT else OTHERS)
+        for pair in itertools.product(("mlm", "contrastive", "finetune"), ("replicated", "zero1", "fsdp"))
+    ],
+)
 def test_a_step_moves_what_the_formula_says(stage, sharding):
     count = counted(stage, sharding, layers=1, rows=16, **SMALL)
     assert count["devices"] == 8 and not count["in_loops"]

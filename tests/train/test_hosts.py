@@ -1,4 +1,4 @@
-"""Several processes: the losses of one, restarts in another number of them, and the templates that start them.
+"""Several processes: the losses of one, restarts in another number of them, their places and their shares of a batch.
 
 Two real processes with 4 virtual devices each, started by flags, by a stand-in for srun, and as the pods of the JobSet.
 """
@@ -7,10 +7,9 @@ import functools
 import importlib
 import json
 import os
-import random
 import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-import yaml
 
 from nomic_jax.data.mixture import read_mixture
 from nomic_jax.data.tokens import pretokenize as data_pretokenize
@@ -33,14 +31,16 @@ from nomic_jax.train.interruption import EXIT_CODE
 from nomic_jax.train.loop import train
 from nomic_jax.train.objectives import make_stream
 from nomic_jax.train.watch.metrics import read_metrics
+from tests.train.processes import environment, free_port, outputs, pod_arguments, sbatch, wait_for_steps
 from tests.train.test_stages import STAGES, load_config
 
 ROOT = Path(__file__).parent.parent.parent
-K8S = ROOT / "launch" / "k8s"
 # Of TCP between virtual devices most of the time would go into large gradients.
 TINY = dict(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
 # One shape: a step is compiled once.
 LENGTHS = {"data.query_length": 16, "data.document_length": 32}
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
@@ -60,23 +60,6 @@ def run(corpus, minilm, tmp_path):
     return make
 
 
-def environment(**more: str) -> dict[str, str]:
-    cache = str(ROOT / ".pytest_cache" / "jax")
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "4",
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        **more,
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 def start(*arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "launch.train", *arguments]
     return subprocess.Popen(
@@ -87,26 +70,6 @@ def start(*arguments: str) -> subprocess.Popen:
 def start_pair(*arguments: str) -> list[subprocess.Popen]:
     address = f"--coordinator_address=localhost:{free_port()}"
     return [start(address, "--num_processes=2", f"--process_id={i}", *arguments) for i in range(2)]
-
-
-def outputs(processes: list[subprocess.Popen]) -> list[str]:
-    """Of both, read at the same time: a full pipe would stop one of them, and so the other."""
-    texts = [""] * len(processes)
-
-    def read(i: int) -> None:
-        texts[i] = processes[i].communicate(timeout=240)[0]
-
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(len(processes))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return texts
-
-
-def wait_for_steps(workdir: Path, steps: int, processes: list[subprocess.Popen]) -> None:
-    while len(read_metrics(workdir)) < steps and all(process.poll() is None for process in processes):
-        time.sleep(0.05)
 
 
 def assert_same_run(workdir: Path, other: Path) -> None:
@@ -122,34 +85,11 @@ def assert_same_run(workdir: Path, other: Path) -> None:
     assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(wanted)
 
 
-def test_two_processes_give_the_losses_of_one_also_after_a_kill(run, tmp_path):
-    """Killed when a step or two past a checkpoint, and started again with the arguments of the JobSet."""
-    flags, config = run("contrastive", steps=6, **LENGTHS, **{"checkpoint.every": 2})
+def test_slurm_stops_and_requeues_and_pods_and_one_process_go_on(run, tmp_path):
+    """The batch script with a stand-in for srun; SIGTERM to one process ends both after the same step."""
+    flags, config = run("contrastive", steps=30, sharding="fsdp", **LENGTHS, **{"checkpoint.every": 100})
     train(config, tmp_path / "one")
     assert jax.device_count() == 8
-
-    workdir = f"--workdir={tmp_path / 'two'}"
-    pair = start_pair(workdir, *flags)
-    wait_for_steps(tmp_path / "two", 3, pair)
-    for process in pair:
-        process.kill()
-    first = outputs(pair)
-    assert len(read_metrics(tmp_path / "two")) >= 3, first
-
-    port = free_port()
-    again = [start(*pod_arguments(i, port)[:3], workdir, *flags) for i in range(2)]
-    texts = outputs(again)
-    assert [process.returncode for process in again] == [0, 0], texts
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-    # The first process alone speaks and tokenises.
-    assert "8 device(s) in 2 processes" in texts[0] and "going on from step" in texts[0]
-    assert "contrastive" not in texts[1] and "tokenising" not in first[1]
-
-
-def test_slurm_starts_stops_and_requeues_and_one_process_goes_on(run, tmp_path):
-    """The batch script with a stand-in for srun; SIGTERM to one process ends both after the same step."""
-    flags, config = run("mlm", steps=30, sharding="fsdp", **{"checkpoint.every": 100})
-    train(config, tmp_path / "one")
     workdir = tmp_path / "two"
     with sbatch(tmp_path, f"--workdir={workdir}", *flags) as job:
         wait_for_steps(workdir, 2, [job])
@@ -161,9 +101,39 @@ def test_slurm_starts_stops_and_requeues_and_one_process_goes_on(run, tmp_path):
     done = len(read_metrics(workdir))
     assert 2 <= done < 30 and text.count(f"stopped after step {done} of 30") == 2
 
-    # What two processes wrote in parts, one process reads, and goes on.
-    train(config, workdir)
+    # One process reads what two processes wrote in parts, and goes on.
+    shutil.copytree(workdir, tmp_path / "three")
+    train(config, tmp_path / "three")
+    assert_same_run(tmp_path / "three", tmp_path / "one")
+
+    port = free_port()
+    pods = [start(*pod_arguments(i, port)[:3], f"--workdir={workdir}", *flags) for i in range(2)]
+    texts = outputs(pods)
+    assert [process.returncode for process in pods] == [0, 0], texts
     assert_same_run(workdir, tmp_path / "one")
+    # Only the first process prints.
+    assert "8 device(s) in 2 processes" in texts[0] and f"contrastive: going on from step {done}" in texts[0]
+    assert "contrastive" not in texts[1] and "tokenising" not in texts[1]
+
+
+@pytest.mark.exhaustive(reason="tests/faults kills runs at every point; the test above goes on in two processes")
+def test_two_processes_give_the_losses_of_one_also_after_a_kill(run, tmp_path):
+    """Killed when a step or two past a checkpoint, and started again with the same command."""
+    flags, config = run("mlm", steps=6, **{"checkpoint.every": 2})
+    train(config, tmp_path / "one")
+    workdir = f"--workdir={tmp_path / 'two'}"
+    pair = start_pair(workdir, *flags)
+    wait_for_steps(tmp_path / "two", 3, pair)
+    for process in pair:
+        process.kill()
+    first = outputs(pair)
+    assert len(read_metrics(tmp_path / "two")) >= 3, first
+
+    again = start_pair(workdir, *flags)
+    texts = outputs(again)
+    assert [process.returncode for process in again] == [0, 0], texts
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert "mlm: going on from step" in texts[0] and "mlm: " not in texts[1]
 
 
 def test_a_process_that_fails_takes_the_others_with_it(run, tmp_path):
@@ -311,123 +281,8 @@ class TestPlace:
             hosts.place_from_slurm({name: value for name, value in STEP.items() if name != "SLURM_PROCID"})
 
 
-# The part of srun that counts here: as many processes, with what it tells them; the highest exit code.
-SRUN = f"""#!{sys.executable}
-import os, subprocess, sys
-command = sys.argv[1:]
-while command[0].startswith("--"):
-    command.pop(0)
-count = int(os.environ["SLURM_NTASKS"])
-step = dict(SLURM_STEP_ID="0", SLURM_STEP_NODELIST="localhost,nowhere", SLURM_STEP_NUM_NODES=str(count))
-step |= dict(SLURM_STEP_NUM_TASKS=str(count), SLURM_LOCALID="0")
-tasks = [subprocess.Popen(command, env=os.environ | step | dict(SLURM_PROCID=str(i))) for i in range(count)]
-with open(os.environ["PIDS"], "w") as f:
-    f.write(" ".join(str(task.pid) for task in tasks))
-sys.exit(max(task.wait() for task in tasks))
-"""
-
-
-def sbatch(tmp_path: Path, *arguments: str, srun: str = SRUN, state: str = "RUNNING") -> subprocess.Popen:
-    """The batch script on the first node of an allocation, where SLURM's commands are stand-ins."""
-    commands = {
-        "srun": srun,
-        "squeue": f"#!/bin/sh\necho {state}\n",
-        "scontrol": f'#!/bin/sh\necho "$@" > {tmp_path / "scontrol"}\n',
-    }
-    (tmp_path / "bin").mkdir()
-    for name, text in commands.items():
-        (tmp_path / "bin" / name).write_text(text, encoding="utf-8")
-        (tmp_path / "bin" / name).chmod(0o755)
-    allocation = dict(
-        SLURM_JOB_ID=str(random.randrange(1_000_000)),
-        SLURM_SUBMIT_DIR=str(ROOT),
-        SLURM_NTASKS="2",
-        SLURM_PROCID="0",
-        SLURM_LOCALID="0",
-    )
-    more = dict(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", NOMIC_JAX_VENV=sys.prefix, PIDS=str(tmp_path / "pids"))
-    return subprocess.Popen(
-        ["bash", ROOT / "launch" / "slurm" / "train.sbatch", *arguments],
-        cwd=tmp_path,
-        env=environment(**allocation, **more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize(
-    ("code", "state", "requeued"), [(75, "RUNNING", True), (75, "COMPLETING", False), (2, "RUNNING", False)]
-)
-def test_batch_script_requeues_what_was_preempted_and_nothing_else(code, state, requeued, tmp_path):
-    with sbatch(tmp_path, "--a", srun=f'#!/bin/sh\necho "$@"\nexit {code}\n', state=state) as job:
-        text = job.communicate()[0]
-    assert job.returncode == code and (tmp_path / "scontrol").exists() == requeued
-    assert text.splitlines()[0] == "--kill-on-bad-exit=0 --wait=150 python -m launch.train --a"
-
-
-def jobset(name: str) -> dict:
-    return yaml.safe_load((K8S / name).read_text(encoding="utf-8"))
-
-
-def pod(name: str) -> dict:
-    (workers,) = jobset(name)["spec"]["replicatedJobs"]
-    return workers["template"]["spec"]["template"]["spec"]
-
-
-def pod_arguments(index: int, port: int) -> list[str]:
-    """As the kubelet hands them to the pod, on one host."""
-    (container,) = pod("several_nodes.yaml")["containers"]
-    (declared,) = container["ports"]
-    values = {"$(COORDINATOR)": "localhost", "$(JOB_COMPLETION_INDEX)": str(index)}
-    values |= {f":{declared['containerPort']}": f":{port}"}
-    arguments = container["args"]
-    for name, value in values.items():
-        arguments = [argument.replace(name, value) for argument in arguments]
-    assert not any("$" in argument for argument in arguments)
-    return arguments
-
-
-@pytest.mark.parametrize(("name", "nodes"), [("one_node.yaml", 1), ("several_nodes.yaml", 2)])
-def test_jobset(name, nodes):
-    """What the types of JobSet require, and what the fields must say of each other."""
-    spec = jobset(name)["spec"]
-    assert (jobset(name)["apiVersion"], jobset(name)["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    (workers,) = spec["replicatedJobs"]
-    job = workers["template"]["spec"]
-    assert (job["parallelism"], job["completions"], job["completionMode"]) == (nodes, nodes, "Indexed")
-    # With another restart policy the pod failure policy is refused; with a backoff one pod would come back alone.
-    assert (job["backoffLimit"], pod(name)["restartPolicy"]) == (0, "Never")
-    (container,) = pod(name)["containers"]
-    on_exit, on_eviction = job["podFailurePolicy"]["rules"]
-    assert on_exit["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [EXIT_CODE]}
-    assert on_eviction["onPodConditions"][0]["type"] == "DisruptionTarget"
-    (rule,) = spec["failurePolicy"]["rules"]
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod(name)["volumes"]}
-    assert pod(name)["terminationGracePeriodSeconds"] >= 120
-    assert container["command"] == ["python", "-m", "launch.train"]
-    if nodes > 1:
-        assert spec["coordinator"] == {"replicatedJob": workers["name"], "jobIndex": 0, "podIndex": 0}
-        assert f"--num_processes={nodes}" in container["args"]
-
-
-def test_jobset_names_fields_that_exist():
-    from configs.contrastive import get_config
-
-    config = get_config()
-    for name in ("one_node.yaml", "several_nodes.yaml"):
-        for argument in pod(name)["containers"][0]["args"]:
-            flag, _, _ = argument.removeprefix("--").partition("=")
-            if flag.startswith("config."):
-                functools.reduce(lambda group, field: group[field], flag.split(".")[1:], config)
-            else:
-                assert flag in ("config", "workdir", "coordinator_address", "num_processes", "process_id")
-
-
 def test_results_are_json():
-    """``on_first_process`` hands on what JSON makes of it, with one process too."""
+    """``of_first`` hands on what JSON makes of it, with one process too."""
     assert hosts.on_first_process(lambda: ["a"]) == json.loads('["a"]')
     assert hosts.exchange("text") == ["text"]
     hosts.check_shared(Path("/nowhere"))

@@ -16,6 +16,8 @@ from nomic_jax.train.watch.flops import peak_flops, training_flops
 from nomic_jax.train.watch.metrics import read_metrics
 from tests.train.test_stages import load_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def full_rows(rows, length, **arrays):
     return Batch(arrays, "text", rows * length, rows * length, rows * length * length)

@@ -32,6 +32,8 @@ from nomic_jax.train.loop import train
 from tests.faults.runs import figures
 from tests.train.test_stages import load_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def same(left, right):
     return jax.tree.all(jax.tree.map(np.array_equal, left, right))

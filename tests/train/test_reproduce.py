@@ -19,6 +19,8 @@ from nomic_jax.train.loop import train
 from nomic_jax.train.reproduce import reproduce
 from tests.train.test_stages import load_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def runs(corpus, minilm, tmp_path_factory):

@@ -1,5 +1,6 @@
 """Three optimizer steps of each stage: the same on 1 and on 8 devices, with and without memory-saving."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tokenizers
+from jax.sharding import PartitionSpec as P
 
 from nomic_jax.data.mixture import read_mixture
 from nomic_jax.data.tokens.tokenizer import Tokenizer
@@ -18,10 +20,12 @@ from nomic_jax.train.config import ConfigurationError, TrainConfig
 from nomic_jax.train.loop import train
 from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
-from nomic_jax.train.sharding import make_mesh, put_rows
+from nomic_jax.train.sharding import DATA, make_mesh, put_rows, replicated
 from nomic_jax.train.state import init_state, make_train_step
 
-TINY = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=2048, dtype="float32")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+# One layer: layers are not stacked, so each of them is compiled. tests/model has several.
+TINY = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, max_positions=2048, dtype="float32")
 STAGES = ("mlm", "contrastive", "finetune")
 
 
@@ -43,15 +47,19 @@ def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
 
 
 def three_steps(config, tokenizer, device_count, sharding="replicated", guide=None):
+    """(the metrics of each step, the parameters). The second and third step move nothing between host and devices."""
     mesh = make_mesh(jax.devices()[:device_count])
     stream = make_stream(config, tokenizer, device_count)
     stage = make_stage(config, EmbeddingConfig(config.model), stream.layout, guide)
     optimizer = make_optimizer(config.optim, learning_rate(config.optim, config.steps))
     state = init_state(jax.random.key(0), stage, optimizer, mesh, {}, sharding)
     step = make_train_step(stage, optimizer, mesh, config.accumulate, sharding)
+    frozen = jax.device_put(stage.frozen, replicated(mesh))
     history = []
     for i in range(3):
-        state, metrics = step(state, put_rows(stream.batch(i).arrays, mesh), stage.frozen)
+        rows = put_rows(stream.batch(i).arrays, mesh)
+        with jax.transfer_guard("disallow") if i else contextlib.nullcontext():
+            state, metrics = step(state, rows, frozen)
         history.append({name: float(value) for name, value in metrics.items()})
     return history, jax.device_get(state.params)
 
@@ -77,7 +85,10 @@ def relative(left, right):
     return np.linalg.norm(left - right) / max(np.linalg.norm(right), 1e-12)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+PAIRWISE = pytest.mark.exhaustive(reason="each stage and each sharding are in another pair of the default suite")
+
+
+@pytest.mark.parametrize("stage", ["mlm", "contrastive", pytest.param("finetune", marks=PAIRWISE)])
 def test_one_device_and_eight_agree(stage, corpus, minilm, tokenizer):
     config = load_config(stage, corpus, minilm)
     one = three_steps_on_one_device(config, tokenizer)
@@ -85,20 +96,32 @@ def test_one_device_and_eight_agree(stage, corpus, minilm, tokenizer):
     assert_same(three_steps(config, tokenizer, 8), one)
 
 
-@pytest.mark.parametrize("stage, sharding", [("mlm", "zero1"), ("contrastive", "zero1"), ("finetune", "fsdp")])
+@pytest.mark.parametrize(
+    "stage, sharding",
+    [
+        ("mlm", "zero1"),
+        pytest.param("contrastive", "zero1", marks=PAIRWISE),
+        # With all options of the loss: test_loss_options_agree_between_one_device_and_eight.
+        pytest.param("finetune", "fsdp", marks=PAIRWISE),
+    ],
+)
 def test_divided_states_take_the_same_steps(stage, sharding, corpus, minilm, tokenizer):
     config = load_config(stage, corpus, minilm)
     assert_same(three_steps(config, tokenizer, 8, sharding), three_steps_on_one_device(config, tokenizer))
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(corpus, minilm, tokenizer):
-    whole = three_steps(load_config("mlm", corpus, minilm), tokenizer, 2)
+    whole = three_steps_on_one_device(load_config("mlm", corpus, minilm), tokenizer)
     assert_same(three_steps(load_config("mlm", corpus, minilm, accumulate=4), tokenizer, 2), whole)
 
 
 @pytest.mark.parametrize(
     "stage, layout, kept_chunks",
-    [("contrastive", "bucketed", 0.0), ("finetune", "bucketed", 0.0), ("finetune", "packed", 0.5)],
+    [
+        ("contrastive", "bucketed", 0.0),
+        pytest.param("finetune", "bucketed", 0.0, marks=PAIRWISE),
+        ("finetune", "packed", 0.5),
+    ],
 )
 def test_layouts_give_the_same_step(stage, layout, kept_chunks, corpus, minilm, tokenizer, monkeypatch):
     # Every length is compiled; a few are enough.
@@ -111,7 +134,7 @@ def test_layouts_give_the_same_step(stage, layout, kept_chunks, corpus, minilm, 
 
 def test_mlm_head_in_parts_gives_the_same_step(corpus, minilm, tokenizer, monkeypatch):
     config = load_config("mlm", corpus, minilm)
-    whole = three_steps(config, tokenizer, 2)
+    whole = three_steps_on_one_device(config, tokenizer)
     monkeypatch.setattr("nomic_jax.train.objectives.mlm.PREDICTIONS_AT_A_TIME", 60)
     assert_same(three_steps(config, tokenizer, 2), whole)
 
@@ -162,16 +185,28 @@ def test_a_guide_leaves_out_what_it_finds_as_similar_as_the_positive(corpus, min
     model = EmbeddingConfig(plain.model)
     guide = Checkpoint(model, {"encoder": init_encoder(jax.random.key(7), model.encoder)}, tokenizer)
 
-    def losses(margin, device_count, layout="padded", guide=guide):
-        loss = dataclasses.replace(plain.loss, guide_margin=margin)
-        data = dataclasses.replace(plain.data, layout=layout, chunk_tokens=128)
-        config = dataclasses.replace(plain, loss=loss, data=data)
+    def losses(guide, margin):
+        """Of three batches on one device, without a step between them."""
+        config = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, guide_margin=margin))
+        stage = make_stage(config, model, None, guide)
+
+        @jax.jit
+        @functools.partial(jax.shard_map, mesh=make_mesh(jax.devices()[:1]), in_specs=(P(), P(DATA)), out_specs=P())
+        def loss(params, rows):
+            return jax.lax.psum(stage.loss(params, rows).loss, DATA)
+
+        params = jax.jit(stage.init)(jax.random.key(0)) | stage.frozen
+        stream = make_stream(config, tokenizer)
+        return [float(loss(params, stream.batch(i).arrays)) for i in range(3)]
+
+    def losses_of_steps(device_count, layout):
+        config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, layout=layout, chunk_tokens=128))
         return [line["loss"] for line in three_steps(config, tokenizer, device_count, guide=guide)[0]]
 
-    without = losses(0.0, 2, guide=None)
-    assert losses(2.0, 2) == pytest.approx(without, rel=1e-6)
-    some = losses(0.0, 1)
-    assert some == pytest.approx(losses(0.0, 4, "packed"), rel=1e-5)
+    assert losses(guide, 2.0) == pytest.approx(losses(None, 0.0), rel=1e-6)
+    some = losses_of_steps(1, "padded")
+    assert some == pytest.approx(losses_of_steps(4, "packed"), rel=1e-5)
+    without = [line["loss"] for line in three_steps_on_one_device(plain, tokenizer)[0]]
     assert all(0 < a < 0.99 * b for a, b in zip(some, without))
 
 
@@ -188,8 +223,9 @@ def test_a_guide_of_another_vocabulary(corpus, minilm, tmp_path):
 
 
 def test_a_learnt_temperature_goes_on_in_the_next_stage(corpus, minilm, tmp_path):
-    config = load_config("contrastive", corpus, minilm)
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, learn_temperature=True))
+    # The program of test_loss_options_agree_between_one_device_and_eight.
+    config = load_config("finetune", corpus, minilm)
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **OPTIONS))
     train(config, tmp_path / "one", jax.devices()[:1])
     learnt = read_pretrained(tmp_path / "one").params["temperature"]["log_scale"]
     assert learnt != np.float32(-np.log(config.loss.temperature))
@@ -205,7 +241,7 @@ def test_a_source_may_keep_its_rows_apart(corpus, minilm, tokenizer, tmp_path):
     config = load_config("contrastive", corpus, minilm)
     data = dataclasses.replace(config.data, mixture=str(alone))
     stream = make_stream(dataclasses.replace(config, data=data), tokenizer)
-    history = three_steps(dataclasses.replace(config, data=data), tokenizer, 2)[0]
+    history = three_steps(dataclasses.replace(config, data=data), tokenizer, 8)[0]
     sources = [stream.batch(i).source for i in range(3)]
     assert set(sources) == {"a", "b"}
     for source, metrics in zip(sources, history):

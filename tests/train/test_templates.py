@@ -1,0 +1,56 @@
+"""The templates that start several processes: SLURM's batch script and the JobSets of Kubernetes."""
+
+import functools
+
+import pytest
+
+from nomic_jax.train.interruption import EXIT_CODE
+from tests.train.processes import jobset, pod, sbatch
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"), [(75, "RUNNING", True), (75, "COMPLETING", False), (2, "RUNNING", False)]
+)
+def test_batch_script_requeues_what_was_preempted_and_nothing_else(code, state, requeued, tmp_path):
+    with sbatch(tmp_path, "--a", srun=f'#!/bin/sh\necho "$@"\nexit {code}\n', state=state) as job:
+        text = job.communicate()[0]
+    assert job.returncode == code and (tmp_path / "scontrol").exists() == requeued
+    assert text.splitlines()[0] == "--kill-on-bad-exit=0 --wait=150 python -m launch.train --a"
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("one_node.yaml", 1), ("several_nodes.yaml", 2)])
+def test_jobset(name, nodes):
+    """What the types of JobSet require, and what the fields must say of each other."""
+    spec = jobset(name)["spec"]
+    assert (jobset(name)["apiVersion"], jobset(name)["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (workers,) = spec["replicatedJobs"]
+    job = workers["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["completionMode"]) == (nodes, nodes, "Indexed")
+    # With another restart policy the pod failure policy is refused; with a backoff one pod would come back alone.
+    assert (job["backoffLimit"], pod(name)["restartPolicy"]) == (0, "Never")
+    (container,) = pod(name)["containers"]
+    on_exit, on_eviction = job["podFailurePolicy"]["rules"]
+    assert on_exit["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [EXIT_CODE]}
+    assert on_eviction["onPodConditions"][0]["type"] == "DisruptionTarget"
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod(name)["volumes"]}
+    assert pod(name)["terminationGracePeriodSeconds"] >= 120
+    assert container["command"] == ["python", "-m", "launch.train"]
+    if nodes > 1:
+        assert spec["coordinator"] == {"replicatedJob": workers["name"], "jobIndex": 0, "podIndex": 0}
+        assert f"--num_processes={nodes}" in container["args"]
+
+
+def test_jobset_names_fields_that_exist():
+    from configs.contrastive import get_config
+
+    config = get_config()
+    for name in ("one_node.yaml", "several_nodes.yaml"):
+        for argument in pod(name)["containers"][0]["args"]:
+            flag, _, _ = argument.removeprefix("--").partition("=")
+            if flag.startswith("config."):
+                functools.reduce(lambda group, field: group[field], flag.split(".")[1:], config)
+            else:
+                assert flag in ("config", "workdir", "coordinator_address", "num_processes", "process_id")
