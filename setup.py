@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["nomic_jax", "nomic_jax.*"]),
     # From the oldest release that has what is used to the next that may break it. No upper bound where the number is a
-    # date or goes up each quarter. The versions that CI tests are in requirements-ci.lock.
+    # date or goes up each quarter. CI tests the versions in requirements-ci*.lock.
     install_requires=[
         "absl-py>=2.1,<3",
         "array-record>=0.5,<1",
@@ -55,6 +55,8 @@ setup(
         "gcs": ["gcsfs>=2024.6"],
         "ray": ["ray[data]>=2.40,<3"],
         "quickstart": ["bm25s>=0.2,<1", "simple-icd-10-cm>=1.0,<2"],
+        # For launch/test_newest.sh; tests that need a package of "dev" skip themselves.
+        "test": ["pytest>=8.0,<10", "pytest-xdist>=3.5,<4"],
         # torch is a reference to compare with, never a dependency; one exact version, so that pip looks no further.
         "dev": [
             "torch==2.13.0",

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to a Hugging Face embedder and a report, on a CPU: bash launch/quickstart.sh [OUT_DIR]
+# From nothing to a Hugging Face embedder and a report, on a CPU: bash launch/quickstart.sh [--tiny] [OUT_DIR]
 #
-# Needs python >= 3.11 and pip. Every command is the one that a full run uses; only the configuration is small. Stopped at
-# any moment, the same command goes on where it was.
+# Needs python >= 3.11 and pip. The commands are those of a full run; only the configuration is small. If it is stopped,
+# the same command continues where it was. OUT_DIR is "quickstart" by default.
+#
+# --tiny: the same commands with less data and fewer steps, a few minutes on 2 cores. CI runs it.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit ;; esac
+tiny=
+if [ "${1:-}" = --tiny ]; then tiny=1; shift; fi
+case "${1:-}" in -*) echo "error: unknown option $1; see --help" >&2; exit 2 ;; esac
 out=${1:-quickstart}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -12,8 +18,21 @@ source launch/venv.sh
 use_venv quickstart
 export JAX_COMPILATION_CACHE_DIR=$out/jax_cache
 
+collecting=(--code_pairs=8000) min_gain=0.1
+if [ -n "$tiny" ]; then
+  collecting=(--code_pairs=2000 --held_out=200) min_gain=0.03
+  export MLM_FLAGS=--config.steps=60
+fi
 echo "== collecting real text and pairs"
-python -m launch.collect --output="$out/data" --code_pairs=8000
+python -m launch.collect --output="$out/data" "${collecting[@]}"
+if [ -n "$tiny" ]; then
+  # launch.collect takes all diagnoses and 6 MB of text.
+  for file in pairs/icd10 labelled/icd10 mlm/text; do
+    [ "$(wc -l <"$out/data/$file.jsonl")" -le 2000 ] && continue
+    head -n 2000 "$out/data/$file.jsonl" >"$out/data/$file.part"
+    mv "$out/data/$file.part" "$out/data/$file.jsonl"
+  done
+fi
 
 bash launch/recipe.sh "$out/data" "$out" quickstart
 
@@ -23,4 +42,4 @@ python -m launch.search --model="$out/models/finetune" --corpus="$out/data/held_
   --query="burn on the hand" --query="inflammation of the middle ear" --query="alcohol dependence"
 python -m launch.search --model="$out/models/finetune" --corpus="$out/data/held_out/code/corpus.jsonl" --column=text \
   --query="convert an array to a list" --query="read a file and return its content"
-python -m launch.report "$out" --min_gain=0.1
+python -m launch.report "$out" --min_gain="$min_gain"

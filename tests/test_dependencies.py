@@ -2,14 +2,13 @@
 
 import ast
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from launch.lock import lock_of
+from launch.lock import LOCKS, lock_of
 
 ROOT = Path(__file__).parent.parent
 # Their numbers are dates, or go up each quarter, and say nothing of what breaks; torch is one exact version.
@@ -28,8 +27,8 @@ def declared() -> dict[str, list[Requirement]]:
     return {extra: [Requirement(text) for text in texts] for extra, texts in extras.items()}
 
 
-def locked() -> dict[str, Requirement]:
-    lines = (ROOT / "requirements-ci.lock").read_text(encoding="utf-8").splitlines()
+def locked(file: str) -> dict[str, Requirement]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     requirements = [Requirement(line) for line in lines if not line.startswith("#")]
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
@@ -44,9 +43,11 @@ def test_every_dependency_has_a_range():
             assert has_upper != (name in WITHOUT_UPPER_BOUND), f"{requirement} of {extra!r}"
 
 
-@pytest.mark.parametrize("extra", ["", "dev", "quickstart"])
-def test_the_lock_has_what_is_declared(extra):
-    versions = locked()
+@pytest.mark.parametrize(
+    ("file", "extra"), [(file, extra) for file, extras in LOCKS.values() for extra in ["", *extras.split(",")]]
+)
+def test_the_lock_has_what_is_declared(file, extra):
+    versions = locked(file)
     for requirement in declared()[extra]:
         line = versions[canonicalize_name(requirement.name)]
         (pin,) = line.specifier
@@ -56,16 +57,16 @@ def test_the_lock_has_what_is_declared(extra):
         )
 
 
-def test_the_lock_names_versions_and_nothing_else():
-    text = (ROOT / "requirements-ci.lock").read_text(encoding="utf-8")
+@pytest.mark.parametrize("version", LOCKS)
+def test_the_lock_names_versions_and_nothing_else(version):
+    text = (ROOT / LOCKS[version][0]).read_text(encoding="utf-8")
     for line in text.splitlines()[1:]:
-        assert re.fullmatch(r'[a-z0-9._-]+==[a-z0-9.]+ ; python_version == "3\.\d+"', line), line
+        assert re.fullmatch(rf'[a-z0-9._-]+==[a-z0-9.]+ ; python_version == "{re.escape(version)}"', line), line
     assert "nomic" not in text.partition("\n")[2]
 
 
 def test_a_lock_is_made_of_what_pip_reports():
     found = {"nomic_jax": "0.1.0", "torch": "2.13.0+cpu", "PyYAML": "6.0.3"}
     report = {"install": [{"metadata": {"name": name, "version": version}} for name, version in found.items()]}
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    expected = [f'pyyaml==6.0.3 ; python_version == "{python}"', f'torch==2.13.0 ; python_version == "{python}"']
-    assert lock_of(report).splitlines()[1:] == expected
+    expected = ['pyyaml==6.0.3 ; python_version == "3.12"', 'torch==2.13.0 ; python_version == "3.12"']
+    assert lock_of(report, "3.12").splitlines()[1:] == expected

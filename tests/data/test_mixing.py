@@ -42,7 +42,7 @@ def visits(mixing, start, stop):
 def test_a_step_is_a_function_of_the_seed_alone(name):
     mixing = Mixing(STORES, 4, 7, SAMPLINGS[name])
     whole = visits(mixing, 0, 60)
-    order = random.Random(0).sample(range(60), 20)
+    order = random.Random(0).sample(range(60), 10)
     for step in order:  # not one after the other
         assert visits(mixing, step, step + 1) == [whole[step]]
     assert visits(Mixing(STORES, 4, 7, SAMPLINGS[name]), 45, 60) == whole[45:]
@@ -164,7 +164,7 @@ def test_rows_do_not_depend_on_devices_processes_or_threads(stores, tokenizer, n
     sampling = SAMPLINGS[name] if name != "weights" else Sampling("weights", weights=(1.0, 3.0))
     settings = {"batch_size": 8, "query_length": 16, "document_length": 48, "seed": 5, "sampling": sampling}
     reference = PairStream(stores, tokenizer, **settings)
-    expected = [sorted(map(tuple, reference.batch(step).arrays["query_hash"].tolist())) for step in range(24)]
+    expected = [sorted(map(tuple, reference.batch(step).arrays["query_hash"].tolist())) for step in range(16)]
     for layout, devices, processes, threads in (
         ("padded", 1, 1, 4),
         ("padded", 8, 4, 0),
@@ -181,9 +181,9 @@ def test_rows_do_not_depend_on_devices_processes_or_threads(stores, tokenizer, n
             chunk_tokens=128,
         )
         stream = PairStream(stores, tokenizer, layout=made, devices=devices, **settings)
-        assert [stream.row_numbers(step) for step in range(24)] == [reference.row_numbers(step) for step in range(24)]
-        shares = [read_ahead(stream, 10, 24, shard, processes, threads) for shard in range(processes)]
-        for step, parts in enumerate(zip(*shares), 10):
+        assert [stream.row_numbers(step) for step in range(16)] == [reference.row_numbers(step) for step in range(16)]
+        shares = [read_ahead(stream, 8, 16, shard, processes, threads) for shard in range(processes)]
+        for step, parts in enumerate(zip(*shares), 8):
             hashes = np.concatenate([part.arrays["query_hash"] for part in parts])
             assert sorted(map(tuple, hashes.tolist())) == expected[step]
 

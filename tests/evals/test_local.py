@@ -76,9 +76,10 @@ def report(local_tasks, minilm, tmp_path_factory):
     return found, output
 
 
+@pytest.mark.slow(reason="imports mteb and torch, and runs four tasks in both")
 def test_scores_are_those_of_mteb_and_sentence_transformers(report, local_tasks, minilm):
-    import mteb
-    from sentence_transformers import SentenceTransformer
+    mteb = pytest.importorskip("mteb")
+    SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 
     model = SentenceTransformer(str(minilm), device="cpu")
     model.max_seq_length = MAX_LENGTH
@@ -100,9 +101,10 @@ def test_scores_are_those_of_mteb_and_sentence_transformers(report, local_tasks,
     assert ours["retrieval"]["queries"] == 20
 
 
+@pytest.mark.slow(reason="two runs of mteb's ten classifiers")
 def test_classification_of_the_suite_mteb_is_that_of_a_model_without_normalisation(local_tasks, minilm, tmp_path):
-    import mteb
-    from sentence_transformers import SentenceTransformer
+    mteb = pytest.importorskip("mteb")
+    SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 
     from nomic_jax import Embedder
     from nomic_jax.evals.suites.mteb import UNNORMALIZED, score
@@ -118,7 +120,7 @@ def test_classification_of_the_suite_mteb_is_that_of_a_model_without_normalisati
 
 
 def test_long_texts_are_cut_where_sentence_transformers_cuts(minilm, words):
-    from sentence_transformers import SentenceTransformer
+    SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
 
     from nomic_jax import Embedder
 
@@ -286,7 +288,7 @@ def test_a_model_that_cannot_be_read_fails_the_run(local_tasks, tmp_path, monkey
         evaluate("model", ["x"], tmp_path, suite="jina_long")
 
 
-def test_it_needs_neither_mteb_nor_torch(local_tasks, minilm, tmp_path):
+def test_it_needs_neither_mteb_nor_torch(local_tasks, tiny_model, tmp_path):
     import subprocess
 
     code = (
@@ -294,7 +296,7 @@ def test_it_needs_neither_mteb_nor_torch(local_tasks, minilm, tmp_path):
         "exec('raise ModuleNotFoundError(name)') if name.split('.')[0] in "
         "('torch', 'mteb', 'sentence_transformers', 'pytrec_eval') else None)}));"
         "from launch.evaluate import evaluate;"
-        f"found = evaluate({str(minilm)!r}, [{str(local_tasks)!r}], {str(tmp_path)!r}, max_length=16);"
+        f"found = evaluate({str(tiny_model)!r}, [{str(local_tasks)!r}], {str(tmp_path)!r}, max_length=16);"
         "assert len(found['tasks']) == 4 and not found['failed'], found"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

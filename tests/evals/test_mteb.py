@@ -15,6 +15,7 @@ from nomic_jax.evals.suites import hub, mteb
 from nomic_jax.evals.tasks.contract import TaskError
 from nomic_jax.inference.integrations import mteb_encoder
 
+pytest.importorskip("mteb")
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -136,6 +137,7 @@ def test_jina_lengths_are_cells_of_their_own(minilm, only, tmp_path, monkeypatch
     assert (tmp_path / "jina_long.png").exists()
 
 
+@pytest.mark.slow(reason="a process of its own imports mteb and torch")
 def test_an_unreachable_hub_is_said_at_once(minilm, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     environment.pop("HF_HUB_OFFLINE", None)

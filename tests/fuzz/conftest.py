@@ -1,6 +1,8 @@
 """How many examples, and which: the same ones in every run, unless NOMIC_JAX_FUZZ says how many times as many.
 
 NOMIC_JAX_FUZZ=50 python -m pytest tests/fuzz       # new ones each time; a failure prints how to repeat it
+
+``launch/test.sh --all`` sets it to 20.
 """
 
 import os

@@ -17,7 +17,7 @@ from tests.corpus import write_small_model
 from tests.fuzz.conftest import TIMES
 from tests.fuzz.strategies import ANYTHING, as_bytes, broken_json, changed, damaged
 
-EXAMPLES = 30 * max(1, TIMES)
+EXAMPLES = 15 * max(1, TIMES)
 OURS = (CheckpointError, ConfigError, FileNotFoundError)
 
 

@@ -18,7 +18,7 @@ from tests.fuzz.conftest import TIMES
 from tests.fuzz.strategies import damaged
 from tests.fuzz.test_data import PAIR, check_rows
 
-EXAMPLES = 60 * max(1, TIMES)
+EXAMPLES = 25 * max(1, TIMES)
 TABLE = pa.table({"query": [f"q {i}" for i in range(6)], "document": ["d", "e"] * 3, "n": range(6)})
 
 

@@ -20,7 +20,7 @@ from nomic_jax.train.config import ConfigurationError, TrainConfig
 from tests.fuzz.conftest import TIMES
 from tests.fuzz.strategies import ANYTHING, as_bytes, broken_json, changed, damaged
 
-EXAMPLES = 150 * max(1, TIMES)
+EXAMPLES = 60 * max(1, TIMES)
 PAIR = {"query": str, "document": str}
 ROWS = [{"query": f"q {i}", "document": "d", "metadata": {"objective": {"paired": [["query", "document"]]}}} for i in range(6)]  # fmt: skip  # noqa: E501
 LINES = [as_bytes(row) + b"\n" for row in ROWS]

@@ -1,26 +1,19 @@
 """The commands as a user types them: stage after stage on tiny files, and mistakes answered in one line."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformer
 
 from nomic_jax import Embedder
 from nomic_jax.run.pretrained import read_pretrained
+from tests.commands import run
 
-ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.slow(reason="its first set-up runs the three stages, once for all tests of this file")
 
 
 def command(*arguments, check=True):
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = run(*arguments)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -57,6 +50,7 @@ def runs(corpus, minilm, tmp_path_factory):
 
 
 def test_export_of_the_last_stage_is_an_embedder(runs, tmp_path):
+    SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
     command("convert.to_hf", runs / "finetune", tmp_path / "model")
     texts = ["first text", "a second, longer text"]
     ours = Embedder.from_pretrained(tmp_path / "model").encode_query(texts)

@@ -15,6 +15,7 @@ import pytest
 from launch.teacher import open_teacher
 from nomic_jax import Embedder
 from nomic_jax.data.formats.writing import write_rows
+from tests.commands import Command
 from tests.corpus import pairs_of_words, write_teacher
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,28 +33,24 @@ def teacher(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    write_rows(file, pairs_of_words(600))
+    write_rows(file, pairs_of_words(300))
     return file
 
 
 def start(*arguments) -> subprocess.Popen:
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", *map(str, arguments)]
+    """A process that Ray may start others from."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
+def finish(process: Command | subprocess.Popen, code: int = 0) -> str:
     out, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors[-3000:]
     return out + errors
 
 
-def kill_after(process: subprocess.Popen, output: Path, pieces: int) -> None:
+def kill_after(process: Command | subprocess.Popen, output: Path, pieces: int) -> None:
     """As soon as so many pieces are there."""
     # os.walk, not rglob: a finished block takes its folder of pieces away while we look.
     while sum(name[0].isdigit() for _, _, names in os.walk(output / "work") for name in names) < pieces:
@@ -72,7 +69,7 @@ def same(a: Path, b: Path, names) -> None:
 def test_scores_are_those_of_the_teacher_with_its_prefixes(teacher, pairs, tmp_path):
     """How the commands take kills, and share work, is in tests/faults/curation.py."""
     command = ["launch.filter", f"--input={pairs}", f"--model={teacher}", "--prefixes", "--block_size=60"]
-    finish(start(*command, f"--output={tmp_path / 'filter'}"))
+    finish(Command(*command, f"--output={tmp_path / 'filter'}"))
     scores = [json.loads(line) for line in (tmp_path / "filter" / "scores.jsonl").read_text().splitlines()]
     embedder = Embedder.from_pretrained(teacher)
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
@@ -81,7 +78,7 @@ def test_scores_are_those_of_the_teacher_with_its_prefixes(teacher, pairs, tmp_p
     np.testing.assert_allclose([line["score"] for line in scores], (queries * documents).sum(1), atol=3e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="starts Ray and four processes of it")
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs the extra "ray"')
 def test_ray_with_two_workers_killed_and_restarted(teacher, pairs, tmp_path):
     common = [f"--input={pairs}", f"--model={teacher}"]
@@ -123,8 +120,8 @@ def test_cleaning_against_a_task(pairs, tmp_path):
         f"--output={tmp_path / 'out'}",
         "--ngram=6",
     ]
-    out = finish(start(*command, "--remove_contaminated=queries", "--near=0.8"))
-    assert "kept 599 of 600 rows (removed: 1 contaminated)" in out
+    out = finish(Command(*command, "--remove_contaminated=queries", "--near=0.8"))
+    assert "kept 299 of 300 rows (removed: 1 contaminated)" in out
     assert "toy: 1 rows overlap with 1 of 1 queries" in out
     removed = json.loads((tmp_path / "out" / "removed.jsonl").read_text())
     assert (removed["row"], removed["reason"], removed["of"]) == (3, "contaminated", ["toy"])
@@ -141,6 +138,6 @@ def test_cleaning_against_a_task(pairs, tmp_path):
 )
 def test_a_mistake_is_answered_in_one_line(teacher, pairs, tmp_path, command, message):
     model = [] if command[0] == "launch.clean" else [f"--model={teacher}"]
-    errors = finish(start(command[0], f"--input={pairs}", *model, f"--output={tmp_path}", *command[1:]), code=2)
+    errors = finish(Command(command[0], f"--input={pairs}", *model, f"--output={tmp_path}", *command[1:]), code=2)
     last = errors.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last and "Traceback" not in errors

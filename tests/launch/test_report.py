@@ -1,10 +1,10 @@
 """The report shows the figures that lie below its folder, and its check can fail."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.commands import run
 
 RUN = {"model": {"hidden_size": 8, "num_layers": 1}, "batch_size": 4, "optim": {"lr": 2e-4}, "data": {}}
 
@@ -40,8 +40,7 @@ def folder(tmp_path):
 
 
 def report(folder, gain):
-    command = [sys.executable, "-m", "launch.report", str(folder), f"--min_gain={gain}"]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run("launch.report", folder, f"--min_gain={gain}")
 
 
 def test_figures_pictures_and_order(folder):
