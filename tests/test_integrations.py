@@ -50,7 +50,8 @@ def no_network(monkeypatch):
 
 
 def test_the_module_imports_no_library():
-    code = "import sys, nomic_jax.inference.integrations; print({'mteb', 'langchain_core', 'llama_index'} & set(sys.modules))"
+    libraries = {"mteb", "langchain_core", "llama_index"}
+    code = f"import sys, nomic_jax.inference.integrations; print({libraries} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 
