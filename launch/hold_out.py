@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from launch.errors import run
 from nomic_jax.curate.hold_out import Split
-from nomic_jax.curate.mixtures import with_files
+from nomic_jax.curate.mixtures import replace_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
 from nomic_jax.data.mixture import Source, read_mixture
@@ -70,7 +70,7 @@ def hold_out(
         counts[source.name] = _divide(source, split, output, queries, documents, most_pairs)
     for part in ("pairs", "labelled"):
         with atomic_file(output / f"{part}.yaml") as file:
-            file.write_text(with_files(mixture, f"{part}/{{name}}.jsonl"), encoding="utf-8")
+            file.write_text(replace_files(mixture, f"{part}/{{name}}.jsonl"), encoding="utf-8")
     summary = {"settings": settings, "pairs": counts}
     write_json(summary_file, summary)
     return summary
@@ -106,7 +106,7 @@ def _divide(
                 row
                 for row in rows()
                 if split.is_labelled(row) == (part == "labelled")
-                and split.is_drawn(row, "sample", share)
+                and split.is_sampled(row, "sample", share)
                 and split.is_for_training(row, held)
             ),
         )

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from nomic_jax.curate.engine.embedding import Encoder
-from nomic_jax.curate.engine.tasks import Engine, run_here
+from nomic_jax.curate.engine.tasks import Engine, local_engine
 
 INPUT = flags.DEFINE_string(
     "input",
@@ -76,7 +76,7 @@ def load_teacher() -> Encoder:
 def engine() -> Engine:
     """The engine that the flags select."""
     if ENGINE.value == "local":
-        return run_here
+        return local_engine
     from nomic_jax.curate.engine.ray_engine import ray_engine
 
     made = ray_engine(functools.partial(open_teacher, **_settings()), WORKERS.value)

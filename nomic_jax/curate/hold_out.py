@@ -1,4 +1,4 @@
-"""Pairs set aside before training: a retrieval task of them, and of the rest a share for finetuning."""
+"""Splits pairs before training: a held-out retrieval task, and a share of the remaining pairs for finetuning."""
 
 import hashlib
 import heapq
@@ -14,9 +14,9 @@ Row = Mapping[str, Any]
 
 class HeldOut(NamedTuple):
     """Attributes:
-    rows: what is held out.
-    groups: values of the group column of these.
-    texts: their queries and documents.
+    rows: the held-out rows.
+    groups: the values of the group column in these rows.
+    texts: the queries and documents of these rows.
     """
 
     rows: list[Row]
@@ -25,13 +25,13 @@ class HeldOut(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How the rows of a source are divided, by what each row holds alone.
+    """A split of the rows of a source. It does not depend on the order of the rows.
 
     Attributes:
-      columns: of query and document.
-      group: column whose equal values stay together, so that near-identical neighbours do.
-      seed: draws another split.
-      labelled_share: of the groups that are not held out, set aside for finetuning.
+      columns: the query column and the document column.
+      group: the column to group by. Rows with equal values stay together, and so do near-identical neighbours.
+      seed: another seed gives another split.
+      labelled_share: the share of the groups outside the held-out set that is set aside for finetuning.
     """
 
     columns: tuple[str, str]
@@ -40,25 +40,27 @@ class Split(NamedTuple):
     labelled_share: float = 0.15
 
     def hold_out(self, rows: Callable[[], Iterable[Row]], queries: int, documents: int) -> HeldOut:
-        """Whole groups, in a drawn order, until they have so many different queries and documents, or all there are.
+        """Takes whole groups, in random order, until they have these numbers of distinct queries and documents.
+
+        If the source has fewer, all groups are held out. Memory grows with the held-out rows, not with the input.
 
         Args:
-          rows: gives all rows; called again if the first groups drawn were not enough. Memory is that of what is held.
+          rows: iterates over all rows. It is called again if the first sample of groups was not large enough.
         """
-        wanted, held = 4 * max(queries, documents), list[Row]()
+        sample_size, held = 4 * max(queries, documents), list[Row]()
         while True:
-            first = heapq.nsmallest(wanted, rows(), key=lambda row: sampling_key(self.seed, row[self.group]))
+            first = heapq.nsmallest(sample_size, rows(), key=lambda row: sampling_key(self.seed, row[self.group]))
             groups = [list(group) for _, group in groupby(first, key=lambda row: row[self.group])]
-            if len(first) == wanted:
-                groups.pop()  # it may have more rows
+            if len(first) == sample_size:
+                groups.pop()  # the last group may be incomplete
             held = []
             for group in groups:
                 if self._is_enough(held, queries, documents):
                     break
                 held += group
-            if len(first) < wanted or self._is_enough(held, queries, documents):
+            if len(first) < sample_size or self._is_enough(held, queries, documents):
                 return HeldOut(held, {row[self.group] for row in held}, set(self._texts(held)))
-            wanted *= 2
+            sample_size *= 2
 
     def _is_enough(self, rows: Sequence[Row], queries: int, documents: int) -> bool:
         return all(
@@ -70,27 +72,27 @@ class Split(NamedTuple):
         return (row[column] for row in rows for column in self.columns)
 
     def is_for_training(self, row: Row, held: HeldOut) -> bool:
-        """Whether it is neither held out, nor has a text of what is."""
+        """Returns whether the row is not held out and shares no text with a held-out row."""
         return row[self.group] not in held.groups and held.texts.isdisjoint(self._texts([row]))
 
     def is_labelled(self, row: Row) -> bool:
-        """Whether a row for training is for finetuning."""
-        return self.is_drawn(row, "labelled", self.labelled_share)
+        """Returns whether a training row is set aside for finetuning."""
+        return self.is_sampled(row, "labelled", self.labelled_share)
 
-    def is_drawn(self, row: Row, purpose: str, share: float) -> bool:
-        """Whether its group is among a share of all; another one for each purpose."""
+    def is_sampled(self, row: Row, purpose: str, share: float) -> bool:
+        """Returns whether the row's group is in a random share of all groups; each purpose has its own sample."""
         return int.from_bytes(sampling_key(self.seed, f"{purpose} {row[self.group]}")[:4]) < share * 2**32
 
     def write_task(
         self, folder: Path, held: HeldOut, queries: int, query_prompt: str, document_prompt: str
     ) -> tuple[int, int]:
-        """Writes a retrieval task of ``queries`` of the held queries and all held documents; returns both numbers."""
+        """Writes a task with at most ``queries`` held-out queries and all held-out documents; returns both counts."""
         query, document = self.columns
         document_ids = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(row[document] for row in held.rows))}
         relevant: dict[str, set[str]] = {}
         for row in held.rows:
             relevant.setdefault(row[query], set()).add(document_ids[row[document]])
-        # Drawn once more, so that they come from many groups where the number of documents decided.
+        # The groups may have more queries than requested. Sampling again takes queries from many groups.
         chosen = sorted(relevant, key=lambda text: sampling_key(0, text))[:queries]
         query_ids = {text: f"q{i}" for i, text in enumerate(chosen)}
         qrels = [
@@ -106,5 +108,5 @@ class Split(NamedTuple):
 
 
 def sampling_key(seed: int, text: str) -> bytes:
-    """A sort key that looks random but depends on seed and text alone."""
+    """Returns a pseudo-random sort key that depends only on the seed and the text."""
     return hashlib.sha256(f"{seed} {text}".encode()).digest()

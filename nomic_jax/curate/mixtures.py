@@ -1,4 +1,4 @@
-"""The consistency filter and the mining of negatives for every source of a mixture, into a mixture to train on."""
+"""Consistency filtering and mining of hard negatives for every source of a mixture."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import yaml
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.locks import exclusive_lock
 from nomic_jax.curate.engine.report import quarantine, table
-from nomic_jax.curate.engine.tasks import Engine, run_here
+from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.consistency import FilterOptions, scoring
 from nomic_jax.curate.filter.selection import threshold_text, write_selection
 from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
@@ -30,13 +30,13 @@ def filter_mixture(
     options: FilterOptions,
     *,
     on_bad_row: str = "raise",
-    engine: Engine = run_here,
+    engine: Engine = local_engine,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """``filter_pairs`` for every source of a mixture, which says the columns: no block holds rows of two sources.
+    """Runs ``filter_pairs`` on every source of a mixture, which names the columns. Blocks do not mix sources.
 
-    ``output`` receives a folder for each source, by name; mixture.yaml, to train on what was kept; and summary.json and
-    report.md with the share kept of each source.
+    ``output`` receives a folder for each source, with the source's name; mixture.yaml, for training on the kept pairs;
+    and summary.json and report.md with the share kept of each source. Returns the summary.
     """
     output = Path(output)
     summaries = {}
@@ -55,7 +55,7 @@ def filter_mixture(
                     progress=progress,
                 )
             )
-            # While another process finishes the last block of this source, there is work in the next.
+            # Do not wait for blocks of other processes yet: the next source has work.
             engine(task, encoder, False)
             tasks[source.name] = (source.files, task)
         for name, (files, task) in tasks.items():
@@ -71,7 +71,7 @@ def filter_mixture(
         "kept": kept,
         "share_kept": round(kept / rows, 4),
         "rejected": sum(source["rejected"] for source in sources),
-        "quarantined": [one for summary in summaries.values() for one in summary.get("quarantined", [])],
+        "quarantined": [entry for summary in summaries.values() for entry in summary.get("quarantined", [])],
         "k": options.k,
         "min_score": options.min_score,
         "sources": sources,
@@ -80,7 +80,7 @@ def filter_mixture(
     report = (
         f"# Consistency filter of {mixture}\n\nKept {kept:,} of {rows:,} pairs ({kept / rows:.1%}): those whose "
         f"document is among the {options.k} nearest to its query{threshold_text(summary)}. Each source's folder has a "
-        f"report with rows to read.\n\n{quarantine(summary)}"
+        f"report with sample rows.\n\n{quarantine(summary)}"
         f"{table(('source', 'rows', 'kept', 'share kept', 'share of rank 1'), lines)}"
     )
     _write(mixture, output, "kept.jsonl", {}, summary, report)
@@ -94,13 +94,13 @@ def mine_mixture(
     options: MiningOptions,
     *,
     on_bad_row: str = "raise",
-    engine: Engine = run_here,
+    engine: Engine = local_engine,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """``mine_negatives`` for every source of a mixture, which says the columns: negatives come from the row's source.
+    """Runs ``mine_negatives`` on every source of a mixture, which names the columns. Sources do not share negatives.
 
-    ``output`` receives a folder for each source, by name; mixture.yaml of triplets to train on; and summary.json and
-    report.md with the counts of each source.
+    ``output`` receives a folder for each source, with the source's name; mixture.yaml, for training on the triplets;
+    and summary.json and report.md with the counts of each source. Returns the summary.
     """
     output = Path(output)
     fields = ("rows", "pairs", "written", "dropped_too_few", "filled_with_random", "rejected")
@@ -124,7 +124,7 @@ def mine_mixture(
         objectives[source.name] = {"objective": {"type": "triplet", "columns": columns}}
     total = {field: sum(source[field] for source in sources) for field in fields} | {"quarantined": quarantined}
     report = (
-        f"# Negatives of {mixture}\n\nEach source's folder has a report with rows to read.\n\n{quarantine(total)}"
+        f"# Negatives of {mixture}\n\nEach source's folder has a report with sample rows.\n\n{quarantine(total)}"
         f"{table([field.replace('_', ' ') for field in sources[0]], [tuple(s.values()) for s in sources])}"
     )
     summary = {**total, "sources": sources}
@@ -140,7 +140,7 @@ def _write(
     summary: Mapping[str, Any],
     report: str,
 ) -> None:
-    content = with_files(mixture, f"{{name}}/{file}", changes)
+    content = replace_files(mixture, f"{{name}}/{file}", changes)
     with exclusive_lock(output / ".mixture.lock"):
         for name, text in (("mixture.yaml", content), ("report.md", report)):
             with atomic_file(output / name) as part:
@@ -148,17 +148,17 @@ def _write(
         write_json(output / "summary.json", summary)
 
 
-def with_files(mixture: str, file: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """The YAML of a mixture whose sources lie in other files, of other rows.
+def replace_files(mixture: str, file: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """Returns the YAML of a mixture with its sources' files replaced and their row counts removed.
 
     Args:
-      file: that of a source, with its name for "{name}".
-      changes: a source's name -> fields that become others.
+      file: the files of a source; "{name}" stands for the source's name.
+      changes: source name -> fields to replace.
     """
     content = yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
     entries: Iterable[dict] = content["datasets"] if isinstance(content, dict) else content
     for entry in entries:
-        entry.pop("rows", None)  # how many there were before
+        entry.pop("rows", None)  # the row count of the replaced files
         name = str(entry["name"])
         entry.update({"bucket": file.replace("{name}", name), **(changes or {}).get(name, {})})
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

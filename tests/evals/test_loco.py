@@ -113,7 +113,7 @@ def test_the_archives_of_the_hub(tmp_path, monkeypatch):
     [
         (None, TaskError, "has none of qmsum.jsonl, qmsum.jsonl.gz, qmsum.parquet and no folder qmsum"),
         ([{"input": "a", "summary": "b"}], BadRow, "qmsum.jsonl:1: no column 'output'"),
-        ([{"document": "a", "output": "b"}], TaskError, "has another form than expected: no column 'input'"),
+        ([{"document": "a", "output": "b"}], TaskError, "has an unexpected format: no column 'input'"),
         ([{"input": [1], "output": "b"}], TaskError, "row 1: the document is list, neither a text"),
     ],
 )

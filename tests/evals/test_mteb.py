@@ -203,5 +203,5 @@ def test_a_gated_or_missing_data_set_is_said(code, status, message, tmp_path):
 
 def test_another_schema_is_said():
     error = KeyError("sentence1")
-    assert "has another form than this task expects (KeyError: 'sentence1')" in hub.explain(error, "mteb/x")
+    assert "has a different format than this task expects (KeyError: 'sentence1')" in hub.explain(error, "mteb/x")
     assert issubclass(TaskError, ValueError)

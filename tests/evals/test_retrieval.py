@@ -117,7 +117,7 @@ def test_a_broken_task_says_what_is_wrong(tmp_path, file, content, error, messag
 
 
 @pytest.mark.parametrize(
-    ("vectors", "message"), [(np.ones((1, 2)), "gave shape"), (np.full((2, 2), np.nan), "NaN or infinity")]
+    ("vectors", "message"), [(np.ones((1, 2)), "returned shape"), (np.full((2, 2), np.nan), "NaN or infinity")]
 )
 def test_bad_embeddings_are_refused(tmp_path, vectors, message):
     with pytest.raises(ValueError, match=message):
@@ -164,7 +164,7 @@ def test_evaluate_refuses_to_mix_figures(tmp_path):
     before = task_sha256(folder)
     (folder / "task.json").write_text('{"query_prompt": "clustering"}')
     assert task_sha256(folder) != before
-    with pytest.raises(ValueError, match="another content of task 'animals'"):
+    with pytest.raises(ValueError, match="scores of task 'animals' with other content"):
         evaluate("bm25", [str(folder)], tmp_path)
 
 

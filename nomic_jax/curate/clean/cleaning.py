@@ -1,4 +1,4 @@
-"""What every corpus needs before anything else: no empty, short or repeated rows, none that give an evaluation away."""
+"""Basic cleaning of a corpus: removes empty, short, duplicate and evaluation-contaminated rows."""
 
 import dataclasses
 import itertools
@@ -28,16 +28,16 @@ REASONS = ("empty", "short", "exact duplicate", "near duplicate", "contaminated"
 
 @dataclasses.dataclass(frozen=True)
 class CleaningOptions:
-    """Which rows go. The steps take a row in the order of REASONS, and the first that finds something removes it.
+    """Which rows are removed. Rows are checked in the order of REASONS; the first reason that applies is recorded.
 
     Attributes:
-      min_words, min_chars: a row goes if one of its texts has fewer; an empty text always makes it go.
-      exact: a row goes if all its texts equal those of an earlier row, surrounding whitespace aside.
-      near: a row goes if its texts, together, are at least so similar to those of an earlier row that stays (see
-        ``NearDuplicates``); None for no such step.
-      ngram: words in a run shared with an evaluation text that make an overlap (see ``Contamination``).
-      remove_contaminated: rows that overlap with "queries" of a task, with "any" text of it, or "none": they are
-        counted in any case.
+      min_words, min_chars: remove a row if one of its texts has fewer. A row with an empty text is always removed.
+      exact: remove a row if all its texts equal those of an earlier row, ignoring surrounding whitespace.
+      near: remove a row if the similarity of its texts, joined, to those of an earlier kept row is at least this (see
+        ``NearDuplicates``); None disables this step.
+      ngram: number of words in a run shared with an evaluation text that counts as an overlap (see ``Contamination``).
+      remove_contaminated: remove rows that overlap with the "queries" of a task, with "any" text of it, or "none".
+        Overlaps are counted in every case.
     """
 
     min_words: int = 0
@@ -62,24 +62,24 @@ def clean_rows(
     on_bad_row: str = "raise",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the rows that stay, and of every other why it went. One pass over the rows; of equal ones the first stays.
+    """Writes the kept rows, and the removed rows with the reasons, in one pass. Of duplicates, the first row is kept.
 
-    Memory: about 150 bytes a row for exact duplicates, 2 KB for near ones, and 100 bytes for each word of the
-    evaluation texts. A run that was killed begins again. ``output`` receives
+    Memory: about 150 bytes per row for exact duplicates, 2 KB per row for near-duplicates, and 100 bytes per word of
+    the evaluation texts. A killed run starts over. ``output`` receives
 
-        kept.jsonl      the rows that stay, as they were, in input order
-        removed.jsonl   {row, reason, of, removed}: the number of the row (from 0, without rejected ones), which step
-                        took it, the row or the tasks it repeats, and the row itself
-        rejected.jsonl  rows that could not be used and files that were set aside, under on_bad_row="skip"
-        summary.json    the dictionary that is returned
-        report.md       the same to read, with a sample of removed rows
+        kept.jsonl      the kept rows, unchanged, in input order
+        removed.jsonl   {row, reason, of, removed}: the number of the row (from 0, without rejected rows), the step that
+                        removed it, the row or the tasks that it repeats, and the row itself
+        rejected.jsonl  rows that cannot be used and files that were set aside, with on_bad_row="skip"
+        summary.json    the returned dictionary
+        report.md       the summary as a page, with a sample of removed rows
 
     Args:
-      columns: those that hold the texts. An empty one is a reason to go, a missing one makes a bad row.
-      evaluation: texts of each task that the rows should not overlap with.
+      columns: the columns with the texts. A row with an empty text is removed, a row without the column is a bad row.
+      evaluation: the texts of each task to compare the rows with.
 
     Raises:
-      BadRow: a row that cannot be used, under on_bad_row="raise".
+      BadRow: a row cannot be used, with on_bad_row="raise".
       ValueError: there is no usable row.
     """
     output = Path(output)
@@ -103,15 +103,15 @@ def clean_rows(
                 removed_file.write(json_line(line))
 
         with atomic_file(output / "removed.jsonl") as part, part.open("wb") as removed_file:
-            stayed = write_rows(output / "kept.jsonl", kept(removed_file))
+            kept_count = write_rows(output / "kept.jsonl", kept(removed_file))
         if not counts["rows"]:
             raise no_usable_row(files, rejected)
         summary = {
             "rows": counts["rows"],
-            "kept": stayed,
+            "kept": kept_count,
             "removed": {reason: counts[reason] for reason in REASONS},
             "rejected": rejected.count,
-            "quarantined": [one._asdict() for one in rejected.quarantined],
+            "quarantined": [entry._asdict() for entry in rejected.quarantined],
             "options": dataclasses.asdict(options),
             "contamination": contamination.report(),
         }
@@ -142,15 +142,15 @@ def _judge(
     options: CleaningOptions,
     contamination: Contamination,
 ) -> Iterator[Judged]:
-    """(number, row, reason or "", what it repeats) of every row."""
+    """Yields (number, row, reason for its removal or "", the row or tasks that it repeats) for every row."""
     judged = _drop_short_and_equal(enumerate(rows), columns, options)
     if options.near is not None:
         judged = _drop_near(judged, columns, options.near, output / ".texts.part")
     for number, row, reason, of in judged:
         if not reason:
-            places = contamination.check((row[column] for column in columns), number)
+            overlaps = contamination.check((row[column] for column in columns), number)
             rule = options.remove_contaminated
-            tasks = sorted({task for task, part in places if rule == "any" or (rule, part) == ("queries", "queries")})
+            tasks = sorted({task for task, part in overlaps if rule == "any" or (rule, part) == ("queries", "queries")})
             if tasks:
                 reason, of = "contaminated", tasks
         yield number, row, reason, of
@@ -177,9 +177,11 @@ def _drop_short_and_equal(
 def _drop_near(judged: Iterator[Judged], columns: Sequence[str], threshold: float, file: Path) -> Iterator[Judged]:
     with NearDuplicates(threshold, file) as seen:
         while batch := list(itertools.islice(judged, ROWS_AT_ONCE)):
-            asked = [(number, row) for number, row, reason, _ in batch if not reason]
-            texts = ["\n".join(row[column] for column in columns) for _, row in asked]
-            found = dict(zip((number for number, _ in asked), seen.check(texts, [number for number, _ in asked])))
+            candidates = [(number, row) for number, row, reason, _ in batch if not reason]
+            texts = ["\n".join(row[column] for column in columns) for _, row in candidates]
+            found = dict(
+                zip((number for number, _ in candidates), seen.check(texts, [number for number, _ in candidates]))
+            )
             for number, row, reason, of in batch:
                 other = found.get(number)
                 yield (number, row, reason, of) if other is None else (number, row, "near duplicate", other)
@@ -199,8 +201,8 @@ def _report(files: str, columns: Sequence[str], summary: dict[str, Any], samples
             lines.append((*counts, line["training_rows"], example["row"], example["words"]))
         header = ("task", "part", "texts", "met in training", "share", "training rows", "first row", "words")
         text += (
-            f"## Overlap with evaluation\n\nRuns of {summary['options']['ngram']} words in common; shorter texts as a "
-            f"whole.\n\n{table(header, lines)}\n"
+            f"## Overlap with evaluation\n\nAn overlap is a run of {summary['options']['ngram']} shared words; "
+            f"a shorter text must match as a whole.\n\n{table(header, lines)}\n"
         )
     for reason, sample in samples.items():
         if sample.items:

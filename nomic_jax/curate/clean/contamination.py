@@ -1,4 +1,4 @@
-"""Overlap of training texts with evaluation tasks, by shared runs of words."""
+"""Overlap of training texts with evaluation tasks, found by shared runs of words."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,55 +13,55 @@ PARTS: tuple[Part, ...] = ("queries", "documents")
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationTexts:
-    """Of one task."""
+    """The texts of one task."""
 
     queries: Sequence[str]
     documents: Sequence[str]
 
 
 class Contamination:
-    """Looks for runs of n words that a training text shares with a query or a document of an evaluation task.
+    """Finds runs of n words that a training text shares with a query or document of an evaluation task.
 
-    A text of fewer than n words counts as a whole: it is found only where another text consists of the same words.
-    Memory: about 100 bytes for each word of the evaluation texts.
+    A text of fewer than n words is one run: it matches only a text that consists of the same words.
+    Memory: about 100 bytes per word of the evaluation texts.
     """
 
     def __init__(self, tasks: Mapping[str, EvaluationTexts], n: int = NGRAM):
         if n < 1:
-            raise ValueError(f"n-grams of {n} words; write a number such as {NGRAM}")
+            raise ValueError(f"the n-grams have {n} words; write a number of at least 1, such as {NGRAM}")
         self.tasks, self.n = tasks, n
-        self._places = [(name, part) for name in tasks for part in PARTS]
-        # Which places (as bits) an n-gram stands in. Its hash takes a third of the memory of the words.
+        self._task_parts = [(name, part) for name in tasks for part in PARTS]
+        # Hash of an n-gram -> bits of the tasks and parts that have it. Hashes need a third of the memory of words.
         self._bits: dict[int, int] = {}
-        for bit, (name, part) in enumerate(self._places):
+        for bit, (name, part) in enumerate(self._task_parts):
             for text in getattr(tasks[name], part):
                 for gram in self._grams(text):
                     self._bits[gram] = self._bits.get(gram, 0) | 1 << bit
         self._met: set[int] = set()
-        self._rows = [0] * len(self._places)
-        self._examples: list[dict[str, Any] | None] = [None] * len(self._places)
+        self._rows = [0] * len(self._task_parts)
+        self._examples: list[dict[str, Any] | None] = [None] * len(self._task_parts)
 
     def check(self, texts: Iterable[str], row: int) -> set[tuple[str, Part]]:
-        """The tasks and parts that the texts of a row overlap with; they are counted."""
+        """Returns and counts the tasks and parts that the texts of a row overlap with."""
         found = 0
         for text in texts:
             for ngram in self._ngrams(text):
                 bits = self._bits.get(hash(ngram), 0)
                 if bits:
                     self._met.add(hash(ngram))
-                    for bit in range(len(self._places)):
+                    for bit in range(len(self._task_parts)):
                         if bits >> bit & 1 and self._examples[bit] is None:
                             self._examples[bit] = {"row": row, "words": ngram}
                     found |= bits
-        places = [bit for bit in range(len(self._places)) if found >> bit & 1]
-        for bit in places:
+        bits_found = [bit for bit in range(len(self._task_parts)) if found >> bit & 1]
+        for bit in bits_found:
             self._rows[bit] += 1
-        return {self._places[bit] for bit in places}
+        return {self._task_parts[bit] for bit in bits_found}
 
     def report(self) -> list[dict[str, Any]]:
-        """For each task and part: how many training rows overlap, and how many of the evaluation texts are met."""
+        """Returns for each task and part the numbers of overlapping training rows and evaluation texts."""
         lines = []
-        for (name, part), rows, example in zip(self._places, self._rows, self._examples):
+        for (name, part), rows, example in zip(self._task_parts, self._rows, self._examples):
             texts = getattr(self.tasks[name], part)
             met = sum(any(gram in self._met for gram in self._grams(text)) for text in texts)
             share = round(met / max(1, len(texts)), 4)

@@ -1,4 +1,4 @@
-"""Near-duplicates: MinHash signatures and locality-sensitive hashing by rensa, each find checked by exact Jaccard."""
+"""Near-duplicates: MinHash and locality-sensitive hashing by rensa, with an exact Jaccard check of every candidate."""
 
 import math
 from array import array
@@ -8,19 +8,19 @@ from types import TracebackType
 
 from nomic_jax.curate.clean.words import word_ngrams, words_of
 
-SHINGLE = 3  # words: one changed word in 30 still leaves a similarity of 0.8
-CERTAINTY = 0.99  # with which a pair at the threshold is found
+SHINGLE = 3  # words; one changed word in 30 leaves a similarity of 0.8
+CERTAINTY = 0.99  # probability of finding a pair at the threshold
 MOST_PERMUTATIONS = 128
 
 
 class NearDuplicates:
-    """Texts kept so far, to be asked for one that is nearly the same.
+    """The texts kept so far, which are searched for near-duplicates of new texts.
 
-    Similarity is the Jaccard index of the sets of SHINGLE-word runs. Memory holds about 2 KB for each text (for a
-    threshold of 0.8); the texts themselves are in ``file``, which is removed at the end.
+    Similarity is the Jaccard index of the sets of SHINGLE-word runs. Memory holds about 2 KB per text (for a threshold
+    of 0.8). The texts themselves are in ``file``, which is deleted at the end.
 
     Args:
-      threshold: the similarity from which on a text is a near-duplicate, above 0 and at most 1.
+      threshold: the minimum similarity of near-duplicates, above 0 and at most 1.
 
     Raises:
       ModuleNotFoundError: rensa is not installed.
@@ -52,13 +52,13 @@ class NearDuplicates:
         self._path.unlink(missing_ok=True)
 
     def check(self, texts: Sequence[str], rows: Sequence[int]) -> list[int | None]:
-        """For each text, the row of a text kept before it that it nearly equals; None for one that is kept now."""
+        """Returns for each text the row of a kept near-duplicate. If there is none, returns None and keeps the text."""
         shingles = [word_ngrams(words_of(text), SHINGLE) for text in texts]
         signatures = self._signatures(shingles, self.permutations, 0)
-        return [self._check(*one) for one in zip(texts, rows, map(frozenset, shingles), signatures)]
+        return [self._check(*arguments) for arguments in zip(texts, rows, map(frozenset, shingles), signatures)]
 
     def _check(self, text: str, row: int, shingles: frozenset[str], signature) -> int | None:
-        if not shingles:  # no word at all, such as a smiley: nothing to compare
+        if not shingles:  # no words, for example only a smiley: nothing to compare
             return None
         for candidate in sorted(self._lsh.query(signature)):
             other = frozenset(word_ngrams(words_of(self._read(candidate)), SHINGLE))
@@ -79,10 +79,10 @@ class NearDuplicates:
 
 
 def bands_and_rows(threshold: float) -> tuple[int, int]:
-    """Of the signature: the longest rows of as many bands as find a pair at the threshold with CERTAINTY.
+    """Returns (bands, rows per band) of the signature: the most rows that find a pair at the threshold with CERTAINTY.
 
     A pair of similarity s agrees in one of b bands of r rows with probability 1 - (1 - s^r)^b (Leskovec, Rajaraman and
-    Ullman, Mining of Massive Datasets, 3.4.2). Longer rows mean fewer candidates to compare in vain, and less memory.
+    Ullman, Mining of Massive Datasets, 3.4.2). More rows mean fewer false candidates and less memory.
     """
     best = (MOST_PERMUTATIONS, 1)
     for rows in range(1, MOST_PERMUTATIONS + 1):

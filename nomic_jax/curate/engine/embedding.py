@@ -1,4 +1,4 @@
-"""Texts into vectors, saved every so often, through whatever encoder comes in."""
+"""Computes embeddings with any encoder and saves them at regular intervals."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from nomic_jax.curate.engine.sharded_array import Matrix, ShardedArray, cached_array
 
-TEXTS_PER_FILE = 2048  # at least: a minute or two of a base-size teacher on a CPU
+TEXTS_PER_FILE = 2048  # minimum: one to two minutes of a base-size teacher on a CPU
 
 Encode = Callable[[list[str]], np.ndarray]
 
@@ -22,9 +22,9 @@ class Encoder:
 
     Attributes:
       query, document: texts -> float32 [N, E], each row of length 1.
-      identity: what the embeddings depend on, such as weights and prompts; see ``locked_settings``.
-      count_above: (queries, documents, limits [Q]) -> how many documents score above each query's limit, int [Q], on
-        the encoder's devices; None where those are the processors that numpy uses.
+      identity: the settings that the embeddings depend on, such as weights and prompts; see ``locked_settings``.
+      count_above: (queries, documents, limits [Q]) -> the number of documents that score above each query's limit,
+        int [Q], computed on the encoder's devices; None if those are the CPUs that numpy uses.
     """
 
     query: Encode
@@ -34,10 +34,10 @@ class Encoder:
 
 
 def texts_per_file(count: int) -> int:
-    """Of ``count`` texts, how many are embedded between two saves: a 64th, as a power of two, but 2048 to 16384.
+    """Returns how many of ``count`` texts a file holds: a 64th, as a power of two, within 2048 to 16384.
 
-    The encoder sorts so many by length, so of many texts it pads few. The number depends on nothing else, so that every
-    process and every restart finds the same files.
+    The encoder sorts the texts of a file by length, so larger files need less padding. The number depends only on
+    ``count``, so that every process and every restart finds the same files.
     """
     return min(max(TEXTS_PER_FILE, 1 << (count // 64).bit_length()), 8 * TEXTS_PER_FILE)
 
@@ -45,10 +45,10 @@ def texts_per_file(count: int) -> int:
 def embed_texts(
     texts: Sequence[str], encode: Encode, folder: Path, *, label: str, progress: bool = True
 ) -> ShardedArray:
-    """Embeddings [N, E], float32, in files of ``texts_per_file`` in ``folder``; those found there are not made again.
+    """Embeds texts into files of ``texts_per_file`` rows in ``folder``, float32 [N, E]. Existing files are reused.
 
     Raises:
-      ValueError: the encoder returns something else than a vector of length 1 for every text.
+      ValueError: the encoder does not return a vector of length 1 for every text.
     """
     per_file = texts_per_file(len(texts))
     with tqdm(total=len(texts), desc=label, unit=" texts", leave=False, disable=not progress) as bar:
@@ -60,15 +60,15 @@ def embed_texts(
 
 
 def encode_checked(encode: Encode, texts: list[str]) -> np.ndarray:
-    """float32 [N, E].
+    """Returns the embeddings of the texts, float32 [N, E].
 
     Raises:
-      ValueError: the encoder returns something else than a vector of length 1 for every text.
+      ValueError: the encoder does not return a vector of length 1 for every text.
     """
     vectors = np.asarray(encode(texts), np.float32)
     if vectors.ndim != 2 or len(vectors) != len(texts):
         raise ValueError(f"the encoder returned an array of shape {vectors.shape} for {len(texts)} texts")
-    # A NaN or a zero vector ties with everything, so its row would pass every filter.
+    # A NaN or zero vector ties with every document, so its row would pass every filter.
     lengths = np.linalg.norm(vectors, axis=1)
     wrong = np.flatnonzero(~(np.abs(lengths - 1) < 1e-3))
     if len(wrong):

@@ -1,6 +1,6 @@
-"""Inner-product search by faiss whose results are one function of the vectors: ties included, batch sizes excluded.
+"""Inner-product search with faiss. Results depend only on the vectors: neither ties nor batch sizes change them.
 
-Vectors come as arrays or as ``ShardedArray`` on disk, of which no more than DOCUMENTS_PER_BATCH are in memory at once.
+Vectors are arrays, or a ``ShardedArray`` on disk, of which at most DOCUMENTS_PER_BATCH rows are in memory at once.
 """
 
 import functools
@@ -19,39 +19,36 @@ from nomic_jax.data.formats.writing import atomic_file
 QUERIES_PER_BATCH = 4096
 DOCUMENTS_PER_BATCH = 8192
 PAIRS_PER_BATCH = 4096
-GPU_MOST = 2048  # results a query that faiss finds on a GPU
-RECALL, RECALL_AT = 0.95, 20  # aimed at by an approximate index
-RANK_DEPTH = 100  # ranks that are told apart in an approximate search
+MAX_GPU_RESULTS = 2048  # maximum number of results per query that faiss finds on a GPU
+RECALL, RECALL_AT = 0.95, 20  # target of an approximate index: share found of the 20 nearest documents
+RANK_DEPTH = 100  # number of ranks that an approximate search distinguishes
 
-# The same dot product of unit vectors comes out of a float32 matrix product about 1e-7 apart, depending on where in the
-# matrix it stands. Scores closer than this are not told apart by it.
+# In a float32 matrix product, the dot product of the same two unit vectors varies by about 1e-7 with its position in
+# the matrix. Scores that differ by less than this count as equal.
 ROUNDING = 1e-6
-
-# (queries [Q, E], n) -> (ids [Q, n], scores that only order them [Q, n]), best first
-Rough = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
 def pair_scores(queries_QE: Matrix, query_P: np.ndarray, documents_NE: Matrix, document_P: np.ndarray) -> np.ndarray:
-    """float32 [P]: the inner product of each pair of a query and a document, given as two lists of row numbers.
+    """Returns the inner products, float32 [P], of pairs of a query and a document, given as two lists of row numbers.
 
-    Summed in float64, so that equal vectors score equal wherever they stand.
+    The sums are in float64, so that equal vectors have equal scores at any position.
     """
     score_P = np.empty(len(query_P), np.float32)
     for start in range(0, len(query_P), PAIRS_PER_BATCH):
         pairs = slice(start, start + PAIRS_PER_BATCH)
-        # Not einsum: it sums through a buffer that may end within a row, so its last bits depend on the place.
+        # Not einsum: its buffer may end within a row, so the last bits depend on the row's position.
         score_P[pairs] = (queries_QE[query_P[pairs]].astype(np.float64) * documents_NE[document_P[pairs]]).sum(axis=1)
     return score_P
 
 
 def top_k(queries_QE: Matrix, documents_NE: Matrix, k: int, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The k documents of highest score for each query, exactly, by score and, among equals, by document number.
+    """Finds the k documents with the highest scores for each query, exactly. Ties are in order of document number.
 
-    faiss searches on a GPU if its GPU build is installed and sees one.
+    faiss searches on a GPU if its GPU build is installed and finds one.
 
     Args:
       queries_QE, documents_NE: float32, rows of length 1.
-      k: lowered to the number of documents if there are fewer.
+      k: reduced to the number of documents if there are fewer.
 
     Returns:
       Document numbers, int64 [Q, k], and scores, float32 [Q, k].
@@ -71,7 +68,7 @@ def _search(queries_QE: np.ndarray, documents_NE: Matrix, k: int, fetch: int) ->
     fetch = min(fetch, len(documents_NE))
     rough_QF, id_QF = _rough_search(queries_QE, documents_NE, fetch)
     id_QK, score_QK = _best_of(queries_QE, documents_NE, id_QF, k)
-    # Of equal scores faiss returns any: where the k-th may tie with documents beyond those fetched, fetch more.
+    # faiss returns equal scores in any order. If the k-th may tie with documents that were not fetched, fetch more.
     undecided = rough_QF[:, -1] > score_QK[:, -1] - ROUNDING
     if fetch < len(documents_NE) and undecided.any():
         id_QK[undecided], score_QK[undecided] = _search(queries_QE[undecided], documents_NE, k, 4 * fetch)
@@ -79,14 +76,14 @@ def _search(queries_QE: np.ndarray, documents_NE: Matrix, k: int, fetch: int) ->
 
 
 def _rough_search(queries_QE: np.ndarray, documents_NE: Matrix, fetch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores as faiss computes them, float32 [Q, fetch], and ids: the best of every part, put together."""
+    """Returns scores as faiss computes them, float32 [Q, fetch], and ids: the best of all batches of documents."""
     best_QF: np.ndarray = np.empty((len(queries_QE), 0), np.float32)
     id_QF: np.ndarray = np.empty((len(queries_QE), 0), np.int64)
     for first in range(0, len(documents_NE), DOCUMENTS_PER_BATCH):
         documents = np.ascontiguousarray(documents_NE[first : first + DOCUMENTS_PER_BATCH])
-        score_QF, place_QF = _knn(np.ascontiguousarray(queries_QE), documents, min(fetch, len(documents)))
+        score_QF, local_QF = _knn(np.ascontiguousarray(queries_QE), documents, min(fetch, len(documents)))
         best_QF = np.concatenate([best_QF, score_QF], axis=1)
-        id_QF = np.concatenate([id_QF, place_QF + first], axis=1)
+        id_QF = np.concatenate([id_QF, local_QF + first], axis=1)
         if best_QF.shape[1] > fetch:
             order_QF = np.argpartition(-best_QF, fetch - 1, axis=1)[:, :fetch]
             best_QF, id_QF = (np.take_along_axis(x, order_QF, axis=1) for x in (best_QF, id_QF))
@@ -96,20 +93,20 @@ def _rough_search(queries_QE: np.ndarray, documents_NE: Matrix, fetch: int) -> t
 
 def _knn(queries_QE: np.ndarray, documents_NE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     gpu = _gpu()
-    if gpu is not None and k <= GPU_MOST:
+    if gpu is not None and k <= MAX_GPU_RESULTS:
         return faiss.knn_gpu(gpu, queries_QE, documents_NE, k, metric=faiss.METRIC_INNER_PRODUCT)
     return faiss.knn(queries_QE, documents_NE, k, metric=faiss.METRIC_INNER_PRODUCT)
 
 
 @functools.cache
 def _gpu():
-    """faiss's handle of a GPU, if this build has one (the extra ``faiss-gpu``) and sees one; otherwise None."""
+    """Returns faiss's GPU resources, or None if this is no GPU build (the extra ``faiss-gpu``) or finds no GPU."""
     has_gpu = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
     return faiss.StandardGpuResources() if has_gpu else None
 
 
 def _best_of(queries_QE: np.ndarray, documents_NE: Matrix, id_QF: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of the documents found (-1 for none), by exact score, then by number."""
+    """Returns the k best of the candidate documents (-1 for none), ordered by exact score, then by number."""
     query_P = np.repeat(np.arange(len(queries_QE)), id_QF.shape[1])
     score_QF = pair_scores(queries_QE, query_P, documents_NE, np.maximum(id_QF, 0).ravel()).reshape(id_QF.shape)
     score_QF = np.where(id_QF < 0, -np.inf, score_QF)
@@ -118,15 +115,15 @@ def _best_of(queries_QE: np.ndarray, documents_NE: Matrix, id_QF: np.ndarray, k:
 
 
 class ApproximateIndex:
-    """Inverted lists (IVF) of vectors in 8 bits a component: a quarter of their memory, and a fraction of the work.
+    """An inverted-file index (IVF) of vectors in 8 bits a component: a quarter of the memory, a fraction of the work.
 
-    Documents are put into nlist = 4 sqrt(N) cells (as a power of two), by the k-means of at most 64 of them a cell.
-    A query looks into the nearest nprobe: 16, doubled until the index finds RECALL of the RECALL_AT nearest of a sample
-    of the queries. What it finds is scored exactly and put in order, so only what is found is approximate.
+    k-means on at most 64 documents per cell divides the documents into nlist = 4 sqrt(N) cells (as a power of two).
+    A query searches the nprobe nearest cells: 16, doubled until the index finds RECALL of the RECALL_AT nearest
+    documents, over a sample of the queries. Candidates are scored and ordered exactly; only the choice is approximate.
 
     Args:
-      queries_QE, documents_NE: float32, rows of length 1; the documents are kept, and read in parts.
-      file: where the index is kept, or was: a search after a restart is the same.
+      queries_QE, documents_NE: float32, rows of length 1. The index refers to the documents and reads them in batches.
+      file: where the index is saved. An existing file is loaded, so a search after a restart has the same results.
     """
 
     def __init__(self, queries_QE: Matrix, documents_NE: Matrix, file: Path):
@@ -147,7 +144,7 @@ class ApproximateIndex:
         index = faiss.IndexIVFScalarQuantizer(
             faiss.IndexFlatIP(width), width, nlist, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
         )
-        index.cp.min_points_per_centroid = 1  # faiss warns below 39, and a sample may hold fewer
+        index.cp.min_points_per_centroid = 1  # faiss warns below 39, and a sample may have fewer
         sample = np.random.default_rng(0).choice(count, min(count, 64 * nlist), replace=False)
         index.train(self.documents_NE[np.sort(sample)])
         for first in range(0, count, DOCUMENTS_PER_BATCH):
@@ -156,13 +153,13 @@ class ApproximateIndex:
         return index
 
     def top_k(self, queries_QE: Matrix, k: int, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """As ``top_k`` of this module, of what the index finds; where it finds fewer, number -1 and score -inf."""
+        """Like ``top_k`` of this module, as found by the index. Missing results have number -1 and score -inf."""
         id_QK = np.full((len(queries_QE), k), -1, np.int64)
         score_QK = np.full((len(queries_QE), k), -np.inf, np.float32)
         with tqdm(total=len(queries_QE), desc="searching", unit=" queries", leave=False, disable=not progress) as bar:
             for start in range(0, len(queries_QE), QUERIES_PER_BATCH):
                 queries = np.ascontiguousarray(queries_QE[start : start + QUERIES_PER_BATCH])
-                # Twice as many: 8 bits put neighbours of nearly the same score into the wrong order.
+                # Fetch twice as many: 8 bits may misorder neighbours with nearly equal scores.
                 _, found = self.index.search(queries, 2 * k)
                 batch = slice(start, start + len(queries))
                 id_QK[batch], score_QK[batch] = _best_of(queries, self.documents_NE, found, k)
@@ -170,7 +167,7 @@ class ApproximateIndex:
         return id_QK, score_QK
 
     def recall(self, queries_QE: Matrix, k: int, sample: int = 1000) -> dict[str, int | float]:
-        """Share of the k exact best that the index finds, over a fixed sample of queries."""
+        """Returns the share of the k exact best that the index finds, over a fixed sample of queries, with settings."""
         chosen = np.random.default_rng(0).permutation(len(queries_QE))[:sample]
         queries = queries_QE[np.sort(chosen)]
         exact_QK, _ = top_k(queries, self.documents_NE, k)
@@ -194,18 +191,18 @@ def own_ranks(
     count: Callable[[Matrix, Matrix, np.ndarray], np.ndarray] | None = None,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where each query's own document stands among all documents.
+    """Ranks each query's own document among all documents.
 
     Args:
       queries_QE, documents_NE: float32, rows of length 1; the documents are distinct.
-      own_Q: int64, each query's document.
-      index: of the documents, to look only at the RANK_DEPTH that it finds near a query; a rank of RANK_DEPTH + 1 says
-        that all of these score higher.
-      count: as ``count_above`` of this module, elsewhere than with numpy.
+      own_Q: int64, the number of each query's own document.
+      index: an index of the documents. Only the RANK_DEPTH documents that it finds are compared; rank RANK_DEPTH + 1
+        means that all of them score higher.
+      count: a function to use instead of ``count_above`` of this module, which uses numpy.
 
     Returns:
-      rank, int32 [Q]: 1 + the number of documents that score higher (by more than ROUNDING, so that neither the
-      document itself nor one of equal score pushes it out); and its score, float32 [Q].
+      rank, int32 [Q]: 1 + the number of documents that score higher by more than ROUNDING, so that neither the document
+      itself nor one with an equal score counts; and the score of the own document, float32 [Q].
     """
     score_Q = pair_scores(queries_QE, np.arange(len(queries_QE)), documents_NE, own_Q)
     limit_Q = score_Q + np.float32(ROUNDING)
@@ -217,9 +214,9 @@ def own_ranks(
 
 
 def count_above(queries_QE: Matrix, documents_NE: Matrix, limit_Q: np.ndarray, *, progress: bool = False) -> np.ndarray:
-    """int64 [Q]: how many documents score above the query's limit.
+    """Returns how many documents score above each query's limit, int64 [Q].
 
-    A matrix product and not a search: the rank of every row is wanted, however far down it stands.
+    This is a matrix product and not a search, because the rank of every row is required, however low.
     """
     count_Q = np.zeros(len(queries_QE), np.int64)
     with tqdm(total=len(queries_QE), desc="ranking", unit=" queries", leave=False, disable=not progress) as bar:

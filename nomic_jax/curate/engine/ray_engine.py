@@ -1,7 +1,7 @@
-"""The engine of many machines: shards of a task are rows of a Ray data set, made by actors that hold the encoder.
+"""The engine for several machines: the shards of a task are rows of a Ray data set, made by actors with the encoder.
 
-All machines see the output by the same path (NFS, for instance), and have nomic_jax installed. Ray finds its cluster as
-it always does (RAY_ADDRESS); without one, it starts on this machine.
+All machines must have nomic_jax installed and see the output under the same path (NFS, for instance). Ray finds its
+cluster in its usual way (RAY_ADDRESS); without a cluster, it starts on this machine.
 """
 
 import logging
@@ -16,11 +16,11 @@ from nomic_jax.curate.engine.tasks import WAIT_SECONDS, Engine, Task, make_shard
 
 
 def ray_engine(load: Callable[[], Encoder], workers: int | None = None) -> Engine:
-    """An ``Engine`` of Ray Data.
+    """Returns an ``Engine`` that runs on Ray Data.
 
     Args:
-      load: opens the encoder, in each actor. It is pickled.
-      workers: actors at once; None for one for each GPU of the cluster, or for each node where there is none.
+      load: opens the encoder in each actor. It is pickled.
+      workers: number of actors; None for one per GPU of the cluster, or one per node if there are no GPUs.
 
     Raises:
       ModuleNotFoundError: ray is not installed.
@@ -64,7 +64,7 @@ def _make(pending: list[int], task: Task, load: Callable[[], Encoder] | None, wo
     gpus = int(resources.get("GPU", 0))
     nodes = sum(node["Alive"] for node in ray.nodes())
     count = min(workers or gpus or nodes, len(pending))
-    # One processor stays free for Ray's own tasks; an actor's are what numpy and faiss compute with.
+    # One CPU stays free for Ray's own tasks; the other CPUs are divided among the actors, for numpy and faiss.
     processors = resources.get("CPU", 1.0)
     cpus = max((processors - 1) // count, min(1.0, processors / count))
     shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
@@ -85,7 +85,7 @@ def _make(pending: list[int], task: Task, load: Callable[[], Encoder] | None, wo
 
 
 class _Worker:
-    """An actor."""
+    """An actor, which makes shards."""
 
     def __init__(self, task: Task, load: Callable[[], Encoder] | None):
         self.task, self.load = task, load
@@ -97,5 +97,5 @@ class _Worker:
                 self.encoder = self.load()
             return row | {"made": int(make_shard(self.task, row["shard"], self.encoder)), "error": ""}
         except (ValueError, OSError, ModuleNotFoundError) as error:
-            # The user's to read: as an exception it would come wrapped in Ray's, with the traces of three processes.
+            # Returned for the user to read: Ray would wrap an exception and add the traces of three processes.
             return row | {"made": 0, "error": str(error)}

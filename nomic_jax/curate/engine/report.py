@@ -1,4 +1,4 @@
-"""A page for the person who has to trust the data: counts, and rows to read."""
+"""Parts of the Markdown reports on curated data: tables, sample rows and files that were set aside."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from nomic_jax.data.formats.row_checks import Quarantined
 
 
 class Sample:
-    """A uniform sample of a stream of unknown length, the same at every run over the same stream."""
+    """A uniform sample of a stream of unknown length. The same stream always gives the same sample."""
 
     def __init__(self, size: int = 10):
         self.size = size
@@ -20,28 +20,28 @@ class Sample:
         self.seen += 1
         if len(self.items) < self.size:
             self.items.append(item)
-        elif (place := self.random.randrange(self.seen)) < self.size:
-            self.items[place] = item
+        elif (index := self.random.randrange(self.seen)) < self.size:
+            self.items[index] = item
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; long texts are cut."""
+    """Returns a Markdown table; long texts are truncated."""
     lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def quarantine(summary: Mapping[str, Any]) -> str:
-    """The files that were set aside, as Markdown; empty where there are none."""
-    rows = [(one["file"], one["reason"], one["rows_at_least"] or "unknown") for one in summary["quarantined"]]
+    """Returns a Markdown section that lists the files that were set aside; "" if there are none."""
+    rows = [(entry["file"], entry["reason"], entry["rows_at_least"] or "unknown") for entry in summary["quarantined"]]
     if not rows:
         return ""
-    return f"## Files set aside\n\nNone of their rows is used.\n\n{table(('file', 'reason', 'rows, at least'), rows)}\n"
+    return f"## Files set aside\n\nTheir rows are not used.\n\n{table(('file', 'reason', 'rows, at least'), rows)}\n"
 
 
 def quarantine_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The files that were set aside, a line each, for the end of a command."""
-    # The summary may be one that a version without quarantine wrote.
-    return [str(Quarantined(**one)) for one in summary.get("quarantined", [])]
+    """Returns one line for each file that was set aside, for a command to print at its end."""
+    # Summaries of versions without quarantine do not have this field.
+    return [str(Quarantined(**entry)) for entry in summary.get("quarantined", [])]
 
 
 def _cell(value: Any, width: int = 200) -> str:

@@ -1,4 +1,4 @@
-"""Rows of an input by number, in blocks, so that workers can share them without copies of the data."""
+"""Blocks of numbered input rows, so that workers can share an input without copying it."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ QUARANTINED = "quarantined.json"  # in the work folder
 
 
 class AlreadyRejected(RejectedRows):
-    """For rows that are met again, and stand in the side file since they were met first."""
+    """Counts bad rows when files are read again, without writing them: the side file already has them."""
 
     def __init__(self):
         self.count = 0
@@ -28,9 +28,9 @@ class AlreadyRejected(RejectedRows):
 def readable_files(
     files: str, columns: Mapping[str, type], on_bad_row: str, rejected: RejectedRows, *, progress: bool = True
 ) -> list[str]:
-    """The files, under on_bad_row="skip" without those that cannot be read to their end: ``rejected`` has those."""
+    """Returns the files; with on_bad_row="skip", files that cannot be read to their end go to ``rejected`` instead."""
     found = expand_files(files)
-    with tqdm(found, "looking through files", unit=" files", disable=not progress or on_bad_row == "raise") as bar:
+    with tqdm(found, "checking files", unit=" files", disable=not progress or on_bad_row == "raise") as bar:
         return [file for file in bar if is_readable(file, columns, None, on_bad_row, rejected)]
 
 
@@ -43,31 +43,31 @@ def read_file(
     others: tuple[str, ...] | None = None,
     further_check: RowCheck = lambda row, where: None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one of ``readable_files``, as ``read_rows`` has them."""
+    """Yields the rows of one of ``readable_files``, like ``read_rows``."""
     numbered = open_file(file, columns, others).numbered()
     return usable_rows(numbered, columns, others, False, on_bad_row, rejected, further_check)
 
 
 def read_quarantined(work: Path) -> list[Quarantined]:
-    """The files that were set aside when the work began."""
+    """Returns the files that were set aside when the work began."""
     file = work / QUARANTINED
-    return [Quarantined(**one) for one in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+    return [Quarantined(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
 def write_quarantined(work: Path, quarantined: list[Quarantined]) -> None:
     if quarantined:
-        write_json(work / QUARANTINED, [one._asdict() for one in quarantined])
+        write_json(work / QUARANTINED, [entry._asdict() for entry in quarantined])
     else:
         (work / QUARANTINED).unlink(missing_ok=True)
 
 
 class CountedRows:
-    """The usable rows of files, numbered from 0 over all of them.
+    """The usable rows of several files, numbered consecutively from 0.
 
     Attributes:
-      counts: {file: usable rows}, in order.
-      rejected: rows that were skipped, and files that were set aside.
-      quarantined: these; their counts are 0.
+      counts: {file: number of usable rows}, in order.
+      rejected: number of skipped rows and of files that were set aside.
+      quarantined: the files that were set aside; their counts are 0.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CountedRows:
         self.counts, self.rejected, self.columns = dict(counts), rejected, dict(columns)
         self.quarantined = list(quarantined)
         self._open: Iterator[dict[str, Any]] = iter(())
-        self._at = -1  # number of the next row of _open; -1 for none
+        self._at = -1  # number of the next row of _open; -1 if no file is open
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -89,18 +89,18 @@ class CountedRows:
         return self.__dict__ | {"_open": iter(()), "_at": -1}
 
     def read(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(file, row) of every row, with all its columns."""
+        """Yields (file, row) for every row, with all its columns."""
         for file in self.counts:
             for row in self._read_file(file, None):
                 yield file, row
 
     def block(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """Rows start ... stop - 1, with the columns that are checked.
+        """Yields the rows start ... stop - 1, with the checked columns only.
 
-        Called with rising numbers it reads every file once; going back, it reads from the beginning of a file.
+        Calls with ascending numbers read every file once. A call that goes back reads its file again from the start.
 
         Raises:
-          ValueError: a file has other rows than were counted.
+          ValueError: a file does not have the number of rows that was counted.
         """
         files, first = self._file_of(start)
         if not first <= self._at <= start:
@@ -113,7 +113,7 @@ class CountedRows:
                 return
 
     def _file_of(self, number: int) -> tuple[list[str], int]:
-        """The files from the one that holds the row, and the number of its first row."""
+        """Returns the file that holds the row and all files after it, and the number of the first row of that file."""
         start, files = 0, list(self.counts)
         for i, file in enumerate(files):
             if start + self.counts[file] > number:
@@ -130,15 +130,17 @@ class CountedRows:
             if count <= self.counts[file]:
                 yield row
         if count != self.counts[file]:
-            raise ValueError(f"{file} has {count} rows where {self.counts[file]} were counted: it changed meanwhile")
+            raise ValueError(
+                f"{file} has {count} rows where {self.counts[file]} were counted: the file has changed since"
+            )
 
 
 def count_rows(
     files: str, columns: Mapping[str, type], record: Path, side_file: Path, *, on_bad_row: str, progress: bool = True
 ) -> CountedRows:
-    """Reads all rows once, before anything is embedded, so that a bad row is known early. ``record`` remembers it.
+    """Counts the usable rows before anything is embedded, to find bad rows early. Saves the counts in ``record``.
 
-    Files that were set aside are in QUARANTINED beside it.
+    Files that were set aside are listed in QUARANTINED, in the folder of ``record``.
 
     Raises:
       BadRow: see ``read_rows``.
@@ -165,13 +167,13 @@ def count_rows(
 
 
 def no_usable_row(files: str, rejected: RejectedRows) -> ValueError:
-    reasons = "".join(f"; {one}" for one in rejected.quarantined[:3])
+    reasons = "".join(f"; {entry}" for entry in rejected.quarantined[:3])
     return ValueError(
         f"{files} has no usable row; {rejected.count} rejected rows and files are in {rejected.side_file}{reasons}"
     )
 
 
 def equal_blocks(rows: int, block_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of as few blocks as ``block_size`` allows, of sizes that differ by at most one."""
+    """Returns (start, stop) of the fewest blocks that ``block_size`` allows, with sizes that differ by at most one."""
     count = -(-rows // block_size)
     return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]

@@ -1,4 +1,4 @@
-"""The settings that intermediate files depend on, recorded beside them and compared at every start."""
+"""Records the settings that intermediate files depend on, and compares them at every start."""
 
 import contextlib
 import fcntl
@@ -19,14 +19,15 @@ from nomic_jax.data.tokens.scans import check_distinct
 
 
 def settings_sha256(work: Path) -> str:
-    """The hash of what ``locked_settings`` has recorded in ``work``, for the rule of ``matching_summary``."""
+    """Returns the hash of the settings that ``locked_settings`` recorded in ``work``, for ``matching_summary``."""
     return hashlib.sha256((work / "settings.json").read_bytes()).hexdigest()
 
 
 def matching_summary(rule: Mapping[str, Any], output: Path, names: Iterable[str]) -> dict[str, Any] | None:
-    """The summary.json, if it tells of this rule and the files are there: of another process, or of a run before.
+    """Returns summary.json if another process or an earlier run wrote it by the same ``rule`` and the files exist.
 
-    Otherwise it is taken away, so that none lies beside files that are being replaced: it is to be written last.
+    Otherwise deletes it and returns None, so that no old summary is beside files that are being replaced. The caller
+    writes the new summary last.
     """
     file = output / "summary.json"
     if file.exists() and all((output / name).exists() for name in names):
@@ -39,12 +40,12 @@ def matching_summary(rule: Mapping[str, Any], output: Path, names: Iterable[str]
 
 @contextlib.contextmanager
 def locked_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Records in ``work`` what its files depend on, or checks that they were made, and are, under the same settings.
+    """Records in ``work`` the settings that its files depend on, or checks that the recorded settings are the same.
 
-    While it is held, no other process replaces the record.
+    Inside the ``with`` block, no other process can replace the record.
 
     Raises:
-      ValueError: they were made under others, or another process is making them; the message says which.
+      ValueError: the files were made with other settings, or another process is making them; the message says which.
     """
     work.mkdir(parents=True, exist_ok=True)
     record = work / "settings.json"
@@ -52,7 +53,7 @@ def locked_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     with (work / ".settings.lock").open("a+") as lock:
         wait = fcntl.LOCK_NB
         while True:
-            # A run that failed before it finished a piece (a mistyped column, say) must not bind the next one.
+            # A run that failed before its first shard (for example, for a mistyped column) must not bind the next run.
             if take_lock(lock, fcntl.LOCK_EX | wait) and not any(work.rglob("[0-9]*.npy")):
                 for path in work.iterdir():
                     if path.name not in (".settings.lock", record.name):
@@ -61,8 +62,8 @@ def locked_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
             take_lock(lock, fcntl.LOCK_SH)
             if record.exists() or any(work.rglob("[0-9]*.npy")):
                 break
-            wait = 0  # whoever was about to write it has been killed
-        # Now that nobody can replace it.
+            wait = 0  # the process that was about to write the record has been killed
+        # With the shared lock, no other process can replace the record.
         _compare_settings(work, record, settings)
         yield
 
@@ -86,21 +87,21 @@ def _compare_settings(work: Path, record: Path, settings: Mapping[str, Any]) -> 
 
 
 def _set_aside(work: Path, name: str) -> str:
-    """Why the file of a name of ``fingerprints`` was not read, if it was not."""
-    for one in (*read_quarantined(work), *read_quarantined(work / "pairs")):
-        if name.endswith(f": {one.file.rsplit('/', 1)[-1]}"):
+    """Returns a note if the file behind a name of ``fingerprints`` was set aside; otherwise ""."""
+    for entry in (*read_quarantined(work), *read_quarantined(work / "pairs")):
+        if name.endswith(f": {entry.file.rsplit('/', 1)[-1]}"):
             return " (it was set aside, as it could not be read)"
     return ""
 
 
 def fingerprints(label: str, files: Iterable[str], on_bad_row: str = "raise") -> dict[str, str]:
-    """{"label number: name": SHA-256 of its content}, for ``locked_settings``.
+    """Returns {"label number: file name": SHA-256 of the file's content}, for ``locked_settings``.
 
-    Without the folder, which may be spelled in another way, or move.
+    The names have no folder, because a folder may be moved or its path written differently.
 
     Raises:
-      ValueError: two files of the input are the same.
-      BadRow: one is a folder, or may not be read, under on_bad_row="raise"; else its hash is empty.
+      ValueError: two files of the input have the same content.
+      BadRow: a file is a folder or cannot be read, with on_bad_row="raise"; otherwise its hash is "".
     """
 
     def sha256(file: str) -> str:

@@ -1,4 +1,4 @@
-"""Arrays in files, read as they are needed: what is embedded or found once is neither made nor held in memory twice."""
+"""Arrays in files, read on demand, so that results are computed only once and need not stay in memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,28 +10,28 @@ from nomic_jax.data.formats.writing import atomic_file
 
 
 def save_array(file: Path, array: np.ndarray) -> None:
-    """The file appears complete or not at all."""
+    """Saves an array atomically: the file appears complete or not at all."""
     with atomic_file(file) as part, part.open("wb") as f:
         np.save(f, array)
 
 
 def cached_array(file: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in the file, memory-mapped; computed and saved now unless it is there."""
+    """Returns the array in the file, memory-mapped; computes and saves it first if the file does not exist."""
     if not file.exists():
         save_array(file, compute())
     return np.load(file, mmap_mode="r")
 
 
 class ShardedArray:
-    """One array whose rows lie in files of ``per_file`` rows each, memory-mapped.
+    """An array whose rows are stored in files of ``per_file`` rows each, memory-mapped.
 
     Attributes:
-      shape, dtype: of the whole.
+      shape, dtype: those of the whole array.
     """
 
     def __init__(self, folder: Path, rows: int, per_file: int):
         if rows < 1:
-            raise ValueError(f"{folder} would hold no row")
+            raise ValueError(f"{folder}: an array needs at least one row")
         self.folder, self.per_file = folder, per_file
         self._maps: dict[int, np.ndarray] = {}
         first = self._shard(0)
@@ -46,11 +46,11 @@ class ShardedArray:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """A copy of the rows start:stop, or of those numbered in an int array."""
+        """Returns a copy of the rows start:stop, or of the rows with the numbers in an int array."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             if step != 1:
-                raise ValueError("rows are cut without a step")
+                raise ValueError(f"a slice of rows must have step 1, not {step}")
             out = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
             for number in range(start // self.per_file, -(-stop // self.per_file)):
                 offset = number * self.per_file
@@ -62,9 +62,9 @@ class ShardedArray:
         order = np.argsort(numbers, kind="stable")
         ends = np.flatnonzero(np.diff(numbers[order], append=-1)) + 1
         for low, high in zip([0, *ends[:-1].tolist()], ends.tolist()):
-            places = order[low:high]
-            number = int(numbers[places[0]])
-            out[places] = self._shard(number)[rows[places] - number * self.per_file]
+            positions = order[low:high]
+            number = int(numbers[positions[0]])
+            out[positions] = self._shard(number)[rows[positions] - number * self.per_file]
         return out
 
     def _shard(self, number: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Long work kept in shards on disk, shared by any number of processes: a kill costs the shard at hand."""
+"""Long tasks in shards on disk, shared by any number of processes. A killed process loses only its current shard."""
 
 import time
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.locks import claim
 from nomic_jax.curate.engine.sharded_array import save_array
 
-WAIT_SECONDS = 1.0  # between two looks at what other processes are making
+WAIT_SECONDS = 1.0  # between two checks on the shards that other processes are making
 
 
 class Task(Protocol):
-    """Work in shards, each of which becomes a file. It can be pickled: an engine may carry it to another machine."""
+    """Work in shards, each of which becomes a file. A task can be pickled: an engine may send it to another machine."""
 
     label: str
     progress: bool
@@ -28,22 +28,22 @@ class Task(Protocol):
     def make(self, shard: int, encoder: Encoder | None) -> np.ndarray: ...
 
     def tidy(self, shard: int) -> None:
-        """Called once the shard's file is there, at every start."""
+        """Deletes intermediate files of a finished shard; called after the shard is made and at every start."""
 
 
-# (task, encoder, wait): makes the shards that are missing. ``wait`` for those that other processes are making, and make
-# those whose process was killed; otherwise return when nothing is left to take up.
+# (task, encoder, wait): makes the missing shards. With ``wait``, it also waits for the shards of other processes, and
+# makes those whose process was killed. Without, it returns when no unclaimed shard is left.
 Engine = Callable[[Task, Encoder | None, bool], None]
 
 
 def make_shard(task: Task, shard: int, encoder: Encoder | None) -> bool:
-    """Makes a shard unless it is there; False if another process is at it."""
+    """Makes a shard unless its file exists. Returns False if another process is making it."""
     file = task.file(shard)
     if not file.exists():
         with claim(file) as is_ours:
             if not is_ours:
                 return False
-            # Another process may have made it between the first look and the claim.
+            # Another process may have made it between the first check and the claim.
             if not file.exists():
                 save_array(file, task.make(shard, encoder))
     task.tidy(shard)
@@ -51,6 +51,7 @@ def make_shard(task: Task, shard: int, encoder: Encoder | None) -> bool:
 
 
 def missing_shards(task: Task) -> list[int]:
+    """Returns the shards without a file, and calls ``tidy`` for the others."""
     missing = []
     for shard in range(len(task)):
         if task.file(shard).exists():
@@ -60,8 +61,8 @@ def missing_shards(task: Task) -> list[int]:
     return missing
 
 
-def run_here(task: Task, encoder: Encoder | None, wait: bool = True) -> None:
-    """The engine of one process, an ``Engine``."""
+def local_engine(task: Task, encoder: Encoder | None, wait: bool = True) -> None:
+    """The ``Engine`` that makes the shards in this process."""
     pending = missing_shards(task)
     if not pending:
         return
@@ -69,15 +70,15 @@ def run_here(task: Task, encoder: Encoder | None, wait: bool = True) -> None:
         total=len(task), initial=len(task) - len(pending), desc=task.label, unit=" shards", disable=not task.progress
     ) as bar:
         while pending:
-            left = []
+            unfinished = []
             for shard in pending:
                 if make_shard(task, shard, encoder):
                     bar.update()
                 else:
-                    left.append(shard)
+                    unfinished.append(shard)
             if not wait:
                 return
-            if len(left) == len(pending):
-                bar.set_postfix_str(f"waiting for {len(left)} shards of other processes")
+            if len(unfinished) == len(pending):
+                bar.set_postfix_str(f"waiting for {len(unfinished)} shards of other processes")
                 time.sleep(WAIT_SECONDS)
-            pending = left
+            pending = unfinished

@@ -10,30 +10,30 @@ import numpy as np
 
 
 def text_key(text: str) -> bytes:
-    """16 bytes that are equal for texts which differ in surrounding whitespace only."""
+    """Returns 16 bytes, which are equal for texts that differ only in surrounding whitespace."""
     return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
 
 
 def distinct_texts(texts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Texts that differ in more than surrounding whitespace, in order of appearance, and each text's place there.
+    """Finds the distinct texts, in order of appearance. Texts that differ only in surrounding whitespace are equal.
 
     Returns:
-      The first form met of each, and int64 [N] indices into them.
+      The first form of each distinct text, and for every text its index among them, int64 [N].
     """
-    place: dict[str, int] = {}
+    index: dict[str, int] = {}
     distinct: list[str] = []
-    places = []
+    indices = []
     for text in texts:
         key = text.strip()
-        if key not in place:
-            place[key] = len(distinct)
+        if key not in index:
+            index[key] = len(distinct)
             distinct.append(text)
-        places.append(place[key])
-    return distinct, np.array(places, np.int64)
+        indices.append(index[key])
+    return distinct, np.array(indices, np.int64)
 
 
 class TextFile:
-    """Texts in a file, by number, read from disk as they are asked for."""
+    """Texts in a file, read from disk by number on demand."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -55,27 +55,27 @@ class TextFile:
 
 
 class TextFileWriter:
-    """Writes distinct texts; memory holds about 150 bytes for each of them.
+    """Writes distinct texts; memory holds about 150 bytes for each text.
 
     Attributes:
-      place: key of a text -> its number.
+      number_of: key of a text -> number of the text.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.place: dict[bytes, int] = {}
+        self.number_of: dict[bytes, int] = {}
         self._ends = array("q")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb")
 
     def add(self, text: str) -> int:
-        """Its number: that of the first text it equals up to surrounding whitespace."""
+        """Adds a text unless an equal one exists (up to surrounding whitespace); returns the number of the text."""
         key = text_key(text)
-        if key not in self.place:
-            self.place[key] = len(self.place)
+        if key not in self.number_of:
+            self.number_of[key] = len(self.number_of)
             self._file.write(text.encode())
             self._ends.append(self._file.tell())
-        return self.place[key]
+        return self.number_of[key]
 
     def close(self) -> None:
         self._file.close()

@@ -1,4 +1,4 @@
-"""Consistency filtering: keep a pair if a teacher finds its document by its query (paper section 3.2)."""
+"""Consistency filtering: keep a pair if a teacher retrieves the document with the query (paper section 3.2)."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from nomic_jax.curate.engine.index import RANK_DEPTH
 from nomic_jax.curate.engine.locks import exclusive_lock
 from nomic_jax.curate.engine.row_blocks import count_rows
 from nomic_jax.curate.engine.settings import fingerprints, locked_settings
-from nomic_jax.curate.engine.tasks import Engine, run_here
+from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.ranking import RankingTask
 from nomic_jax.curate.filter.selection import write_selection
 from nomic_jax.data.formats.paths import expand_files
@@ -24,10 +24,10 @@ class FilterOptions:
 
     Attributes:
       k: keep a pair if its document is among the k nearest to its query.
-      min_score: and if its score is at least this; None for no such rule.
-      block_size: most rows whose documents compete.
-      approximate_above: search a block of more distinct documents by an ``ApproximateIndex``, whose recall is reported;
-        None for exact search always.
+      min_score: also require a score of at least this; None for no minimum.
+      block_size: maximum number of rows in a block. Documents are ranked within their block.
+      approximate_above: search a block of more distinct documents than this with an ``ApproximateIndex``, whose recall
+        is reported. None: the search is always exact.
     """
 
     k: int = 2
@@ -39,7 +39,7 @@ class FilterOptions:
         if self.k < 1 or self.block_size < 1:
             raise ValueError(f"k is {self.k} and block_size is {self.block_size}; both must be at least 1")
         if self.approximate_above is not None and self.k > RANK_DEPTH:
-            raise ValueError(f"k is {self.k}; an approximate search tells {RANK_DEPTH} ranks apart")
+            raise ValueError(f"k is {self.k}; an approximate search distinguishes {RANK_DEPTH} ranks: lower k")
 
 
 def filter_pairs(
@@ -51,31 +51,31 @@ def filter_pairs(
     query_column: str = "query",
     document_column: str = "document",
     on_bad_row: str = "raise",
-    engine: Engine = run_here,
+    engine: Engine = local_engine,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Keeps the pairs whose document ranks in the top ``k`` of its block, and says of every pair where it ranks.
+    """Keeps the pairs whose document ranks in the top ``k`` of its block, and writes the rank of every pair.
 
-    Rows are cut in the order they come into as few blocks as ``block_size`` allows, of equal size, so that a rank is
-    worth the same in each; they are counted first, and a bad row is met before anything is embedded. Memory holds the
-    texts of one block. Any number of processes may work on one output: they share the blocks, and the block of one that
-    was killed is taken up by another, or by the next run. ``output`` receives
+    Rows are divided, in input order, into the fewest blocks that ``block_size`` allows. Blocks are equal in size, so
+    that ranks are comparable. Rows are counted first, so that a bad row is found before anything is embedded. Memory
+    holds the texts of one block. Any number of processes may work on one output: they share the blocks. Another
+    process, or the next run, takes over the block of a killed process. ``output`` receives
 
-        kept.jsonl      the kept rows as they were, in input order
-        scores.jsonl    {row, rank, score} of every row; rows are counted from 0, without rejected ones
-        rejected.jsonl  rows that could not be used and files that were set aside, under on_bad_row="skip"
-        summary.json    the dictionary that is returned
-        report.md       the same to read, with a sample of kept and dropped rows
-        work/           ranks of finished blocks, and embeddings of those at hand
+        kept.jsonl      the kept rows, unchanged, in input order
+        scores.jsonl    {row, rank, score} of every row; rows are numbered from 0, without rejected rows
+        rejected.jsonl  rows that cannot be used and files that were set aside, with on_bad_row="skip"
+        summary.json    the returned dictionary
+        report.md       the summary as a page, with a sample of kept and dropped rows
+        work/           ranks of finished blocks, and embeddings of unfinished blocks
 
-    Ranks and scores depend on neither k nor min_score, so others on the same output select again without embedding.
+    Ranks and scores do not depend on k or min_score: a run with other values of these reuses them without embedding.
 
     Args:
-      engine: where the blocks are made.
+      engine: makes the blocks.
 
     Raises:
-      ValueError: ``output`` holds work on other files, columns or block size, or of another encoder; no usable row.
-      BadRow: a row that cannot be used, under on_bad_row="raise".
+      ValueError: ``output`` has work on other files, columns or block size, or of another encoder; no usable row.
+      BadRow: a row cannot be used, with on_bad_row="raise".
     """
     output, columns = Path(output), (query_column, document_column)
     with scoring(files, output, encoder, options, columns, on_bad_row=on_bad_row, progress=progress) as task:
@@ -94,7 +94,7 @@ def scoring(
     on_bad_row: str,
     progress: bool,
 ) -> Iterator[RankingTask]:
-    """The task, while no other process works on the output under other settings. Arguments as for ``filter_pairs``."""
+    """Yields the task, and locks the output against other settings meanwhile. Arguments as for ``filter_pairs``."""
     work = output / "work"
     settings: dict[str, Any] = dict(zip(("query_column", "document_column"), columns))
     settings["block_size"] = options.block_size

@@ -1,4 +1,4 @@
-"""Where each pair's own document stands among the documents of its block."""
+"""Ranks each pair's own document among the documents of its block."""
 
 import shutil
 from pathlib import Path
@@ -15,10 +15,11 @@ SCORES = np.dtype([("rank", np.int32), ("score", np.float32)])
 
 
 class RankingTask:
-    """The task of ranking each pair's own document among the distinct documents of its block: SCORES [N] a block.
+    """A task that ranks each pair's own document among the distinct documents of its block.
 
-    Equal documents (up to surrounding whitespace) are one, so they share a rank and do not push each other out. Memory
-    holds the texts of one block; its embeddings are in files.
+    Each shard is a block of N pairs, a file of SCORES [N]. Equal documents (up to surrounding whitespace) count as one,
+    so they share a rank and do not compete with each other. Memory holds the texts of one block; its embeddings are in
+    files.
     """
 
     def __init__(
@@ -71,5 +72,5 @@ class RankingTask:
         return scores
 
     def tidy(self, shard: int) -> None:
-        # With the ranks saved, the embeddings (6 GB for a million pairs of width 768) have done their work.
+        # The embeddings (6 GB for a million pairs of width 768) are not needed after the ranks are saved.
         shutil.rmtree(self.work / f"{shard:05d}", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the consistency filter keeps, once every row has its rank: a choice that costs one reading of the rows."""
+"""Selects the rows that the consistency filter keeps, by their ranks, in one pass over the rows."""
 
 import bisect
 import itertools
@@ -16,11 +16,11 @@ from nomic_jax.curate.engine.settings import matching_summary, settings_sha256
 from nomic_jax.curate.filter.ranking import RankingTask
 from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
 
-_BAND_STARTS = (1, 2, 3, 4, 6, 11, 21, 101, 1001)  # of the rank histogram
+_BAND_STARTS = (1, 2, 3, 4, 6, 11, 21, 101, 1001)  # lowest rank of each band of the rank histogram
 
 
 def write_selection(files: str, output: Path, task: RankingTask, k: int, min_score: float | None) -> dict[str, Any]:
-    """kept.jsonl, scores.jsonl, report.md and summary.json by the ranks that the task has made; returns the summary."""
+    """Writes kept.jsonl, scores.jsonl, report.md and summary.json by the ranks of the task; returns the summary."""
     rule = {"k": k, "min_score": min_score, "settings_sha256": settings_sha256(output / "work")}
     with exclusive_lock(output / "work" / ".select.lock"):
         summary = matching_summary(rule, output, ("kept.jsonl", "scores.jsonl", "report.md"))
@@ -36,7 +36,7 @@ def _write_selection(files: str, output: Path, task: RankingTask, rule: Mapping[
     kept, dropped = Sample(), Sample()
 
     def select(scores_file) -> Iterator[dict[str, Any]]:
-        scores = (pair for piece in range(len(task)) for pair in np.load(task.file(piece)).tolist())
+        scores = (pair for shard in range(len(task)) for pair in np.load(task.file(shard)).tolist())
         for number, ((file, row), (rank, score)) in enumerate(zip(task.rows.read(), scores, strict=True)):
             scores_file.write(json.dumps({"row": number, "rank": rank, "score": round(score, 6)}) + "\n")
             bands[bisect.bisect_right(_BAND_STARTS, rank) - 1] += 1
@@ -57,7 +57,7 @@ def _write_selection(files: str, output: Path, task: RankingTask, rule: Mapping[
         "kept": kept.seen,
         "share_kept": round(kept.seen / total, 4),
         "rejected": task.rows.rejected,
-        "quarantined": [one._asdict() for one in task.rows.quarantined],
+        "quarantined": [entry._asdict() for entry in task.rows.quarantined],
         **rule,
         "blocks": {"number": len(sizes), "smallest": min(sizes), "largest": max(sizes)},
         "search": _search(task),
@@ -74,7 +74,7 @@ def _write_selection(files: str, output: Path, task: RankingTask, rule: Mapping[
 
 
 def _search(task: RankingTask) -> str | dict[str, Any]:
-    found = [task.recall_file(piece) for piece in range(len(task)) if task.recall_file(piece).exists()]
+    found = [task.recall_file(shard) for shard in range(len(task)) if task.recall_file(shard).exists()]
     if not found:
         return "exact"
     measured = [json.loads(file.read_text(encoding="utf-8")) for file in found]
@@ -102,7 +102,7 @@ def _report(files: str, summary: dict[str, Any], kept: Sample, dropped: Sample) 
         f"among the {summary['k']} nearest to its query{threshold_text(summary)}, in {blocks['number']:,} blocks of "
         f"{blocks['smallest']:,} to {blocks['largest']:,} rows. Rejected rows: {summary['rejected']:,}. "
         f"{_search_text(summary['search'])}\n\n"
-        f"{quarantine(summary)}{table(('rank', 'rows', 'share up to here'), shares)}\n"
+        f"{quarantine(summary)}{table(('rank', 'rows', 'cumulative share'), shares)}\n"
         + (f"{table(('file', 'rows', 'kept', 'share kept'), by_file)}\n" if len(by_file) > 1 else "")
         + f"## Kept, a sample\n\n{table(header, sorted(kept.items))}\n"
         f"## Dropped, a sample\n\n{table(header, sorted(dropped.items))}"

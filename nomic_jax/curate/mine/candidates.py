@@ -1,4 +1,4 @@
-"""The tasks of embedding many distinct texts, and of finding the nearest documents of each query among them."""
+"""Tasks that embed distinct texts, and that find the nearest documents of each query."""
 
 import functools
 import json
@@ -14,12 +14,12 @@ from nomic_jax.curate.engine.text_store import TextFile
 from nomic_jax.curate.mine.corpus import Pairs
 from nomic_jax.data.formats.writing import write_json
 
-QUERIES_PER_FILE = 4096  # searched between two points of restart
+QUERIES_PER_FILE = 4096  # queries per shard of the search
 NEAR = np.dtype([("document", np.int64), ("score", np.float32)])
 
 
 class EmbeddingTask:
-    """The task of embedding texts: float32 [``texts_per_file``, E] a file."""
+    """A task that embeds texts. Each shard is a file of float32 [``texts_per_file``, E]."""
 
     def __init__(self, texts: TextFile, role: Literal["query", "document"], folder: Path, progress: bool):
         self.label = f"embedding {'queries' if role == 'query' else 'documents'}"
@@ -43,9 +43,9 @@ class EmbeddingTask:
 
 
 class SearchTask:
-    """The task of finding the k nearest documents of each query, NEAR [QUERIES_PER_FILE, k] a file.
+    """A task that finds the k nearest documents of each query. Each shard is a file of NEAR [QUERIES_PER_FILE, k].
 
-    Document -1 stands where an approximate search finds fewer.
+    Document -1 means that an approximate search found fewer documents.
     """
 
     def __init__(self, pairs: Pairs, work: Path, k: int, approximate_above: int | None, progress: bool):
@@ -75,7 +75,7 @@ class SearchTask:
 
     @functools.cached_property
     def near(self) -> ShardedArray:
-        """What was found."""
+        """The nearest documents of all queries, NEAR [Q, k]."""
         return ShardedArray(self.folder, self.queries, QUERIES_PER_FILE)
 
     @functools.cached_property
@@ -97,7 +97,7 @@ class SearchTask:
         pass
 
     def recall(self) -> str | dict[str, Any]:
-        """Of an approximate search, measured once; otherwise "exact"."""
+        """Returns the recall of an approximate search, which is measured once; "exact" for an exact search."""
         if not self.is_approximate:
             return "exact"
         file = self.folder / "recall.json"

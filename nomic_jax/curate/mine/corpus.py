@@ -1,4 +1,4 @@
-"""The distinct queries and documents of rows, and what belongs together, on disk."""
+"""The distinct queries and documents of an input and their pairs, on disk."""
 
 import contextlib
 import functools
@@ -27,13 +27,14 @@ from nomic_jax.data.formats.writing import write_json
 
 
 class Pairs:
-    """Every query with each of its positives: a row whose document column holds a list is a pair for each text of it.
+    """The pairs of a query and a positive. A row whose document column has a list gives one pair per text of the list.
 
     Attributes:
-      queries, documents: distinct texts, those of the corpus after those of the rows.
-      query_P, document_P: each pair's place in them, int64.
-      own_Q: the document that equals a query, or -1.
-      rows, rejected: input rows used, and those skipped or files set aside.
+      queries, documents: distinct texts. Documents of the corpus follow those of the rows.
+      query_P, document_P: each pair's index in ``queries`` and ``documents``, int64.
+      own_Q: for each query, the document with the same text, or -1.
+      rows: number of input rows used.
+      rejected: number of skipped rows and of files that were set aside.
       quarantined: files that were set aside.
     """
 
@@ -51,16 +52,16 @@ class Pairs:
         return len(self.query_P)
 
     def positives(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The documents of all rows with one of the queries: (place in ``queries``, document), by place."""
+        """Returns (position in ``queries``, document) of all documents of the queries, ordered by position."""
         starts = np.where(queries > 0, self._ends_Q[queries - 1], 0)
         counts = self._ends_Q[queries] - starts
-        place_M = np.repeat(np.arange(len(queries)), counts)
-        within_M = np.arange(len(place_M)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return place_M, np.asarray(self._positives[np.repeat(starts, counts) + within_M])
+        position_M = np.repeat(np.arange(len(queries)), counts)
+        within_M = np.arange(len(position_M)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return position_M, np.asarray(self._positives[np.repeat(starts, counts) + within_M])
 
     def read(self, files: str, query_column: str, document_column: str) -> Iterator[dict[str, Any]]:
-        """The pairs as rows, in order: the input's rows, with one text as document."""
-        set_aside = {one.file for one in self.quarantined}
+        """Yields the pairs in order, as input rows with one text as document."""
+        set_aside = {entry.file for entry in self.quarantined}
         readable = [file for file in expand_files(files) if file not in set_aside]
         for row in _rows(readable, query_column, document_column, self._holds_lists, "skip", AlreadyRejected()):
             for document in row[document_column] if self._holds_lists else [row[document_column]]:
@@ -79,10 +80,10 @@ def collect_pairs(
     on_bad_row: str,
     progress: bool = True,
 ) -> Pairs:
-    """Reads rows and corpus once into ``folder``, unless that was done. Memory: about 150 bytes a distinct text.
+    """Reads rows and corpus into ``folder``, unless an earlier run did. Memory: about 150 bytes per distinct text.
 
     Raises:
-      BadRow: a row that cannot be used, under on_bad_row="raise".
+      BadRow: a row cannot be used, with on_bad_row="raise".
       ValueError: there is no usable row.
     """
     counts_file = folder / "counts.json"
@@ -97,8 +98,8 @@ def collect_pairs(
     holds_lists = _first_document_is_list(files, query_column, document_column)
     kinds = _kinds(query_column, document_column, holds_lists)
     readable = readable_files(files, kinds, on_bad_row, rejected, progress=progress)
-    of_corpus = {corpus_column: str}
-    readable_corpus = readable_files(corpus, of_corpus, on_bad_row, rejected, progress=progress) if corpus else []
+    corpus_kinds = {corpus_column: str}
+    readable_corpus = readable_files(corpus, corpus_kinds, on_bad_row, rejected, progress=progress) if corpus else []
     rows = 0
     with tqdm(desc="reading", unit=" rows", disable=not progress) as bar:
         for row in _rows(readable, query_column, document_column, holds_lists, on_bad_row, rejected):
@@ -111,10 +112,12 @@ def collect_pairs(
         if not rows:
             raise no_usable_row(files, rejected)
         for file in readable_corpus:
-            for row in read_file(file, of_corpus, on_bad_row, rejected, others=()):
+            for row in read_file(file, corpus_kinds, on_bad_row, rejected, others=()):
                 documents.add(row[corpus_column])
                 bar.update()
-    own_Q = np.fromiter((documents.place.get(key, -1) for key in queries.place), np.int64, len(queries.place))
+    own_Q = np.fromiter(
+        (documents.number_of.get(key, -1) for key in queries.number_of), np.int64, len(queries.number_of)
+    )
     order = np.lexsort((np.frombuffer(document_P, np.int64), np.frombuffer(query_P, np.int64)))
     by_query = np.stack([np.frombuffer(query_P, np.int64)[order], np.frombuffer(document_P, np.int64)[order]], axis=1)
     is_new = np.concatenate([[True], (by_query[1:] != by_query[:-1]).any(axis=1)])
@@ -136,9 +139,9 @@ def collect_pairs(
 
 
 def _first_document_is_list(files: str, query_column: str, document_column: str) -> bool:
-    """Whether documents are texts or lists of them is one for the whole input; any other row is a bad one."""
+    """Returns whether the first row has a list of documents. All rows must be of the same kind; others are bad rows."""
     for file in expand_files(files):
-        with contextlib.suppress(BadRow):  # it is met again, and then it is said
+        with contextlib.suppress(BadRow):  # reported when the file is read again
             rows = read_file(file, {query_column: str}, "skip", AlreadyRejected(), others=(document_column,))
             for row in rows:
                 return isinstance(row.get(document_column), list)

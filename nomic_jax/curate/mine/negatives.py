@@ -1,4 +1,4 @@
-"""Hard negatives: for each pair, the documents that a teacher finds near its query though they do not belong to it."""
+"""Hard negatives: for each pair, documents that a teacher finds near the query but that are not its positives."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from nomic_jax.curate.engine.index import pair_scores
 from nomic_jax.curate.engine.locks import exclusive_lock
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.settings import fingerprints, locked_settings, matching_summary, settings_sha256
-from nomic_jax.curate.engine.tasks import Engine, run_here
+from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.mine.candidates import EmbeddingTask, SearchTask
 from nomic_jax.curate.mine.corpus import Pairs, collect_pairs
 from nomic_jax.data.formats.paths import expand_files
@@ -27,21 +27,21 @@ PAIRS_AT_ONCE = 1024
 class MiningOptions:
     """Which documents become negatives.
 
-    A row's positives are its own document and those of every row with the same query. They, and a document that equals
-    the query, are never negatives. Texts are equal if they differ in surrounding whitespace only.
+    A row's positives are its own document and those of all rows with the same query. Positives, and a document that
+    equals the query, are never negatives. Texts are equal if they differ only in surrounding whitespace.
 
     Attributes:
-      k: candidates a query: its k nearest documents, before positives are taken out.
-      margin: keep candidates that score less than margin * the positive's score (NV-Retriever's TopK-PercPos), the
-        lowest one's where a query has several, as in sentence-transformers; 0 keeps all. Below zero the same distance
-        counts: less than the positive's score - (1 - margin) * its absolute value.
+      k: number of candidates per query: its k nearest documents, before positives are removed.
+      margin: keep candidates that score less than margin * the positive's score (NV-Retriever's TopK-PercPos). If a
+        query has several positives, the lowest score counts, as in sentence-transformers. 0 keeps all candidates. For
+        negative scores, the limit is the positive's score - (1 - margin) * its absolute value.
       range_min, range_max: keep candidates of ranks range_min ... range_max - 1, counted from 0 without the positives.
-      num_negatives: what training needs of each row.
-      too_few: what becomes of a row with fewer: "drop" it, fill it up with "random" documents that are not among its
-        candidates (one that the margin took out may well be a positive), or stop with an "error".
-      seed: of the random documents, which depend on it, the pair's number and the documents, on nothing else.
-      approximate_above: search among more distinct documents than this by an ``ApproximateIndex``, whose recall is
-        reported; None for exact search always.
+      num_negatives: number of negatives that training needs per row.
+      too_few: what to do with a row that has fewer: "drop" it, add "random" documents that are not among its candidates
+        (a candidate removed by the margin may be a positive), or stop with an "error".
+      seed: seed of the random documents. They depend only on the seed, the pair's number and the documents.
+      approximate_above: if there are more distinct documents than this, search with an ``ApproximateIndex``, whose
+        recall is reported. None: the search is always exact.
     """
 
     k: int = 20
@@ -76,13 +76,15 @@ class MiningOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """Of one pair.
+    """The candidates of one pair.
 
     Attributes:
-      excluded: the documents that are not its negatives: the query's positives, and its own text.
+      number: number of the pair.
+      query: number of its query.
+      excluded: documents that cannot be negatives: the query's positives, and a document that equals the query.
       near: the query's nearest documents with their scores, best first; None without a teacher.
-      score: of the pair's document.
-      lowest: the lowest score of a positive of the query.
+      score: score of the pair's document.
+      lowest: lowest score of the query's positives.
     """
 
     number: int
@@ -104,32 +106,32 @@ def mine_negatives(
     corpus: str | None = None,
     corpus_column: str = "document",
     on_bad_row: str = "raise",
-    engine: Engine = run_here,
+    engine: Engine = local_engine,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the rows with their negatives: triplets, in input order.
+    """Writes the rows with their negatives as triplets, in input order.
 
-    A row keeps its columns and gains ``negatives`` (texts, nearest first), and where an encoder is at work
-    ``negative_scores`` and ``document_score``. A row whose document column holds a list of positives becomes a triplet
-    for each. Negatives come from the distinct documents of rows and ``corpus``. Texts and embeddings are in files;
-    memory holds about 150 bytes for each distinct text and 100 for each pair. Any number of processes may work on one
-    output: they share embedding and search. ``output`` receives
+    A row keeps its columns and gains ``negatives`` (texts, nearest first) and, with an encoder, ``negative_scores`` and
+    ``document_score``. A row whose document column has a list of positives becomes one triplet per positive. Negatives
+    come from the distinct documents of the rows and of ``corpus``. Texts and embeddings are in files; memory holds
+    about 150 bytes per distinct text and 100 bytes per pair. Any number of processes may work on one output: they share
+    embedding and search. ``output`` receives
 
         triplets.jsonl  the rows
-        rejected.jsonl  rows that could not be used and files that were set aside, under on_bad_row="skip"
-        summary.json    the dictionary that is returned
-        report.md       the same to read, with a sample of written and dropped rows
-        work/           embeddings: a run that was killed, or another with other options, does not make them again
+        rejected.jsonl  rows that cannot be used and files that were set aside, with on_bad_row="skip"
+        summary.json    the returned dictionary
+        report.md       the summary as a page, with a sample of written and dropped rows
+        work/           embeddings, which a restart after a kill or a run with other options reuses
 
     Args:
-      encoder: the teacher, or None for ``options.k`` random documents a row (fewer if there are no more).
-      corpus: files of more documents, in ``corpus_column``.
-      engine: where texts are embedded and searched.
+      encoder: the teacher, or None for ``options.k`` random documents per row (fewer if there are fewer).
+      corpus: files with additional documents in ``corpus_column``.
+      engine: embeds and searches the texts.
 
     Raises:
-      ValueError: ``output`` holds embeddings of other files or columns, or of another encoder; no usable row; a row
-        with too few negatives, under too_few="error" or where there are not enough documents for "random".
-      BadRow: a row that cannot be used, under on_bad_row="raise".
+      ValueError: ``output`` has embeddings of other files or columns, or of another encoder; there is no usable row; a
+        row has too few negatives, with too_few="error" or if there are not enough documents for "random".
+      BadRow: a row cannot be used, with on_bad_row="raise".
     """
     output = Path(output)
     work = output / "work"
@@ -154,7 +156,7 @@ def mine_negatives(
             )
         search = SearchTask(pairs, work, options.k, options.approximate_above, progress)
         if encoder:
-            for wait in (False, True):  # what another process has at hand need not be waited for at once
+            for wait in (False, True):  # do not wait for other processes in the first pass
                 engine(EmbeddingTask(pairs.queries, "query", work / "queries", progress), encoder, wait)
                 engine(EmbeddingTask(pairs.documents, "document", work / "documents", progress), encoder, wait)
             engine(search, None, True)
@@ -219,7 +221,7 @@ def _write_triplets(
         "filled_with_random": counts["filled"],
         "candidates_beyond_margin": counts["beyond_margin"],
         "rejected": pairs.rejected,
-        "quarantined": [one._asdict() for one in pairs.quarantined],
+        "quarantined": [entry._asdict() for entry in pairs.quarantined],
         "distinct_queries": len(pairs.queries),
         "distinct_documents": len(pairs.documents),
         "negatives": [{"negatives": size, "rows": count} for size, count in sorted(sizes.items())],
@@ -228,7 +230,7 @@ def _write_triplets(
 
 
 def _declare(row: dict[str, Any], columns: list[str]) -> None:
-    """Rows in the original's format say in metadata.objective of which columns they consist."""
+    """Updates metadata.objective, in which rows of the original Nomic data format declare their columns."""
     metadata = row.get("metadata")
     if isinstance(metadata, dict) and isinstance(metadata.get("objective"), dict):
         row["metadata"] = metadata | {"objective": metadata["objective"] | {"triplet": [columns]}}
@@ -238,17 +240,17 @@ def _candidates(pairs: Pairs, search: SearchTask | None) -> Iterator[Candidates]
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         chunk = slice(start, start + PAIRS_AT_ONCE)
         query_P, document_P = np.asarray(pairs.query_P[chunk]), np.asarray(pairs.document_P[chunk])
-        place_M, document_M = pairs.positives(query_P)
+        position_M, document_M = pairs.positives(query_P)
         excluded: list[set[int]] = [set() if own < 0 else {own} for own in pairs.own_Q[query_P].tolist()]
-        for place, document in zip(place_M.tolist(), document_M.tolist()):
-            excluded[place].add(document)
+        for position, document in zip(position_M.tolist(), document_M.tolist()):
+            excluded[position].add(document)
         score_P, lowest_P = np.zeros(len(query_P)), np.zeros(len(query_P))
         near: list[list[tuple[int, float]] | None] = [None] * len(query_P)
         if search:
             score_P = pair_scores(search.query_QE, query_P, search.document_DE, document_P)
-            score_M = pair_scores(search.query_QE, query_P[place_M], search.document_DE, document_M)
+            score_M = pair_scores(search.query_QE, query_P[position_M], search.document_DE, document_M)
             lowest_P = np.full(len(query_P), np.inf, np.float32)
-            np.minimum.at(lowest_P, place_M, score_M)
+            np.minimum.at(lowest_P, position_M, score_M)
             near = [[item for item in items if item[0] >= 0] for items in search.near[query_P].tolist()]
         for i, values in enumerate(zip(query_P.tolist(), excluded, near, score_P.tolist(), lowest_P.tolist())):
             yield Candidates(start + i, *values)
@@ -257,11 +259,11 @@ def _candidates(pairs: Pairs, search: SearchTask | None) -> Iterator[Candidates]
 def _choose(
     candidates: Candidates, pairs: Pairs, search: SearchTask | None, options: MiningOptions
 ) -> tuple[list[tuple[int, float]], dict[str, int]]:
-    """The documents that are negatives of a pair with their scores, and what happened on the way, to be counted."""
+    """Returns the negatives of a pair with their scores, and counts for the summary."""
     excluded = candidates.excluded
     if candidates.near is None:
-        drawn = _random_documents(candidates.number, options.k, pairs, excluded, options)
-        return [(document, 0.0) for document in drawn], {}
+        sampled = _random_documents(candidates.number, options.k, pairs, excluded, options)
+        return [(document, 0.0) for document in sampled], {}
     ranked = [(document, score) for document, score in candidates.near if document not in excluded]
     ranked = ranked[options.range_min : options.range_max]
     limit = candidates.lowest - (1 - options.margin) * abs(candidates.lowest) if options.margin else float("inf")
@@ -272,24 +274,25 @@ def _choose(
         assert search is not None
         counts["filled"] = 1
         near = {document for document, _ in candidates.near}
-        drawn = _random_documents(candidates.number, missing, pairs, excluded | near, options)
-        query_P = np.full(len(drawn), candidates.query)
-        scores = pair_scores(search.query_QE, query_P, search.document_DE, np.array(drawn, np.int64))
-        chosen += zip(drawn, scores.tolist())
+        sampled = _random_documents(candidates.number, missing, pairs, excluded | near, options)
+        query_P = np.full(len(sampled), candidates.query)
+        scores = pair_scores(search.query_QE, query_P, search.document_DE, np.array(sampled, np.int64))
+        chosen += zip(sampled, scores.tolist())
     return chosen, counts
 
 
 def _random_documents(number: int, count: int, pairs: Pairs, excluded: set[int], options: MiningOptions) -> list[int]:
-    """``count`` distinct documents that are not excluded, or all of them if there are fewer."""
+    """Returns ``count`` distinct documents that are not excluded, or all of them if there are fewer."""
     random = np.random.default_rng((options.seed, number))
-    drawn = random.choice(len(pairs.documents), min(count + len(excluded), len(pairs.documents)), replace=False)
-    return [document for document in drawn.tolist() if document not in excluded][:count]
+    sampled = random.choice(len(pairs.documents), min(count + len(excluded), len(pairs.documents)), replace=False)
+    return [document for document in sampled.tolist() if document not in excluded][:count]
 
 
 def _too_few(number: int, query: str, found: int, pairs: Pairs, options: MiningOptions) -> str:
     where = f"row {number} (query {query[:80]!r}) has {found} negatives of the {options.num_negatives} it needs"
     if options.too_few == "random":
-        return f"{where}, and no more among the {len(pairs.documents)} distinct documents: lower k, or add a corpus"
+        documents = len(pairs.documents)
+        return f"{where}, and there are no more among the {documents} distinct documents: lower k, or add a corpus"
     return f'{where}: raise k or margin, or set too_few to "drop" or "random"'
 
 
@@ -311,7 +314,7 @@ def _report(files: str, summary: dict[str, Any]) -> str:
         f"{quarantine(summary)}{table(('', 'count'), counts)}\n"
         f"{table(('negatives', 'pairs'), [tuple(size.values()) for size in summary['negatives']])}\n"
         f"## Written, a sample\n\n{table(('pair', '', 'score', 'text'), lines)}\n"
-        f"## Dropped for too few, a sample\n\n{table(header, sorted(dropped.items))}"
+        f"## Dropped for too few negatives, a sample\n\n{table(header, sorted(dropped.items))}"
     )
 
 

@@ -1,4 +1,4 @@
-"""OUTPUT/report.md: every figure of the folder beside the published ones, and pictures of them; a terminal table."""
+"""Writes OUTPUT/report.md: all scores of the folder beside published ones, with charts. Formats a terminal table."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -24,9 +24,9 @@ class Run(NamedTuple):
     """One model with one set of settings on one suite.
 
     Attributes:
-      model: its name, with what is special about the run.
-      max_length, dim: tokens and components kept, None for what the model or suite says.
-      tasks: name -> figures.
+      model: name of the model and, if the embeddings are truncated, their number of components.
+      max_length, dim: number of tokens and components kept; None for the default of the model or suite.
+      tasks: task name -> entry of the task in the report.
     """
 
     model: str
@@ -45,7 +45,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def average_by_type(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Task type -> mean main score of its tasks, as in the paper's tables; the overall average is over all tasks."""
+    """Returns task type -> mean main score of its tasks, as in the paper. The overall average is over all tasks."""
     by_type: dict[str, list[float]] = {}
     for figures in tasks.values():
         by_type.setdefault(figures.get("type", "Retrieval"), []).append(main_score(figures))
@@ -53,9 +53,9 @@ def average_by_type(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report as text: for each type of task a line a task and averages, then the tasks that failed."""
+    """Formats a report as text: for each type of task one line per task and averages, then the failed tasks."""
     by_type: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, figures in sorted(report["tasks"].items(), key=_place):
+    for name, figures in sorted(report["tasks"].items(), key=_sort_key):
         by_type.setdefault(figures.get("type", "Retrieval"), {})[name] = figures
     lines: list[tuple[str, list[str]]] = []
     for kind, tasks in by_type.items():
@@ -65,34 +65,34 @@ def table(report: dict[str, Any]) -> str:
         )
         lines.append((kind, [f"{column:>16}" for column in columns]))
         lines += [(name, [f"{figures[column]:16.4f}" for column in columns]) for name, figures in tasks.items()]
-        for setting, alike in _by_setting(tasks).items():
-            if len(alike) > 1:
-                means = [mean(figures[column] for figures in alike) for column in columns]
+        for setting, group in _by_setting(tasks).items():
+            if len(group) > 1:
+                means = [mean(figures[column] for figures in group) for column in columns]
                 lines.append((f"average{setting}", [f"{value:16.4f}" for value in means]))
     if len(by_type) > 1:
-        for setting, alike in _by_setting(report["tasks"]).items():
-            lines.append((f"all tasks{setting}", [f"{mean(map(main_score, alike)):16.4f}", "  (main scores)"]))
+        for setting, group in _by_setting(report["tasks"]).items():
+            lines.append((f"all tasks{setting}", [f"{mean(map(main_score, group)):16.4f}", "  (main scores)"]))
     width = max(len(name) for name in [*(name for name, _ in lines), *report["failed"], ""])
     failed = [f"{name:{width}}  FAILED: {error}" for name, error in report["failed"].items()]
     return "\n".join([f"{name:{width}}{''.join(cells)}" for name, cells in lines] + failed)
 
 
-def _place(item: tuple[str, dict[str, Any]]) -> tuple[str, int, int]:
-    """Of a task in the table: by name, by length, the widest embeddings first."""
+def _sort_key(item: tuple[str, dict[str, Any]]) -> tuple[str, int, int]:
+    """Returns the sort key of a task in the table: by name, by length, the widest embeddings first."""
     name, figures = item
     return figures.get("task", name), figures.get("max_length", 0), -figures.get("dim", 0)
 
 
 def _by_setting(tasks: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """ " @<length> dim <n>" -> tasks; "" where all have the same."""
+    """Returns setting -> tasks. A setting is " @<length> dim <n>", or "" if all tasks have the same."""
     found: dict[tuple[int | None, int | None], list[dict[str, Any]]] = {}
     for figures in tasks.values():
         found.setdefault((figures.get("max_length"), figures.get("dim")), []).append(figures)
-    return {label(" ", *key) if len(found) > 1 else "": alike for key, alike in found.items()}
+    return {label(" ", *key) if len(found) > 1 else "": group for key, group in found.items()}
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes report.md, and the pictures it shows, for all reports of ``launch.evaluate`` in the folder."""
+    """Writes report.md and its charts for all reports of ``launch.evaluate`` in the folder; returns the path."""
     folder = Path(folder)
     reports = read_reports(folder)
     sections = ["# Evaluation\n"]
@@ -107,7 +107,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """Model's name -> report, of the folder's files that are one."""
+    """Returns file name without suffix -> report, for all reports in the folder."""
     reports = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -117,18 +117,19 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def runs_of(name: str, report: dict[str, Any]) -> list[Run]:
+    """Returns the runs of a report, one per length and number of components."""
     name = name.removesuffix(f"-{report['suite']}")
     settings: dict[tuple[int | None, int | None], dict[str, dict[str, Any]]] = {}
     for name_of_cell, figures in report["tasks"].items():
         key = (figures.get("max_length"), figures.get("dim"))
         settings.setdefault(key, {})[figures.get("task", name_of_cell)] = figures
-    # By length, and the widest first.
+    # Ordered by length, the widest embeddings first.
     ordered = sorted(settings.items(), key=lambda item: (item[0][0] or 0, -(item[0][1] or 0)))
     return [Run(name + (f", {dim} dims" if dim else ""), length, dim, tasks) for (length, dim), tasks in ordered]
 
 
-def _in_picture(run: Run, runs: list[Run]) -> str:
-    """The model's name, with the length where it was run at several."""
+def _legend_label(run: Run, runs: list[Run]) -> str:
+    """Returns the model's name, with the length if the model was run at several lengths."""
     is_one_of_several = sum(other.model == run.model for other in runs) > 1
     return f"{run.model} @{run.max_length}" if is_one_of_several else run.model
 
@@ -141,7 +142,7 @@ def _mteb(folder: Path, runs: list[Run]) -> str:
         is_whole = len(run.tasks) == MTEB_TASKS
         note = f"this run, {run.max_length} tokens" + ("" if is_whole else f"; {len(run.tasks)} of {MTEB_TASKS} tasks")
         percent = {kind: 100 * score for kind, score in types.items()}
-        groups[_in_picture(run, runs)] = percent
+        groups[_legend_label(run, runs)] = percent
         cells = [percent.get(kind, "") for kind in MTEB_TYPES]
         rows.append([run.model, 100 * mean(run.scores.values()), *cells, note])
     rows += [
@@ -149,7 +150,7 @@ def _mteb(folder: Path, runs: list[Run]) -> str:
     ]
     groups |= {row.model: row.by for row in published.MTEB if row.by}
     pictures.bars(folder / "mteb.png", groups, MTEB_TYPES, "average score, per cent")
-    caution = "A run with fewer tasks has averages over those alone, which do not compare with the others.\n\n"
+    caution = "The averages of a run with fewer tasks are over these tasks only and do not compare with the others.\n\n"
     caution = caution if any(len(run.tasks) < MTEB_TASKS for run in runs) else ""
     header = ["model", "average", *MTEB_TYPES, "source"]
     return (
@@ -230,7 +231,7 @@ def _local(folder: Path, runs: list[Run]) -> str:
             for run, tasks in own
         ]
         text += f"{kind}, {metric}:\n\n{markdown(['model', 'tokens', 'average', *names], rows, digits=4)}\n"
-    groups = {_in_picture(run, runs): average_by_type(run.tasks) for run in runs if run.dim is None}
+    groups = {_legend_label(run, runs): average_by_type(run.tasks) for run in runs if run.dim is None}
     if groups:
         pictures.bars(folder / "local.png", groups, tuple(types), "average of the main metric")
         text += "![Score by type of task](local.png)\n"
@@ -281,10 +282,12 @@ _SECTIONS = {"mteb": _mteb, "jina_long": _jina, "loco": _loco, "glue": _glue, "l
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], digits: int = 2) -> str:
+    """Returns a Markdown table; ``digits`` is the number of decimals of scores."""
+
     def cell(value: Any) -> str:
         if isinstance(value, list):
             return ", ".join(map(cell, value))
-        # A learning rate in its own notation, a score to so many digits.
+        # Learning rates in scientific notation, scores with ``digits`` decimals.
         text = f"{value:g}" if isinstance(value, float) and 0 < abs(value) < 1e-3 else None
         text = text or (f"{value:.{digits}f}" if isinstance(value, float) else " ".join(str(value).split()))
         return text.replace("|", "\\|")

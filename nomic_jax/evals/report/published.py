@@ -1,4 +1,4 @@
-"""Published figures to stand beside one's own, each with where it is from. Per cent; GLUE's are fractions."""
+"""Published scores for comparison, each with its source. Scores are in per cent; those of GLUE are fractions."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ V15_CARD = "model card of nomic-embed-text-v1.5"
 GTE_CARD = "model card of gte-base"
 GTE_MLM_CARD = "model card of gte-multilingual-mlm-base"
 
-# mteb's types in the order of the paper's table
+# mteb's task types, in the order of the paper's table
 MTEB_TYPES = (
     "Classification",
     "Clustering",
@@ -21,7 +21,10 @@ MTEB_TYPES = (
 
 
 class Published(NamedTuple):
-    """Attributes: by: type, task or length -> score, where known; average: over all tasks."""
+    """Attributes:
+    average: average score over all tasks.
+    by: task type, task or length -> score, if known.
+    """
 
     model: str
     average: float
@@ -42,7 +45,7 @@ MTEB = (
     Published("text-embedding-ada-002", 60.99, _types(70.93, 45.9, 84.89, 56.32, 49.25, 80.97, 30.8), GTE_CARD),
     Published("jina-embeddings-v2-base-en", 60.39, {}, V1_CARD),
 )
-# Model -> tokens -> average over the tasks
+# ``by``: number of tokens -> average over the tasks
 JINA_LONG = (
     Published("nomic-embed-text-v1", 54.2, {"128": 48.5, "512": 52.1, "8191": 54.2}, PAPER),
     Published("jina-embeddings-v2-base-en", 51.9, {"8191": 51.9}, V1_CARD),
@@ -61,5 +64,5 @@ GLUE = (
     Published("MosaicBERT-base", 0.854, {}, GTE_MLM_CARD),
     Published("JinaBERT-base", 0.85, {}, GTE_MLM_CARD),
 )
-# MTEB average of nomic-embed-text-v1.5 by components kept
+# Number of components kept -> MTEB average of nomic-embed-text-v1.5
 MATRYOSHKA = {"768": 62.28, "512": 61.96, "256": 61.04, "128": 59.34, "64": 56.10}

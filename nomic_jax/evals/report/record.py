@@ -1,11 +1,12 @@
-"""The figures of one model on one suite, in one JSON file that a killed run goes on with.
+"""The scores of one model on one suite, in one JSON file from which a killed run resumes.
 
     {"model", "model_sha256", "suite", "dtype", "max_length",
-     "tasks":   {label: {metric: value, ..., "task", "type", "metric": name of the main one, and its settings}},
-     "failed":  {label: what was wrong},
-     "average": {metric: mean over the tasks that have it, " @<max_length> dim <n>" behind it where there are several}}
+     "tasks":   {label: {metric: value, ..., "task", "type", "metric": name of the main metric, and settings}},
+     "failed":  {label: error message},
+     "average": {metric: mean over the tasks that have it}}
 
-A label is the task's name, followed by "@<max_length>" and " dim <n>" where a suite has several of them.
+A label is the task's name, followed by "@<max_length>" and " dim <n>" if a suite has several lengths or numbers of
+components. The names of averages are then followed by " @<max_length> dim <n>".
 """
 
 import hashlib
@@ -19,17 +20,17 @@ from typing import Any, NamedTuple
 
 from nomic_jax.data.formats.writing import write_json
 
-# Files of a model folder that decide its vectors; of a run, the hashes of its checkpoints' files stand for them.
+# Files of a model folder that determine its embeddings. In a run, manifests have the hashes of the checkpoints' files.
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "vocab.txt", "manifest.sha256.json")
 
 
 class Cell(NamedTuple):
-    """One figure to be had.
+    """One score to compute.
 
     Attributes:
-      label: unique in its suite.
-      score: computes what the report's "tasks" hold.
-      sha256: of the task's content, where it lies in files.
+      label: name of the cell, unique in its suite.
+      score: computes the entry for the report's "tasks".
+      sha256: hash of the task's content, if the task is read from files.
     """
 
     label: str
@@ -42,9 +43,9 @@ def label(task: str, max_length: int | None = None, dim: int | None = None) -> s
 
 
 def model_sha256(model: str) -> str:
-    """Identifies what a model folder, a run or a checkpoint of one holds.
+    """Returns a hash of the content of a model folder, a run or a checkpoint of a run.
 
-    Of BM25 and of hub names "": their name is all there is to go by.
+    For BM25 and hub names it is "", because only their name identifies them.
     """
     digest = hashlib.sha256()
     files = [file for pattern in MODEL_FILES for file in sorted(Path(model).rglob(pattern))]
@@ -55,10 +56,10 @@ def model_sha256(model: str) -> str:
 
 
 def open_report(path: Path, identity: dict[str, Any], cells: Sequence[Cell] = ()) -> dict[str, Any]:
-    """The report at ``path``, or a new one.
+    """Returns the report at ``path``, or a new report.
 
     Raises:
-      ValueError: the report holds figures of another model, length or task content.
+      ValueError: the report has scores of another model, length or task content.
     """
     if not path.exists():
         return identity | {"tasks": {}}
@@ -69,20 +70,20 @@ def open_report(path: Path, identity: dict[str, Any], cells: Sequence[Cell] = ()
             raise ValueError(f"{path} was made with {field} {report.get(field)!r}, this is {value!r}; {advice}")
     for cell in cells:
         if report["tasks"].get(cell.label, {}).get("sha256", cell.sha256) != cell.sha256:
-            raise ValueError(f"{path} holds figures of another content of task {cell.label!r}; {advice}")
+            raise ValueError(f"{path} has scores of task {cell.label!r} with other content; {advice}")
     return report
 
 
 def run_cells(
     path: Path, identity: dict[str, Any], cells: Sequence[Cell], prepare: Callable[[], object]
 ) -> dict[str, Any]:
-    """Computes what the report at ``path`` does not have yet, writing it after every task, and returns it.
+    """Computes the scores that the report at ``path`` lacks, writes it after every task, and returns it.
 
-    A task that fails is listed under "failed", and the others go on; only what would fail every task alike, such as a
-    library that is not installed, ends the run.
+    A task that fails is listed under "failed", and the run continues. Only an error that would fail every task, such as
+    a library that is not installed, ends the run.
 
     Args:
-      prepare: called once, before the first task that has no figures; what it raises ends the run.
+      prepare: called once, before the first task without scores. Its exceptions end the run.
     """
     report = open_report(path, identity, cells) | {"failed": {}}
     missing = [cell for cell in cells if cell.label not in report["tasks"]]
@@ -98,7 +99,7 @@ def run_cells(
         except Exception as error:
             report["failed"][cell.label] = f"{type(error).__name__}: {error}"
             print(f"{cell.label} failed: {report['failed'][cell.label]}", file=sys.stderr)
-            if not isinstance(error, (ValueError, OSError)):  # a defect, of ours or of a library: where it came from
+            if not isinstance(error, (ValueError, OSError)):  # a defect in this project or in a library: show where
                 traceback.print_exc()
         else:
             report["tasks"][cell.label] = found | ({"sha256": cell.sha256} if cell.sha256 else {})
@@ -111,17 +112,17 @@ def run_cells(
 
 
 def main_score(figures: dict[str, Any]) -> float:
-    """The one figure that a task's averages are made of."""
+    """Returns the score of a task that averages are made of."""
     return figures["score"] if "score" in figures else figures[figures.get("metric", "ndcg@10")]
 
 
 def average(tasks: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """metric -> its mean over the tasks that have it; of several lengths or numbers of components, each by itself."""
+    """Returns metric -> mean over the tasks that have it, separately for each length and number of components."""
     tasks = list(tasks)
-    chosen = {(task.get("max_length"), task.get("dim")) for task in tasks}
+    all_settings = {(task.get("max_length"), task.get("dim")) for task in tasks}
     values: dict[str, list[float]] = {}
     for task in tasks:
-        setting = label(" ", task.get("max_length"), task.get("dim")) if len(chosen) > 1 else ""
+        setting = label(" ", task.get("max_length"), task.get("dim")) if len(all_settings) > 1 else ""
         for metric, value in task.items():
             if isinstance(value, float):
                 values.setdefault(metric + setting, []).append(value)
@@ -129,7 +130,7 @@ def average(tasks: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def figures(task: Any, found: Iterable[tuple[str, float]], max_length: int | None, dim: int | None) -> dict[str, Any]:
-    """What a report keeps of a task of ours: metrics, the main one first, counts, and what it was computed with."""
+    """Returns the report's entry of a local or LoCo task: metrics (the main one first), counts and settings."""
     metrics = dict(found)
     described = {"type": task.type, "metric": next(iter(metrics))}
     return metrics | task.counts | described | settings(task.name, max_length, dim)

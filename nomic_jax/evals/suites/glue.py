@@ -1,8 +1,8 @@
-"""GLUE's tasks, their data and metrics, and the sweep of the paper (section 4.1); the training comes in as a function.
+"""The tasks of GLUE, their data and metrics, and the sweep of the paper (section 4.1). The caller does the training.
 
-Data have the columns of GLUE on the hub (nyu-mll/glue), which are those of TFDS. In files: DATA/<task>/ with
-train and validation (for mnli, validation or validation_matched) as .jsonl, .jsonl.gz, .parquet or, as the hub keeps
-them, <split>-*.parquet.
+Data have the columns of GLUE on the hub (nyu-mll/glue), which TFDS uses too. Local files are DATA/<task>/ with train
+and validation (for mnli, validation or validation_matched) as .jsonl, .jsonl.gz, .parquet or, as on the hub,
+<split>-*.parquet.
 """
 
 import dataclasses
@@ -27,7 +27,13 @@ LEARNING_RATES, BATCH_SIZES, SEEDS = (1e-5, 2e-5, 3e-5), (16, 32), (0, 1, 2, 3, 
 
 
 class GlueTask(NamedTuple):
-    """Attributes: columns: one text or two; num_labels: 1 for a regression; validation: the split that is scored."""
+    """Attributes:
+    columns: the columns of one or two texts.
+    num_labels: number of labels, 1 for regression.
+    metric: name of the metric.
+    validation: the split that is scored.
+    from_mnli: whether finetuning starts from a model that was finetuned on mnli.
+    """
 
     columns: tuple[str, ...]
     num_labels: int
@@ -47,7 +53,7 @@ TASKS = {
     "qnli": GlueTask(("question", "sentence"), 2, "accuracy"),
     "rte": GlueTask(_PAIR, 2, "accuracy", from_mnli=True),
 }
-# mnli first: others start from it.
+# mnli is first, because other tasks start from it.
 ORDER = ("mnli", *(task for task in GLUE_TASKS if task != "mnli"))
 
 
@@ -68,20 +74,20 @@ class Cell:
 def cells(
     tasks: Sequence[str], learning_rates: Sequence[float], batch_sizes: Sequence[int], seeds: Sequence[int]
 ) -> list[Cell]:
-    """The sweep, mnli first; () stands for all tasks and for the paper's values.
+    """Returns the runs of the sweep, mnli first. () stands for all tasks, or for the paper's values.
 
     Raises:
-      ValueError: GLUE has no task of a name.
+      ValueError: GLUE does not have one of the tasks.
     """
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ValueError(f"--tasks: GLUE has no task {unknown[0]!r}; it has {', '.join(GLUE_TASKS)}")
     grid = (learning_rates or LEARNING_RATES, batch_sizes or BATCH_SIZES, seeds or SEEDS)
-    wanted = [task for task in ORDER if not tasks or task in tasks]
-    return [Cell(task, *values) for task in wanted for values in itertools.product(*grid)]
+    selected = [task for task in ORDER if not tasks or task in tasks]
+    return [Cell(task, *values) for task in selected for values in itertools.product(*grid)]
 
 
 def score(task: str, logits_NC: np.ndarray, labels: Sequence[float]) -> float:
-    """The task's metric of logits [N, labels] (cola: Matthews, stsb: Pearson, the others: accuracy)."""
+    """Returns the task's metric for logits [N, labels] (cola: Matthews, stsb: Pearson, the others: accuracy)."""
     from scipy.stats import pearsonr
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
@@ -93,15 +99,15 @@ def score(task: str, logits_NC: np.ndarray, labels: Sequence[float]) -> float:
 
 
 def find_data(task: str, data: str, cache: Path) -> tuple[str, str]:
-    """(training files, validation files) of a task.
+    """Returns (training files, validation files) of a task.
 
     Args:
       data: a folder; "tfds:glue" or "tfds:glue?data_dir=DIR", as TFDS prepares it (array_record or parquet); or "" for
-        the hub. What is not in files of these columns is written to ``cache`` once.
+        the hub. Data of TFDS and the hub are written to ``cache`` once.
 
     Raises:
-      TaskError: the data cannot be had, or have another form.
-      FileNotFoundError: a folder has no such files.
+      TaskError: the data cannot be loaded, or have an unexpected format.
+      FileNotFoundError: the folder does not have the files of the task.
     """
     splits = ("train", TASKS[task].validation)
     if data and not data.startswith("tfds:"):
@@ -117,10 +123,10 @@ def find_data(task: str, data: str, cache: Path) -> tuple[str, str]:
 
 
 def summarize(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Task -> the median over the seeds at the learning rate and batch size where it is highest, and those.
+    """Returns for each task the median over the seeds at its best learning rate and batch size, and these settings.
 
     Args:
-      results: of each run {"task", "learning_rate", "batch_size", "seed", "score", "start"}.
+      results: for each run {"task", "learning_rate", "batch_size", "seed", "score", "start"}.
     """
     runs: dict[str, dict[tuple[float, int], dict[int, float]]] = {}
     for result in results:
@@ -129,7 +135,7 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     summary = {}
     for task in sorted(runs, key=GLUE_TASKS.index):
         medians = {settings: statistics.median(scores.values()) for settings, scores in runs[task].items()}
-        # Of equals the smaller learning rate and batch.
+        # Of equal medians, the smaller learning rate and batch size win.
         best = min(medians, key=lambda settings: (-medians[settings], settings))
         summary[task] = {
             "score": medians[best],
@@ -146,21 +152,21 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs below a folder."""
+    """Returns the results of the finished runs in a folder."""
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/lr*.json"))]
 
 
 def best_mnli_run(folder: Path) -> Path:
-    """The working directory of the finished run on mnli with the highest score, which other tasks start from.
+    """Returns the working directory of the finished mnli run with the highest score. Other tasks start from this run.
 
     Raises:
-      TaskError: none is finished.
+      TaskError: no mnli run is finished.
     """
     scores = {file: json.loads(file.read_text(encoding="utf-8"))["score"] for file in folder.glob("mnli/lr*.json")}
     if not scores:
         raise TaskError(
-            "it starts from the best run on mnli, and none is finished: run --tasks=mnli first, or say what to start "
-            "from with --mnli_checkpoint=DIR (--mnli_checkpoint=none for the model itself)"
+            "this task starts from the best run on mnli, but no run on mnli is finished: run --tasks=mnli first, or "
+            "set the start with --mnli_checkpoint=DIR (--mnli_checkpoint=none for the model itself)"
         )
     return max(scores, key=lambda file: (scores[file], file)).with_suffix("")
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: reached or not, gated, of another form: said at once and in plain words."""
+"""Data sets of the Hugging Face hub, with clear errors for unreachable, gated and unexpected data."""
 
 import sys
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ TIMEOUT_SECONDS = 10.0
 
 
 def is_reachable() -> bool:
-    """Whether the hub answers. If not, the libraries are told so: they then take what is cached and do not retry."""
+    """Returns whether the hub answers. If not, makes the libraries use the cache, without retries."""
     from huggingface_hub import constants, get_session
 
     if not constants.HF_HUB_OFFLINE:
         try:
             get_session().head(constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
             return True
-        except Exception as error:  # of whichever HTTP library the installed version uses
+        except Exception as error:  # its type depends on the HTTP library of the installed version
             print(
                 f"warning: the hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}); only data sets "
-                f"in the cache of Hugging Face will be found",
+                f"in the cache of Hugging Face are available",
                 file=sys.stderr,
             )
     import datasets
@@ -32,10 +32,10 @@ def is_reachable() -> bool:
 
 
 def load(path: str, name: str | None, split: str) -> Any:
-    """A split of a data set of the hub, or of the cache.
+    """Returns a split of a data set from the hub or the cache.
 
     Raises:
-      TaskError: it cannot be had; the message says why and what to do.
+      TaskError: the split cannot be loaded; the message says why and what to do.
     """
     try:
         return load_split(path, name, split)
@@ -44,7 +44,7 @@ def load(path: str, name: str | None, split: str) -> Any:
 
 
 def download(path: str, file: str) -> str:
-    """A file of a data set of the hub, or of the cache: where it lies. Raises TaskError as ``load`` does."""
+    """Returns the local path of a data set's file, from the hub or the cache. Raises TaskError as ``load`` does."""
     import huggingface_hub
 
     try:
@@ -54,7 +54,7 @@ def download(path: str, file: str) -> str:
 
 
 def explain(error: Exception, path: str = "") -> str:
-    """What a person can do about an error of a data set; ``path`` is its name on the hub, if known."""
+    """Returns what the user can do about an error of a data set; ``path`` is its name on the hub, if known."""
     text = " ".join(str(error).split())
     names: set[str] = set()
     cause: BaseException | None = error
@@ -72,22 +72,22 @@ def explain(error: Exception, path: str = "") -> str:
     unreachable = {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "Timeout"}
     if names & unreachable or "reach the Hugging Face Hub" in text:
         return (
-            f"{of} cannot be reached and is not in the cache: go online and run the same command again, or fetch it on "
-            f"another machine and copy the cache (HF_HOME), or name local files with --data where the suite takes them"
+            f"{of} cannot be reached and is not in the cache: go online and run the command again, or download it "
+            f"on another machine and copy the cache (HF_HOME), or name local files with --data if the suite takes them"
         )
     if "scripts are no longer supported" in text:
         return (
             f"{of} is published as a loading script, which `datasets` no longer runs, and the hub has no conversion of "
-            f"it; fetch the data elsewhere and name them with --data, or install datasets<4"
+            f"it; get the data elsewhere and name them with --data, or install datasets<4"
         )
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"}:
         return f"{of} does not exist on the hub, or is private: {text[:300]}"
     if isinstance(error, KeyError) or "column" in text.lower() or names & {"CastError", "DatasetGenerationCastError"}:
-        return f"{of} has another form than this task expects ({type(error).__name__}: {text[:300]})"
+        return f"{of} has a different format than this task expects ({type(error).__name__}: {text[:300]})"
     return f"{type(error).__name__}: {text[:500]}"
 
 
 def column(row: Mapping[str, Any], name: str, path: str) -> Any:
     if name not in row:
-        raise TaskError(f"{path} has another form than expected: no column {name!r}, but {', '.join(map(repr, row))}")
+        raise TaskError(f"{path} has an unexpected format: no column {name!r}, but {', '.join(map(repr, row))}")
     return row[name]

@@ -1,4 +1,4 @@
-"""Folders of jsonl as evaluations, without code; the kind follows from the files and columns.
+"""Evaluation tasks in folders of jsonl files, without code. The files and columns determine the type of the task.
 
     queries.jsonl {"_id", "text"}, corpus.jsonl {"_id", "title", "text"},
       qrels.jsonl {"query_id", "document_id", "score"}               retrieval: ndcg@10
@@ -6,7 +6,7 @@
     test.jsonl {"text", "label"}                                     clustering: v_measure
     test.jsonl {"sentence1", "sentence2", "score"}                   STS: spearman
 
-An optional task.json names the prompts where they are not those of the type of task:
+An optional task.json names the prompts, if they differ from those of the type of task:
 {"query_prompt", "document_prompt"} for retrieval, {"prompt"} for the others.
 """
 
@@ -34,10 +34,10 @@ FORMS = "queries, corpus and qrels.jsonl; train and test.jsonl; or test.jsonl al
 
 
 def read_task(folder: str | Path) -> LocalTask:
-    """The task in a folder.
+    """Reads the task in a folder.
 
     Raises:
-      TaskError, BadRow: what is there is no task, or a broken one; the message names the file.
+      TaskError, BadRow: the folder has no task or an invalid task; the message names the file.
     """
     folder = Path(folder)
     if any((folder / name).is_file() for name in RETRIEVAL_FILES):
@@ -59,11 +59,11 @@ def read_task(folder: str | Path) -> LocalTask:
 
 
 def find_tasks(data: Iterable[str], names: Sequence[str] = ()) -> dict[str, Path]:
-    """Task name -> folder, of task folders and folders of task folders; only ``names`` if there are any.
+    """Returns task name -> folder, for task folders and folders of task folders; only ``names``, unless it is empty.
 
     Raises:
-      FileNotFoundError: a folder does not exist or holds no task.
-      ValueError: two tasks have one name, or none has one of ``names``.
+      FileNotFoundError: a folder does not exist or has no task.
+      ValueError: two tasks have the same name, or there is no task of a name in ``names``.
     """
     tasks: dict[str, Path] = {}
     for given in map(Path, data):
@@ -72,11 +72,11 @@ def find_tasks(data: Iterable[str], names: Sequence[str] = ()) -> dict[str, Path
         folders = [
             folder
             for folder in (given, *sorted(given.iterdir()))
-            # One of the files is enough: what is missing is then reported, not overlooked.
+            # One of the files is enough, so that missing files are reported later.
             if any((folder / file).is_file() for file in (*RETRIEVAL_FILES, *LABELLED_FILES))
         ]
         if not folders:
-            raise FileNotFoundError(f"--data: neither {given} nor its folders are a task ({FORMS})")
+            raise FileNotFoundError(f"--data: neither {given} nor a folder in it is a task ({FORMS})")
         for folder in folders:
             name = folder.resolve().name
             if tasks.setdefault(name, folder) != folder:
@@ -87,11 +87,11 @@ def find_tasks(data: Iterable[str], names: Sequence[str] = ()) -> dict[str, Path
 
 
 def task_sha256(folder: str | Path) -> str:
-    """Identifies a task's content: figures of two runs can be compared if it is equal."""
+    """Returns a hash of a task's content. The scores of two runs are comparable only if it is equal."""
     digest = hashlib.sha256()
     for name in (*RETRIEVAL_FILES, "task.json", *LABELLED_FILES):
         file = Path(folder) / name
-        # Files that the first tasks did not know are left out where they are not, so that their hashes stay.
+        # Files of later task types enter the hash only if they exist: the hashes of retrieval tasks must not change.
         if file.is_file() or name not in LABELLED_FILES:
             digest.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
     return digest.hexdigest()
@@ -100,18 +100,18 @@ def task_sha256(folder: str | Path) -> str:
 def cells(
     encoders: Encoders, folders: dict[str, Path], lengths: Sequence[int], dims: Sequence[int | None]
 ) -> list[Cell]:
-    """A cell for each task, length (() for the model's own) and number of components (None for all)."""
+    """Returns a cell for each task, length (() for the model's own) and number of components (None for all)."""
     found = []
     all_lengths: list[int | None] = [*lengths] or [None]
     for name, folder in folders.items():
         for length in all_lengths:
-            # What is compared has length 1; what a classifier or k-means sees is what the model's users get.
-            cuts = {normalize: TruncatedEmbeddings(normalize) for normalize in (True, False)}
+            # Compared embeddings have length 1. Classifiers and k-means get the embeddings that users of the model get.
+            truncated = {normalize: TruncatedEmbeddings(normalize) for normalize in (True, False)}
             for dim in dims:
                 found.append(
                     Cell(
                         label(name, length if len(lengths) > 1 else None, dim),
-                        functools.partial(_score, encoders, folder, length, dim, cuts, dim == dims[-1]),
+                        functools.partial(_score, encoders, folder, length, dim, truncated, dim == dims[-1]),
                         task_sha256(folder),
                     )
                 )
@@ -123,7 +123,7 @@ def _score(
     folder: Path,
     length: int | None,
     dim: int | None,
-    cuts: dict[bool, TruncatedEmbeddings],
+    truncated: dict[bool, TruncatedEmbeddings],
     is_last: bool,
 ) -> dict[str, Any]:
     task = read_task(folder)
@@ -134,10 +134,10 @@ def _score(
     normalize = isinstance(task, RetrievalTask)
     embed = encoders.embed(length, normalize and dim is None)
     try:
-        return figures(task, task.run(cuts[normalize].to(dim, embed) if dim else embed), length, dim)
+        return figures(task, task.run(truncated[normalize].to(dim, embed) if dim else embed), length, dim)
     finally:
         if is_last:
-            cuts[normalize].forget()
+            truncated[normalize].forget()
 
 
 def _prompt(file: Path) -> str | None:

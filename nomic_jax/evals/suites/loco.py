@@ -1,8 +1,8 @@
-"""LoCo: five retrieval tasks over long documents (paper section 4.3), scored by pytrec_eval as in mteb and BEIR.
+"""LoCo: five retrieval tasks with long documents (paper section 4.3), scored by pytrec_eval as in mteb and BEIR.
 
-Row i's document is the only relevant one of row i's query; similarity is the cosine. Data come from the hub, or from a
-folder with one file, or one folder of files, for each data set: summ_screen_fd, gov_report and qmsum with the columns
-"input" and "output", qasper with "title", "abstract" and "full_text".
+The document of row i is the only relevant one for the query of row i. The similarity is the cosine. Data come from the
+hub, or from a folder with one file, or one folder of files, per data set: summ_screen_fd, gov_report and qmsum with the
+columns "input" and "output", qasper with "title", "abstract" and "full_text".
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ LENGTHS = (2048, 4096, 8192)
 
 
 class Source(NamedTuple):
-    """Where a task's rows are: data set of the hub, its archive (None for none) and split; file name; columns."""
+    """The source of a task's rows: data set on the hub, its archive (None for none), split, file name and columns."""
 
     path: str
     config: str | None
@@ -57,7 +57,7 @@ TASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class LocoTask:
-    """As many queries as documents; those of one index belong together."""
+    """Queries and documents in equal numbers; the document with the same index is the relevant one."""
 
     name: str
     queries: tuple[str, ...]
@@ -67,10 +67,10 @@ class LocoTask:
 
     @classmethod
     def read(cls, name: str, folder: str | Path | None = None) -> "LocoTask":
-        """From a folder, or from the hub if there is none.
+        """Reads a task from a folder, or from the hub if ``folder`` is None.
 
         Raises:
-          TaskError, BadRow: the data cannot be had, or have another form; the message says which and what to do.
+          TaskError, BadRow: the data cannot be loaded or have an unexpected format; the message says what to do.
         """
         source = TASKS[name]
         if folder is None:
@@ -91,7 +91,7 @@ class LocoTask:
         return {"queries": len(self.queries), "documents": len(self.documents)}
 
     def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
-        """("ndcg@10", mean over the queries) and recall@10.
+        """Returns ("ndcg@10", mean over the queries) and ("recall@10", mean over the queries).
 
         Raises:
           ModuleNotFoundError: pytrec_eval is not installed.
@@ -102,12 +102,12 @@ class LocoTask:
 
 
 def score(score_QN: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Of similarities whose diagonal is relevant."""
+    """Yields the metrics of similarities [Q, N] in which the diagonal is relevant."""
     try:
         import pytrec_eval
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("LoCo needs pytrec_eval: pip install 'nomic_jax[eval]'", name=error.name) from error
-    # Ids as in the original evaluation: trec_eval orders documents of equal score by their ids.
+    # Ids are those of the original evaluation, because trec_eval orders documents of equal score by id.
     run = {
         f"Query_{q}": {f"Passage_{n}": float(value) for n, value in enumerate(row)} for q, row in enumerate(score_QN)
     }
@@ -120,18 +120,19 @@ def score(score_QN: np.ndarray) -> Iterator[tuple[str, float]]:
 def cells(
     encoders: Encoders, data: Sequence[str], names: Sequence[str], lengths: Sequence[int], dims: Sequence[int | None]
 ) -> list[Cell]:
-    """A cell for each task (() for all), length and number of components (None for all).
+    """Returns a cell for each task (() for all), length and number of components (None for all).
 
     Args:
-      data: one folder, or nothing for the hub.
+      data: one folder, or () for the hub.
 
     Raises:
-      ValueError, FileNotFoundError: an unknown task; more than one folder, or none there.
+      ValueError: a task is unknown.
+      FileNotFoundError: ``data`` has more than one folder, or the folder does not exist.
     """
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"--tasks: LoCo has no task {unknown[0]!r}; it has {', '.join(TASKS)}")
     if len(data) > 1 or (data and not Path(data[0]).is_dir()):
-        raise FileNotFoundError(f"--data: {','.join(data)} is not one folder")
+        raise FileNotFoundError(f"--data: {','.join(data)} is not one existing folder")
 
     def compute(name: str, length: int, dim: int | None, cut: TruncatedEmbeddings) -> dict[str, Any]:
         task = LocoTask.read(name, data[0] if data else None)
@@ -154,18 +155,18 @@ def cells(
 def _of_hub(source: Source) -> Iterable[dict[str, Any]]:
     if source.config is None:
         return load(source.path, None, source.split)
-    # SCROLLS is published as one archive a data set; its loading script no longer runs anywhere.
+    # SCROLLS is published as one archive per data set; its loading script no longer runs anywhere.
     archive = download(source.path, f"{source.config}.zip")
     member = f"{source.config}/{source.split}.jsonl"
     try:
         with zipfile.ZipFile(archive) as files, files.open(member) as lines:
             return [json.loads(line) for line in lines]
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise TaskError(f"{source.path}: {archive} has another form than expected ({error})") from error
+        raise TaskError(f"{source.path}: {archive} has an unexpected format ({error})") from error
 
 
 def _file(folder: Path, name: str) -> Path:
-    """<name>.jsonl, .jsonl.gz or .parquet, or a folder <name> of such files."""
+    """Returns the path of <name>.jsonl, .jsonl.gz or .parquet, or of a folder <name> of such files."""
     found = [folder / f"{name}{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet", "")]
     for path in found:
         if path.exists():
@@ -174,7 +175,7 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _text(value: Any, where: str) -> str:
-    """A text, or the sections of an article of qasper, as their headings and paragraphs line by line."""
+    """Returns a text, or joins the sections of a qasper article: a line for each heading and each section's text."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) and {"section_name", "paragraphs"} <= value.keys():  # columns, as on the hub

@@ -1,6 +1,6 @@
-"""MTEB and the long-context set of Jina, run by the mteb library itself: its tasks, its protocol, its result files.
+"""MTEB and Jina's long-context tasks, run by the mteb library with its own tasks, protocol and result files.
 
-The settings are those of the published figures: 512 tokens (MTEB) or 128, 512 and 8191 (Jina), the prompts of
+The settings are those of the published scores: 512 tokens (MTEB) or 128, 512 and 8191 (Jina), the prompts of
 ``nomic_jax.evals.tasks.contract.PROMPTS``, and embeddings that are L2-normalised except for classification.
 """
 
@@ -25,16 +25,18 @@ BENCHMARK = "MTEB(eng, v1)"
 MTEB_LENGTH = 512
 JINA_TASKS = ("NarrativeQARetrieval", "SciFact", "BigPatentClustering", "WikiCitiesClustering")
 JINA_LENGTHS = (128, 512, 8191)
-# A classifier is trained on these embeddings; everywhere else they are compared.
+# Task types that train a classifier on the embeddings; all other types compare embeddings.
 UNNORMALIZED = ("Classification", "MultilabelClassification")
 
 
 def find_tasks(names: Sequence[str] = ()) -> "list[AbsTask]":
-    """The tasks of MTEB(eng, v1), or those named: with its splits and languages where it has them, else with mteb's.
+    """Returns the tasks of MTEB(eng, v1), or the named tasks.
+
+    Tasks of MTEB(eng, v1) have the splits and languages of this benchmark, other tasks have mteb's defaults.
 
     Raises:
       ModuleNotFoundError: mteb is not installed.
-      ValueError: mteb has no task of a name.
+      ValueError: mteb does not have one of the tasks.
     """
     mteb = _library()
     with _quiet():
@@ -50,7 +52,7 @@ def cells(
     name: str,
     folder: Path,
 ) -> list[Cell]:
-    """A cell for each task, length and number of components (None for all); mteb files the model under ``name``."""
+    """Returns a cell for each task, length and number of components (None: all). mteb calls the model ``name``."""
 
     def compute(task: "AbsTask", length: int, dim: int | None) -> dict[str, Any]:
         encoder = encoders.for_mteb(length, dim, name)
@@ -68,13 +70,12 @@ def cells(
 
 
 def score(encoder: "AbsEncoder", task: "AbsTask", folder: Path, batch_size: int) -> dict[str, Any]:
-    """The task's main score, and what it is; mteb's own JSON goes below ``folder``/results.
+    """Returns the task's main score, type and metric. mteb writes its own JSON below ``folder``/results.
 
-    A result that is there already for the same weights and settings is taken; of a task with several subsets, those
-    that are missing are computed.
+    An existing result for the same weights and settings is reused. Only the missing subsets of a task are computed.
 
     Raises:
-      TaskError: the data cannot be had or have another form.
+      TaskError: the data cannot be loaded, or have an unexpected format.
     """
     mteb = _library()
     path = task.metadata.dataset["path"]
@@ -91,9 +92,9 @@ def score(encoder: "AbsEncoder", task: "AbsTask", folder: Path, batch_size: int)
         raise TaskError(explain(error, path)) from error
     if not results.task_results:
         reasons = "; ".join(str(failed.exception) for failed in results.exceptions or ())
-        raise TaskError(reasons or f"mteb gave no result for {task.metadata.name}")
+        raise TaskError(reasons or f"mteb returned no result for {task.metadata.name}")
     result = results.task_results[0]
-    # To as many digits as mteb's own file has.
+    # With as many digits as in mteb's own file.
     return {
         "score": round(float(result.get_score()), 6),
         "type": task.metadata.type,
@@ -109,7 +110,9 @@ def _task(mteb: Any, name: str, of_benchmark: dict[str, "AbsTask"]) -> "AbsTask"
     except KeyError as error:
         known = [task.metadata.name for task in mteb.get_tasks()]
         close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"of {BENCHMARK}: {', '.join(of_benchmark)}"
+        hint = (
+            f"did you mean {', '.join(close)}?" if close else f"the tasks of {BENCHMARK} are {', '.join(of_benchmark)}"
+        )
         raise ValueError(f"--tasks: mteb has no task {name!r}; {hint}") from error
 
 
@@ -125,7 +128,7 @@ def _library() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without mteb's notes on newer versions of a task: the published figures are of these."""
+    """Hides mteb's notes on newer versions of a task, because the published scores are for these versions."""
     logger = logging.getLogger("mteb")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Classification: how well a logistic regression on few embedded examples labels the others, by mteb's protocol.
+"""Classification by mteb's protocol: a logistic regression on a few embedded examples labels the test texts.
 
-Ten experiments, each on 8 examples a label (fewer where there are fewer), drawn as mteb draws them; the figures are
+There are ten experiments with 8 examples per label each (fewer if there are fewer), sampled as in mteb. Scores are
 means over the experiments.
 """
 
@@ -19,7 +19,7 @@ FILES = ("train.jsonl", "test.jsonl")
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationTask:
-    """Labelled texts to learn from and to be judged on."""
+    """Labelled texts for training and for testing."""
 
     name: str
     train_texts: tuple[str, ...]
@@ -35,14 +35,16 @@ class ClassificationTask:
         """Reads train.jsonl and test.jsonl, each {"text", "label"}; a label is a string or an integer.
 
         Raises:
-          TaskError: labels of different kinds, a label of test.jsonl that train.jsonl does not have, only one label.
-          BadRow: a row that cannot be used; the message names file and line.
+          TaskError: labels have different types, train.jsonl lacks a label of test.jsonl, or there is only one label.
+          BadRow: a row cannot be used; the message names file and line.
         """
         folder = Path(folder)
         train, test = (read_labelled(folder / name) for name in FILES)
         known = set(train.labels)
         if len(known) < 2:
-            raise TaskError(f"{folder / 'train.jsonl'}: all rows have the label {train.labels[0]!r}; two are needed")
+            raise TaskError(
+                f"{folder / 'train.jsonl'}: all rows have the label {train.labels[0]!r}; at least two are needed"
+            )
         if unknown := [label for label in test.labels if label not in known]:
             raise TaskError(f"{folder / 'test.jsonl'}: no row of train.jsonl has the label {unknown[0]!r}")
         return cls(folder.name, train.texts, train.labels, test.texts, test.labels, prompt or cls.prompt)
@@ -52,16 +54,16 @@ class ClassificationTask:
         return {"train": len(self.train_texts), "test": len(self.test_texts), "labels": len(set(self.train_labels))}
 
     def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
-        """(metric, mean over the experiments): accuracy, f1 (macro), f1_weighted."""
+        """Returns (metric, mean over the experiments) for accuracy, f1 (macro), f1_weighted."""
         samples = self.samples()
-        used = sorted(set().union(*samples))
-        train_NE = embedded(embed, [self.train_texts[i] for i in used], self.prompt)
+        sampled = sorted(set().union(*samples))
+        train_NE = embedded(embed, [self.train_texts[i] for i in sampled], self.prompt)
         test_NE = embedded(embed, list(self.test_texts), self.prompt)
-        place = {i: n for n, i in enumerate(used)}
-        return self._score([(train_NE[[place[i] for i in sample]], sample) for sample in samples], test_NE)
+        position = {i: n for n, i in enumerate(sampled)}
+        return self._score([(train_NE[[position[i] for i in sample]], sample) for sample in samples], test_NE)
 
     def samples(self) -> list[list[int]]:
-        """Rows of the training set for each experiment; mteb shuffles the last order on, always from the same seed."""
+        """Returns the training rows per experiment. As in mteb, each shuffles the last order, with the same seed."""
         order = list(range(len(self.train_labels)))
         samples = []
         for _ in range(EXPERIMENTS):
@@ -86,12 +88,12 @@ class ClassificationTask:
         for train_NE, sample in experiments:
             classifier = LogisticRegression(max_iter=MAX_ITERATIONS, random_state=SEED)
             classifier.fit(train_NE, [self.train_labels[i] for i in sample])
-            found, wanted = classifier.predict(test_NE), list(self.test_labels)
+            predicted, expected = classifier.predict(test_NE), list(self.test_labels)
             figures.append(
                 {
-                    "accuracy": accuracy_score(wanted, found),
-                    "f1": f1_score(wanted, found, average="macro"),
-                    "f1_weighted": f1_score(wanted, found, average="weighted"),
+                    "accuracy": accuracy_score(expected, predicted),
+                    "f1": f1_score(expected, predicted, average="macro"),
+                    "f1_weighted": f1_score(expected, predicted, average="weighted"),
                 }
             )
         for name in figures[0]:

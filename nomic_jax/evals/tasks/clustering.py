@@ -1,7 +1,7 @@
-"""Clustering: whether k-means on the embeddings finds the labels again, by the protocol of MTEB(eng, v1).
+"""Clustering by the protocol of MTEB(eng, v1): whether k-means on the embeddings reproduces the labels.
 
-That is mteb's AbsTaskClusteringLegacy, by which the published figures were made: mini-batch k-means with as many
-clusters as there are labels, scored by the V-measure. (mteb's newer protocol draws samples; its figures differ.)
+This is mteb's AbsTaskClusteringLegacy, the protocol of the published scores: mini-batch k-means with as many clusters
+as there are labels, scored by the V-measure. (mteb's newer protocol samples the texts; its scores differ.)
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ BATCH_SIZE, SEED = 500, 42
 
 @dataclasses.dataclass(frozen=True)
 class ClusteringTask:
-    """Texts and the labels that their clusters are compared with."""
+    """Texts, and the labels to compare their clusters with."""
 
     name: str
     texts: tuple[str, ...]
@@ -30,13 +30,13 @@ class ClusteringTask:
         """Reads test.jsonl, {"text", "label"}; a label is a string or an integer.
 
         Raises:
-          TaskError: labels of different kinds, only one label.
-          BadRow: a row that cannot be used; the message names file and line.
+          TaskError: labels have different types, or there is only one label.
+          BadRow: a row cannot be used; the message names file and line.
         """
         folder = Path(folder)
         texts, labels = read_labelled(folder / "test.jsonl")
         if len(set(labels)) < 2:
-            raise TaskError(f"{folder / 'test.jsonl'}: all rows have the label {labels[0]!r}; two are needed")
+            raise TaskError(f"{folder / 'test.jsonl'}: all rows have the label {labels[0]!r}; at least two are needed")
         return cls(folder.name, texts, labels, prompt or cls.prompt)
 
     @property
@@ -44,7 +44,7 @@ class ClusteringTask:
         return {"texts": len(self.texts), "labels": len(set(self.labels))}
 
     def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
-        """("v_measure", value)."""
+        """Yields ("v_measure", value)."""
         from sklearn.cluster import MiniBatchKMeans
         from sklearn.metrics import v_measure_score
 

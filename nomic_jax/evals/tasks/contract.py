@@ -1,6 +1,6 @@
-"""What every evaluation is: ``run(embed)`` yields (name, value), and nothing else is asked of it.
+"""The interface of evaluations: ``run(embed)`` yields (name, value).
 
-The one table of prompts by type of task stands here too, for local tasks, mteb and LoCo alike.
+The table of prompts by type of task is here too. Local tasks, mteb and LoCo share it.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 
 # (texts, name of a prompt) -> embeddings [N, E]. Retrieval compares them by inner product; classification and
-# clustering take them as they are.
+# clustering use them unchanged.
 Embed = Callable[[list[str], str], np.ndarray]
 
-# mteb's task type, or the side of a text -> nomic's prompt. The type goes first, so that both sides of a reranking
-# task are "classification", as in the paper; the sides are left for retrieval of every kind.
+# mteb's task type, or the side of a text -> nomic's prompt. The task type has priority, so that both sides of a
+# reranking task are "classification", as in the paper. All retrieval tasks use the prompts of the sides.
 PROMPTS = {
     "query": "search_query",
     "document": "search_document",
@@ -31,54 +31,54 @@ PROMPTS = {
 
 
 class TaskError(ValueError):
-    """A task that cannot be used; the message names the file or data set and what is wrong with it."""
+    """A task cannot be used. The message names the file or data set and what is wrong with it."""
 
 
 class Evaluation(Protocol):
-    """What a training run, or ``launch.evaluate``, computes figures with."""
+    """An evaluation that a training run or ``launch.evaluate`` computes."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Their names, the main one first."""
+        """The names of the metrics, the main metric first."""
         ...
 
     def run(self, embed: Embed) -> Iterable[tuple[str, float]]:
-        """(metric, value), in that order."""
+        """Yields (metric, value), in the order of ``metrics``."""
         ...
 
 
 class Encoders(Protocol):
-    """A model at every length that is asked for; what turns it into figures knows nothing else of it.
+    """A model at every requested length. Suites use a model only through this interface.
 
     Attributes:
-      model: what the user calls it: a folder, a name of the hub, or "bm25".
-      batch_size: texts computed together.
+      model: the model as named by the user: a folder, a hub name, or "bm25".
+      batch_size: number of texts in a batch.
     """
 
     model: str
     batch_size: int
 
     def at(self, max_length: int | None) -> Any:
-        """The Embedder. Raises ValueError if the model does not take so many tokens."""
+        """Returns the Embedder. Raises ValueError if the model does not support ``max_length`` tokens."""
         ...
 
     def embed(self, max_length: int | None, normalize: bool) -> Embed: ...
 
     def for_mteb(self, max_length: int, dim: int | None, name: str) -> Any:
-        """What ``mteb.evaluate`` takes for a model."""
+        """Returns the model in the form that ``mteb.evaluate`` takes."""
         ...
 
 
 def embedded(embed: Embed, texts: list[str], prompt: str) -> np.ndarray:
-    """float32 [N, E]; ValueError for a wrong shape, NaN or infinity."""
+    """Returns embeddings, float32 [N, E]. Raises ValueError for a wrong shape, NaN or infinity."""
     x_NE = np.asarray(embed(texts, prompt), np.float32)
     if x_NE.ndim != 2 or len(x_NE) != len(texts):
-        raise ValueError(f"embed gave shape {x_NE.shape} for {len(texts)} texts; expected [{len(texts)}, E]")
+        raise ValueError(f"embed returned shape {x_NE.shape} for {len(texts)} texts; expected [{len(texts)}, E]")
     if not np.isfinite(x_NE).all():
-        raise ValueError(f"embed gave NaN or infinity under the prompt {prompt!r}")
+        raise ValueError(f"embed returned NaN or infinity under the prompt {prompt!r}")
     return x_NE
 
 
@@ -87,16 +87,16 @@ def unit_length(x_NE: np.ndarray) -> np.ndarray:
 
 
 class TruncatedEmbeddings:
-    """Embeddings cut to fewer components (Matryoshka); every text is encoded once for all numbers of them."""
+    """Embeddings truncated to fewer components (Matryoshka). Every text is encoded only once for all sizes."""
 
     def __init__(self, normalize: bool):
         self.normalize = normalize
         self._whole: dict[tuple[str, int], np.ndarray] = {}
 
     def to(self, dim: int, embed: Embed) -> Embed:
-        """``embed``, whose vectors must not be normalised before they are cut, with ``dim`` components."""
+        """Returns ``embed`` truncated to ``dim`` components. The vectors of ``embed`` must not be normalised."""
 
-        def cut(texts: list[str], prompt: str) -> np.ndarray:
+        def truncated(texts: list[str], prompt: str) -> np.ndarray:
             key = (prompt, hash(tuple(texts)))
             if key not in self._whole:
                 self._whole[key] = embedded(embed, texts, prompt)
@@ -105,7 +105,7 @@ class TruncatedEmbeddings:
                 raise TaskError(f"the embeddings have {x_NE.shape[1]} components; {dim} cannot be kept")
             return unit_length(x_NE[:, :dim]) if self.normalize else x_NE[:, :dim]
 
-        return cut
+        return truncated
 
     def forget(self) -> None:
         self._whole.clear()

@@ -1,4 +1,4 @@
-"""Texts with labels, as classification and clustering read them: {"text", "label"} a line."""
+"""Labelled texts of classification and clustering: one {"text", "label"} per line."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class Labelled(NamedTuple):
 
 
 def read_labelled(file: Path) -> Labelled:
-    """Raises TaskError for labels that are neither strings nor integers, or some of each; BadRow for a bad row."""
+    """Reads labelled texts. Raises TaskError if labels are not all strings or all integers; BadRow for a bad row."""
     texts: list[str] = []
     labels: list[Label] = []
     for row in read_rows(file, {"text": str}):

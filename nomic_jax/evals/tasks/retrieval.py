@@ -1,11 +1,11 @@
-"""Retrieval on a local task: exact search, scored as trec_eval does (nDCG@10, recall@1/10/100, MRR@10).
+"""Retrieval on a local task: exact search, scored as in trec_eval (nDCG@10, recall@1/10/100, MRR@10).
 
-A task is a folder in BEIR's shape:
+A task is a folder in BEIR's format:
 
     queries.jsonl   {"_id", "text"}
-    corpus.jsonl    {"_id", "text"} and, optionally, "title", which goes in front of the text
-    qrels.jsonl     {"query_id", "document_id", "score"}; a score above 0 is relevant, and is the gain
-    task.json       optional, {"query_prompt", "document_prompt"}: names in the model's prompts (PROMPTS by default)
+    corpus.jsonl    {"_id", "text"} and, optionally, "title", which is put before the text
+    qrels.jsonl     {"query_id", "document_id", "score"}; a score above 0 means relevant and is the gain
+    task.json       optional, {"query_prompt", "document_prompt"}: names of the model's prompts (PROMPTS by default)
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ QUERY_BLOCK, DOCUMENT_BLOCK = 256, 16384  # 50 MB of scores and keys at a time
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalTask:
-    """Queries, documents and which of them belong together.
+    """Queries, documents and their relevance.
 
     Attributes:
-      queries: those judged in qrels. As in pytrec_eval and mteb, one that is judged without a relevant document scores
-        0 in everything, and one that is not judged at all is left out.
-      documents: by descending id, the order in which trec_eval ranks documents of equal score.
-      relevance: for every query, its relevant documents' indices -> gain (> 0).
-      query_prompt, document_prompt: names in the model's prompts.
+      queries: the queries in qrels. As in pytrec_eval and mteb, a query that has no relevant document in qrels scores 0
+        in every metric, and a query that is not in qrels is left out.
+      documents: in descending order of id, the order in which trec_eval ranks documents of equal score.
+      relevance: for every query, the indices of its relevant documents -> gain (> 0).
+      query_prompt, document_prompt: names of the model's prompts.
     """
 
     name: str
@@ -54,7 +54,7 @@ class RetrievalTask:
 
         Raises:
           TaskError: a file is missing, an id is unknown or given twice, or no query has a relevant document.
-          BadRow: a row that cannot be used; the message names file and line.
+          BadRow: a row cannot be used; the message names file and line.
         """
         folder = Path(folder)
         for name in FILES:
@@ -92,13 +92,13 @@ class RetrievalTask:
         return {"queries": len(self.queries), "documents": len(self.documents)}
 
     def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
-        """(metric, mean over the queries), with vectors of ``embed`` compared by inner product."""
+        """Returns (metric, mean over the queries), with the vectors of ``embed`` compared by inner product."""
         query_QE = embedded(embed, list(self.queries), self.query_prompt)
         document_NE = embedded(embed, list(self.documents), self.document_prompt)
         return self.score(search(query_QE, document_NE, DEPTH))
 
     def score(self, ranking_QK: np.ndarray) -> Iterator[tuple[str, float]]:
-        """(metric, mean over the queries) of document indices [Q, K], best first, K = DEPTH or all documents."""
+        """Yields (metric, mean over the queries) of document indices [Q, K], best first, K = DEPTH or all documents."""
         gain_QK = np.array(
             [[gains.get(i, 0) for i in row] for gains, row in zip(self.relevance, ranking_QK.tolist())], np.float64
         )
@@ -106,7 +106,7 @@ class RetrievalTask:
         for best_K, gains in zip(best_QK, self.relevance):
             top = sorted(gains.values(), reverse=True)[:10]
             best_K[: len(top)] = top
-        # Above an ideal of 0 the gain is 0 too.
+        # Where the ideal DCG is 0, the DCG is 0 too.
         yield "ndcg@10", float(np.mean(_dcg(gain_QK[:, :10]) / np.maximum(_dcg(best_QK), 1e-9)))
         hit_QK = gain_QK > 0
         relevant_Q = np.maximum([len(gains) for gains in self.relevance], 1)
@@ -117,7 +117,7 @@ class RetrievalTask:
 
 
 def search(query_QE: np.ndarray, document_NE: np.ndarray, k: int) -> np.ndarray:
-    """The k best documents by inner product, exactly: indices int64 [Q, min(k, N)]; see ``top_k`` for ties."""
+    """Returns the k best documents by inner product, exactly: indices int64 [Q, min(k, N)]. For ties, see ``top_k``."""
     found = [np.zeros((0, min(k, len(document_NE))), np.int64)]
     for start in range(0, len(query_QE), QUERY_BLOCK):
         query_BE = query_QE[start : start + QUERY_BLOCK]
@@ -127,7 +127,7 @@ def search(query_QE: np.ndarray, document_NE: np.ndarray, k: int) -> np.ndarray:
 
 
 def top_k(score_blocks: Iterable[np.ndarray], k: int) -> np.ndarray:
-    """Indices int64 [Q, min(k, N)] of the best scores, best first; of equal scores the lower index comes first.
+    """Returns indices int64 [Q, min(k, N)] of the best scores, best first. Of equal scores, the lower index is first.
 
     Args:
       score_blocks: [Q, n] scores of consecutive documents, N in all. They are compared as float32, as in trec_eval.
@@ -136,8 +136,8 @@ def top_k(score_blocks: Iterable[np.ndarray], k: int) -> np.ndarray:
     seen = 0
     for score_QN in score_blocks:
         bits = (np.asarray(score_QN, np.float32) + 0.0).view(np.int32)  # + 0.0: makes -0.0 equal to 0.0
-        # Score and index in one integer, so that equal scores have an order and a partition is exact: the bits of a
-        # float32 sort as an integer once those below the sign are flipped for negative numbers.
+        # Score and index are one integer, so that equal scores have an order and the partition is exact. The bits of a
+        # float32 sort like an integer if the bits below the sign are flipped for negative numbers.
         score_key = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64) << 32
         key_QN = score_key | (0xFFFFFFFF - np.arange(seen, seen + bits.shape[1]))
         seen += bits.shape[1]
@@ -154,12 +154,12 @@ def _dcg(gain_QK: np.ndarray) -> np.ndarray:
 
 
 def _texts(file: Path) -> dict[str, str]:
-    """id -> text, with BEIR's title in front. A document may be empty: published corpora have some."""
+    """Returns id -> text, with BEIR's title before it. Documents may be empty, as in some published corpora."""
     texts = {}
     for row in read_rows(file, {"_id": str}):
         parts: list[Any] = [row.get("title") or "", row.get("text")]
         if not all(isinstance(part, str) for part in parts):
-            raise TaskError(f"{file}: {row['_id']!r} needs a text (and, if at all, a title), both strings")
+            raise TaskError(f"{file}: {row['_id']!r} needs a text and, optionally, a title, both strings")
         if row["_id"] in texts:
             raise TaskError(f"{file}: the _id {row['_id']!r} is given twice")
         texts[row["_id"]] = " ".join(parts).strip()

@@ -1,4 +1,4 @@
-"""Semantic textual similarity: correlation between given scores of pairs and the cosine of their embeddings."""
+"""Semantic textual similarity: correlation of reference scores with the cosine similarity of the embeddings."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from nomic_jax.evals.tasks.contract import PROMPTS, Embed, TaskError, embedded, 
 
 @dataclasses.dataclass(frozen=True)
 class StsTask:
-    """Pairs of texts with scores; higher is more alike, on any scale."""
+    """Pairs of texts with scores, on any scale. A higher score means more similar."""
 
     name: str
     first: tuple[str, ...]
@@ -28,8 +28,8 @@ class StsTask:
         """Reads test.jsonl, {"sentence1", "sentence2", "score"}.
 
         Raises:
-          TaskError: a score that is no finite number, or scores that are all equal.
-          BadRow: a row that cannot be used; the message names file and line.
+          TaskError: a score is not a finite number, or all scores are equal.
+          BadRow: a row cannot be used; the message names file and line.
         """
         folder = Path(folder)
         file = folder / "test.jsonl"
@@ -37,9 +37,9 @@ class StsTask:
         scores: list[Any] = [row.get("score") for row in rows]
         for number, score in enumerate(scores, 1):
             if type(score) not in (int, float) or not np.isfinite(score):
-                raise TaskError(f"{file}: row {number} has the score {score!r}; write a number for each")
+                raise TaskError(f"{file}: row {number} has the score {score!r}; write a finite number for each")
         if len(set(scores)) < 2:
-            raise TaskError(f"{file}: every pair has the same score, with which nothing can correlate")
+            raise TaskError(f"{file}: every pair has the same score, so that no correlation is defined")
         first, second = (tuple(row[column] for row in rows) for column in ("sentence1", "sentence2"))
         return cls(folder.name, first, second, tuple(map(float, scores)), prompt or cls.prompt)
 
@@ -48,7 +48,7 @@ class StsTask:
         return {"pairs": len(self.scores)}
 
     def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
-        """("spearman", rank correlation) and ("pearson", linear correlation)."""
+        """Yields ("spearman", rank correlation) and ("pearson", linear correlation)."""
         from scipy.stats import pearsonr, spearmanr
 
         first_NE, second_NE = (
