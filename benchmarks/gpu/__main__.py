@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a Process as JSON: run it in this process and print its rows
     args = parser.parse_args()
     if args.one:
-        return local_engine(Process(**json.loads(args.one)))
+        return run_here(Process(**json.loads(args.one)))
     if not args.tiny and gpu() is None:
         raise SystemExit("nvidia-smi finds no GPU; --tiny runs everything on a CPU")
     deadline = time.monotonic() + args.seconds
@@ -174,7 +174,7 @@ def status_of(returncode: int, errors: str) -> str:
     return f"failed ({returncode}): {(raised or lines)[-1].strip()[:300]}"
 
 
-def local_engine(process: Process) -> None:
+def run_here(process: Process) -> None:
     module, function = process.function.split(".")
     if process.needs_gpu:
         check_gpu(module)
