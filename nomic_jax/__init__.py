@@ -34,7 +34,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used: JAX takes seconds to import, and processes that prepare data do not need it.
+    # Modules are imported on first use: importing JAX takes seconds, and data preparation does not need it.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

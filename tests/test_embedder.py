@@ -272,5 +272,5 @@ def test_sixteen_bits(vectors, minilm):
 
 def test_a_name_that_is_nowhere_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="neither a directory nor"):
+    with pytest.raises(FileNotFoundError, match="is not a directory and could not be fetched"):
         Embedder.from_pretrained(str(tmp_path / "nothing"))

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint directories <-> parameters, through safetensors; no torch."""
+"""Converts between Hugging Face checkpoint directories and parameters, with safetensors and without torch."""
 
 from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.files import CheckpointError

@@ -1,4 +1,4 @@
-"""What a model is once it is read, whatever it was read from."""
+"""A model in memory, independent of the format it was read from."""
 
 import dataclasses
 from typing import Any
@@ -11,18 +11,18 @@ SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Weights and all that belongs to them.
+    """The weights of a model and everything that belongs to them.
 
     Attributes:
       config: the encoder, its pooling and normalisation.
-      params: "encoder", and "mlm_head" or "classifier" where there is one; float32.
-      tokenizer: None where there is none.
+      params: "encoder", and "mlm_head" or "classifier" if the model has one; float32.
+      tokenizer: None if the checkpoint has none.
       labels: the names of the classifier's labels, in the order of its logits.
-      prompts: name -> text put in front of an input; None for those of nomic-embed, {} for a model trained without.
-      default_prompt_name: the prompt of a text for which none is named.
+      prompts: name -> text prepended to an input; None for those of nomic-embed, {} for a model trained without any.
+      default_prompt_name: the prompt that is used if none is named.
       similarity: "cosine", "dot", "euclidean" or "manhattan".
-      max_length: tokens kept of a text; None for all that the encoder takes.
-      training: the record of each stage that led here, first to last (``nomic_jax.run.record.make_record``).
+      max_length: maximum number of tokens per text, beyond which texts are cut; None for the encoder's maximum.
+      training: the records of the training stages, first to last (``nomic_jax.run.record.make_record``).
     """
 
     config: EmbeddingConfig

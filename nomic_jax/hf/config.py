@@ -1,8 +1,9 @@
-"""config.json <-> EncoderConfig.
+"""Converts between config.json and EncoderConfig.
 
 A nomic-bert config has two sets of field names: those of transformers, and the GPT2-style ones of the published
-checkpoints, which text-embeddings-inference and llama.cpp read. transformers ignores the second set, so a file with
-only those silently becomes the 137M default there. We write both, read either, and refuse a file where they disagree.
+checkpoints, which text-embeddings-inference and llama.cpp read. transformers ignores the second set: it silently loads
+a file with only those as the 137M default. This module writes both sets, reads either, and rejects files in which they
+disagree.
 """
 
 import math
@@ -24,7 +25,7 @@ _SIZES = {
     "pad_token_id": ("pad_token_id", "pad_token_id"),
 }
 _REQUIRED = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
-# What this encoder is, in the GPT2-style names; any other value is a model we do not implement.
+# The fixed properties of this encoder, in the GPT2-style names. Models with other values are not implemented.
 _FIXED = {
     "activation_function": "swiglu",
     "rotary_emb_fraction": 1.0,
@@ -38,9 +39,9 @@ _FIXED = {
     "causal": False,
     "use_rms_norm": False,
 }
-# Fields of other models of these families, which would change what is computed: refused when set.
+# Fields of other models of these families, which would change the computation. They are rejected if set.
 _UNSUPPORTED = ("moe_every_n_layers", "num_experts", "rope_scaling", "attention_bias", "mlp_bias", "is_decoder")
-# Sizes beyond any checkpoint's: a broken file, not worth building a model of.
+# Upper limits. No known checkpoint exceeds them; a larger value means a broken file.
 _LARGEST = {
     "num_layers": 512,
     "num_heads": 2**16,
@@ -51,23 +52,23 @@ _LARGEST = {
     "max_trained_positions": 2**20,
     "pad_token_id": 2**24,
 }
-_LARGEST_FLOAT = 1e30  # of float32, with room to compute
+_LARGEST_FLOAT = 1e30  # far enough below the float32 maximum to compute with
 
 
 class ConfigError(ValueError):
-    """A config.json that names a model we do not implement, or contradicts itself; the message names the field."""
+    """A config.json describes a model that is not implemented, or contradicts itself; the message names the field."""
 
 
 def encoder_config(content: dict[str, Any], where: str = "config.json") -> EncoderConfig:
     """Reads the content of a config.json of type nomic_bert or bert.
 
     Raises:
-      ConfigError: another model, a value out of range, or two fields that contradict each other.
+      ConfigError: the model is not implemented, a value is out of range, or two fields contradict each other.
     """
     readers = {"nomic_bert": _nomic_config, "bert": _bert_config}
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in readers:
-        raise ConfigError(f"{where}: model_type is {model_type!r}; this encoder runs {' and '.join(readers)}")
+        raise ConfigError(f"{where}: model_type is {model_type!r}; this encoder supports {' and '.join(readers)}")
     for name in _UNSUPPORTED:
         if content.get(name):
             raise ConfigError(f"{where}: {name} is {content[name]!r}; this encoder does not implement it")
@@ -87,7 +88,7 @@ def encoder_config(content: dict[str, Any], where: str = "config.json") -> Encod
 
 
 def _sizes(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of _SIZES that are given, under either name, each a number in its range."""
+    """Returns the fields of _SIZES that are present under either name. Each is a number in its range."""
     fields: dict[str, Any] = {}
     for field, names in _SIZES.items():
         value = _agreed(content, names, where)
@@ -99,11 +100,11 @@ def _sizes(content: dict[str, Any], where: str) -> dict[str, Any]:
         least = 0 if field in ("type_vocab_size", "pad_token_id") or is_float else 1
         if not least <= value <= _LARGEST.get(field, _LARGEST_FLOAT):
             raise ConfigError(f"{where}: {names[0]} is {value!r}, which is out of range")
-        # JAX takes no whole number of more than 64 bits.
+        # JAX does not accept integers beyond 64 bits.
         fields[field] = float(value) if is_float else value
     for field in _REQUIRED:
         if field not in fields:
-            raise ConfigError(f"{where}: {' nor '.join(dict.fromkeys(_SIZES[field]))} is not given")
+            raise ConfigError(f"{where}: {' or '.join(dict.fromkeys(_SIZES[field]))} is missing")
     return fields
 
 
@@ -115,13 +116,13 @@ def _nomic_config(content: dict[str, Any], fields: dict[str, Any], where: str) -
         raise ConfigError(f"{where}: hidden_act is {content['hidden_act']!r}; this encoder implements only 'silu'")
     trained = fields.setdefault("max_trained_positions", 2048)
     base, factor = _rope(content, trained, where)
-    promised = _positions(content, where) or EncoderConfig.max_positions
-    longest = trained if factor is None else max(trained, promised)
+    declared = _positions(content, where) or EncoderConfig.max_positions
+    longest = trained if factor is None else max(trained, declared)
     return EncoderConfig(**fields, max_positions=longest, rope_base=base, rope_scaling_factor=factor)
 
 
 def _rope(content: dict[str, Any], trained: int, where: str) -> tuple[float, float | None]:
-    """Base of RoPE, and alpha of dynamic NTK or None for no scaling."""
+    """Returns the base of RoPE, and alpha of dynamic NTK or None for no scaling."""
     rope = content.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{where}: rope_parameters is {rope!r}; expected an object")
@@ -140,7 +141,7 @@ def _rope(content: dict[str, Any], trained: int, where: str) -> tuple[float, flo
     elif kind == "default" and _positions(content, where) <= trained:
         factor = None
     else:
-        # The published configs promise 8192 positions, leave the factor null, and their model cards tell the user to
+        # The published configs declare 8192 positions and leave the factor null. Their model cards tell the user to
         # pass 2, the paper's alpha. transformers adds rope_type "default" to such a file when it saves it.
         factor = given or 2.0
     for name, value in (("RoPE base", base), ("RoPE scaling factor", factor)):
@@ -150,7 +151,7 @@ def _rope(content: dict[str, Any], trained: int, where: str) -> tuple[float, flo
 
 
 def _positions(content: dict[str, Any], where: str) -> int:
-    """n_positions, or 0 where it is not given."""
+    """Returns n_positions, or 0 if it is missing."""
     value = content.get("n_positions")
     if value is not None and not (type(value) is int and 0 <= value <= _LARGEST["max_trained_positions"]):
         raise ConfigError(f"{where}: n_positions is {value!r}; expected a number of tokens")
@@ -162,7 +163,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _agreed(content: dict[str, Any], names: tuple[str, str], where: str, what: str | None = None) -> Any:
-    """The value under either name; an error where both are given and differ."""
+    """Returns the value under either name. Raises ConfigError if both are present and differ."""
     values = [content[name] for name in names if content.get(name) is not None]
     if len(values) == 2 and values[0] != values[1]:
         what = what or " and ".join(names)
@@ -179,7 +180,7 @@ def _bert_config(content: dict[str, Any], fields: dict[str, Any], where: str) ->
 
 
 def config_json(config: EncoderConfig, architecture: str) -> dict[str, Any]:
-    """The content of config.json, with both sets of names."""
+    """Returns the content of config.json, with both sets of names."""
     sizes = {field: getattr(config, field) for field in _SIZES}
     content = {"model_type": "nomic_bert" if config.position == "rope" else "bert", "architectures": [architecture]}
     content |= {_SIZES[field][0]: value for field, value in sizes.items()}

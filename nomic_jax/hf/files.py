@@ -1,4 +1,4 @@
-"""The files of a checkpoint directory: JSON and tensors, read with errors that name file, tensor and reason."""
+"""Reads the JSON and tensor files of a checkpoint directory. Errors name the file, the tensor and the reason."""
 
 import json
 import os
@@ -15,24 +15,24 @@ from safetensors.numpy import load_file, save_file
 
 from nomic_jax.data.formats.row_checks import each_key_once
 
-# Of other types (int8, float8) the values mean nothing without scales that lie elsewhere.
+# Values of other types (int8, float8) cannot be interpreted without scales, which are stored elsewhere.
 _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
-# A larger JSON file is no configuration, and Python takes ten times the space for it.
+# Configuration files are smaller than this. Parsed JSON takes ten times the size of the file in memory.
 LARGEST_JSON = 1 << 26
-# Before this release a file could get past weights_only=True (CVE-2025-32434).
+# Before this release, weights_only=True did not prevent code execution (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as it should; the message names the tensor, file or field."""
+    """A checkpoint is invalid or cannot be read; the message names the tensor, file or field."""
 
     def __str__(self) -> str:
-        # What a file holds is quoted here, and a terminal would obey the escape sequences in it.
+        # The message quotes the content of files. Escape it, because a terminal executes escape sequences.
         return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
 
 
 def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file; {} for an optional file that is not there."""
+    """Returns the object in a JSON file, or {} if the file is optional and missing."""
     if optional and not path.exists():
         return {}
     content = _load_json(path)
@@ -42,7 +42,7 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
 
 
 def read_json_list(path: Path) -> list[dict[str, Any]]:
-    """The list of objects in a JSON file."""
+    """Returns the list of objects in a JSON file."""
     content = _load_json(path)
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise CheckpointError(f"{path}: expected a list of objects")
@@ -50,14 +50,14 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
 
 
 def check_file(path: Path) -> int:
-    """Its size in bytes.
+    """Checks that the path is a regular file in its folder, and returns the file's size in bytes.
 
-    A device or a pipe could be read for ever. A link out of the folder could make any file of this machine a part of
-    the model, and of what is exported and published; only the hub's cache consists of such links.
+    Reading a device or a pipe might never end. A link out of the folder could make any file of this machine a part of
+    the model and of its exports. Links into the hub's cache are accepted, because the cache consists of links.
 
     Raises:
-      CheckpointError: it is something else than a file, or lies elsewhere, or cannot be looked at.
-      FileNotFoundError: there is none.
+      CheckpointError: the path is not a regular file, is a link out of its folder, or cannot be opened.
+      FileNotFoundError: the path does not exist.
     """
     try:
         status = path.stat()
@@ -66,23 +66,26 @@ def check_file(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be opened ({error})") from error
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: is no regular file")
+        raise CheckpointError(f"{path}: is not a regular file")
     target = Path(os.path.realpath(path))
     if not target.is_relative_to(os.path.realpath(path.parent)) and not _is_in_hub_cache(target):
         raise CheckpointError(
-            f"{path}: is a link to {target}, outside of its folder; if that file is meant, put a copy in its place"
+            f"{path}: is a link to {target}, outside of its folder; to use that file, replace the link with a copy"
         )
     return status.st_size
 
 
 def _is_in_hub_cache(file: Path) -> bool:
-    """models--ORGANISATION--NAME/blobs/HASH, to which the links of models--ORGANISATION--NAME/snapshots/COMMIT go."""
+    """Returns whether the file is models--ORGANISATION--NAME/blobs/HASH.
+
+    The files of models--ORGANISATION--NAME/snapshots/COMMIT are links to these files.
+    """
     return file.parent.name == "blobs" and file.parent.parent.name.startswith("models--")
 
 
 def _load_json(path: Path) -> Any:
     if (size := check_file(path)) > LARGEST_JSON:
-        raise CheckpointError(f"{path}: {size:,} bytes of JSON; more than {LARGEST_JSON:,} are not read")
+        raise CheckpointError(f"{path}: {size:,} bytes of JSON exceed the limit of {LARGEST_JSON:,}")
     try:
         return _parse_json(path.read_bytes())
     except OSError as error:
@@ -92,19 +95,19 @@ def _load_json(path: Path) -> Any:
 
 
 def _parse_json(text: bytes) -> Any:
-    """Raises ValueError also where Python's parser takes what JSON does not have, or readers understand differently."""
+    """Parses JSON. Raises ValueError also for content that is not JSON but accepted by Python, or that is ambiguous."""
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
+        raise ValueError(f"{constant} is not a JSON number")
 
     content = json.loads(text.decode("utf-8"), object_pairs_hook=each_key_once, parse_constant=refuse)
     if b"\\ud" in text.lower():
-        json.dumps(content, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair: no text, and no name
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # rejects unpaired surrogates, which are not text
     return content
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of model.safetensors, of its shards, or of pytorch_model.bin, as finite float32."""
+    """Returns every tensor of model.safetensors, of its shards, or of pytorch_model.bin, as finite float32."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists():
         return read_safetensors(directory / "model.safetensors")
@@ -128,19 +131,19 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
 
 
 def _check_header(file: Path, size: int) -> None:
-    """Raises ValueError for a header with a name given twice: the library takes the last, other readers the first."""
+    """Raises ValueError if the header repeats a name: the library takes the last entry, other readers the first."""
     with file.open("rb") as f:
         length = f.read(8)
-        # (Of a header that cannot be, the library says what is wrong.)
+        # The library reports headers of impossible length.
         if len(length) == 8 and (header := struct.unpack("<Q", length)[0]) <= size - 8:
             if header > LARGEST_JSON:
-                raise ValueError(f"a header of {header:,} bytes; more than {LARGEST_JSON:,} are not read")
+                raise ValueError(f"a header of {header:,} bytes exceeds the limit of {LARGEST_JSON:,}")
             _parse_json(f.read(header))
 
 
 def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})  # transformers wants to be told the framework
-    file.chmod(0o644)  # safetensors makes it readable for the owner alone; a server is often another user
+    save_file(tensors, file, metadata={"format": "pt"})  # transformers requires the name of the framework
+    file.chmod(0o644)  # safetensors allows only the owner to read it; a server is often another user
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
@@ -168,7 +171,7 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise CheckpointError(
-            f"{file} is a PyTorch file, which takes torch to read; install torch or convert it to safetensors"
+            f"{file} is a PyTorch file, which needs torch to read; install torch or convert it to safetensors"
         ) from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
         raise CheckpointError(
@@ -177,10 +180,10 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
         )
     size = check_file(file)
     if _is_tar(file):
-        raise CheckpointError(f"{file} is a tar of torch < 0.2, which would be unpacked; convert it to safetensors")
+        raise CheckpointError(f"{file} is a tar of torch < 0.2, which torch would unpack; convert it to safetensors")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises its own and pickle's exceptions, all of which mean: not weights
+    except Exception as error:  # torch raises its own and pickle's exceptions; all mean that this is no weights file
         raise CheckpointError(f"{file}: cannot be read as weights only ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
@@ -189,10 +192,10 @@ def _read_torch(file: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise CheckpointError(f"{file}: tensor {name} is no plain array of numbers")
+            raise CheckpointError(f"{file}: tensor {name} is not a plain array of numbers")
         if not tensor.is_floating_point() and not name.endswith("position_ids"):
             raise CheckpointError(f"{file}: tensor {name} has the type {tensor.dtype}; expected floating point")
-        # Strides of 0 make a tensor of any size of one number.
+        # With strides of 0, a tensor of any size needs only one stored number.
         if tensor.numel() * tensor.element_size() > size:
             raise CheckpointError(f"{file}: tensor {name} is larger than the file ({list(tensor.shape)})")
         tensors[name] = _as_float32(tensor.detach().double().numpy(), name, file)
@@ -208,7 +211,7 @@ def _is_tar(file: Path) -> bool:
 
 
 def _as_float32(tensor: np.ndarray, name: str, file: Path) -> np.ndarray:
-    # (position_ids is a buffer of integers that old BERT checkpoints carry.)
+    # position_ids is an integer buffer in old BERT checkpoints.
     if tensor.dtype not in _FLOATS and not name.endswith("position_ids"):
         raise CheckpointError(f"{file}: tensor {name} has the type {tensor.dtype}; expected floating point")
     tensor = tensor.astype(np.float32)

@@ -1,7 +1,7 @@
-"""Names of tensors in Hugging Face checkpoints, and where each lives in our parameter tree.
+"""Maps the names of tensors in Hugging Face checkpoints to our parameter tree.
 
-One table per naming; the way back is the same table inverted. ``{n}`` is the layer. A Linear's weight is transposed
-([out, in] there, kernel [in, out] here), and some of our kernels hold several of theirs side by side.
+There is one table per naming, used in both directions. ``{n}`` is the layer. Weights of linear layers are transposed
+([out, in] in checkpoints, kernel [in, out] here), and some of our kernels hold several checkpoint tensors side by side.
 """
 
 import re
@@ -14,7 +14,7 @@ from nomic_jax.model.config import EncoderConfig
 
 
 class Slot(NamedTuple):
-    """Where a tensor goes: part ``part`` of ``parts`` along the last axis of the leaf at ``path``."""
+    """The destination of a tensor: part ``part`` of ``parts`` along the last axis of the leaf at ``path``."""
 
     path: tuple[str, ...]
     part: int = 0
@@ -28,9 +28,9 @@ def _table(lines: str) -> dict[str, str]:
 _NORM_PARTS = {"weight": "scale", "bias": "bias"}
 _LINEAR_PARTS = {"weight": "kernel", "bias": "bias"}
 
-# Module there -> module here (part/parts where ours is fused).
+# Checkpoint module -> our module (part/parts if ours is fused).
 _TABLES = {
-    # What nomic-ai publishes, and what text-embeddings-inference and llama.cpp read.
+    # The published checkpoints of nomic-ai; text-embeddings-inference and llama.cpp read this naming.
     "hub": _table("""
         embeddings.word_embeddings        embeddings.word
         embeddings.token_type_embeddings  embeddings.type
@@ -43,7 +43,7 @@ _TABLES = {
         encoder.layers.{n}.norm1          layers.{n}.norm1
         encoder.layers.{n}.norm2          layers.{n}.norm2
     """),
-    # The same model inside transformers.
+    # The same model in transformers.
     "native": _table("""
         embeddings.word_embeddings            embeddings.word
         embeddings.token_type_embeddings      embeddings.type
@@ -73,7 +73,7 @@ _TABLES = {
         encoder.layer.{n}.output.LayerNorm              layers.{n}.norm2
     """),
 }
-# The heads have one naming everywhere.
+# The heads have the same names in all namings.
 _MLM_HEAD = _table("""
     cls.predictions.transform.dense       dense
     cls.predictions.transform.layer_norm  norm
@@ -85,7 +85,7 @@ _CLASSIFIER = _table("""
 
 
 def encoder_keymap(config: EncoderConfig, naming: str) -> dict[str, Slot]:
-    """Tensor name -> slot, for every tensor that an encoder of this configuration has."""
+    """Returns tensor name -> slot for every tensor of an encoder with this configuration."""
     return _expand(_TABLES[naming], config, config.use_bias)
 
 
@@ -119,7 +119,7 @@ def _expand(table: dict[str, str], config: EncoderConfig, use_bias: bool) -> dic
 
 
 def detect_naming(names: set[str]) -> str:
-    """Which table names the tensors; the names come without any prefix."""
+    """Returns the name of the table that matches the tensor names, which must have no prefix."""
     if any(re.match(r"encoder\.layers\.\d+\.attn\.Wqkv", name) for name in names):
         return "hub"
     if any(re.match(r"layers\.\d+\.self_attn", name) for name in names):
@@ -127,21 +127,21 @@ def detect_naming(names: set[str]) -> str:
     if any(re.match(r"encoder\.layer\.\d+\.attention\.self", name) for name in names):
         return "bert"
     raise ValueError(
-        f"the tensors have none of the known namings (nomic-bert of the hub or of transformers, BERT); "
+        f"the tensor names match no known naming (nomic-bert of the hub or of transformers, BERT); "
         f"the first ones are {sorted(names)[:3]}"
     )
 
 
 def to_params(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract: dict) -> dict:
-    """Our tree from their tensors.
+    """Converts checkpoint tensors to our parameter tree.
 
     Args:
       tensors: exactly the tensors of the keymap.
       keymap: see ``encoder_keymap``.
-      abstract: the tree with the shapes that the configuration calls for.
+      abstract: the tree with the shapes that the configuration requires.
 
     Raises:
-      ValueError: a tensor of another shape, named.
+      ValueError: a tensor has a different shape; the message names it.
     """
     parts: dict[tuple, dict[int, np.ndarray]] = {}
     for name, slot in keymap.items():
@@ -155,8 +155,8 @@ def to_params(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract:
         if value.shape != expected.shape:
             name = names[path]
             raise ValueError(
-                f"tensor {name} has the shape {list(tensors[name].shape)}; as {'.'.join(path)} the configuration "
-                f"calls for {list(expected.shape)}, found {list(value.shape)}"
+                f"tensor {name} has the shape {list(tensors[name].shape)}; for {'.'.join(path)} the configuration "
+                f"requires {list(expected.shape)}, found {list(value.shape)}"
             )
         return value.astype(expected.dtype)
 
@@ -164,7 +164,7 @@ def to_params(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract:
 
 
 def from_params(params: dict, keymap: dict[str, Slot]) -> dict[str, np.ndarray]:
-    """Their tensors from our tree, float32 and contiguous."""
+    """Converts our parameter tree to checkpoint tensors, float32 and contiguous."""
     leaves = {tuple(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     tensors = {}
     for name, slot in keymap.items():

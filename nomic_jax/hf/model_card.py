@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, how to use it, what it was trained on, how good it is."""
+"""Writes the README.md of an export: model description, usage, training data and evaluation results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
@@ -33,7 +33,7 @@ documents = model.encode_document(["A text embedder maps texts to vectors."])
 print(model.similarity(queries, documents))
 ```
 
-In JAX it is `nomic_jax.Embedder.from_pretrained("{name}")`, with the same methods.
+In JAX, use `nomic_jax.Embedder.from_pretrained("{name}")`, which has the same methods.
 
 {prompts}
 """
@@ -48,10 +48,10 @@ def model_card(
     training: Sequence[Mapping[str, Any]] = (),
     evaluations: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """Markdown with the front matter of the hub.
+    """Returns the card as Markdown, with the front matter of the hub.
 
     Args:
-      training: the stages, first to last, as a checkpoint's record keeps them (nomic_jax/run/pretrained.py).
+      training: the records of the stages, first to last (``nomic_jax.run.record.make_record``).
       evaluations: suite -> report of ``launch.evaluate``.
     """
     encoder = config.encoder
@@ -74,11 +74,11 @@ def model_card(
 def _prompts(prompts: Mapping[str, str]) -> str:
     texts = dict.fromkeys(text for text in prompts.values() if text)
     if not texts:
-        return "Texts go in as they are, without a prefix."
+        return "Texts need no prefix."
     lines = "".join(f"- `{name}`: `{text}`\n" for name, text in prompts.items() if text)
     return (
-        f"Every text starts with its task. `encode_query` and `encode_document` put the prompts of these names there,"
-        f" `encode` that of its `prompt_name`:\n\n{lines}"
+        f"Every text starts with a prefix that names its task. `encode_query` and `encode_document` prepend the prompts"
+        f" of these names, `encode` prepends the prompt `prompt_name`:\n\n{lines}"
     )
 
 
@@ -135,7 +135,7 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _field(record: Any, *path: str) -> Any:
-    """None where there is none: a record may be of another version of this package, or anybody's."""
+    """Returns a nested value, or None if it is missing: the record may come from another version or program."""
     for name in path:
         record = record.get(name) if isinstance(record, Mapping) else None
     return record
@@ -146,7 +146,7 @@ def _joined(separator: str, *values: Any) -> str:
 
 
 def _evaluation(suite: str, report: Mapping[str, Any]) -> str:
-    """A report has ``tasks``: name -> figures, and ``average``: metric -> figure."""
+    """Returns the section of a report, which has ``tasks``: name -> figures, and ``average``: metric -> figure."""
     metrics = list(report["average"])
     rows = [
         [task, *(f"{figures[metric]:.4f}" if metric in figures else "" for metric in metrics)]
@@ -162,6 +162,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """One line of text that is neither markup nor a cell's end, whatever a record holds."""
+    """Returns any value as one line of text that contains no markup and does not end the cell."""
     text = "" if value is None else f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
     return text[:200].replace("|", "\\|").replace("<", "&lt;")

@@ -1,10 +1,10 @@
-"""The modules of a sentence-transformers directory: what happens to the hidden states.
+"""The modules of a sentence-transformers directory, which turn hidden states into embeddings.
 
-modules.json lists them in order. Of the many that exist an embedder of ours is made of these:
+modules.json lists them in order. The supported modules and their order are:
 
     Transformer -> Pooling [-> LayerNorm] [-> Normalize]
 
-The LayerNorm stands for that of nomic-embed-text-v1.5, which is without weights; here it has ones and zeros.
+The LayerNorm is that of nomic-embed-text-v1.5, which has no weights. In the directory its weights are ones and zeros.
 """
 
 import os
@@ -17,7 +17,7 @@ from nomic_jax.data.formats.writing import write_json
 from nomic_jax.hf.files import CheckpointError, read_json, read_json_list, read_safetensors, write_safetensors
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
 
-# "query" and "document" are what sentence-transformers' encode_query and encode_document look for.
+# encode_query and encode_document of sentence-transformers look for "query" and "document".
 NOMIC_PROMPTS = {
     "search_query": "search_query: ",
     "search_document": "search_document: ",
@@ -31,7 +31,7 @@ _MODES = {"cls": "cls", "mean": "mean", "pooling_mode_cls_token": "cls", "poolin
 
 
 def read_modules(directory: Path) -> dict[str, dict[str, Any]]:
-    """Last part of the module's type -> its config, in order; empty for a plain transformers directory."""
+    """Returns the last part of each module's type -> its config, in order; {} for a plain transformers directory."""
     listing = directory / "modules.json"
     if not listing.exists():
         return {}
@@ -40,14 +40,14 @@ def read_modules(directory: Path) -> dict[str, dict[str, Any]]:
         package, _, kind = str(module.get("type")).rpartition(".")
         path = module.get("path", "")
         if not isinstance(path, str) or not path.isprintable() or len(path) > 255:
-            raise CheckpointError(f"{listing}: the path {path!r} cannot be that of a folder")
+            raise CheckpointError(f"{listing}: {path!r} cannot be the path of a folder")
         folder = Path(os.path.realpath(directory / path))
         if not folder.is_relative_to(os.path.realpath(directory)):
             raise CheckpointError(f"{listing}: {path} lies outside the checkpoint")
         if package.partition(".")[0] != "sentence_transformers":
             raise CheckpointError(
-                f"{listing}: module {package}.{kind} is code of its own, which is not run; of sentence_transformers "
-                f"{', '.join(_ORDER)} are implemented"
+                f"{listing}: module {package}.{kind} is custom code, which is not executed; the implemented modules of "
+                f"sentence_transformers are {', '.join(_ORDER)}"
             )
         if kind not in _ORDER:
             raise CheckpointError(f"{listing}: module {kind} is not implemented; {', '.join(_ORDER)} are")
@@ -72,12 +72,12 @@ def _check_without_weights(folder: Path) -> None:
 def embedding_config(
     encoder: EncoderConfig, modules: dict[str, dict[str, Any]], prompts: dict[str, str], directory: Path
 ) -> EmbeddingConfig:
-    """Pooling and normalisation; mean and normalised for a plain transformers directory."""
+    """Returns pooling and normalisation. A plain transformers directory has mean pooling and normalisation."""
     if not modules:
         return EmbeddingConfig(encoder)
     pooling = modules["Pooling"]
     where = f"{directory}: the config of Pooling"
-    # Old files have one boolean a mode, new ones name the mode, or several.
+    # Old files have one boolean per mode; new files name one mode or several.
     given = pooling.get("pooling_mode", [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on])
     chosen = given or ["mean"] if isinstance(given, list) else [given]
     if len(chosen) != 1 or not isinstance(chosen[0], str) or chosen[0] not in _MODES:
@@ -114,7 +114,7 @@ def write_modules(
     width = config.encoder.hidden_size
     kinds = ["Transformer", "Pooling"]
     kinds += ["LayerNorm"] * config.layer_norm + ["Normalize"] * config.normalize
-    # The old type names: every version of sentence-transformers reads them.
+    # These are the old type names, which every version of sentence-transformers reads.
     listed = [
         {
             "idx": i,

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint directory. Nothing is unpickled, nothing in it is executed."""
+"""Reads a Hugging Face checkpoint directory. No code in it is executed."""
 
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,19 @@ from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 
 PREFIXES = ("bert.", "nomic_bert.", "trunk.")
 MOST_LABELS = 1 << 20
-# Tensors of the checkpoints that the encoder does not have: buffers, and the pooler, which no embedder uses.
+# Checkpoint tensors that the encoder does not have: buffers, and the pooler, which embedders do not use.
 _IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
 def read_checkpoint(directory: str | Path) -> Checkpoint:
     """Reads a nomic-bert or BERT checkpoint, with or without its sentence-transformers files.
 
-    Accepts the tensor names of the hub and of transformers with every prefix in PREFIXES, in model.safetensors, sharded
-    safetensors, or pytorch_model.bin (with weights_only, if torch is installed).
+    Accepts the tensor names of the hub and of transformers, with or without a prefix of PREFIXES, in model.safetensors,
+    sharded safetensors, or pytorch_model.bin (with weights_only, if torch is installed).
 
     Raises:
       CheckpointError: a tensor is missing, unexpected, of the wrong shape or not finite; a file is broken.
-      ConfigError: config.json names a model that is not implemented, or contradicts itself.
+      ConfigError: config.json describes a model that is not implemented, or contradicts itself.
       FileNotFoundError: a file is missing.
     """
     directory = Path(directory)
@@ -73,7 +73,7 @@ def _strip_prefix(tensors: dict[str, np.ndarray], directory: Path) -> dict[str, 
     for name, tensor in tensors.items():
         short = next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
         if short in stripped:
-            raise CheckpointError(f"{directory}: tensor {short} is there twice, once with a prefix")
+            raise CheckpointError(f"{directory}: tensor {short} appears twice, once with a prefix")
         stripped[short] = tensor
     return stripped
 
@@ -83,7 +83,7 @@ def _convert(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract: 
         raise CheckpointError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} of {len(keymap)} in all)")
     if unexpected := tensors.keys() - keymap.keys():
         raise CheckpointError(
-            f"{directory}: tensor {min(unexpected)} is not part of this model ({len(unexpected)} such in all)"
+            f"{directory}: tensor {min(unexpected)} is not part of this model ({len(unexpected)} unexpected in all)"
         )
     try:
         return to_params(tensors, keymap, abstract)
@@ -92,12 +92,12 @@ def _convert(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract: 
 
 
 def _read_mlm_head(heads: dict[str, np.ndarray], params: dict, encoder: EncoderConfig, directory: Path) -> dict | None:
-    """The head of a nomic-bert checkpoint; the head of a BERT has biases in the decoder and is left out."""
+    """Returns the head of a nomic-bert checkpoint. The head of a BERT has a decoder bias and is omitted (None)."""
     head = {name: tensor for name, tensor in heads.items() if name.startswith("cls.")}
     decoder = head.pop("cls.predictions.decoder.weight", None)
     if not head or encoder.use_bias:
         return None
-    # The decoder is tied to the word embeddings and its bias, which only transformers has, starts and stays at zero.
+    # The decoder is tied to the word embeddings. Only transformers has a decoder bias, which starts and stays at zero.
     if decoder is not None and not np.array_equal(decoder, params["embeddings"]["word"]["embedding"]):
         raise CheckpointError(f"{directory}: cls.predictions.decoder.weight differs from the word embeddings")
     for name in ("cls.predictions.bias", "cls.predictions.decoder.bias", "cls.predictions.transform.dense.bias"):
@@ -112,7 +112,7 @@ def _read_classifier(heads: dict[str, np.ndarray], encoder: EncoderConfig, num_l
 
 
 def _labels(content: dict[str, Any], directory: Path) -> tuple[str, ...]:
-    """transformers' default is two labels; it writes id2label for any other number."""
+    """Returns the names of the labels. transformers omits id2label only for its default of two labels."""
     names = content.get("id2label")
     if not names:
         count = content.get("num_labels", 2)
@@ -127,7 +127,7 @@ def _labels(content: dict[str, Any], directory: Path) -> tuple[str, ...]:
 
 
 def _defaults(sentence: dict[str, Any], prompts: dict[str, str], directory: Path) -> tuple[str | None, str]:
-    """default_prompt_name and similarity_fn_name."""
+    """Returns default_prompt_name and similarity_fn_name."""
     name, similarity = sentence.get("default_prompt_name"), sentence.get("similarity_fn_name") or "cosine"
     file = f"{directory}/config_sentence_transformers.json"
     if name is not None and not (isinstance(name, str) and name in prompts):
@@ -144,7 +144,7 @@ def _prompts(sentence: dict[str, Any], encoder: EncoderConfig, directory: Path) 
     prompts = sentence.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise CheckpointError(f"{directory}/config_sentence_transformers.json: prompts should map names to texts")
-    # The published nomic directories name no prompts; the model cards tell the user to put the prefixes.
+    # The published nomic directories contain no prompts; their model cards tell the user to add the prefixes.
     return prompts or (dict(NOMIC_PROMPTS) if encoder.position == "rope" else {})
 
 
@@ -162,11 +162,11 @@ def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: dict[str, 
         raise
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the tokenizers package raises bare Exceptions, and BaseExceptions where it panics
+    except BaseException as error:  # the tokenizers package raises bare Exceptions, and BaseExceptions when it panics
         raise CheckpointError(f"{directory}: the tokenizer cannot be read ({error})") from error
     if tokenizer.vocab_size > encoder.vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, the embedding table has "
+            f"{directory}: the tokenizer produces ids up to {tokenizer.vocab_size - 1}, but the embedding table has "
             f"{encoder.vocab_size} rows; this tokenizer belongs to another model"
         )
     return tokenizer
@@ -180,7 +180,7 @@ def _training(directory: Path) -> tuple[dict[str, Any], ...]:
 def _max_length(modules: dict[str, dict], encoder: EncoderConfig, directory: Path) -> int:
     given = modules.get("Transformer", {}).get("max_seq_length")
     if given is None:
-        # A plain BERT directory: the tokenizer says it, if anything does.
+        # In a plain BERT directory, only the tokenizer's configuration may contain the length.
         given = read_json(directory / "tokenizer_config.json", optional=True).get("model_max_length")
     if not isinstance(given, int | float) or isinstance(given, bool) or not given >= 2:
         return encoder.max_positions

@@ -1,4 +1,4 @@
-"""Writing a Hugging Face directory that sentence-transformers, transformers and others open as it is."""
+"""Writes a Hugging Face directory that sentence-transformers, transformers and others open without conversion."""
 
 import json
 import shutil
@@ -36,26 +36,26 @@ def write_checkpoint(
     dtype: str = "float32",
     evaluations: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes model, tokenizer, pooling, prompts and model card; the directory appears complete or not at all.
+    """Writes model, tokenizer, pooling, prompts and model card. The directory appears complete or not at all.
 
-    Tensors have no prefix: transformers silently makes random weights of a prefixed file.
+    Tensor names have no prefix: transformers silently loads a file with prefixes as random weights.
 
     Args:
-      directory: replaced if it is such an export already.
-      checkpoint: with a masked-LM head or a classifier among its params, AutoModelForMaskedLM or
+      directory: replaced if it is an earlier export.
+      checkpoint: if its params include a masked-LM head or a classifier, AutoModelForMaskedLM or
         AutoModelForSequenceClassification opens the directory too.
-      naming: of the tensors: "hub", which text-embeddings-inference and llama.cpp read, or "native", transformers' own.
-        (A BERT has one naming.)
-      dtype: of the tensors: "float32", "bfloat16" or "float16".
+      naming: tensor names: "hub", which text-embeddings-inference and llama.cpp read, or "native", those of
+        transformers. (BERT has only one naming.)
+      dtype: type of the tensors: "float32", "bfloat16" or "float16".
       evaluations: suite -> report of ``launch.evaluate``, for the model card.
 
     Raises:
-      FileExistsError: the directory holds something else.
-      ValueError: no tokenizer, a weight that ``dtype`` cannot hold, a head that no client would read.
+      FileExistsError: the directory is not empty and not an earlier export.
+      ValueError: there is no tokenizer, ``dtype`` cannot represent a weight, or a BERT has a masked-LM head.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()) and not (directory / "modules.json").exists():
-        raise FileExistsError(f"{directory} is not empty and no earlier export; choose another directory")
+        raise FileExistsError(f"{directory} is not empty and not an earlier export; choose another directory")
     if checkpoint.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer; no client could use it")
     config, encoder = checkpoint.config, checkpoint.config.encoder
@@ -70,7 +70,7 @@ def write_checkpoint(
     write_safetensors(part / "model.safetensors", tensors)
     family = "NomicBert" if encoder.position == "rope" else "Bert"
     classifier = checkpoint.params.get("classifier")
-    # llama.cpp knows no ...ForMaskedLM, and everyone else chooses the head by the class that is asked for.
+    # llama.cpp does not support ...ForMaskedLM, and other clients choose the head by the requested class.
     kind = "Model" if classifier is None else "ForSequenceClassification"
     content = config_json(encoder, family + kind) | {"dtype": dtype}
     if classifier is not None:
@@ -82,7 +82,7 @@ def write_checkpoint(
     write_modules(
         part,
         config,
-        # Said aloud: a nomic-bert directory without prompts is taken to need the published ones.
+        # Empty prompts are written, because readers give a nomic-bert directory without prompts the published ones.
         prompts=prompts or {"query": "", "document": ""},
         default_prompt_name=checkpoint.default_prompt_name,
         similarity=checkpoint.similarity,
@@ -114,10 +114,10 @@ def _tensors(encoder: EncoderConfig, params: dict, naming: str) -> dict[str, np.
     tensors = from_params(params["encoder"], encoder_keymap(encoder, naming if encoder.position == "rope" else "bert"))
     if "mlm_head" in params:
         if encoder.use_bias:
-            raise ValueError("the masked-LM head of a BERT has biases in its decoder, which this package does not keep")
+            raise ValueError("the masked-LM head of a BERT has decoder biases, which this package does not store")
         tensors |= from_params(params["mlm_head"], mlm_head_keymap(encoder))
         if naming == "native":
-            # transformers' class has biases where the model has none.
+            # transformers' class has biases that the model does not have.
             tensors["cls.predictions.transform.dense.bias"] = np.zeros(encoder.hidden_size, np.float32)
             tensors["cls.predictions.bias"] = np.zeros(encoder.vocab_size, np.float32)
     if "classifier" in params:

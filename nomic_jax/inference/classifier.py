@@ -1,4 +1,4 @@
-"""The inference function of a classifier: texts or pairs of texts in, logits out."""
+"""Inference with a classifier: maps texts or pairs of texts to logits."""
 
 import functools
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Classifier:
     Attributes:
       params: "encoder" and "classifier", on the device.
       config: the encoder.
-      max_length: tokens kept of a text or pair.
+      max_length: maximum number of tokens per text or pair; longer ones are cut.
       labels: names of the labels, in the order of the logits; one for a regression.
     """
 
@@ -40,15 +40,15 @@ class Classifier:
         """Opens a run of the stage "classify", one of its checkpoints, or a ...ForSequenceClassification directory.
 
         Args:
-          path: see above.
-          max_length: tokens kept of a text; None for what the checkpoint says, or else all that the encoder takes.
+          path: the path of one of these.
+          max_length: maximum number of tokens per text; None for the checkpoint's value, or else the encoder's maximum.
 
         Raises:
-          ValueError: there is no classifier, or no tokenizer.
+          ValueError: the checkpoint has no classifier or no tokenizer.
         """
         checkpoint = read_pretrained(path)
         if "classifier" not in checkpoint.params or checkpoint.tokenizer is None:
-            raise ValueError(f"{path} holds no classifier, or no tokenizer")
+            raise ValueError(f"{path} holds no classifier or no tokenizer")
         config = checkpoint.config.encoder
         return cls(
             checkpoint.params,
@@ -59,7 +59,7 @@ class Classifier:
         )
 
     def logits(self, texts: Sequence[str] | Sequence[tuple[str, ...]], batch_size: int = 64) -> np.ndarray:
-        """float32 [N, labels], in the order of the texts or pairs of texts; one of a regression is its value."""
+        """Returns logits, float32 [N, labels], in the order of the inputs. For a regression, the logit is the value."""
         rows = [(text,) if isinstance(text, str) else text for text in texts]
         for i, row in enumerate(rows):
             for text in row:
@@ -67,18 +67,18 @@ class Classifier:
         ids = encode_rows(self.tokenizer, rows, self.max_length)
         out = np.zeros((len(ids), len(self.labels)), np.float32)
         lengths = np.array([len(x) for x in ids], np.int32)
-        for places, shape in length_sorted_batches(
+        for indices, shape in length_sorted_batches(
             lengths,
             max_length=self.max_length,
             batch_size=batch_size,
             tokens_per_device=TOKENS_PER_CALL.get(jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE),
             devices=1,
         ):
-            # Rows beyond the texts have one token, and nobody sees what becomes of them.
+            # Filler rows have one token. Their outputs are discarded.
             ids_BL, length_B = np.zeros(shape, np.int32), np.ones(shape.rows, np.int32)
-            ids_BL[: len(places)] = pad_right([ids[i] for i in places], shape.length, self.config.pad_token_id)
-            length_B[: len(places)] = lengths[places]
-            out[places] = np.asarray(_logits(self.params, ids_BL, length_B, self.config))[: len(places)]
+            ids_BL[: len(indices)] = pad_right([ids[i] for i in indices], shape.length, self.config.pad_token_id)
+            length_B[: len(indices)] = lengths[indices]
+            out[indices] = np.asarray(_logits(self.params, ids_BL, length_B, self.config))[: len(indices)]
         return out
 
 

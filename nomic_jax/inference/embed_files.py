@@ -1,7 +1,7 @@
-"""Embedding files of any size into one file, shard by shard, in a way that survives being killed.
+"""Embeds files of any size into one file, shard by shard. A killed run can be resumed.
 
-Until the output is complete, the work is in .NAME.parts beside it; started again, it goes on after the last finished
-shard. ``launch.embed`` is the command.
+Until the output is complete, the finished shards are in .NAME.parts next to it. The next run resumes after the last
+finished shard. ``launch.embed`` is the command.
 """
 
 import contextlib
@@ -29,10 +29,12 @@ from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
 from nomic_jax.data.formats.writing import atomic_file, write_json
 
 SUFFIXES = (".npy", ".parquet")
-# Files in the work folder, besides the shards: what the shards depend on, and which file they were put together to.
+# Files in the work folder besides the shards: the settings and inputs of the shards, the identity of the output that
+# was assembled from them, and the lock.
 PLAN, PUBLISHED, LOCK = "plan.json", "published.json", "lock"
-# The texts of so many batches go to `encode` together, which sorts them by length. For batches of 64 web texts it then
-# computes 1.35 tokens for each real one. 8 batches make it 2.5; a whole shard, 1.2, but the bar moves only once a call.
+# The number of batches whose texts are passed to `encode` in one call, which sorts them by length. With batches of 64
+# web texts, `encode` then computes 1.35 tokens per real token. With 8 batches per call it computes 2.5, with a whole
+# shard 1.2, but the progress bar is updated only once per call.
 BATCHES_PER_CALL = 64
 
 
@@ -54,16 +56,17 @@ def embed_files(
     on_bad_row: str = "raise",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes ``output`` and returns {rows, dim, rows_before, rejected, seconds}; rows_before: of a run that was killed.
+    """Writes ``output`` and returns {rows, dim, rows_before, rejected, seconds}.
 
-    The arguments are the flags below. Memory holds one shard: its texts, kept columns and vectors, these several times
-    while parquet is written (1 GB in all for 50,000 rows of dim 384).
+    rows_before is the number of rows that an earlier, killed run embedded. The arguments are the flags of
+    ``launch.embed``. Memory holds one shard: its texts, its kept columns, and its vectors, of which there are several
+    copies while parquet is written (1 GB in all for 50,000 rows of dim 384).
 
     Raises:
-      FileExistsError: ``output`` exists, without ``overwrite``.
-      ValueError: options that do not go together; work done with other settings lies beside ``output``; another process
-        is writing it; a kept column of several types; no row.
-      BadRow: a row that cannot be used, under on_bad_row="raise"; a file that cannot be read.
+      FileExistsError: ``output`` exists, and ``overwrite`` is not set.
+      ValueError: options contradict each other, the work folder holds shards made with other settings, another process
+        is writing ``output``, a kept column has several types, or there is no row.
+      BadRow: a row is invalid, with on_bad_row="raise", or a file cannot be read.
     """
     if "://" in str(output):
         raise ValueError(f"--output={output} is a URL; write to a local file and copy it")
@@ -71,7 +74,7 @@ def embed_files(
     _check_options(output, keep, prompt_name, prompt, on_bad_row)
     files = expand_files(input)
     if output.exists() and any(os.path.exists(file) and output.samefile(file) for file in files):
-        raise ValueError(f"--output={output} is also a file of --input={input}; write to another one")
+        raise ValueError(f"--output={output} is also a file of --input={input}; write to another file")
     total, declared = _survey(files, text_column, keep, on_bad_row)
     with _work_folder(output) as parts:
         published = _is_published(parts, output)
@@ -95,7 +98,7 @@ def embed_files(
             "prompts of --model": {"": embedder.default_prompt_name, **embedder.prompts},
         }
         if published:
-            # Killed after the output got its name, before all was cleared away.
+            # The previous run was killed after it published the output and before it removed its work files.
             complete = not _changes(parts, plan)
             _clear(parts)
             if complete:
@@ -103,7 +106,7 @@ def embed_files(
                 return {"rows": rows, "dim": dim, "rows_before": rows, "rejected": 0, "seconds": 0.0}
             if not overwrite:
                 raise _exists(output)
-        _hold_plan(parts, plan, output)
+        _record_plan(parts, plan, output)
 
         shards = _finished(parts, output.suffix)
         before = sum(_shape(shard)[0] for shard in shards)
@@ -111,10 +114,10 @@ def embed_files(
         read = read_rows(
             input, {text_column: str}, others=keep, allow_empty=True, on_bad_row=on_bad_row, rejected=rejected
         )
-        # When a row comes, `rejected` has counted the bad ones before it and none behind it.
+        # When the reader yields a row, `rejected` has counted exactly the bad rows before it.
         numbered = ((number + rejected.count, row) for number, row in enumerate(read))
         if before:
-            print(f"{before:,} rows are embedded already; going on behind them", flush=True)
+            print(f"{before:,} rows are embedded already; resuming after them", flush=True)
         for _ in itertools.islice(numbered, before):
             pass
 
@@ -133,7 +136,7 @@ def embed_files(
             while chunk := list(itertools.islice(numbered, shard_rows)):
                 kept = None
                 if output.suffix == ".parquet":
-                    # Before the texts are embedded: what parquet cannot hold should not cost that work.
+                    # Build the table before embedding, so that values that parquet cannot hold fail early.
                     kept = _kept_table(chunk, keep, declared, is_first=not shards)
                     kept_schema = _unify([kept_schema or kept.schema, kept.schema])
                 vectors_NE = _embed_texts([row[text_column] for _, row in chunk], encode, batch_size, bar)
@@ -154,27 +157,27 @@ def _check_options(output: Path, keep: list[str], prompt_name: str | None, promp
     if output.suffix not in SUFFIXES:
         raise ValueError(f"--output={output} ends in {output.suffix!r}; write one of {', '.join(SUFFIXES)}")
     if prompt_name is not None and prompt is not None:
-        raise ValueError("--prompt_name and --prompt are both given; name a prompt of the model, or write one")
+        raise ValueError("--prompt_name and --prompt are both given; give only one of them")
     if output.suffix == ".npy" and keep:
-        raise ValueError("--keep_columns needs a .parquet output; a .npy holds vectors alone")
+        raise ValueError("--keep_columns needs a .parquet output; a .npy holds only vectors")
     if output.suffix == ".npy" and on_bad_row == "skip":
         raise ValueError(
-            "--on_bad_row=skip needs a .parquet output, whose column `row` tells which rows are left; in a .npy every "
-            "vector behind a skipped row would stand in another row's place"
+            "--on_bad_row=skip needs a .parquet output, whose column `row` identifies the remaining rows; in a .npy "
+            "the vectors after a skipped row would have the wrong row index"
         )
     for column in ("row", "embedding"):
         if column in keep:
-            raise ValueError(f"--keep_columns: the output has its own column {column!r}; rename that of the input")
+            raise ValueError(f"--keep_columns: the output has its own column {column!r}; rename the input column")
 
 
 def _survey(
     files: list[str], text_column: str, keep: list[str], on_bad_row: str
 ) -> tuple[int | None, dict[str, pa.DataType]]:
-    """Rows of all files, and the types of the kept columns, where every file is parquet and so tells; else None, {}.
+    """Returns the number of rows and the types of the kept columns if every file is parquet; otherwise (None, {}).
 
     Raises:
-      BadRow: a broken parquet file, or one without the columns, under on_bad_row="raise": at once, not when its turn
-        comes.
+      BadRow: a parquet file is broken or lacks the columns, with on_bad_row="raise". It is reported before any file is
+        embedded.
     """
     footers = []
     for file in files:
@@ -192,15 +195,15 @@ def _survey(
 
 @contextlib.contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """The folder for unfinished work, held by this process alone; removed in the end unless shards are in it."""
+    """Yields the folder for unfinished work, locked for this process. It is removed at the end if it has no shards."""
     parts = output.with_name(f".{output.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     lock = parts / LOCK
-    with lock.open("w") as held:
+    with lock.open("w") as lock_file:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A process that ends may have removed the file between our two calls: it would lock nobody out.
-            if not lock.exists() or not os.path.samestat(os.fstat(held.fileno()), lock.stat()):
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A process that ends may have removed the file before it was locked here. The lock would have no effect.
+            if not lock.exists() or not os.path.samestat(os.fstat(lock_file.fileno()), lock.stat()):
                 raise BlockingIOError
         except BlockingIOError:
             raise ValueError(f"another process is writing {output}; wait for it, or give another --output") from None
@@ -210,25 +213,25 @@ def _work_folder(output: Path) -> Iterator[Path]:
             if not _finished(parts, output.suffix):
                 _clear(parts)
                 lock.unlink()
-                with contextlib.suppress(OSError):  # another process has come for the lock
+                with contextlib.suppress(OSError):  # another process has created the lock again
                     parts.rmdir()
 
 
 def _clear(parts: Path) -> None:
-    """Removes everything but the lock; last what a run that comes after a kill here needs to know."""
+    """Removes everything except the lock. PLAN and PUBLISHED go last: a run after a kill at this point needs them."""
     for file in sorted(parts.iterdir(), key=lambda file: (file.name == PLAN, file.name == PUBLISHED)):
         if file.name != LOCK:
             file.unlink()
 
 
 def _is_published(parts: Path, output: Path) -> bool:
-    """Whether the output is the very file that the work in ``parts`` was assembled to."""
+    """Returns whether the output is the file that was assembled from the shards in ``parts``."""
     record = parts / PUBLISHED
     return record.exists() and output.exists() and json.loads(record.read_text())["inode"] == output.stat().st_ino
 
 
 def _exists(output: Path) -> FileExistsError:
-    return FileExistsError(f"--output={output} exists; delete it, give another one, or set --overwrite")
+    return FileExistsError(f"--output={output} exists; delete it, give another --output, or set --overwrite")
 
 
 def _file_identity(files: Iterable[str]) -> dict[str, str]:
@@ -236,37 +239,37 @@ def _file_identity(files: Iterable[str]) -> dict[str, str]:
     for file in files:
         fs, path = fsspec.core.url_to_fs(file)
         info = fs.info(path)
-        # Where there is no time of change, whatever the store has to tell one content from another.
+        # Without a modification time, use the store's own identifier of the content.
         identity[f"input {file}"] = f"{info['size']} bytes, changed {info.get('mtime') or fs.ukey(path)}"
     return identity | {"order of the input files": hashlib.sha256("\n".join(identity).encode()).hexdigest()}
 
 
 def _changes(parts: Path, plan: dict[str, Any]) -> list[str]:
-    """What the plan in ``parts`` has otherwise, in words."""
-    held = json.loads((parts / PLAN).read_text(encoding="utf-8"))
+    """Describes in words how the plan in ``parts`` differs from ``plan``."""
+    before = json.loads((parts / PLAN).read_text(encoding="utf-8"))
     now = json.loads(json.dumps(plan))
     changes = []
-    for name in {**now, **held}:
+    for name in {**now, **before}:
         if name not in now:
             changes.append(f"{name} is no longer there")
-        elif name not in held:
+        elif name not in before:
             changes.append(f"{name} is new")
-        elif now[name] != held[name]:
-            both = f"{name} was {json.dumps(held[name])}, is {json.dumps(now[name])}"
+        elif now[name] != before[name]:
+            both = f"{name} was {json.dumps(before[name])}, is {json.dumps(now[name])}"
             changes.append(both if len(both) < 200 else f"{name} has changed")
     return changes
 
 
-def _hold_plan(parts: Path, plan: dict[str, Any], output: Path) -> None:
-    """Records what the shards depend on, or checks that those there were made under the same plan."""
-    # A run that failed before its first shard (a mistyped prompt, say) must not bind the next one.
+def _record_plan(parts: Path, plan: dict[str, Any], output: Path) -> None:
+    """Records the plan of the shards, or checks that existing shards were made with the same plan."""
+    # A run that failed before its first shard (for example on a mistyped prompt) must not restrict the next one.
     if not _finished(parts, output.suffix):
         write_json(parts / PLAN, plan)
     elif changes := _changes(parts, plan):
         more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
         raise ValueError(
             f"{parts} holds work done with other settings: {'; '.join(changes[:3])}{more}. "
-            f"Delete that folder to begin again, or give another --output"
+            f"Delete that folder to start again, or give another --output"
         )
 
 
@@ -275,13 +278,13 @@ def _shard(parts: Path, number: int, suffix: str) -> Path:
 
 
 def _finished(parts: Path, suffix: str) -> list[Path]:
-    """The shards that are there; each appears complete, and in order."""
+    """Returns the existing shards. Shards appear in order, and only when they are complete."""
     numbered = (_shard(parts, number, suffix) for number in itertools.count())
     return list(itertools.takewhile(Path.exists, numbered))
 
 
 def _shape(file: Path) -> tuple[int, int]:
-    """Rows and dimensions of a shard or of the output, from its header."""
+    """Returns the rows and dimensions of a shard or of the output, from its header."""
     if file.suffix == ".npy":
         return np.load(file, mmap_mode="r").shape
     return pq.read_metadata(file).num_rows, pq.read_schema(file).field("embedding").type.list_size
@@ -294,10 +297,10 @@ def _kept_table(
     *,
     is_first: bool,
 ) -> pa.Table:
-    """`row` and the kept columns of a shard, of the types that the input declares or the values have."""
-    columns = {"row": pa.array([place for place, _ in chunk], pa.int64())}
+    """Returns `row` and the kept columns of a shard, with the types that the input declares or the values have."""
+    columns = {"row": pa.array([number for number, _ in chunk], pa.int64())}
     for name in keep:
-        # Rows of jsonl may lack a column here and there; lacked by a whole shard, it is mistyped.
+        # Some rows of jsonl may lack a column. If the whole first shard lacks it, its name is probably mistyped.
         if is_first and not any(name in row for _, row in chunk):
             raise ValueError(f"--keep_columns: none of the first {len(chunk):,} rows has a column {name!r}")
         values = [row.get(name) for _, row in chunk]
@@ -309,7 +312,7 @@ def _kept_table(
                 f"({error}); leave it out"
             ) from error
         if pa.types.is_struct(column.type) and column.type.num_fields == 0:
-            # Nothing but {} and null: parquet has no record without fields.
+            # All values are {} or null, and parquet has no records without fields.
             column = pa.nulls(len(column))
         columns[name] = column
     return pa.table(columns)
@@ -321,24 +324,24 @@ def _kept_schema(shards: list[Path]) -> pa.Schema | None:
 
 
 def _unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """The schema that all fit in: null becomes any type, a record gets the fields of both, an integer a float.
+    """Returns a schema that fits all: null becomes any type, records get the fields of both, integers become floats.
 
-    So a column that was null throughout the first shards, or a field that comes up later, is no matter.
+    So a column may be null in all of the first shards, and fields of records may first appear in later shards.
     """
     try:
         return pa.unify_schemas(list(schemas), promote_options="permissive")
     except pa.ArrowException as error:
         raise ValueError(
-            f"--keep_columns: a column has values of several types ({error}); leave it out, or make them alike"
+            f"--keep_columns: a column has values of several types ({error}); leave it out, or convert it to one type"
         ) from error
 
 
 def _embed_texts(texts: list[str], encode: Callable[[list[str]], np.ndarray], batch_size: int, bar: tqdm) -> np.ndarray:
-    pieces = []
+    vectors = []
     for start in range(0, len(texts), BATCHES_PER_CALL * batch_size):
-        pieces.append(encode(texts[start : start + BATCHES_PER_CALL * batch_size]))
-        bar.update(len(pieces[-1]))
-    return np.concatenate(pieces)
+        vectors.append(encode(texts[start : start + BATCHES_PER_CALL * batch_size]))
+        bar.update(len(vectors[-1]))
+    return np.concatenate(vectors)
 
 
 def _write_shard(path: Path, vectors_NE: np.ndarray, kept: pa.Table | None) -> None:
@@ -353,7 +356,7 @@ def _write_shard(path: Path, vectors_NE: np.ndarray, kept: pa.Table | None) -> N
 
 
 def _write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """A row group for each table. Numbers of vectors do not repeat, so they take no dictionary."""
+    """Writes one row group per table. The numbers in vectors rarely repeat, so they have no dictionary."""
     names = [name for name in schema.names if name != "embedding"]
     with pq.ParquetWriter(path, schema, use_dictionary=names) as writer:
         for table in tables:
@@ -361,10 +364,10 @@ def _write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) ->
 
 
 def _publish(shards: list[Path], parts: Path, output: Path) -> None:
-    """Puts the shards together, shard by shard; the output appears complete or not at all."""
+    """Assembles the output, shard by shard. It appears complete or not at all."""
     assembled = parts / f"assembled{output.suffix}"
     if output.suffix == ".npy":
-        # Not through a memory map, which a full disk ends with SIGBUS instead of an error.
+        # Do not use a memory map: with a full disk it ends in SIGBUS instead of an error.
         with assembled.open("wb") as f:
             shape = (sum(_shape(shard)[0] for shard in shards), _shape(shards[0])[1])
             np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
@@ -375,7 +378,7 @@ def _publish(shards: list[Path], parts: Path, output: Path) -> None:
         _write_parquet(assembled, _unify(pq.read_schema(shard) for shard in shards), tables)
     with assembled.open("rb") as f:
         os.fsync(f.fileno())
-    # By this a run that comes after a kill knows the output for its own.
+    # After a kill, the next run recognizes the output by this record.
     write_json(parts / PUBLISHED, {"inode": assembled.stat().st_ino})
     assembled.replace(output)
     _clear(parts)

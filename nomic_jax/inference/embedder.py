@@ -1,7 +1,7 @@
-"""The inference function: texts in, vectors out.
+"""Inference with an embedder: maps texts to vectors.
 
-``embed`` (in nomic_jax.model) is the pure function of (params, batch); ``Embedder`` puts tokenizer, prompts, batching
-and devices around it, with the names and meanings of sentence-transformers.
+``embed`` (in nomic_jax.model) is the pure function of (params, batch). ``Embedder`` adds tokenizer, prompts, batching
+and devices, with the names and semantics of sentence-transformers.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from nomic_jax.inference.similarity import SIMILARITIES
 from nomic_jax.model import EmbeddingConfig, embed
 from nomic_jax.run.pretrained import read_pretrained
 
-# Tokens computed at once on a device, whatever the batch size. A CPU is fastest where activations stay near its caches
-# (137M, 512 tokens a text: 4 texts at once give four times the tokens/s of 64); on a GPU this bounds the memory.
+# Maximum number of tokens per device and call, for any batch size. A CPU is fastest when activations stay near its
+# caches (137M, 512 tokens per text: 4 texts per call give four times the tokens/s of 64). On a GPU it limits memory.
 TOKENS_PER_CALL = {"cpu": 4096}
 TOKENS_PER_CALL_ELSEWHERE = 131_072
-# Names of the prompt for a role: sentence-transformers', then nomic's.
+# Names of the prompt for a role: the name of sentence-transformers, then that of nomic. The first match is used.
 QUERY_PROMPTS = ("query", "search_query")
 DOCUMENT_PROMPTS = ("document", "search_document")
 
@@ -44,10 +44,10 @@ class Embedder:
       params: encoder parameters, on the devices; the first argument of ``nomic_jax.embed``.
       config: the encoder and its pooling; the last argument of ``nomic_jax.embed``.
       tokenizer: text -> token ids.
-      prompts: name -> text put in front of an input.
-      default_prompt_name: the prompt of ``encode`` where none is named.
+      prompts: name -> text prepended to an input.
+      default_prompt_name: the prompt of ``encode`` if none is named.
       similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan".
-      max_length: tokens kept of a text.
+      max_length: maximum number of tokens per text; longer texts are cut.
     """
 
     def __init__(
@@ -99,16 +99,16 @@ class Embedder:
             the hub such as "nomic-ai/nomic-embed-text-v1".
           revision: branch, tag or commit on the hub.
           dtype: computation dtype, "float32" (default), "bfloat16" or "float16".
-          max_length: tokens kept of a text; None for what the checkpoint says.
-          truncate_dim: components kept (Matryoshka); None for what the checkpoint says.
-          layer_norm: LayerNorm between pooling and truncation; None for what the checkpoint says. The published
-            directory of nomic-embed-text-v1.5 does not say that it needs one: its name on the hub does, a copy of it
-            takes ``layer_norm=True``.
+          max_length: maximum number of tokens per text; None for the checkpoint's value.
+          truncate_dim: number of leading components to return (Matryoshka); None for the checkpoint's value.
+          layer_norm: LayerNorm between pooling and truncation; None for the checkpoint's value. The published directory
+            of nomic-embed-text-v1.5 does not declare its LayerNorm. It is applied for the name on the hub; for a local
+            copy, pass ``layer_norm=True``.
           attention: see ``nomic_jax.model.attention``.
 
         Raises:
-          CheckpointError, ConfigError: the checkpoint is not what this encoder implements.
-          FileNotFoundError: no such directory, and the hub has none of that name or cannot be reached.
+          CheckpointError, ConfigError: this encoder does not implement the checkpoint, or the checkpoint is invalid.
+          FileNotFoundError: there is no such directory, and the hub has no such model or cannot be reached.
         """
         _use_compilation_cache()
         directory = Path(path_or_hub_id)
@@ -141,7 +141,7 @@ class Embedder:
         layer_norm: bool | None = None,
         attention: str = "auto",
     ) -> "Embedder":
-        """Of a model that has been read, or is being trained; the other arguments are those of ``from_pretrained``."""
+        """Wraps a model that has been read or is in training. The other arguments are those of ``from_pretrained``."""
         if checkpoint.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer")
         config = dataclasses.replace(
@@ -163,7 +163,7 @@ class Embedder:
         )
 
     def with_settings(self, *, max_length: int | None = None, normalize: bool | None = None) -> "Embedder":
-        """The same weights, which are not copied, with another length or without (with) normalisation; None keeps."""
+        """Returns an embedder with the same weights (not copied) and other settings; None leaves one unchanged."""
         config = self.config if normalize is None else dataclasses.replace(self.config, normalize=normalize)
         return Embedder(
             self.params,
@@ -177,12 +177,12 @@ class Embedder:
 
     @property
     def dim(self) -> int:
-        """Components of a vector."""
+        """The number of components of a vector."""
         return self.config.output_dim
 
     @functools.cached_property
     def identity(self) -> dict[str, str | int]:
-        """All that a vector depends on besides the text and its prompt, for whoever keeps vectors or scores."""
+        """Everything that a vector depends on besides its text and prompt. It identifies stored vectors and scores."""
         weights = hashlib.sha256()
         for leaf in jax.tree.leaves(self.params):
             weights.update(np.ascontiguousarray(leaf).data)
@@ -203,23 +203,23 @@ class Embedder:
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
     ) -> np.ndarray:
-        """Embeddings of texts, float32 [N, dim], in their order; of a single string, [dim].
+        """Returns the embeddings of texts, float32 [N, dim], in the order of the texts; [dim] for a single string.
 
-        A vector depends on its text (and prompt) alone, not on the other inputs.
+        A vector depends only on its text (and prompt), not on the other inputs.
 
         Args:
-          inputs: a text or a sequence of texts. What is beyond ``max_length`` tokens is cut, with a warning.
-          prompt_name: key of ``prompts``; its text goes in front of every input.
-          prompt: a prefix given directly, instead of a name.
-          batch_size: most texts computed together, over all devices; fewer where they are long.
-          show_progress_bar: None shows one for more than a few seconds' work.
-          normalize_embeddings: scale to length 1, after truncation. False leaves what the model's modules give, which
-            for a model with a Normalize module is of length 1 before truncation.
-          truncate_dim: keep the first components only; None for ``config.dim``.
+          inputs: a text or a sequence of texts. Tokens beyond ``max_length`` are cut, with a warning.
+          prompt_name: key of ``prompts``; its text is prepended to every input.
+          prompt: a prefix, instead of a name.
+          batch_size: maximum number of texts per batch, over all devices; batches of long texts are smaller.
+          show_progress_bar: None shows one only if the work takes more than 3 seconds.
+          normalize_embeddings: scale to length 1, after truncation. False returns the output of the model's modules; if
+            they include Normalize, this output has length 1 before truncation.
+          truncate_dim: return the first components only; None for ``config.dim``.
 
         Raises:
-          TypeError: an input that is not a string; the message names its index.
-          ValueError: an input that is no Unicode text; an unknown prompt name; a dimension out of range.
+          TypeError: an input is not a string; the message names its index.
+          ValueError: an input is not valid Unicode, a prompt name is unknown, or a dimension is out of range.
         """
         is_single = isinstance(inputs, str)
         texts = [inputs] if isinstance(inputs, str) else _as_list(inputs)
@@ -247,23 +247,23 @@ class Embedder:
     def encode_query(
         self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options
     ) -> np.ndarray:
-        """``encode`` with the prompt for queries, unless another one is given. Options are those of ``encode``."""
+        """Calls ``encode`` with the query prompt, unless another one is given. Options are those of ``encode``."""
         return self.encode(inputs, *self._role_prompt(QUERY_PROMPTS, prompt_name, prompt), **options)
 
     def encode_document(
         self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options
     ) -> np.ndarray:
-        """``encode`` with the prompt for documents, unless another one is given. Options are those of ``encode``."""
+        """Calls ``encode`` with the document prompt, unless another one is given. Options are those of ``encode``."""
         return self.encode(inputs, *self._role_prompt(DOCUMENT_PROMPTS, prompt_name, prompt), **options)
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Similarities [len(a), len(b)] by ``similarity_fn_name``; higher is more alike (distances are negated)."""
+        """Returns similarities [len(a), len(b)] by ``similarity_fn_name``. Distances are negated: higher is closer."""
         return SIMILARITIES[self.similarity_fn_name](*(np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b)))
 
     def _role_prompt(
         self, names: Sequence[str], prompt_name: str | None, prompt: str | None
     ) -> tuple[str | None, str | None]:
-        """(prompt_name, prompt) for ``encode``: what is given, else the role's, else none (and not the default one)."""
+        """Returns (prompt_name, prompt) for ``encode``: the given one, else the role's, else none (not the default)."""
         if prompt_name is not None or prompt is not None:
             return prompt_name, prompt
         found = next((name for name in names if name in self.prompts), None)
@@ -281,7 +281,7 @@ class Embedder:
         return self.prompts[name]
 
     def _warn_of_prefixes(self, texts: list[str], prefix: str, is_chosen: bool) -> None:
-        """Once each: texts without the prefix that the model was trained with, and texts with two of them."""
+        """Warns once about texts without the prefix that the model was trained with, and once about texts with two."""
         known = tuple(dict.fromkeys(text for text in self.prompts.values() if text.strip()))
         if not known:
             return
@@ -305,20 +305,20 @@ class Embedder:
             warnings.warn(message, stacklevel=4)
 
     def _tokenize(self, texts: list[str], prefix: str) -> tuple[list[np.ndarray], int]:
-        """Token ids of each text, and how many texts had to be cut."""
+        """Returns the token ids of each text, and the number of texts that were cut."""
         whole = self.tokenizer.encode([prefix + text for text in texts])
         cut = sum(len(ids) > self.max_length for ids in whole)
         return [truncate(ids, self.max_length) for ids in whole], cut
 
     def _encode_ids(self, ids: list[np.ndarray], batch_size: int, show_progress_bar: bool | None) -> np.ndarray:
-        """What the model's modules make of token ids, at full width."""
+        """Returns the output of the model's modules for token ids, at full width."""
         config = dataclasses.replace(self.config, dim=None)
         out = np.zeros((len(ids), config.output_dim), np.float32)
         bar = tqdm(
             total=len(ids),
             desc="encoding",
             unit=" texts",
-            # tqdm's delay keeps short work silent.
+            # With this delay, tqdm shows no bar for short work.
             delay=3 if show_progress_bar is None else 0,
             disable=show_progress_bar is False,
         )
@@ -336,7 +336,7 @@ class Embedder:
             tokens_per_device=TOKENS_PER_CALL.get(jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE),
             devices=self._rows.mesh.size,
         ):
-            # Rows beyond the texts stay empty: they have no tokens, and nobody sees what becomes of them.
+            # Filler rows have no tokens. Their outputs are discarded.
             batch = {"ids": np.zeros(shape, np.int32), "length": np.zeros(shape.rows, np.int32)}
             batch["ids"][: len(rows)] = pad_right([ids[row] for row in rows], shape.length, config.encoder.pad_token_id)
             batch["length"][: len(rows)] = lengths[rows]
@@ -345,7 +345,7 @@ class Embedder:
             in_flight.append((rows, _embed(self.params, jax.device_put(batch, self._rows), config)))
             _compiled.add((shape, config))
             bar.set_description_str("encoding", refresh=False)
-            # One batch in flight: the host prepares the next one while the device computes.
+            # Keep one batch in flight: the host prepares the next batch while the device computes.
             if len(in_flight) > 1:
                 collect(*in_flight.pop(0))
         while in_flight:
@@ -354,7 +354,7 @@ class Embedder:
         return out
 
 
-# What has been compiled in this process; only to say so when something is.
+# Shapes and configurations compiled in this process. They are used only to report a compilation.
 _compiled: set[tuple[Shape, EmbeddingConfig]] = set()
 
 
@@ -364,15 +364,15 @@ def _embed(params: dict, batch: dict, config: EmbeddingConfig) -> jax.Array:
 
 
 def _describe(bar: tqdm, text: str) -> None:
-    """Shown at once on a bar that is visible; tqdm would show a bar that still waits for its delay."""
+    """Sets the description of a bar. A visible bar is redrawn; tqdm alone would also show a bar before its delay."""
     if not bar.disable:
         bar.set_description_str(text, refresh=time.time() - bar.start_t >= bar.delay)
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs from one process to the next, unless jax's own settings say where or that it should not.
+    """Stores compiled programs on disk for later processes, unless JAX's own settings say otherwise.
 
-    (JAX_COMPILATION_CACHE_DIR names another place, JAX_ENABLE_COMPILATION_CACHE=false turns it off.)
+    (JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=false disables the cache.)
     """
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -381,7 +381,7 @@ def _use_compilation_cache() -> None:
 
 
 def _as_list(inputs: Iterable[str]) -> list[str]:
-    # A mapping or set would be taken for its keys, bytes for numbers.
+    # Iterating over a mapping or a set would give its keys, iterating over bytes would give numbers.
     if isinstance(inputs, (bytes, bytearray, dict, set)) or not isinstance(inputs, Iterable):
         raise TypeError(f"inputs is {type(inputs).__name__}, expected a string or a sequence of strings")
     return list(inputs)

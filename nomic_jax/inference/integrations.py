@@ -1,7 +1,7 @@
-"""An ``Embedder`` as what other libraries expect: an mteb encoder, LangChain's Embeddings, a LlamaIndex embedding.
+"""Adapters from ``Embedder`` to other libraries: an mteb encoder, LangChain's Embeddings, a LlamaIndex embedding.
 
-Each library is imported only by the function that is named after it; ``pip install "nomic_jax[integrations]"`` brings
-all three. The adapters hold no state of their own: they hand texts to the ``Embedder``, each with its prompt.
+Each library is imported only by the function named after it; ``pip install "nomic_jax[integrations]"`` installs all
+three. The adapters have no state of their own: they pass texts to the ``Embedder``, each with its prompt.
 """
 
 import asyncio
@@ -31,19 +31,20 @@ def mteb_encoder(
     unnormalized_types: Collection[str] = (),
     truncate_dim: int | None = None,
 ) -> "AbsEncoder":
-    """A model for ``mteb.evaluate(model, tasks)``, mteb 2.
+    """Returns a model for ``mteb.evaluate(model, tasks)``, mteb 2.
 
-    A text gets the prompt that the model has under mteb's own names (task name, task type, "query" and "document");
-    else, in a model with nomic's prompts, the one of ``nomic_jax.evals.tasks.contract.PROMPTS``; else none.
+    A text gets the model's prompt under mteb's own names (task name, task type, "query" and "document"). If there is
+    none, a model with nomic's prompts uses the one of ``nomic_jax.evals.tasks.contract.PROMPTS``. Otherwise the text
+    gets no prompt.
 
     Args:
-      embedder: its prompts and ``max_length`` are those of the evaluation. The published scores are at 512 tokens:
+      embedder: its prompts and ``max_length`` apply to the evaluation. The published scores are at 512 tokens:
         ``Embedder.from_pretrained(..., max_length=512)``.
-      name: what mteb files the results under, "organisation/model"; "nomic_jax/embedder" if None, and "nomic_jax/" goes
-        in front of a name without a "/".
-      normalize_embeddings: see ``Embedder.encode``; the same for all tasks but those of the next argument.
-      unnormalized_types: mteb's types of tasks whose embeddings are not normalised, not even where the model has a
-        Normalize module. The published scores are without it for "Classification".
+      name: the name under which mteb stores the results, "organisation/model"; "nomic_jax/embedder" if None. A name
+        without a "/" is prefixed with "nomic_jax/".
+      normalize_embeddings: see ``Embedder.encode``; applies to all tasks except those of ``unnormalized_types``.
+      unnormalized_types: mteb's task types whose embeddings are not normalised, even if the model has a Normalize
+        module. The published scores for "Classification" are without normalisation.
       truncate_dim: see ``Embedder.encode``.
 
     Raises:
@@ -58,7 +59,7 @@ def mteb_encoder(
     raw = embedder.with_settings(normalize=False) if unnormalized_types else embedder
     theirs = {key: embedder.prompts[prompt] for key, prompt in PROMPTS.items() if prompt in embedder.prompts}
     prompts = theirs | embedder.prompts
-    # mteb wants every field said, and None for what is not known: date, licence, training data and the like.
+    # mteb requires every field; None stands for unknown values, such as date, licence and training data.
     unknown = {field: None for field, info in ModelMeta.model_fields.items() if info.is_required()}
     known = {
         "name": _full_name(name),
@@ -86,7 +87,7 @@ def mteb_encoder(
             prompt_type: "PromptType | None" = None,
             **kwargs: Any,
         ) -> np.ndarray:
-            """Embeddings, float32 [N, dim], of the "text" of batches; ``kwargs`` are options of ``Embedder.encode``."""
+            """Returns float32 [N, dim] for the "text" of batches; ``kwargs`` are options of ``Embedder.encode``."""
             texts = [text for batch in inputs for text in batch["text"]]
             key = self.get_prompt_name(task_metadata, prompt_type)
             is_raw = task_metadata.type in unnormalized_types
@@ -100,10 +101,10 @@ def mteb_encoder(
 
 
 def langchain_embeddings(embedder: Embedder, **encode_options: Any) -> "Embeddings":
-    """LangChain's Embeddings: documents with the prompt "document", queries with the prompt "query".
+    """Returns LangChain's Embeddings: documents with the prompt "document", queries with the prompt "query".
 
     Args:
-      embedder: what computes.
+      embedder: computes the embeddings.
       encode_options: options of ``Embedder.encode``, for every call: batch_size, truncate_dim, ...
 
     Raises:
@@ -123,10 +124,10 @@ def langchain_embeddings(embedder: Embedder, **encode_options: Any) -> "Embeddin
 
 
 def llama_index_embedding(embedder: Embedder, name: str | None = None, **encode_options: Any) -> "BaseEmbedding":
-    """LlamaIndex' BaseEmbedding: texts with the prompt "document", queries with the prompt "query".
+    """Returns LlamaIndex's BaseEmbedding: texts with the prompt "document", queries with the prompt "query".
 
     Args:
-      embedder: what computes.
+      embedder: computes the embeddings.
       name: start of ``model_name``, as in ``mteb_encoder``.
       encode_options: options of ``Embedder.encode``, for every call: batch_size, truncate_dim, ...
 
@@ -150,7 +151,7 @@ def llama_index_embedding(embedder: Embedder, name: str | None = None, **encode_
         def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
             return embedder.encode_document(texts, **encode_options).tolist()
 
-        # In a thread, so that the event loop goes on meanwhile. LlamaIndex' own default of the last is text by text.
+        # These run in a thread and do not block the event loop. LlamaIndex's default of the last embeds text by text.
         async def _aget_query_embedding(self, query: str) -> list[float]:
             return await asyncio.to_thread(self._get_query_embedding, query)
 
@@ -160,8 +161,8 @@ def llama_index_embedding(embedder: Embedder, name: str | None = None, **encode_
         async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
             return await asyncio.to_thread(self._get_text_embeddings, texts)
 
-    # The most LlamaIndex hands over at once: the Embedder makes its own batches, of texts of like length, and the more
-    # texts it has to choose from, the less it pads.
+    # LlamaIndex passes at most 2048 texts at once. The Embedder makes its own batches of texts of similar length; with
+    # more texts to choose from, it pads less.
     return NomicJaxEmbedding(
         model_name=f"{_full_name(name)}@{_fingerprint(embedder, encode_options)}", embed_batch_size=2048
     )
@@ -184,10 +185,10 @@ def _full_name(name: str | None) -> str:
 
 
 def _fingerprint(embedder: Embedder, options: dict[str, Any]) -> str:
-    """12 hex digits of all that decides a vector.
+    """Returns 12 hex digits that identify everything that determines a vector.
 
-    mteb keeps scores by name and revision, LlamaIndex' ingestion keeps vectors by model_name: without this, the next
-    checkpoint under the same name would be given those of the last.
+    mteb stores scores by name and revision, and LlamaIndex's ingestion stores vectors by model_name. Without the
+    fingerprint, a new checkpoint would get the stored results of an old one with the same name.
     """
     settings = (embedder.identity, embedder.prompts, embedder.default_prompt_name, options)
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Similarities between embeddings, by the names that sentence-transformers gives them."""
+"""Similarities between embeddings, under the names of sentence-transformers."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The encoder: jax and flax only; it knows no mesh, no files and no hub."""
+"""The encoder. It uses jax and flax only; it does not handle meshes, files or the hub."""
 
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.encoder import abstract_encoder, encode, init_encoder

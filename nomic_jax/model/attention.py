@@ -1,13 +1,13 @@
-"""Scaled dot-product attention: the one call site, and the implementations behind it.
+"""Scaled dot-product attention: the single entry point ``attention``, and its implementations.
 
-  cudnn         flash attention of cuDNN (GPU, bf16/fp16): right-padded texts given by their lengths
-  cudnn_packed  the same (from Hopper on) for packed rows, given by segment ids
+  cudnn         cuDNN's flash attention (GPU, bf16/fp16) for right-padded rows, described by text lengths
+  cudnn_packed  the same (Hopper or later) for packed rows, described by segment ids
   xla           the dense formula, on any backend
-  cpu           the dense formula laid out for CPU caches
-  auto          cudnn or cudnn_packed on GPU in 16 bits, cpu on CPU, else xla
+  cpu           the dense formula, arranged for CPU caches
+  auto          cudnn or cudnn_packed on GPU with 16-bit types, cpu on CPU, otherwise xla
 
-All of them attend within a text only: text lengths (``length_B``) for right-padded rows, segment ids (``segment_BL``, 0
-for padding) for rows that hold several texts. Outputs at padded positions are finite and without meaning.
+Each text attends only to itself. Text lengths (``length_B``) describe right-padded rows; segment ids (``segment_BL``, 0
+for padding) describe rows that hold several texts. Outputs at padded positions are finite but have no meaning.
 """
 
 import functools
@@ -16,22 +16,21 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-try:  # private: the public function takes no segments (jax-ml/jax#29731), and other versions may not have this module
+try:  # private: the public function has no segments (jax-ml/jax#29731); other versions may lack this module
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 except ImportError:
     cudnn = None  # type: ignore[assignment]
 
 IMPLEMENTATIONS = ("auto", "cudnn", "cudnn_packed", "xla", "cpu")
-# The primitive of cuDNN's forward kernel: its outputs are all that the backward pass needs besides queries, keys and
-# values.
+# The primitive of cuDNN's forward kernel. Besides its outputs, the backward pass needs only queries, keys and values.
 FUSED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
-# cuDNN keeps softmax statistics of [B * segments, H, L] for the backward pass: with more segments a row than this, they
-# are larger than the activations.
+# cuDNN stores softmax statistics of shape [B * segments, H, L] for the backward pass. With more segments per row than
+# this, they are larger than the activations.
 CUDNN_MAX_SEGMENTS = 128
 CUDNN_PACKED_SINCE = 90600  # cuDNN 9.6
 
-# Above this length the [H, L, L] scores of one text no longer fit the caches of a CPU core: one head at a time then,
-# and of its queries so many that the scores stay below CPU_SCORES (measured 2.9x against all heads at once at 2048).
+# Above this length the [H, L, L] scores of one text do not fit in the caches of a CPU core. Attention then computes one
+# head at a time, in blocks of queries with at most CPU_SCORES scores (measured 2.9x against all heads at once at 2048).
 CPU_ALL_HEADS_MAX_LENGTH = 256
 CPU_SCORES = 2**21
 
@@ -46,35 +45,35 @@ def attention(
     max_segments: int | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Attention output [B, L, H, K] in the dtype of q; scale 1/sqrt(K); softmax in float32.
+    """Returns the attention output [B, L, H, K] in the dtype of q. The scale is 1/sqrt(K), the softmax float32.
 
-    For `jax.checkpoint`, the output of the dense formulas is named "attention"; that of cuDNN's kernel comes with
-    statistics from FUSED_PRIMITIVE.
+    For `jax.checkpoint`, the output of the dense formulas is named "attention". FUSED_PRIMITIVE returns the output of
+    cuDNN's kernel together with its softmax statistics.
 
     Args:
       q_BLHK, k_BLHK, v_BLHK: queries, keys and values.
-      length_B: real tokens of each row, which is one right-padded text.
-      segment_BL: 1, 2, ... for a row's texts, each in one run, and 0 for padding.
-      max_segments: the most texts of a row, if that is known: no id is larger. ``cudnn_packed`` needs it.
-      implementation: see the top of this file.
+      length_B: number of real tokens in each row, if each row is one right-padded text.
+      segment_BL: 1, 2, ... for the texts of a row, each contiguous, and 0 for padding.
+      max_segments: the maximum number of texts per row, if known; no id is larger. ``cudnn_packed`` requires it.
+      implementation: see the module docstring.
 
     Raises:
-      ValueError: the implementation cannot do this.
+      ValueError: the implementation does not support the arguments.
     """
     if length_B is not None and segment_BL is not None:
-        raise ValueError("give length_B (one text a row) or segment_BL (packed rows), not both")
+        raise ValueError("give length_B (one text per row) or segment_BL (packed rows), not both")
     if implementation == "auto":
         implementation = _choose(q_BLHK.dtype, segment_BL is not None, max_segments)
     if implementation == "cudnn_packed":
         if segment_BL is None or max_segments is None:
             raise ValueError(
-                'attention="cudnn_packed" takes packed rows of which the most texts of a row are known; '
-                'use attention="auto" for others'
+                'attention="cudnn_packed" needs packed rows with a known maximum number of texts per row; '
+                'use attention="auto" for other inputs'
             )
         return _cudnn_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments)
     if implementation == "cudnn":
         if segment_BL is not None:
-            raise ValueError('attention="cudnn" takes right-padded rows; use attention="auto" for packed ones')
+            raise ValueError('attention="cudnn" supports right-padded rows only; use attention="auto" for packed rows')
         return jax.nn.dot_product_attention(
             q_BLHK,
             k_BLHK,
@@ -109,15 +108,15 @@ def _has_packed_cudnn() -> bool:
 def _cudnn_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments: int) -> jax.Array:
     own_BLS = segment_BL[:, :, None] == jnp.arange(1, max_segments + 1)
     length_BS = jnp.sum(own_BLS, axis=1, dtype=jnp.int32)
-    # A row's segments are the first so many; -1 stands for those that it does not have, and ends every list of offsets.
+    # The ids of a row are consecutive from 1. -1 stands for absent segments and ends every list of offsets.
     has_tokens_BS = length_BS > 0
     offset_BS = jnp.where(has_tokens_BS, jnp.argmax(own_BLS, axis=1).astype(jnp.int32), -1)
     length_BS = jnp.where(has_tokens_BS, length_BS, -1)
     offset_BS = jnp.pad(offset_BS, ((0, 0), (0, 1)), constant_values=-1)
-    # One segment a row would be taken for a padded row, whose lengths have another form.
+    # With one segment per row, cuDNN would expect a padded row, whose lengths have a different form.
     if max_segments == 1:
         offset_BS, length_BS = (jnp.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (offset_BS, length_BS))
-    # The kernel leaves what it has in memory in the outputs, and in the gradients, of padding.
+    # At padding, the kernel leaves uninitialized memory in the outputs and in the gradients.
     is_text_BL11 = (segment_BL > 0)[:, :, None, None]
     q_BLHK, k_BLHK, v_BLHK = (jnp.where(is_text_BL11, x, 0) for x in (q_BLHK, k_BLHK, v_BLHK))
     out_BLHK = cudnn.dot_product_attention(
@@ -134,12 +133,12 @@ def _cudnn_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments: int) -> jax.
 
 
 def _mask(L: int, length_B: jax.Array | None, segment_BL: jax.Array | None) -> jax.Array | None:
-    """True where a query (second axis) may see a key (third axis); None where all may."""
+    """Returns True where a query (second axis) may attend to a key (third axis); None if there is no restriction."""
     if segment_BL is not None:
-        # Padding has segment 0 and sees only padding: its softmax stays finite, and no text sees it.
+        # Padding has segment 0 and attends only to padding: its softmax stays finite, and no text attends to it.
         return segment_BL[:, :, None] == segment_BL[:, None, :]
     if length_B is not None:
-        # A text without tokens would see no key at all; let it see the first one, so that nothing becomes NaN.
+        # A text without tokens has no key to attend to. It attends to the first position, which avoids NaN.
         return (jnp.arange(L) < jnp.maximum(length_B, 1)[:, None])[:, None, :]
     return None
 
@@ -152,7 +151,7 @@ def _softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def _dense(q_BLHK, k_BLHK, v_BLHK, mask_BLL) -> jax.Array:
-    # Heads before length: the two products are then plain batched matrix products, without strided reads.
+    # Heads come before length, so that both products are plain batched matrix products without strided reads.
     q_BHLK, k_BHLK, v_BHLK = (x.transpose(0, 2, 1, 3) for x in (q_BLHK, k_BLHK, v_BLHK))
     scale = q_BLHK.shape[-1] ** -0.5
     scores_BHLL = jnp.einsum("bhqk,bhlk->bhql", q_BHLK * scale, k_BHLK, preferred_element_type=jnp.float32)
@@ -162,7 +161,7 @@ def _dense(q_BLHK, k_BLHK, v_BLHK, mask_BLL) -> jax.Array:
 
 
 def _head_by_head(q_BLHK, k_BLHK, v_BLHK, mask_BLL) -> jax.Array:
-    """The dense formula with at most about CPU_SCORES scores at a time, forward and backward."""
+    """Computes the dense formula with at most about CPU_SCORES scores at a time, forward and backward."""
     B, L, _, K = q_BLHK.shape
     block = min(L, max(64, CPU_SCORES // (B * L)))
     blocks = -(-L // block)
@@ -170,11 +169,11 @@ def _head_by_head(q_BLHK, k_BLHK, v_BLHK, mask_BLL) -> jax.Array:
         mask_BLL = jnp.ones((1, 1, L), bool)
 
     def in_blocks(x_BLX: jax.Array) -> jax.Array:
-        """[blocks, B, block, X], zeros beyond L."""
+        """Returns [blocks, B, block, X], with zeros beyond L."""
         x_BLX = jnp.pad(x_BLX, ((0, 0), (0, blocks * block - L), (0, 0)))
         return x_BLX.reshape(x_BLX.shape[0], blocks, block, -1).swapaxes(0, 1)
 
-    # Padded queries of a packed row see nothing; whatever comes out is cut off.
+    # The queries of packed rows that fill the last block attend to nothing; their outputs are cut off.
     per_query = mask_BLL.shape[1] > 1
     mask_blocks = in_blocks(mask_BLL) if per_query else jnp.zeros((blocks, 0))
 

@@ -1,4 +1,4 @@
-"""What an encoder is: its sizes and choices, as one frozen, hashable value.
+"""The configuration of an encoder: sizes and options, as one frozen, hashable value.
 
 Shape letters used in every array name of this project (``x_BLD`` is [B, L, D]):
   B batch (texts or rows) · L length in tokens · D width · H heads · K head dim · F mlp width · V vocabulary
@@ -16,19 +16,19 @@ class EncoderConfig:
     """A bidirectional, post-norm transformer encoder.
 
     The defaults are nomic-bert-2048, the 137M encoder of the paper (section 3.1): RoPE, SwiGLU, no biases.
-    ``bert()`` gives the BERT family (absolute positions, GELU, biases), which the same code runs.
+    ``bert()`` returns configurations of the BERT family (absolute positions, GELU, biases).
 
     Attributes:
       vocab_size: rows of the word embedding table (30522 word pieces, padded to a multiple of 64).
       type_vocab_size: rows of the token type table; 0 for none. Token types are always 0 here.
       max_positions: the longest text accepted, in tokens.
-      max_trained_positions: up to here RoPE is used as trained; beyond, dynamic NTK (paper eq. 5).
+      max_trained_positions: up to this length RoPE is used as trained; beyond it, dynamic NTK applies (paper eq. 5).
       rope_base: theta of RoPE.
-      rope_scaling_factor: alpha of dynamic NTK; None refuses texts beyond ``max_trained_positions``.
-      pad_token_id: row of the word embeddings that starts at zero.
+      rope_scaling_factor: alpha of dynamic NTK; with None, texts beyond ``max_trained_positions`` are rejected.
+      pad_token_id: row of the word embeddings that is initialized to zero.
       dtype: computation dtype; parameters are float32, softmax, norms and angles are computed in float32.
       attention: implementation, see ``nomic_jax.model.attention``.
-      recompute: what the backward pass computes again instead of keeping, see ``nomic_jax.model.encoder``.
+      recompute: what the backward pass recomputes instead of storing, see ``nomic_jax.model.encoder``.
     """
 
     vocab_size: int = 30528
@@ -75,12 +75,12 @@ class EncoderConfig:
         if self.max_positions > self.longest_text:
             raise ValueError(
                 f"model.max_positions {self.max_positions} exceeds model.max_trained_positions "
-                f"{self.max_trained_positions}, which takes RoPE and a model.rope_scaling_factor (e.g. 2.0)"
+                f"{self.max_trained_positions}; this needs RoPE and a model.rope_scaling_factor (e.g. 2.0)"
             )
 
     @classmethod
     def bert(cls, **sizes) -> "EncoderConfig":
-        """The BERT family (gte, bge, e5, MiniLM): bert-base-uncased unless sizes say otherwise."""
+        """Returns a BERT configuration (gte, bge, e5, MiniLM): bert-base-uncased with ``sizes`` replaced."""
         bert_base: dict[str, Any] = dict(
             vocab_size=30522,
             position="absolute",
@@ -98,12 +98,12 @@ class EncoderConfig:
 
     @property
     def longest_text(self) -> int:
-        """Tokens beyond which the positions have no meaning."""
+        """The maximum length in tokens for which positions are defined."""
         extrapolates = self.position == "rope" and self.rope_scaling_factor is not None
         return max(self.max_positions, self.max_trained_positions) if extrapolates else self.max_trained_positions
 
     def forward_flops_per_token(self, length: int) -> float:
-        """Multiply-adds counted twice, embeddings and norms left out, for texts of ``length`` tokens."""
+        """Returns forward FLOPs per token (2 per multiply-add, without embeddings and norms) at this text length."""
         mlp_matrices = 3 if self.activation == "swiglu" else 2
         weights = 4 * self.hidden_size**2 + mlp_matrices * self.hidden_size * self.intermediate_size
         return 2.0 * self.num_layers * (weights + 2 * length * self.hidden_size)

@@ -1,7 +1,7 @@
 """The encoder as Flax NNX modules, and the functions that use it as a pure function of (params, tokens).
 
-The modules describe the computation; the parameters live outside, in a plain nested dict, which is what the optimizer,
-the checkpoints and the converters see:
+The modules describe the computation. The parameters are kept outside the modules, in a plain nested dict, which the
+optimizer, the checkpoints and the converters use:
 
     params = init_encoder(jax.random.key(0), config)
     hidden_BLD = encode(params, ids_BL, config, length_B=length_B)
@@ -21,11 +21,11 @@ from nomic_jax.model.attention import FUSED_PRIMITIVE, attention
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.rope import apply_rope, rope_cos_sin
 
-# What the backward pass of a layer finds kept, besides the layer's input; the rest it computes again.
+# The activations stored for the backward pass of a layer, besides the layer's input. The others are recomputed.
 KEPT = {
-    # The outputs of all matrix products and of attention: norms, activations and RoPE cost next to nothing.
+    # The outputs of all matrix products and of attention: norms, activations and RoPE are cheap to recompute.
     "elementwise": ("qkv", "attention", "out", "up", "gate", "down"),
-    # What attention needs and makes: its cost grows with the length.
+    # The inputs and outputs of attention, whose cost per token grows with the length.
     "attention": ("qkv", "attention"),
     "layer": (),
 }
@@ -40,7 +40,7 @@ class TextBoundaries(NamedTuple):
 
 
 class Linear(nnx.Linear):
-    """A matrix product over the last axis, as one product of two matrices whatever the leading axes are."""
+    """A matrix product over the last axis. Leading axes are flattened, so that it is one product of two matrices."""
 
     def __init__(self, in_features: int, out_features: int, config: EncoderConfig, rngs: nnx.Rngs):
         super().__init__(
@@ -62,7 +62,7 @@ class LayerNorm(nnx.LayerNorm):
     """LayerNorm in float32 with the two-pass variance; the output has the computation dtype."""
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        # The one-pass variance E[x^2] - E[x]^2 loses digits that eps 1e-12 does not give back.
+        # The one-pass variance E[x^2] - E[x]^2 loses precision, and an eps of 1e-12 cannot compensate.
         super().__init__(
             config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
         )
@@ -189,30 +189,30 @@ class Encoder(nnx.Module):
     def _recomputed(
         self, block: Block, boundaries: TextBoundaries, output_position_BP: jax.Array | None = None
     ) -> Callable[[jax.Array, Any], jax.Array]:
-        def of_texts(x_BLD: jax.Array, rope) -> jax.Array:
+        def apply_block(x_BLD: jax.Array, rope) -> jax.Array:
             return block(x_BLD, rope, boundaries, output_position_BP)
 
         if self.config.recompute == "none":
-            return of_texts
-        return jax.checkpoint(of_texts, policy=_keeps(KEPT[self.config.recompute]))
+            return apply_block
+        return jax.checkpoint(apply_block, policy=_save_policy(KEPT[self.config.recompute]))
 
 
-def _keeps(names: tuple[str, ...]) -> Callable[..., bool]:
-    is_kept = jax.checkpoint_policies.save_only_these_names(*names)
+def _save_policy(names: tuple[str, ...]) -> Callable[..., bool]:
+    is_saved = jax.checkpoint_policies.save_only_these_names(*names)
 
     def policy(primitive, *arguments, **parameters) -> bool:
-        # Without the kernel's own outputs, its forward pass would be run again, whatever has a name.
+        # Unless the kernel's own outputs are saved, its forward pass is recomputed, even if named values are saved.
         is_fused = "attention" in names and primitive.name == FUSED_PRIMITIVE
-        return is_fused or is_kept(primitive, *arguments, **parameters)
+        return is_fused or is_saved(primitive, *arguments, **parameters)
 
     return policy
 
 
 def _positions(ids_BL: jax.Array, length_B, segment_BL, config: EncoderConfig):
-    """Position of every token in its text, [B or 1, L], and its text's length or None where that cannot matter."""
+    """Returns each token's position in its text, [B or 1, L], and its text's length, or None if no length is needed."""
     B, L = ids_BL.shape
     if config.longest_text < L:
-        raise ValueError(f"rows of {L} tokens for an encoder that takes at most {config.longest_text}")
+        raise ValueError(f"the rows have {L} tokens; this encoder accepts at most {config.longest_text}")
     index_L = jnp.arange(L)
     needs_length = config.position == "rope" and config.max_trained_positions < L
     if segment_BL is None:
@@ -223,7 +223,7 @@ def _positions(ids_BL: jax.Array, length_B, segment_BL, config: EncoderConfig):
     start_BL = jax.lax.cummax(jnp.where(starts_BL, index_L, 0), axis=1)
     if not needs_length:
         return index_L - start_BL, None
-    # Segments are runs: a token's text ends where the next run starts.
+    # Segments are contiguous: a token's text ends where the next segment starts.
     next_start_BL = jnp.concatenate([jnp.where(starts_BL, index_L, L)[:, 1:], jnp.full((B, 1), L)], axis=1)
     end_BL = jax.lax.cummin(next_start_BL, axis=1, reverse=True)
     return index_L - start_BL, end_BL - start_BL
@@ -235,7 +235,7 @@ def _graphdef(config: EncoderConfig) -> nnx.GraphDef:
 
 
 def init_encoder(key: jax.Array, config: EncoderConfig) -> dict:
-    """Random parameters, float32: normal(0, init_std), biases 0, LayerNorm 1 and 0, the [PAD] row 0."""
+    """Returns random float32 parameters: normal(0, init_std), biases 0, LayerNorm scale 1 and bias 0, [PAD] row 0."""
     params = nnx.to_pure_dict(nnx.state(Encoder(config, rngs=nnx.Rngs(key))))
     word = params["embeddings"]["word"]
     word["embedding"] = word["embedding"].at[config.pad_token_id].set(0.0)
@@ -243,8 +243,9 @@ def init_encoder(key: jax.Array, config: EncoderConfig) -> dict:
 
 
 def abstract_encoder(config: EncoderConfig) -> dict:
-    """The parameter tree of ``init_encoder`` as ``jax.ShapeDtypeStruct``: what a checkpoint must hold."""
-    # All layers are alike, and tracing many takes minutes, which a configuration of a few bytes could ask for.
+    """Returns the tree of ``init_encoder`` as ``jax.ShapeDtypeStruct``: the shapes that a checkpoint must have."""
+    # Trace one layer, because all layers have the same shapes. A small config file can specify many layers, and tracing
+    # them would take minutes.
     one = dataclasses.replace(config, num_layers=1)
     tree = jax.eval_shape(lambda key: init_encoder(key, one), jax.random.key(0))
     layer = tree["layers"][0]
@@ -261,21 +262,22 @@ def encode(
     max_segments: int | None = None,
     output_position_BP: jax.Array | None = None,
 ) -> jax.Array:
-    """Last hidden states [B, L, D] in ``config.dtype``, or [B, P, D] of the tokens ``output_position_BP``.
+    """Returns the last hidden states, [B, L, D] in ``config.dtype``, or [B, P, D] at ``output_position_BP``.
 
     Args:
       params: the tree made by ``init_encoder`` or read from a checkpoint.
       ids_BL: token ids, texts padded on the right.
       config: the encoder that the parameters belong to.
-      length_B: number of real tokens of each row, where a row is one padded text.
-      segment_BL: 1, 2, ... for the texts of a packed row and 0 for its padding. Positions restart with every text and
-        attention stays inside it. Give at most one of the two; with neither, every token of the row is one text.
-      max_segments: the most texts of a packed row, where that is known: flash attention of packed rows needs it.
-      output_position_BP: positions in the row of the tokens whose hidden states are returned; None for all. With few of
-        them the last layer computes less (masked-LM saves 5 % of the arithmetic of 12 layers), with the same result.
+      length_B: number of real tokens in each row, if each row is one padded text.
+      segment_BL: 1, 2, ... for the texts of a packed row and 0 for its padding. Positions restart with every text, and
+        each text attends only to itself. Give at most one of ``length_B`` and ``segment_BL``; with neither, each row is
+        one text without padding.
+      max_segments: the maximum number of texts per packed row, if known; flash attention of packed rows requires it.
+      output_position_BP: positions in the row of the tokens whose hidden states are returned; None for all. With few
+        positions the last layer computes less (masked-LM saves 5 % of the FLOPs of 12 layers); the result is the same.
 
     Raises:
-      ValueError: rows longer than the positions of the encoder.
+      ValueError: the rows are longer than the encoder accepts.
     """
     return nnx.merge(_graphdef(config), params)(
         ids_BL, TextBoundaries(length_B, segment_BL, max_segments), output_position_BP

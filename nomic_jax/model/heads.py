@@ -1,4 +1,4 @@
-"""What sits on the encoder: pooling to an embedding, the masked-LM head, and the sequence classifier."""
+"""The outputs of the encoder: pooling to an embedding, the masked-LM head, and the sequence classifier."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ from nomic_jax.model.encoder import LayerNorm, Linear, encode
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingConfig:
-    """An encoder and how its hidden states become one vector a text.
+    """An encoder and the settings that turn its hidden states into one vector per text.
 
     Attributes:
       pooling: "mean" over the real tokens (nomic, gte, e5, MiniLM), or "cls", the first token (bge).
-      layer_norm: LayerNorm without affine over the full width after pooling (nomic-embed-text-v1.5).
+      layer_norm: LayerNorm without scale and bias over the full width, after pooling (nomic-embed-text-v1.5).
       dim: keep the first ``dim`` components (Matryoshka); None keeps all.
       normalize: scale to length 1.
     """
@@ -41,7 +41,7 @@ class EmbeddingConfig:
 
 
 def pool(hidden_BLD: jax.Array, length_B: jax.Array, config: EmbeddingConfig) -> jax.Array:
-    """Embeddings [B, E], float32. A text without tokens gets the zero vector."""
+    """Returns embeddings [B, E], float32. A text without tokens gets the zero vector."""
     hidden_BLD = hidden_BLD.astype(jnp.float32)
     if config.pooling == "cls":
         x_BE = hidden_BLD[:, 0]
@@ -54,12 +54,12 @@ def pool(hidden_BLD: jax.Array, length_B: jax.Array, config: EmbeddingConfig) ->
 def pool_segments(
     hidden_BLD: jax.Array, segment_BL: jax.Array, num_segments: int, config: EmbeddingConfig
 ) -> jax.Array:
-    """Embeddings [B, S, E], float32, of the texts of packed rows: segment s of a row is its text s - 1.
+    """Returns embeddings [B, S, E], float32, of the texts of packed rows. Segment s of a row has index s - 1.
 
     Args:
       hidden_BLD: hidden states of rows that hold several texts each.
-      segment_BL: 1, 2, ... for a row's texts, each in one run, and 0 for padding.
-      num_segments: S, the most texts of a row; a text that a row does not have gets the zero vector.
+      segment_BL: 1, 2, ... for the texts of a row, each contiguous, and 0 for padding.
+      num_segments: S, the maximum number of texts per row; absent texts get the zero vector.
     """
     hidden_BLD = hidden_BLD.astype(jnp.float32)
     own_BLS = segment_BL[:, :, None] == jnp.arange(1, num_segments + 1)
@@ -72,22 +72,22 @@ def pool_segments(
 
 
 def _finish(x: jax.Array, has_tokens: jax.Array, config: EmbeddingConfig) -> jax.Array:
-    """From pooled hidden states [..., D] to embeddings [..., E]."""
+    """Turns pooled hidden states [..., D] into embeddings [..., E]."""
     if config.layer_norm:
         x = jax.nn.standardize(x, axis=-1, epsilon=1e-5)  # torch.nn.functional.layer_norm's default eps
     x = x[..., : config.output_dim]
     if config.normalize:
-        # rsqrt of a clamped square, not a division by the norm: the gradient at the zero vector is 0, not NaN.
+        # rsqrt of the clamped squared norm, not a division by the norm: the gradient at the zero vector is 0, not NaN.
         x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
     return jnp.where(has_tokens[..., None], x, 0.0)
 
 
 def embed(params: dict, batch: dict[str, jax.Array], config: EmbeddingConfig) -> jax.Array:
-    """Embeddings of a batch of texts: a pure function, to be jitted, differentiated, sharded by the caller.
+    """Returns the embeddings of a batch of texts. Callers can jit, differentiate and shard this pure function.
 
     Args:
       params: encoder parameters (``Embedder.params``).
-      batch: ``ids`` [B, L] int32, texts padded on the right, and ``length`` [B] int32, their real tokens.
+      batch: ``ids`` [B, L] int32, texts padded on the right, and ``length`` [B] int32, their numbers of tokens.
       config: the encoder and its pooling (``Embedder.config``).
 
     Returns:
@@ -120,7 +120,7 @@ def init_mlm_head(key: jax.Array, config: EncoderConfig) -> dict:
 
 
 def mlm_logits(head_params: dict, word_embedding_VD: jax.Array, hidden: jax.Array, config: EncoderConfig) -> jax.Array:
-    """Vocabulary logits [..., V], float32, of hidden states [..., D]; the decoder is the word embedding table."""
+    """Returns vocabulary logits [..., V], float32, of hidden states [..., D]. The word embeddings are the decoder."""
     transformed = nnx.merge(_mlm_graphdef(config), head_params)(hidden)
     return jnp.einsum(
         "...d,vd->...v",
@@ -131,7 +131,7 @@ def mlm_logits(head_params: dict, word_embedding_VD: jax.Array, hidden: jax.Arra
 
 
 def abstract_mlm_head(config: EncoderConfig) -> dict:
-    """The parameter tree of ``init_mlm_head`` as ``jax.ShapeDtypeStruct``."""
+    """Returns the parameter tree of ``init_mlm_head`` as ``jax.ShapeDtypeStruct``."""
     return jax.eval_shape(lambda key: init_mlm_head(key, config), jax.random.key(0))
 
 
@@ -139,7 +139,7 @@ class ClassifierHead(nnx.Module):
     """dense -> tanh on the first token's hidden state, then a linear layer to the labels; both with biases."""
 
     def __init__(self, config: EncoderConfig, num_labels: int, *, rngs: nnx.Rngs):
-        # Unlike the trunk's, these layers have biases in every published classifier.
+        # Unlike the encoder's layers, these have biases in every published classifier.
         config = dataclasses.replace(config, use_bias=True)
         self.pooler = Linear(config.hidden_size, config.hidden_size, config, rngs)
         self.out = Linear(config.hidden_size, num_labels, config, rngs)
@@ -158,14 +158,14 @@ def init_classifier(key: jax.Array, config: EncoderConfig, num_labels: int) -> d
 
 
 def abstract_classifier(config: EncoderConfig, num_labels: int) -> dict:
-    """The parameter tree of ``init_classifier`` as ``jax.ShapeDtypeStruct``."""
+    """Returns the parameter tree of ``init_classifier`` as ``jax.ShapeDtypeStruct``."""
     return jax.eval_shape(lambda key: init_classifier(key, config, num_labels), jax.random.key(0))
 
 
 def classifier_logits(classifier_params: dict, hidden_BLD: jax.Array, config: EncoderConfig) -> jax.Array:
-    """Logits [B, labels], float32, of hidden states [B, L, D], of which the first token's count.
+    """Returns logits [B, labels], float32, computed from the first token of hidden states [B, L, D].
 
-    One label is a regression (GLUE's STS-B).
+    A single label means regression (GLUE's STS-B).
     """
     num_labels = classifier_params["out"]["bias"].shape[0]
     return nnx.merge(_classifier_graphdef(config, num_labels), classifier_params)(hidden_BLD).astype(jnp.float32)

@@ -1,8 +1,8 @@
 """Rotary position embedding with dynamic NTK, stateless and per text.
 
-The PyTorch implementations take the sequence length of dynamic NTK from the padded batch and keep what they computed
-for the longest batch so far, so a text's vector depends on its neighbours. Here the angles are a function of a token's
-position and of the length of the token's own text, and of nothing else.
+The PyTorch implementations take the sequence length of dynamic NTK from the padded batch and cache the angles of the
+longest batch so far, so the vector of a text depends on other texts. Here the angles depend only on the position of a
+token and on the length of its own text.
 """
 
 import jax
@@ -15,11 +15,11 @@ from nomic_jax.model.config import EncoderConfig
 def rope_cos_sin(
     position_BL: jax.Array, own_length_BL: jax.Array | None, config: EncoderConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotation angles, float32, each [B, L, 1, K/2] (the 1 stands for the heads).
+    """Returns the cosines and sines of the rotation angles, float32, each [B, L, 1, K/2] (1 for the heads).
 
     Args:
       position_BL: position of each token in its text, from 0.
-      own_length_BL: number of tokens of the text that each token belongs to; None where no text is longer than
+      own_length_BL: number of tokens of the text that each token belongs to; None if no text is longer than
         ``config.max_trained_positions``, which skips the scaling.
       config: base, trained length L and alpha of the scaling.
 
@@ -29,7 +29,7 @@ def rope_cos_sin(
     K = config.head_dim
     exponent = np.arange(0, K, 2, dtype=np.float32) / np.float32(K)
     inverse_frequency = (1.0 / np.float32(config.rope_base) ** exponent).astype(np.float32)
-    # float32 whatever the computation dtype: at position 8191, bfloat16 angles would be off by whole turns.
+    # float32 for every computation dtype: at position 8191, bfloat16 angles would be off by full turns.
     position = position_BL.astype(jnp.float32)[..., None]
     if own_length_BL is None:
         angle = position * inverse_frequency

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved in the background, pruned, and found sound before a run goes on from one.
+"""Saves the checkpoints of a run in the background, prunes them, and verifies them before a run resumes.
 
 A checkpoint holds the trees `params` and `training` (step and optimizer state), and a record.
 """
@@ -20,21 +20,21 @@ from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, lat
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; the message says where, why, and what is left to go on from."""
+    """A checkpoint could not be written; the message says where, why, and from which step the run can resume."""
 
 
 class Checkpoints:
-    """The checkpoints of one working directory, for the run in it.
+    """The checkpoints of one working directory, for the run that uses the directory.
 
-    On opening, what a killed run left unfinished is removed, and checkpoints that are damaged and newer than the latest
-    sound one are moved aside, with a warning.
+    Opening removes the unfinished checkpoints of a killed run. Damaged checkpoints that are newer than the latest sound
+    one are moved aside, with a warning.
 
     Attributes:
-      latest_step: of the latest sound checkpoint, that under way included; None if there is none at all.
-      best_step: the one that is never pruned, and that <workdir>/best is a link to; None if there is none.
+      latest_step: step of the latest sound checkpoint, including one that is being saved; None if there is none.
+      best_step: step of the checkpoint that is never pruned and that <workdir>/best links to; None if there is none.
 
     Raises:
-      DamagedCheckpoint: there are checkpoints, and none is sound; they stay where they are.
+      DamagedCheckpoint: there are checkpoints, but none is sound. They are not moved.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Checkpoints:
         self.best_step: int | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
-        # By one process: others would find gone what it moves.
+        # Only one process opens the directory: the others would not find what it moves.
         self.latest_step: int | None = on_first_process(self._open)
 
     def _open(self) -> int | None:
@@ -63,10 +63,10 @@ class Checkpoints:
         if damaged and step is None:
             raise DamagedCheckpoint(
                 f"{self._directory} holds no sound checkpoint: {list_damage(damaged)}. "
-                f"Fetch one again, or take another --workdir to start from the beginning"
+                f"Restore one from a copy, or choose another --workdir to start from the beginning"
             )
         if damaged:
-            warnings.warn(f"{list_damage(damaged)}; going on from step {step}", stacklevel=1)
+            warnings.warn(f"{list_damage(damaged)}; resuming from step {step}", stacklevel=1)
         for bad in damaged:
             _move_aside(self._directory / str(bad))
         return step
@@ -78,7 +78,7 @@ class Checkpoints:
         if kind is None:
             self.wait()
         elif issubclass(kind, Exception):
-            # What is being written will be of use; the error to hear of is the one that ends the run.
+            # Finish the checkpoint in progress, but report the error that ends the run, not a failed save.
             with contextlib.suppress(OSError):
                 self.wait()
         self._executor.shutdown(wait=False)
@@ -87,10 +87,10 @@ class Checkpoints:
         return step % self._every == 0
 
     def save(self, step: int, trees: dict[str, Any]) -> None:
-        """Copies the trees off the devices and writes them in the background, unless the step is saved already.
+        """Copies the trees off the devices and writes them in the background, unless the step is already saved.
 
         Raises:
-          SaveError: of this checkpoint or of the one before, which is waited for.
+          SaveError: saving this checkpoint or the previous one failed. The previous save is completed first.
         """
         self.wait()
         if step == self.latest_step:
@@ -104,20 +104,20 @@ class Checkpoints:
         self._saving = self._executor.submit(self._finish, step, size, part, response)
 
     def _finish(self, step: int, size: int, part: Path, response: ocp.AsyncResponse[None]) -> None:
-        """Runs beside the training: neither the writing nor the hashing holds Python's lock."""
+        """Runs in parallel with training: neither writing nor hashing holds Python's global lock."""
         with self._explained(step, size):
             response.result()
             if _is_first():
                 commit(part)
         if _is_first():
-            # Only now: until its hashes are written, the new checkpoint is none.
+            # Prune only now: the new checkpoint is not finished until its hashes are written.
             self._prune()
             self._link_best()
 
     def _prune(self) -> None:
         for step in finished_steps(self._directory)[: -self._keep]:
             if step != self.best_step and not (self._keep_every and step and step % self._keep_every == 0):
-                # By a rename first: a kill must not leave half a checkpoint under the name of a whole one.
+                # Rename before deleting, so that a kill leaves no partial checkpoint under the name of a finished one.
                 old = (self._directory / str(step)).rename(self._directory / f"{step}.old.part")
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -140,31 +140,31 @@ class Checkpoints:
                 for path in self._directory.glob(f"{step}.part*"):
                     shutil.rmtree(path, ignore_errors=True)
             left = finished_steps(self._directory)
-            # Orbax and tensorstore add what they were given, at length, in brackets and further lines.
+            # Orbax and tensorstore append their long arguments, in brackets and on further lines. Omit them.
             reason = str(error).strip().partition("\n")[0].partition(" [")[0][:300]
             raise SaveError(
                 f"step {step} could not be saved to {self._directory} ({reason}): it takes up to {_megabytes(size)}, "
                 f"{_megabytes(free)} are free there; "
-                + (f"the same command goes on from step {left[-1]}" if left else "there is no earlier checkpoint")
+                + (f"the same command resumes from step {left[-1]}" if left else "there is no earlier checkpoint")
             ) from error
 
     def check(self) -> None:
-        """Raises SaveError if what was being written has failed; called every step, so that it is not for long."""
+        """Raises SaveError if a background save has failed. It is called every step, to report a failure early."""
         if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Waits until no checkpoint is being saved.
 
         Raises:
-          SaveError: it failed.
+          SaveError: the save failed.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def check_same_run(self) -> None:
-        """Before anything is compiled.
+        """Checks that the latest checkpoint belongs to this run. It is called before compilation starts.
 
         Raises:
           ResumeError: the latest checkpoint was made from other data, another tokenizer or another configuration.
@@ -174,10 +174,10 @@ class Checkpoints:
             check_same_run(dict(ocp.checkpointables_metadata(path).custom_metadata or {}), self.record, path)
 
     def restore(self, like: dict[str, Any]) -> dict[str, Any]:
-        """The trees of the latest checkpoint, with the shapes, types and shardings of ``like``.
+        """Returns the trees of the latest checkpoint, with the shapes, types and shardings of ``like``.
 
         Raises:
-          ResumeError: another optimizer made it, or another model.
+          ResumeError: the checkpoint belongs to another optimizer or model.
         """
         path = self._directory / str(self.latest_step)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
@@ -186,7 +186,7 @@ class Checkpoints:
 
 
 def _is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Returns whether this process writes the files that only one process writes."""
     return jax.process_index() == 0
 
 

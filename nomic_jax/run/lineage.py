@@ -1,7 +1,8 @@
-"""Where a checkpoint comes from, checked back to the bytes of its data, with Python's standard library alone.
+"""Verifies the origin of a checkpoint, back to the bytes of its data, with Python's standard library alone.
 
-A checkpoint's manifest holds SHA-256 of its files; its record the hash of the checkpoint before it, and of each source
-the hashes of its files, whose fingerprint is part of what the run refuses to go on without. All are made again here.
+A checkpoint's manifest holds the SHA-256 of its files. Its record holds the hash of the previous checkpoint and, for
+each data source, the hashes of its files and their fingerprint. A run does not resume if the fingerprint differs. This
+module recomputes all of these hashes.
 """
 
 import hashlib
@@ -17,10 +18,12 @@ Status = Literal["verified", "changed", "not at hand", "not recorded"]
 
 
 class Finding(NamedTuple):
-    """Attributes:
-    status: "not at hand": it may be as it was, but is not where it was nor in the folders to look in.
-    what: part of the lineage, with where it lies.
-    detail: hashes.
+    """The result for one part of a lineage.
+
+    Attributes:
+      status: "not at hand" if the part is neither at its recorded path nor in the searched folders. It may be intact.
+      what: the part of the lineage, with its path.
+      detail: hashes.
     """
 
     status: Status
@@ -29,22 +32,22 @@ class Finding(NamedTuple):
 
 
 def trace(path: str | Path, folders: Sequence[str | Path] = ()) -> Iterator[Finding]:
-    """Every part of the lineage of a checkpoint of a run, of the latest one of a run, or of an export.
+    """Yields a finding for every part of the lineage of a run's checkpoint, a run's latest checkpoint, or an export.
 
     Args:
       path: RUN, RUN/best, RUN/checkpoints/STEP, or a Hugging Face directory with training.json.
-      folders: where data files and earlier runs lie now, if not where they were; they are found by name and by hash.
+      folders: folders to search for data files and earlier runs that have moved. They are found by name and by hash.
 
     Raises:
-      FileNotFoundError: none of these is at ``path``.
-      ValueError: its record cannot be read.
+      FileNotFoundError: ``path`` is none of these.
+      ValueError: the record cannot be read.
     """
     path = Path(path).resolve()
     try:
         yield from _trace(path, _Files(folders))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: the record of its training is none of this version ({type(error).__name__}: {error})"
+            f"{path}: the training record does not have the format of this version ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -102,12 +105,12 @@ def _tokenizer(file: Path, record: dict[str, Any]) -> Iterator[Finding]:
         return
     try:
         content = _read(file)
-        # What the tokenizers package hashes: the same definition, without white space.
+        # The tokenizers package hashes the same definition without white space.
         text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         if hashlib.sha256(text.encode()).hexdigest() == expected:
             yield Finding("verified", f"tokenizer {file}", f"sha256 {expected}")
         elif content["model"].get("type") == "Unigram":
-            yield Finding("not at hand", f"tokenizer {file}", "its numbers are compared by the tokenizers package only")
+            yield Finding("not at hand", f"tokenizer {file}", "only the tokenizers package can compare its numbers")
         else:
             yield Finding("changed", f"tokenizer {file}", f"it had the sha256 {expected}")
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -115,9 +118,9 @@ def _tokenizer(file: Path, record: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _stage(record: dict[str, Any], files: "_Files") -> Iterator[Finding]:
-    """The data of one stage."""
+    """Yields findings for the data of one stage."""
     if "config" not in record:
-        yield Finding("not recorded", "imported weights: where they come from")
+        yield Finding("not recorded", "origin of the imported weights")
         return
     stage = record["config"]["stage"]
     for source in record["sources"]:
@@ -127,7 +130,7 @@ def _stage(record: dict[str, Any], files: "_Files") -> Iterator[Finding]:
             continue
         hashes = [file["sha256"] for file in source["files"]]
         if sha256_of_json(source["identity"] | {"files": hashes}) != source["fingerprint"]:
-            yield Finding("changed", name, f"its files and settings have not the fingerprint {source['fingerprint']}")
+            yield Finding("changed", name, f"its files and settings do not match fingerprint {source['fingerprint']}")
             continue
         yield Finding("verified", name, f"fingerprint {source['fingerprint']} of {len(hashes)} files")
         for file in source["files"]:
@@ -135,7 +138,7 @@ def _stage(record: dict[str, Any], files: "_Files") -> Iterator[Finding]:
 
 
 def _parent(record: dict[str, Any], earlier: list[dict[str, Any]], files: "_Files") -> Iterator[Finding]:
-    """What a stage started from, and its guide; if they are not at hand, what the record itself says of them."""
+    """Yields findings for the parent and the guide of a stage; for a missing parent, from the ``earlier`` records."""
     for role in ("parent", "guide"):
         origin = record.get(role)
         if not origin:
@@ -149,7 +152,7 @@ def _parent(record: dict[str, Any], earlier: list[dict[str, Any]], files: "_File
         elif (found[0] / MANIFEST).exists():
             inner = _record(found[0])
             if role == "parent" and earlier and (inner or {}) | {"earlier": 0} != earlier[-1] | {"earlier": 0}:
-                yield Finding("changed", f"record of {found[0]}", "it is not that of the checkpoints after it")
+                yield Finding("changed", f"record of {found[0]}", "it differs from the copy in later checkpoints")
             yield from _checkpoint(found[0], files)
             continue
         else:
@@ -160,7 +163,7 @@ def _parent(record: dict[str, Any], earlier: list[dict[str, Any]], files: "_File
 
 
 class _Files:
-    """Finds what was moved, by name or hash, below some folders."""
+    """Finds moved files below some folders, by name or hash."""
 
     def __init__(self, folders: Sequence[str | Path]):
         self._by_name: dict[str, list[Path]] = {}
@@ -186,7 +189,7 @@ class _Files:
         return Finding("not at hand", f"{what}: {path}", f"sha256 {sha256}")
 
     def checkpoint(self, origin: dict[str, Any]) -> tuple[Path, str] | None:
-        """(where it is, its hash) of a checkpoint or Hugging Face directory; None if it is not found."""
+        """Returns (path, hash) of a checkpoint or Hugging Face directory; None if it is not found."""
         path = Path(origin["path"])
         if (path / MANIFEST).exists():
             return path, _manifest_hash(path)

@@ -1,4 +1,4 @@
-"""SHA-256 of every file of a checkpoint, written beside them: orbax loads flipped bits without a word."""
+"""SHA-256 of every file of a checkpoint, stored with the files, because orbax does not detect flipped bits."""
 
 import errno
 import hashlib
@@ -15,13 +15,13 @@ MANIFEST = "manifest.sha256.json"
 
 
 def write_manifest(directory: Path) -> None:
-    """Hashes what lies below ``directory``, about 1 GB/s, and writes it to its MANIFEST."""
+    """Hashes the files below ``directory``, at about 1 GB/s, and writes the hashes to its MANIFEST."""
     files = _entries(directory, (path for path in directory.rglob("*") if path.is_file()))
     write_json(directory / MANIFEST, {"files": files, "sha256": sha256_of_json(files)})
 
 
 def hash_files(directory: Path, files: Iterable[Path]) -> str:
-    """The hash that a manifest of these files has."""
+    """Returns the hash that a manifest of these files has."""
     return sha256_of_json(_entries(directory, files))
 
 
@@ -33,12 +33,12 @@ def _entries(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]
 
 
 def find_damage(directory: Path) -> str | None:
-    """Names the first file that is not as it was written, and says what is wrong with it; None if all are.
+    """Returns a description of the first damaged file, with its name; None if no file is damaged.
 
-    Files that the manifest does not name are let be: nothing reads them.
+    Files that are not in the manifest are ignored, because nothing reads them.
 
     Raises:
-      OSError: a file that cannot be read for a reason that says nothing about its bytes, such as permissions.
+      OSError: a file cannot be read for a reason that does not concern its bytes, such as permissions.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def find_damage(directory: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
     if link := next((path for path in sorted(directory.rglob("*")) if path.is_symlink()), None):
-        return f"{link.relative_to(directory)} is a link; what was written here has none"
+        return f"{link.relative_to(directory)} is a link; checkpoints are written without links"
     for name, size, expected in entries:
         path = directory / name
         try:
@@ -59,7 +59,7 @@ def find_damage(directory: Path) -> str | None:
                 return f"{name!r} lies outside of the checkpoint"
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
-                return f"{name} is no regular file"
+                return f"{name} is not a regular file"
             found = status.st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
@@ -77,7 +77,7 @@ def find_damage(directory: Path) -> str | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Configuration, tokenizer and weights of a Hugging Face directory."""
+    """Returns the configuration, tokenizer and weight files of a Hugging Face directory."""
     return sorted(file for pattern in ("*.json", "*.safetensors", "*.bin", "*.txt") for file in directory.glob(pattern))
 
 

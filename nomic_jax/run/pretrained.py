@@ -23,14 +23,14 @@ from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, lat
 
 
 def read_pretrained(path: str | Path) -> Checkpoint:
-    """From a run's working directory (its latest checkpoint), one of its checkpoints (``best`` too), or a Hugging Face
+    """Reads a run's working directory (its latest checkpoint), one of its checkpoints (``best`` too), or a Hugging Face
     directory.
 
-    What is wrong with a run's latest checkpoints is warned of, and the latest sound one taken.
+    If the latest checkpoints of a run are damaged, it warns and reads the latest sound one.
 
     Raises:
-      FileNotFoundError: none of these is at ``path``.
-      DamagedCheckpoint: the checkpoint that ``path`` names, or every one of the run, is damaged.
+      FileNotFoundError: ``path`` is none of these.
+      DamagedCheckpoint: the checkpoint at ``path``, or every checkpoint of the run, is damaged.
     """
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
@@ -46,10 +46,10 @@ def read_pretrained(path: str | Path) -> Checkpoint:
 
 
 def identify(path: str | Path) -> dict[str, Any]:
-    """Of what ``read_pretrained`` reads at ``path``: where it is, its step if it is of a run, and a hash of its files.
+    """Returns the path, the step (only for a run) and a hash of the files that ``read_pretrained`` reads at ``path``.
 
-    The hash is that of a checkpoint's manifest, which holds those of its files; of a Hugging Face directory the same is
-    made from its configuration, tokenizer and weights.
+    For a checkpoint of a run, the hash is that of its manifest, which holds the hashes of its files. For a Hugging Face
+    directory, the same kind of hash is computed from its configuration, tokenizer and weights.
     """
     path = Path(path).resolve()
     if (path / "checkpoints").is_dir():
@@ -69,21 +69,21 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         problem = find_damage(directory / str(step))
         if problem:
             others = ", ".join(str(other) for other in finished_steps(directory) if other != step)
-            raise DamagedCheckpoint(f"{directory / str(step)}: {problem}; there are also the steps: {others or 'none'}")
+            raise DamagedCheckpoint(f"{directory / str(step)}: {problem}; the other steps are: {others or 'none'}")
     else:
         step, damaged = latest_sound(directory)
         if damaged and step is None:
             raise DamagedCheckpoint(f"{directory} holds no sound checkpoint: {list_damage(damaged)}")
         if damaged:
-            warnings.warn(f"{list_damage(damaged)}; taking step {step} instead", stacklevel=1)
+            warnings.warn(f"{list_damage(damaged)}; reading step {step} instead", stacklevel=1)
     if step is None:
         raise FileNotFoundError(f"{directory} holds no finished checkpoint")
     path = directory / str(step)
-    # The hashes were right: what is wrong from here on was written so, by another program or with intent.
+    # The hashes match. Any fault found from here on was written that way, by another program or with intent.
     with _explained(path, "metadata"):
         saved = ocp.checkpointables_metadata(path)
         record = dict(saved.custom_metadata or {})
-        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(record, ensure_ascii=False).encode()  # rejects unpaired surrogates, which are not text
     check_format(record, path)
     with _explained(path, "record"):
         model = model_of(record)
@@ -95,7 +95,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         if num_labels := record.get("num_labels", 0):
             abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
     with _explained(path, "arrays"):
-        # Before any is read: their sizes are in the record, and memory is taken for what it says.
+        # Check before reading the arrays, because memory is allocated for the sizes that the record states.
         check_same_arrays({"params": saved.metadata["params"]}, {"params": abstract})
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
@@ -106,17 +106,17 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         tokenizer = Tokenizer.from_directory(workdir)
     except (KeyboardInterrupt, SystemExit, FileNotFoundError, CheckpointError):
         raise
-    except BaseException as error:  # the tokenizers package raises bare Exceptions, and BaseExceptions where it panics
+    except BaseException as error:  # the tokenizers package raises bare Exceptions, and BaseExceptions when it panics
         raise DamagedCheckpoint(f"{workdir / 'tokenizer.json'}: the tokenizer cannot be read ({error})") from error
     if tokenizer.sha256 != (trained_with := str(record.get("tokenizer_sha256", tokenizer.sha256))):
         raise DamagedCheckpoint(
-            f"{workdir / 'tokenizer.json'} is damaged or another: step {step} was trained with the tokenizer "
-            f"{trained_with[:16]}, this one is {tokenizer.sha256[:16]}; put the right file there"
+            f"{workdir / 'tokenizer.json'} is damaged or is another tokenizer: step {step} was trained with "
+            f"{trained_with[:16]}, this one is {tokenizer.sha256[:16]}; restore the right file"
         )
     if tokenizer.vocab_size > model.encoder.vocab_size:
         raise DamagedCheckpoint(
-            f"{workdir / 'tokenizer.json'} makes ids up to {tokenizer.vocab_size - 1}, the embedding table of step "
-            f"{step} has {model.encoder.vocab_size} rows; put the right file there"
+            f"{workdir / 'tokenizer.json'} produces ids up to {tokenizer.vocab_size - 1}, but the embedding table of "
+            f"step {step} has {model.encoder.vocab_size} rows; restore the right file"
         )
     with _explained(path, "record"):
         earlier = record.pop("earlier")
@@ -130,7 +130,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
 
 @contextlib.contextmanager
 def _explained(path: Path, what: str) -> Iterator[None]:
-    """Whatever orbax, tensorstore and our own reading raise where a checkpoint is not what its hashes make it seem."""
+    """Reports errors caused by invalid content as DamagedCheckpoint. They occur if another program wrote the files."""
     try:
         yield
     except (DamagedCheckpoint, OSError):
@@ -141,20 +141,20 @@ def _explained(path: Path, what: str) -> Iterator[None]:
 
 
 def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
-    """Weights as a working directory with one checkpoint, which ``read_pretrained`` and ``init_from`` take.
+    """Writes weights as a working directory with one checkpoint, which ``read_pretrained`` and ``init_from`` accept.
 
-    A classifier is left out: it belongs to one task.
+    A classifier is omitted, because it belongs to one task.
 
     Raises:
-      FileExistsError: the directory holds checkpoints already.
+      FileExistsError: the directory already holds checkpoints.
     """
     from orbax.checkpoint import v1 as ocp  # takes seconds to import, and only runs need it
 
     workdir = Path(workdir)
     if finished_steps(workdir / "checkpoints"):
-        raise FileExistsError(f"{workdir} holds checkpoints already; choose another directory")
+        raise FileExistsError(f"{workdir} already holds checkpoints; choose another directory")
     if source.tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer; a run needs the one that its embeddings belong to")
+        raise ValueError("the checkpoint has no tokenizer; a run needs the tokenizer of its embeddings")
     workdir.mkdir(parents=True, exist_ok=True)
     source.tokenizer.save(workdir)
     imported = ("prompts", "default_prompt_name", "similarity", "max_length")

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run it belongs to, and whether another run may go on from it."""
+"""The record of a run in its checkpoints, and the checks that a run may resume from a checkpoint."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ _PACKAGES = ("nomic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 class ResumeError(ValueError):
-    """A working directory whose run was another one; the message says what differs."""
+    """The working directory belongs to a different run; the message says what differs."""
 
 
 def make_record(
@@ -41,15 +41,15 @@ def make_record(
     guide: dict[str, Any] | None = None,
     earlier: list[dict] | None = None,
 ) -> dict:
-    """What a checkpoint says of itself, as JSON.
+    """Returns the record that a checkpoint holds, as JSON.
 
     Args:
       settings: the configuration of the run, as ``dataclasses.asdict`` gives it.
-      model, stream, tokenizer: of the run.
-      device_count: devices of the run, over all processes.
-      parent, guide: what it started from, None for random weights, and the guide of its loss; see
+      model, stream, tokenizer: those of the run.
+      device_count: number of devices of the run, over all processes.
+      parent, guide: the identity of the initial weights (None for random ones) and of the guide of the loss; see
         ``nomic_jax.run.pretrained.identify``.
-      earlier: the records of the stages before it, see ``Checkpoint.training``.
+      earlier: the records of the previous stages, see ``Checkpoint.training``.
     """
     return {
         "format": FORMAT,
@@ -69,7 +69,7 @@ def make_record(
 
 
 def _describe(store: TokenStore) -> dict[str, Any]:
-    """A source; with what its fingerprint is made of, for ``nomic_jax.run.lineage``."""
+    """Returns a source with the inputs of its fingerprint, which ``nomic_jax.run.lineage`` verifies."""
     manifest = store.manifest
     source = {
         "name": store.name,
@@ -86,7 +86,7 @@ def _describe(store: TokenStore) -> dict[str, Any]:
 
 
 def describe_surroundings() -> dict[str, Any]:
-    """What the bits of a result depend on besides the record's settings: devices, packages, our own code."""
+    """Returns what determines the bits of a result besides the record's settings: devices, packages, our own code."""
     package = Path(__file__).parent.parent
     sources = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
@@ -102,12 +102,12 @@ def describe_surroundings() -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
-        # The hash is of what ran, also where it differs from the commit.
+        # The hash covers the code that ran, even if it differs from the commit.
         "code": {"commit": commit, "sha256": sources.hexdigest()},
     }
 
 
-# What may change between the parts of a run without making it another run.
+# Configuration fields that may change when a run resumes.
 _FREE_FIELDS = (
     "checkpoint",
     "evaluation",
@@ -119,7 +119,7 @@ _FREE_FIELDS = (
     "trackio",
     "wandb",
 )
-# Of the model: what decides on speed and memory, not on what is computed.
+# Model fields that affect speed and memory, but not the result.
 _FREE_OF_MODEL = ("encoder.attention", "encoder.recompute")
 
 
@@ -132,10 +132,10 @@ def check_format(record: dict[str, Any], path: Path) -> None:
 
 
 def model_of(record: dict[str, Any]) -> EmbeddingConfig:
-    """The model that a record describes; one of many errors if it describes none."""
+    """Returns the model that a record describes. An invalid record raises various exceptions."""
     fields = dict(record["model"])
     encoder = EncoderConfig(**fields["encoder"])
-    encoder_config(config_json(encoder, ""), "model")  # the ranges that a config.json is held to
+    encoder_config(config_json(encoder, ""), "model")  # checks the ranges that apply to a config.json
     floats: dict[str, Any] = {}
     for field in dataclasses.fields(encoder):
         value, kind = getattr(encoder, field.name), type(field.default)
@@ -143,7 +143,7 @@ def model_of(record: dict[str, Any]) -> EmbeddingConfig:
         if not is_off and type(value) is not kind and not (kind is float and type(value) is int):
             raise TypeError(f"model.encoder.{field.name} is {value!r}")
         if kind is float and not is_off:
-            floats[field.name] = float(value)  # JAX takes no whole number of more than 64 bits
+            floats[field.name] = float(value)  # JAX does not accept integers beyond 64 bits
     model = EmbeddingConfig(**fields | {"encoder": dataclasses.replace(encoder, **floats)})
     if not isinstance(model.dim, int | None) or not all(
         isinstance(x, bool) for x in (model.layer_norm, model.normalize)
@@ -153,7 +153,7 @@ def model_of(record: dict[str, Any]) -> EmbeddingConfig:
 
 
 def import_of(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, Any]:
-    """What ``write_pretrained`` keeps of a Hugging Face directory; one of many errors if it is not that."""
+    """Returns the fields that ``write_pretrained`` stores. Invalid fields raise various exceptions."""
     kinds = {"prompts": dict | None, "default_prompt_name": str | None, "similarity": str, "max_length": int | None}
     wrong = next((name for name, kind in kinds.items() if not isinstance(fields[name], kind)), None)
     if wrong or not all(isinstance(text, str) for text in (fields["prompts"] or {}).values()):
@@ -167,11 +167,13 @@ def import_of(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, Any]:
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Raises ResumeError, with what was found and expected, if the checkpoint at ``path`` is of another run."""
+    """Raises ResumeError, with what was found and expected, if the checkpoint at ``path`` belongs to another run."""
     check_format(saved, path)
     if "config" not in saved:
-        raise ResumeError(f"{path} is imported; name its working directory as config.init_from, and another --workdir")
-    # Through JSON, as the saved one went: tuples become lists.
+        raise ResumeError(
+            f"{path} is imported; set config.init_from to its working directory, and choose another --workdir"
+        )
+    # Convert through JSON, as the saved record was: tuples become lists.
     current = json.loads(json.dumps(current))
     allowed = current["config"]["checkpoint"]["allow_changed"].split(",")
     differences: list[tuple[str, str, Any, Any]] = []  # (name for allow_changed, what, before, now)
@@ -179,7 +181,7 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
         before, now = _flat(saved[part]), _flat(current[part])
         for key in sorted(before.keys() | now.keys()):
             group = key.partition(".")[0] if part == "config" else ""
-            # The model comes whole; of the data, see below.
+            # The resolved model is compared in place of config.model; the data is compared below.
             if group not in (*_FREE_FIELDS, "model", "data") and (part != "model" or key not in _FREE_OF_MODEL):
                 differences.append((group, f"{part}.{key}", before.get(key), now.get(key)))
     differences += [("tokenizer", "tokenizer_sha256", saved["tokenizer_sha256"], current["tokenizer_sha256"])]
@@ -187,10 +189,10 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
         differences += [("data", *difference) for difference in _data_differences(saved, current)]
     for group, name, before, now in differences:
         if before != now and not (group and group in allowed):
-            override = f"; or --config.checkpoint.allow_changed={group} to go on all the same" if group else ""
+            override = f"; or set --config.checkpoint.allow_changed={group} to resume anyway" if group else ""
             raise ResumeError(
                 f"this working directory holds a run whose {name} was {before!r}; now it is {now!r}; "
-                f"take another --workdir, or the same settings and data to go on{override}"
+                f"choose another --workdir, or use the same settings and data to resume{override}"
             )
 
 
@@ -202,9 +204,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _data_differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, before, now) of what makes the data another, the most telling first."""
+    """Yields (name, before, now) of everything that identifies the data, the most informative first."""
     for key, value in current["config"]["data"].items():
-        # File names may change; the fingerprint knows whether the rows did.
+        # File names may change; the fingerprint shows whether the rows changed.
         if key not in ("mixture", "tokenizer", "cache_dir"):
             yield f"config.data.{key}", saved["config"]["data"].get(key), value
     before, now = ([source["name"] for source in record["sources"]] for record in (saved, current))
@@ -215,24 +217,24 @@ def _data_differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterato
     yield "data_fingerprint", saved["data_fingerprint"], current["data_fingerprint"]
 
 
-def check_same_arrays(saved: Any, wanted: Any) -> None:
-    """Raises ResumeError naming the first array that differs in shape or type or is in one of the two trees alone."""
+def check_same_arrays(saved: Any, expected: Any) -> None:
+    """Raises ResumeError naming the first array that differs in shape or type, or is missing in one tree."""
     before, now = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
             for path, leaf in jax.tree.leaves_with_path(tree)
         }
-        for tree in (saved, wanted)
+        for tree in (saved, expected)
     )
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ResumeError(
                 f"the checkpoint has {name} as {before.get(name, 'nothing')}, the run {now.get(name, 'nothing')}: "
-                f"another model or optimizer; use the version of nomic_jax that wrote it, or take another --workdir"
+                f"the model or optimizer differs; use the version of nomic_jax that wrote it, or another --workdir"
             )
 
 
 def trained_prompts(record: dict[str, Any]) -> dict[str, str] | None:
-    """Of the model of a run: None for nomic's; {} if its pairs carried no prefix at all: it must get none either."""
+    """Returns the prompts of a run's model: None for nomic's; {} if it was trained on pairs without any prefix."""
     prefixes = [source[side] for source in record["sources"] for side in ("query_prefix", "document_prefix")]
     return None if record["config"]["stage"] == "mlm" or any(prefixes) else {}

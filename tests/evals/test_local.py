@@ -279,7 +279,7 @@ def test_a_failing_task_leaves_the_others(local_tasks, minilm, tmp_path):
 
 def test_a_model_that_cannot_be_read_fails_the_run(local_tasks, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="is neither a directory nor could it be fetched"):
+    with pytest.raises(FileNotFoundError, match="is not a directory and could not be fetched"):
         evaluate(str(tmp_path / "nowhere"), [str(local_tasks)], tmp_path)
     for suite, data, message in (("loco", [], "is for --suite=local"), ("mteb", ["x"], "is for --suite=local")):
         with pytest.raises(ValueError, match=message):

@@ -114,12 +114,12 @@ def _weights() -> list[Case]:
         Case(
             "torch: on the meta device",
             torch_weights(lambda torch, state: state | {TENSOR: torch.zeros(8, 8, device="meta")}),
-            (TENSOR, "no plain array"),
+            (TENSOR, "not a plain array"),
         ),
         Case(
             "torch: sparse",
             torch_weights(lambda torch, state: state | {TENSOR: torch.eye(8).to_sparse()}),
-            (TENSOR, "no plain array"),
+            (TENSOR, "not a plain array"),
         ),
         Case(
             "torch: integers",
@@ -150,11 +150,11 @@ def _code() -> list[Case]:
             Case(
                 f"a module of {package}",
                 all_of(write("hostile_module.py", CODE), _modules("1_Pooling", f"{package}.Pooling")),
-                ("modules.json", f"{package}.Pooling is code of its own"),
+                ("modules.json", f"{package}.Pooling is custom code"),
             )
             for package in ("hostile_module", "this", "os", "sentence_transformersx")
         ),
-        Case("a module without a package", _modules("1_Pooling", "Pooling"), ("modules.json", "code of its own")),
+        Case("a module without a package", _modules("1_Pooling", "Pooling"), ("modules.json", "custom code")),
         Case("Python files with common names", python_files),
         Case(
             "vocab.txt with a tokenizer class",
@@ -207,10 +207,10 @@ def _paths() -> list[Case]:
         *(
             Case(f"{name} is a link to {target}", symlink(name, target), (name, word))
             for name in ("config.json", "model.safetensors", "tokenizer.json", "training.json")
-            for target, word in (("/dev/zero", "no regular file"), ("1_Pooling", "no regular file"))
+            for target, word in (("/dev/zero", "not a regular file"), ("1_Pooling", "not a regular file"))
         ),
         *(
-            Case(f"{name} is a named pipe", named_pipe(name), (name, "no regular file"))
+            Case(f"{name} is a named pipe", named_pipe(name), (name, "not a regular file"))
             for name in ("config.json", "tokenizer.json")
         ),
         Case("config.json is a link to itself", symlink("config.json", "config.json"), ("",)),

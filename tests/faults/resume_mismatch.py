@@ -108,7 +108,7 @@ def resume_mismatch(counts: dict[str, int], seed: int, folder: Path, results: Re
         Mismatch("vocabulary, another", {"model__vocab_size": 31000},
               ("vocab_size was 30528; now it is 31000", "another --workdir")),
         Mismatch("optimizer settings", {"optim__b1": 0.5}, ("config.optim.b1 was 0.9; now it is 0.5",), "optim"),
-        Mismatch("optimizer tree", {}, ("training/opt_state/", "as nothing, the run float32", "another model"),
+        Mismatch("optimizer tree", {}, ("training/opt_state/", "as nothing, the run float32", "optimizer differs"),
               before=_other_optimizer),
         Mismatch("data manifest, rows", {"data__mixture": str(corpus / "fewer.yaml")},
               ("rows of the source 'a' was 70; now it is 69",), "data"),

@@ -272,7 +272,7 @@ def test_one_process_at_a_time(fake, rows, tmp_path):
 def test_overwrite_replaces_the_output_when_the_new_one_is_complete(fake, rows, tmp_path):
     output = tmp_path / "out.npy"
     embed_files("m", rows, output)
-    with pytest.raises(FileExistsError, match="exists; delete it, give another one, or set --overwrite"):
+    with pytest.raises(FileExistsError, match="exists; delete it, give another --output, or set --overwrite"):
         embed_files("m", rows, output, prompt="new ")
     fake.texts, fake.die_after_texts = [], 20
     with pytest.raises(Killed):

@@ -84,7 +84,7 @@ def test_a_run_with_damaged_checkpoints_ends_bit_identically(config, run, tmp_pa
     (workdir / "checkpoints" / "4" / MANIFEST).unlink()
     # And after a kill before.
     shutil.copytree(run / "checkpoints" / "6", workdir / "checkpoints" / "6.part")
-    with pytest.warns(UserWarning, match=rf"{largest} is damaged.*there is no {MANIFEST}; going on from step 2"):
+    with pytest.warns(UserWarning, match=rf"{largest} is damaged.*there is no {MANIFEST}; resuming from step 2"):
         train(config, workdir, jax.devices()[:2])
     assert figures(workdir) == figures(run) and steps_in(workdir) == [2, 4, 6]
     assert sorted(path.name for path in (workdir / "rejected").iterdir()) == ["4", "6"]
@@ -182,7 +182,7 @@ def test_a_failed_save_is_heard_of_at_the_next_step(tmp_path):
         try:
             checkpoints.save(2, tiny_trees(2))
             with pytest.raises(
-                SaveError, match=r"step 2 .*File too large.*up to 4\.2 MB.*free there.*goes on from step 1"
+                SaveError, match=r"step 2 .*File too large.*up to 4\.2 MB.*free there.*resumes from step 1"
             ):
                 for _ in range(1000):
                     time.sleep(0.01)
@@ -250,7 +250,7 @@ def test_other_formats_are_refused(run):
     with pytest.raises(ResumeError, match="has format 1; this version reads 2: use the version"):
         check_same_run(change(saved, ("format",), 1), saved, path)
     imported = {name: value for name, value in saved.items() if name != "config"}
-    with pytest.raises(ResumeError, match=r"imported; name its working directory as config\.init_from"):
+    with pytest.raises(ResumeError, match=r"imported; set config\.init_from to its working directory"):
         check_same_run(imported, saved, path)
 
 
