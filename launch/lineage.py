@@ -8,7 +8,7 @@ checkpoints that it started from.
 
     verified      the recomputed SHA-256 equals the recorded one
     changed       the recomputed SHA-256 differs from the recorded one
-    not at hand   the part is neither at its recorded path nor below a FOLDER
+    not found   the part is neither at its recorded path nor below a FOLDER
     not recorded  the checkpoint's record does not contain this part
 
 Exit code 0: nothing has changed; 1: a part has changed; 2: there is no checkpoint.
@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(2)
     if not options.json:
         print(
-            ", ".join(f"{counts[status]} {status}" for status in ("verified", "changed", "not at hand", "not recorded"))
+            ", ".join(f"{counts[status]} {status}" for status in ("verified", "changed", "not found", "not recorded"))
         )
     sys.exit(1 if counts["changed"] else 0)
 

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     result = reproduce(arguments[0], workdir, mixture=FLAGS.mixture, init_from=FLAGS.init_from)
     print(f"step {result.step} of the checkpoint  {result.expected}")
     print(f"step {result.step} of the repetition  {result.found}  ({workdir})")
-    for difference in result.surroundings:
+    for difference in result.environment_changes:
         print(f"different here: {difference}")
     if result.identical:
         print("identical: every array, to the bit")

@@ -16,7 +16,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.run.record import check_same_arrays, check_same_run
-from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_sound, list_damage
+from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_intact, list_damage
 
 
 class SaveError(OSError):
@@ -59,7 +59,7 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.glob("*.part*"):
             shutil.rmtree(path, ignore_errors=True)
-        step, damaged = latest_sound(self._directory)
+        step, damaged = latest_intact(self._directory)
         if damaged and step is None:
             raise DamagedCheckpoint(
                 f"{self._directory} holds no sound checkpoint: {list_damage(damaged)}. "

@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple
 from nomic_jax.run.manifest import MANIFEST, find_damage, hash_files, sha256_of_file, sha256_of_json, weight_files
 
 ORBAX_RECORD = "_CHECKPOINT_METADATA"
-Status = Literal["verified", "changed", "not at hand", "not recorded"]
+Status = Literal["verified", "changed", "not found", "not recorded"]
 
 
 class Finding(NamedTuple):
     """The result for one part of a lineage.
 
     Attributes:
-      status: "not at hand" if the part is neither at its recorded path nor in the searched folders. It may be intact.
+      status: "not found" if the part is neither at its recorded path nor in the searched folders. It may be intact.
       what: the part of the lineage, with its path.
       detail: hashes.
     """
@@ -101,7 +101,7 @@ def _tokenizer(file: Path, record: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("not recorded", f"tokenizer {file}")
         return
     if not file.exists():
-        yield Finding("not at hand", f"tokenizer {file}", f"sha256 {expected}")
+        yield Finding("not found", f"tokenizer {file}", f"sha256 {expected}")
         return
     try:
         content = _read(file)
@@ -110,7 +110,7 @@ def _tokenizer(file: Path, record: dict[str, Any]) -> Iterator[Finding]:
         if hashlib.sha256(text.encode()).hexdigest() == expected:
             yield Finding("verified", f"tokenizer {file}", f"sha256 {expected}")
         elif content["model"].get("type") == "Unigram":
-            yield Finding("not at hand", f"tokenizer {file}", "only the tokenizers package can compare its numbers")
+            yield Finding("not found", f"tokenizer {file}", "only the tokenizers package can compare its numbers")
         else:
             yield Finding("changed", f"tokenizer {file}", f"it had the sha256 {expected}")
     except (ValueError, KeyError, AttributeError, TypeError):
@@ -146,7 +146,7 @@ def _parent(record: dict[str, Any], earlier: list[dict[str, Any]], files: "_File
         what = f"{role} {origin['path']}"
         found = files.checkpoint(origin)
         if found is None:
-            yield Finding("not at hand", what, f"sha256 {origin['sha256']}")
+            yield Finding("not found", what, f"sha256 {origin['sha256']}")
         elif found[1] != origin["sha256"]:
             yield Finding("changed", f"{role} {found[0]}", f"it had the sha256 {origin['sha256']}, it has {found[1]}")
         elif (found[0] / MANIFEST).exists():
@@ -186,7 +186,7 @@ class _Files:
                 return Finding("verified", f"{what}: {candidate}", f"sha256 {sha256}")
         if candidates:
             return Finding("changed", f"{what}: {candidates[0]}", f"it had the sha256 {sha256}")
-        return Finding("not at hand", f"{what}: {path}", f"sha256 {sha256}")
+        return Finding("not found", f"{what}: {path}", f"sha256 {sha256}")
 
     def checkpoint(self, origin: dict[str, Any]) -> tuple[Path, str] | None:
         """Returns (path, hash) of a checkpoint or Hugging Face directory; None if it is not found."""

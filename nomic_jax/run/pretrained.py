@@ -18,8 +18,8 @@ from nomic_jax.hf.files import check_file
 from nomic_jax.model import abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.run.manifest import MANIFEST, find_damage, hash_files, weight_files
-from nomic_jax.run.record import FORMAT, check_format, check_same_arrays, import_of, model_of, trained_prompts
-from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_sound, list_damage
+from nomic_jax.run.record import FORMAT, check_format, check_same_arrays, parse_import, parse_model, trained_prompts
+from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_intact, list_damage
 
 
 def read_pretrained(path: str | Path) -> Checkpoint:
@@ -53,7 +53,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).resolve()
     if (path / "checkpoints").is_dir():
-        step, _ = latest_sound(path / "checkpoints")
+        step, _ = latest_intact(path / "checkpoints")
         path = path / "checkpoints" / str(step)
     if path.parent.name == "checkpoints":
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
             others = ", ".join(str(other) for other in finished_steps(directory) if other != step)
             raise DamagedCheckpoint(f"{directory / str(step)}: {problem}; the other steps are: {others or 'none'}")
     else:
-        step, damaged = latest_sound(directory)
+        step, damaged = latest_intact(directory)
         if damaged and step is None:
             raise DamagedCheckpoint(f"{directory} holds no sound checkpoint: {list_damage(damaged)}")
         if damaged:
@@ -86,7 +86,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         json.dumps(record, ensure_ascii=False).encode()  # rejects unpaired surrogates, which are not text
     check_format(record, path)
     with _explained(path, "record"):
-        model = model_of(record)
+        model = parse_model(record)
         abstract = {"encoder": abstract_encoder(model.encoder)}
         if record["has_mlm_head"]:
             abstract["mlm_head"] = abstract_mlm_head(model.encoder)
@@ -124,7 +124,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
             raise ValueError("earlier should be a list of records")
         read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(earlier))
         if "imported" in record:
-            return dataclasses.replace(read, **import_of(record["imported"], model))
+            return dataclasses.replace(read, **parse_import(record["imported"], model))
         return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
 
 

@@ -64,7 +64,7 @@ def make_record(
         "data_fingerprint": stream.fingerprint,
         "tokenizer_sha256": tokenizer.sha256,
         "device_count": device_count,
-        **describe_surroundings(),
+        **describe_environment(),
     }
 
 
@@ -85,7 +85,7 @@ def _describe(store: TokenStore) -> dict[str, Any]:
     return source
 
 
-def describe_surroundings() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Returns what determines the bits of a result besides the record's settings: devices, packages, our own code."""
     package = Path(__file__).parent.parent
     sources = hashlib.sha256()
@@ -131,7 +131,7 @@ def check_format(record: dict[str, Any], path: Path) -> None:
         raise ResumeError(f"{path} has format {found!r:.100}; this version reads {FORMAT}: {advice}")
 
 
-def model_of(record: dict[str, Any]) -> EmbeddingConfig:
+def parse_model(record: dict[str, Any]) -> EmbeddingConfig:
     """Returns the model that a record describes. An invalid record raises various exceptions."""
     fields = dict(record["model"])
     encoder = EncoderConfig(**fields["encoder"])
@@ -152,7 +152,7 @@ def model_of(record: dict[str, Any]) -> EmbeddingConfig:
     return model
 
 
-def import_of(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, Any]:
+def parse_import(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, Any]:
     """Returns the fields that ``write_pretrained`` stores. Invalid fields raise various exceptions."""
     kinds = {"prompts": dict | None, "default_prompt_name": str | None, "similarity": str, "max_length": int | None}
     wrong = next((name for name, kind in kinds.items() if not isinstance(fields[name], kind)), None)

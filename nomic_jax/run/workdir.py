@@ -33,7 +33,7 @@ def finished_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
-def latest_sound(directory: Path) -> tuple[int | None, dict[int, str]]:
+def latest_intact(directory: Path) -> tuple[int | None, dict[int, str]]:
     """Returns (the latest step without damaged files, or None; what is wrong with each later step)."""
     damaged: dict[int, str] = {}
     for step in reversed(finished_steps(directory)):

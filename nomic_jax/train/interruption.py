@@ -27,7 +27,7 @@ def exit_on_sigterm() -> None:
         with contextlib.suppress(RuntimeError, OSError, ValueError):  # the signal may arrive during a print
             sys.stdout.flush()
             sys.stderr.flush()
-        os.write(2, b"\nSIGTERM: stopped outside of the steps; the same command goes on\n")
+        os.write(2, b"\nSIGTERM: stopped outside of the steps; the same command resumes\n")
         # Python and JAX drop exceptions raised in __del__, in weakref callbacks and while tracing.
         os._exit(EXIT_CODE)
 

@@ -113,7 +113,7 @@ def train(
         if checkpoints.latest_step is not None:
             state = TrainState.from_checkpoint(checkpoints.restore(state.to_checkpoint()))
             if hosts.is_first_process():
-                print(f"{config.stage}: going on from step {start} of {steps} in {workdir}")
+                print(f"{config.stage}: resuming from step {start} of {steps} in {workdir}")
         else:
             if hosts.is_first_process():
                 tokenizer.save(workdir)
@@ -156,7 +156,7 @@ def train(
                     checkpoints.wait()
                 raise Preempted(
                     f"{interruption.name}: stopped after step {step} of {steps}, which is saved in {workdir}; "
-                    f"the same command goes on"
+                    f"the same command resumes"
                 )
         checkpoints.wait()
     return progress.last

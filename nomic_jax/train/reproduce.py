@@ -12,7 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.run.manifest import find_damage
-from nomic_jax.run.record import check_format, describe_surroundings
+from nomic_jax.run.record import check_format, describe_environment
 from nomic_jax.run.workdir import DamagedCheckpoint
 from nomic_jax.train.config import CheckpointConfig, ConfigurationError, EvaluationConfig, TrainConfig
 from nomic_jax.train.loop import train
@@ -24,14 +24,14 @@ class Reproduction(NamedTuple):
     step: step of the checkpoint.
     expected, found: SHA-256 of all arrays (parameters, optimizer state, step) of the checkpoint and of the repetition.
     differing: array -> norm of the difference as a share of the array's norm.
-    surroundings: versions, devices and code that differ from those of the original run.
+    environment_changes: versions, devices and code that differ from those of the original run.
     """
 
     step: int
     expected: str
     found: str
     differing: dict[str, float]
-    surroundings: list[str]
+    environment_changes: list[str]
 
     @property
     def identical(self) -> bool:
@@ -98,7 +98,7 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
         dict(_differences(expected, found)),
         [
             f"{name} was {record.get(name)!r}, is {now!r}"
-            for name, now in describe_surroundings().items()
+            for name, now in describe_environment().items()
             if record.get(name) != now
         ],
     )

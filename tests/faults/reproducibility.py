@@ -198,7 +198,7 @@ def _lineage(checkpoint: str, stage: str, folder: Path, results: Results) -> Non
         return done.returncode, done.stdout + done.stderr
 
     code, text = run()
-    results.add(code == 0 and ", 0 changed, 0 not at hand, 0 not recorded" in text, f"lineage of {checkpoint}", text)
+    results.add(code == 0 and ", 0 changed, 0 not found, 0 not recorded" in text, f"lineage of {checkpoint}", text)
     file = folder / "corpus" / {"mlm": "text.jsonl", "contrastive": "a.jsonl", "finetune": "triplets.jsonl"}[stage]
     content = file.read_bytes()
     file.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])

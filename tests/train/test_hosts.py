@@ -112,7 +112,7 @@ def test_slurm_stops_and_requeues_and_pods_and_one_process_go_on(run, tmp_path):
     assert [process.returncode for process in pods] == [0, 0], texts
     assert_same_run(workdir, tmp_path / "one")
     # Only the first process prints.
-    assert "8 device(s) in 2 processes" in texts[0] and f"contrastive: going on from step {done}" in texts[0]
+    assert "8 device(s) in 2 processes" in texts[0] and f"contrastive: resuming from step {done}" in texts[0]
     assert "contrastive" not in texts[1] and "tokenising" not in texts[1]
 
 
@@ -133,7 +133,7 @@ def test_two_processes_give_the_losses_of_one_also_after_a_kill(run, tmp_path):
     texts = outputs(again)
     assert [process.returncode for process in again] == [0, 0], texts
     assert_same_run(tmp_path / "two", tmp_path / "one")
-    assert "mlm: going on from step" in texts[0] and "mlm: " not in texts[1]
+    assert "mlm: resuming from step" in texts[0] and "mlm: " not in texts[1]
 
 
 def test_a_process_that_fails_takes_the_others_with_it(run, tmp_path):

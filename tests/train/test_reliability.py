@@ -149,7 +149,7 @@ print("gone on")
 """
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert process.returncode == EXIT_CODE and process.stdout == "kept\n"
-    assert "SIGTERM: stopped outside of the steps; the same command goes on" in process.stderr
+    assert "SIGTERM: stopped outside of the steps; the same command resumes" in process.stderr
 
 
 def tiny_trees(step):

@@ -66,7 +66,7 @@ def test_lineage_of_what_was_moved_or_changed(runs, corpus, tmp_path):
     (corpus / "a.jsonl").rename(tmp_path / "a.jsonl")
     try:
         # What the checkpoint before was made from is in this one's record, too.
-        assert findings(moved / "contrastive")[1] == {"verified": 7, "not at hand": 2}
+        assert findings(moved / "contrastive")[1] == {"verified": 7, "not found": 2}
         assert findings(moved / "contrastive", tmp_path / "mlm", tmp_path / "a.jsonl")[1] == {"verified": 10}
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "a.jsonl").write_text('{"query": "a", "document": "b"}\n')
