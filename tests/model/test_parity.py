@@ -60,6 +60,7 @@ def test_published_size(nomic):
     assert count(checkpoint.params["mlm_head"]) == 589_824 + 1_536
 
 
+@pytest.mark.slow(reason="runs the full-size model twice, in torch and in JAX")
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -112,6 +113,7 @@ def random_direction(mask: np.ndarray) -> np.ndarray:
     return np.random.default_rng(2).normal(size=(*mask.shape, 768)).astype(np.float32) * mask[..., None]
 
 
+@pytest.mark.slow(reason="compiles the gradient of the full-size model")
 @pytest.mark.exhaustive(reason="test_masked_lm_gradients compares every gradient of the encoder too")
 def test_nomic_bert_gradients(nomic):
     model, checkpoint = nomic
@@ -131,6 +133,7 @@ def test_nomic_bert_gradients(nomic):
     assert_same_gradients(gradient(checkpoint.params["encoder"]), base, config, "native")
 
 
+@pytest.mark.slow(reason="compiles the gradient of the full-size model")
 def test_masked_lm_gradients(nomic):
     """Of the cross-entropy: through the head, and into the word embeddings from both ends."""
     model, checkpoint = nomic
@@ -173,6 +176,7 @@ def bert(tmp_path_factory):
     return model, read_checkpoint(directory)
 
 
+@pytest.mark.slow(reason="compiles the full-size model")
 @pytest.mark.parametrize(
     "lengths", [*(pytest.param(x, marks=OTHER_LENGTHS) for x in ([1], [7, 3], [128, 77])), [512, 300]], ids=str
 )
@@ -186,6 +190,7 @@ def test_bert(bert, lengths):
     assert np.abs(np.asarray(ours) - expected.numpy())[mask].max() <= TOLERANCE
 
 
+@pytest.mark.slow(reason="compiles the gradient of the full-size model")
 def test_bert_gradients(bert):
     model, checkpoint = bert
     config = checkpoint.config.encoder

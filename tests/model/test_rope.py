@@ -1,5 +1,7 @@
 """Dynamic NTK per text, and packed rows, against formulas in float64 and texts alone."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ CONFIG = EncoderConfig(
     max_positions=64,
     max_trained_positions=16,
 )
+
+
+run = jax.jit(functools.partial(encode, config=CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +55,9 @@ def test_a_text_does_not_depend_on_its_batch(params):
     rng = np.random.default_rng(0)
     lengths = np.array([64, 5, 30, 16], np.int32)
     ids = rng.integers(1, 100, (4, 64)).astype(np.int32)
-    together = encode(params, ids, CONFIG, length_B=lengths)
+    together = run(params, ids, length_B=lengths)
     for i, length in enumerate(lengths):
-        alone = encode(params, ids[i : i + 1, :length], CONFIG)
+        alone = run(params, ids[i : i + 1, :length])
         np.testing.assert_allclose(together[i, :length], alone[0], atol=1e-6)
 
 
@@ -65,10 +70,10 @@ def test_packed_row_equals_its_texts_alone(params, row):
     ends = np.cumsum(lengths)
     for number, (end, length) in enumerate(zip(ends, lengths), 1):
         segment[0, end - length : end] = number
-    packed = encode(params, ids, CONFIG, segment_BL=segment)
+    packed = run(params, ids, segment_BL=segment)
     assert np.isfinite(np.asarray(packed)).all()
     for end, length in zip(ends, lengths):
-        alone = encode(params, ids[:, end - length : end], CONFIG)
+        alone = run(params, ids[:, end - length : end])
         np.testing.assert_allclose(packed[0, end - length : end], alone[0], atol=1e-6)
 
 

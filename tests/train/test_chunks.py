@@ -114,6 +114,9 @@ def chunked(params, texts, weights, pooling, layout, device_count, kept_chunks):
 PAIRWISE = pytest.mark.exhaustive(reason="each layout and each pooling are in another case of the default suite")
 
 
+@pytest.mark.slow(
+    reason="compiles the gradient for every length of a chunk, and the forward pass for every length of a text"
+)
 @pytest.mark.parametrize(
     "kind, pooling, device_count, kept_chunks",
     [

@@ -53,6 +53,7 @@ def gradcache(model, queries: list[torch.Tensor], documents: list[torch.Tensor],
     return loss.item()
 
 
+@pytest.mark.slow(reason="compiles a training step on eight devices")
 def test_the_gradient_is_gradcaches(corpus, minilm, tokenizer, tmp_path):
     plain = load_config("finetune", corpus, minilm)
     config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, layout="packed", chunk_tokens=128))

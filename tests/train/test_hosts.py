@@ -85,6 +85,7 @@ def assert_same_run(workdir: Path, other: Path) -> None:
     assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(wanted)
 
 
+@pytest.mark.slow(reason="starts four processes, each of which compiles a training step")
 def test_slurm_stops_and_requeues_and_pods_and_one_process_go_on(run, tmp_path):
     """The batch script with a stand-in for srun; SIGTERM to one process ends both after the same step."""
     flags, config = run("contrastive", steps=30, sharding="fsdp", **LENGTHS, **{"checkpoint.every": 100})
@@ -116,6 +117,7 @@ def test_slurm_stops_and_requeues_and_pods_and_one_process_go_on(run, tmp_path):
     assert "contrastive" not in texts[1] and "tokenising" not in texts[1]
 
 
+@pytest.mark.slow(reason="starts four processes, each of which compiles a training step")
 @pytest.mark.exhaustive(reason="tests/faults kills runs at every point; the test above goes on in two processes")
 def test_two_processes_give_the_losses_of_one_also_after_a_kill(run, tmp_path):
     """Killed when a step or two past a checkpoint, and started again with the same command."""

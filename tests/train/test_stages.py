@@ -88,6 +88,7 @@ def relative(left, right):
 PAIRWISE = pytest.mark.exhaustive(reason="each stage and each sharding are in another pair of the default suite")
 
 
+@pytest.mark.slow(reason="compiles two training steps")
 @pytest.mark.parametrize("stage", ["mlm", "contrastive", pytest.param("finetune", marks=PAIRWISE)])
 def test_one_device_and_eight_agree(stage, corpus, minilm, tokenizer):
     config = load_config(stage, corpus, minilm)
@@ -115,6 +116,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(corpus, minilm, toke
     assert_same(three_steps(load_config("mlm", corpus, minilm, accumulate=4), tokenizer, 2), whole)
 
 
+@pytest.mark.slow(reason="compiles two training steps, one of them for every length of a chunk")
 @pytest.mark.parametrize(
     "stage, layout, kept_chunks",
     [
@@ -171,6 +173,7 @@ OPTIONS = dict(
 )
 
 
+@pytest.mark.slow(reason="compiles two training steps with every option of the loss")
 def test_loss_options_agree_between_one_device_and_eight(corpus, minilm, tokenizer):
     plain = load_config("finetune", corpus, minilm)
     config = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, **OPTIONS))
@@ -179,6 +182,7 @@ def test_loss_options_agree_between_one_device_and_eight(corpus, minilm, tokeniz
     assert_same(three_steps(config, tokenizer, 8, "fsdp"), one)
 
 
+@pytest.mark.slow(reason="compiles two training steps with two encoders")
 def test_a_guide_leaves_out_what_it_finds_as_similar_as_the_positive(corpus, minilm, tokenizer):
     """A margin of 2 leaves nothing out."""
     plain = load_config("contrastive", corpus, minilm)
