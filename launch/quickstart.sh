@@ -27,10 +27,11 @@ echo "== collecting real text and pairs"
 python -m launch.collect --output="$out/data" "${collecting[@]}"
 if [ -n "$tiny" ]; then
   # launch.collect takes all diagnoses and 6 MB of text.
-  for file in pairs/icd10 labelled/icd10 mlm/text; do
-    [ "$(wc -l <"$out/data/$file.jsonl")" -le 2000 ] && continue
-    head -n 2000 "$out/data/$file.jsonl" >"$out/data/$file.part"
-    mv "$out/data/$file.part" "$out/data/$file.jsonl"
+  for file_rows in pairs/icd10:2000 labelled/icd10:500 mlm/text:2000; do
+    file=$out/data/${file_rows%:*}.jsonl rows=${file_rows#*:}
+    [ "$(wc -l <"$file")" -le "$rows" ] && continue
+    head -n "$rows" "$file" >"$file.part"
+    mv "$file.part" "$file"
   done
 fi
 

@@ -15,4 +15,4 @@ export NOMIC_JAX_PYTHON NOMIC_JAX_VENV=.venv-py312 NOMIC_JAX_LOCK=requirements-c
 use_venv test
 python -c 'import sys, jax; print(f"Python {sys.version.split()[0]}, jax {jax.__version__}")'
 python -m pytest -n 2 --dist=loadfile tests/model tests/train/test_loss.py tests/train/test_optim.py \
-  tests/train/test_gradcache.py tests/launch/test_commands.py "$@"
+  tests/launch/test_commands.py "$@"
