@@ -14,5 +14,5 @@ NOMIC_JAX_PYTHON=$(find_python 3.12) || { echo "skipped: there is no python3.12 
 export NOMIC_JAX_PYTHON NOMIC_JAX_VENV=.venv-py312 NOMIC_JAX_LOCK=requirements-ci-py312.lock
 use_venv test
 python -c 'import sys, jax; print(f"Python {sys.version.split()[0]}, jax {jax.__version__}")'
-python -m pytest -n 2 --dist=loadfile tests/model tests/train/test_loss.py tests/train/test_optim.py \
+python -m pytest -n 2 --dist=loadfile tests/model tests/train/objectives/test_loss.py tests/train/test_optim.py \
   tests/launch/test_commands.py "$@"

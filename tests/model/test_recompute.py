@@ -9,7 +9,6 @@ import pytest
 
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, init_encoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = dict(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=256)
 
 

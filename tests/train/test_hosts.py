@@ -32,15 +32,13 @@ from nomic_jax.train.loop import train
 from nomic_jax.train.objectives import make_stream
 from nomic_jax.train.watch.metrics import read_metrics
 from tests.train.processes import environment, free_port, outputs, pod_arguments, sbatch, wait_for_steps
-from tests.train.test_stages import STAGES, load_config
+from tests.train.tiny_configs import STAGES, load_config
 
 ROOT = Path(__file__).parent.parent.parent
 # Of TCP between virtual devices most of the time would go into large gradients.
 TINY = dict(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
 # One shape: a step is compiled once.
 LENGTHS = {"data.query_length": 16, "data.document_length": 32}
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

@@ -30,9 +30,7 @@ from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.interruption import EXIT_CODE, Interruption
 from nomic_jax.train.loop import train
 from tests.faults.runs import figures
-from tests.train.test_stages import load_config
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from tests.train.tiny_configs import load_config
 
 
 def same(left, right):

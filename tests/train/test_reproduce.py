@@ -17,9 +17,7 @@ from nomic_jax.run.workdir import DamagedCheckpoint
 from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.loop import train
 from nomic_jax.train.reproduce import reproduce
-from tests.train.test_stages import load_config
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from tests.train.tiny_configs import load_config
 
 
 @pytest.fixture(scope="module")

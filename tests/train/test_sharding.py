@@ -11,9 +11,8 @@ from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import DATA, divided, make_mesh, put_rows
 from nomic_jax.train.state import init_state, make_train_step
 from nomic_jax.train.watch.hlo import collectives
-from tests.train.test_stages import STAGES, load_config
+from tests.train.tiny_configs import STAGES, load_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ELSEWHERE = pytest.mark.exhaustive(reason="test_hlo.py finds no collective in a loop in any stage")
 OTHER_STAGES = pytest.mark.exhaustive(
     reason="three_steps of test_stages.py forbids transfers in every stage and layout"

@@ -16,34 +16,13 @@ from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, init_encoder
 from nomic_jax.run.pretrained import read_pretrained, write_pretrained
-from nomic_jax.train.config import ConfigurationError, TrainConfig
+from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.loop import train
 from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import DATA, make_mesh, put_rows, replicated
 from nomic_jax.train.state import init_state, make_train_step
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-# One layer: layers are not stacked, so each of them is compiled. tests/model has several.
-TINY = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, max_positions=2048, dtype="float32")
-STAGES = ("mlm", "contrastive", "finetune")
-
-
-def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
-    """The :debug variant of a stage, smaller still, on the test corpus."""
-    import importlib
-
-    config = importlib.import_module(f"configs.{stage}").get_config("debug")
-    config.model.update(TINY)
-    config.data.tokenizer = str(minilm)
-    config.data.cache_dir = str(corpus / "token_cache")
-    config.data.mixture = str(
-        corpus / {"mlm": "text.jsonl", "contrastive": "pairs.yaml", "finetune": "triplets.jsonl"}[stage]
-    )
-    config.batch_size = 16
-    config.steps = 3
-    config.update(changes)
-    return TrainConfig.from_mapping(config.to_dict())
+from tests.train.tiny_configs import load_config
 
 
 def three_steps(config, tokenizer, device_count, sharding="replicated", guide=None):

@@ -10,7 +10,7 @@ from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.objectives import make_stream
-from tests.train.test_stages import STAGES, load_config
+from tests.train.tiny_configs import STAGES, load_config
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,10 +14,9 @@ from nomic_jax.model import EmbeddingConfig, abstract_encoder
 from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.sharding import make_mesh, put_rows
 from nomic_jax.train.state import init_state, make_train_step
-from tests.train.test_stages import load_config
+from tests.train.tiny_configs import load_config
 
 torch = pytest.importorskip("torch", reason="GradCache is computed with torch; torch is not installed")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MINI_BATCH = 3
 

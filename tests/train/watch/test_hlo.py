@@ -18,7 +18,6 @@ from nomic_jax.train.watch.hlo import (
     require_fused_attention,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Lines in the form that XLA prints for a GPU.
 FORWARD = (
     '%c.1 = (bf16[2,12,256,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %v), custom_call_target="__cudnn$fmhaSoftmax"'

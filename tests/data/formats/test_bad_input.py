@@ -1,6 +1,6 @@
 """What can be wrong with training data, in every format: an error that names file and row, or a row counted and kept.
 
-Through ``pretokenize``, as a training run meets it; ``tests/data/test_sources.py`` has more about single rows.
+Through ``pretokenize``, as a training run meets it; ``tests/data/formats/test_sources.py`` has more about single rows.
 """
 
 import bz2
@@ -17,7 +17,7 @@ import pytest
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.mixture import Source
 from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
-from tests.data.test_formats import write_tfds
+from tests.data.formats.test_formats import write_tfds
 
 GOOD = [{"query": f"query {i}", "document": f"document {i}"} for i in range(9)]
 AT = 4  # the bad row stands behind so many good ones

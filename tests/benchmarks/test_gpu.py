@@ -16,7 +16,7 @@ from benchmarks.gpu.table import markdown
 from benchmarks.gpu.training import next_size
 from nomic_jax.data.batches.packing import number_compiled
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow(reason="runs parts of the benchmark in processes of their own, without the cache of programs")

@@ -25,7 +25,7 @@ from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
 from nomic_jax.data.tokens.store import TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer, truncate
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 
 
 def content(directory) -> dict[str, bytes]:

@@ -14,7 +14,6 @@ from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, init_encoder
 from nomic_jax.train.objectives.chunks import embed_chunks
 from nomic_jax.train.sharding import DATA, make_mesh, put_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # init_std: large enough that attention prefers some tokens to others.
 ENCODER = EncoderConfig(
     vocab_size=128, hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128, max_positions=64, init_std=0.2

@@ -14,9 +14,7 @@ from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.loop import train
 from nomic_jax.train.watch.flops import peak_flops, training_flops
 from nomic_jax.train.watch.metrics import read_metrics
-from tests.train.test_stages import load_config
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from tests.train.tiny_configs import load_config
 
 
 def full_rows(rows, length, **arrays):

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from nomic_jax.train.objectives.loss import contrastive_loss
 from nomic_jax.train.sharding import DATA, make_mesh
-from tests.train.test_loss import TEMPERATURE, B, E
+from tests.train.objectives.test_loss import TEMPERATURE, B, E
 
 
 def compiled_gradient(devices, rows, negatives, **options):

@@ -16,7 +16,7 @@ from nomic_jax.evals.tasks.contract import TaskError
 from nomic_jax.inference.integrations import mteb_encoder
 
 pytest.importorskip("mteb")
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 from nomic_jax.train.objectives.loss import contrastive_loss, init_temperature, masked_cross_entropy, temperature_of
 from nomic_jax.train.sharding import DATA, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, E, G, TEMPERATURE = 16, 12, 5, 0.05
 
 # Name -> (negatives a row, options of the loss; "guide" stands for a guide's embeddings, in_batch_negatives=None for

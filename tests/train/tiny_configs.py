@@ -1,0 +1,24 @@
+"""Small configurations of each stage on the test corpus."""
+
+import importlib
+
+from nomic_jax.train.config import TrainConfig
+
+# One layer: layers are not stacked, so each of them is compiled. tests/model has several.
+TINY = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, max_positions=2048, dtype="float32")
+STAGES = ("mlm", "contrastive", "finetune")
+
+
+def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
+    """The :debug variant of a stage, smaller still, on the test corpus."""
+    config = importlib.import_module(f"configs.{stage}").get_config("debug")
+    config.model.update(TINY)
+    config.data.tokenizer = str(minilm)
+    config.data.cache_dir = str(corpus / "token_cache")
+    config.data.mixture = str(
+        corpus / {"mlm": "text.jsonl", "contrastive": "pairs.yaml", "finetune": "triplets.jsonl"}[stage]
+    )
+    config.batch_size = 16
+    config.steps = 3
+    config.update(changes)
+    return TrainConfig.from_mapping(config.to_dict())
