@@ -20,8 +20,9 @@ export JAX_COMPILATION_CACHE_DIR=$out/jax_cache
 
 collecting=(--code_pairs=8000) min_gain=0.1
 if [ -n "$tiny" ]; then
-  collecting=(--code_pairs=2000 --held_out=200) min_gain=0.03
-  export MLM_FLAGS=--config.steps=60
+  collecting=(--code_pairs=1500 --held_out=200) min_gain=0.02
+  # Many small batches: few steps of 128 pairs gain too little to tell training from none.
+  export MLM_FLAGS=--config.steps=40 CONTRASTIVE_FLAGS=--config.batch_size=32
 fi
 echo "== collecting real text and pairs"
 python -m launch.collect --output="$out/data" "${collecting[@]}"

@@ -8,9 +8,10 @@
 # parameters, minutes), paper (8 GPUs). Stopped at any moment, the same command goes on where it was.
 #
 # TEACHER names the model that filters and mines (all-MiniLM-L6-v2, if it is installed), TEACHER_FLAGS its flags. STAGES,
-# such as "prepare mlm", are those to do now; the default is all. FLAGS goes to every stage, MLM_FLAGS to the first.
+# such as "prepare mlm", are those to do now; the default is all. FLAGS goes to every stage,
+# MLM_FLAGS and CONTRASTIVE_FLAGS to one.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 data=$(cd "$1" && pwd)
 out=$2 variant=${3:-quickstart}
 mkdir -p "$out"
@@ -26,6 +27,7 @@ teacher=${TEACHER:-$(python -c "$minilm")}
 read -ra teacher_flags <<<"${TEACHER_FLAGS:---max_length=64}"
 read -ra flags <<<"${FLAGS:-}"
 read -ra mlm_flags <<<"${MLM_FLAGS:-}"
+read -ra contrastive_flags <<<"${CONTRASTIVE_FLAGS:-}"
 text=$data/mlm.yaml
 [ -f "$text" ] || text="$data/text/kept.jsonl"
 
@@ -63,7 +65,8 @@ if asked mlm; then
 fi
 if asked contrastive; then
   step "stage 2: contrastive pretraining"
-  train contrastive contrastive "$out/filtered/mixture.yaml" --config.init_from="$out/runs/mlm"
+  train contrastive contrastive "$out/filtered/mixture.yaml" --config.init_from="$out/runs/mlm" \
+    "${contrastive_flags[@]}"
   export_and_evaluate contrastive
 fi
 if asked finetune; then
