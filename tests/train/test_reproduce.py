@@ -19,6 +19,8 @@ from nomic_jax.train.loop import train
 from nomic_jax.train.reproduce import reproduce
 from tests.train.tiny_configs import load_config
 
+pytestmark = pytest.mark.slow(reason="its set-up trains two stages, and most tests train again")
+
 
 @pytest.fixture(scope="module")
 def runs(corpus, minilm, tmp_path_factory):

@@ -42,6 +42,7 @@ def only(monkeypatch, mock_tasks):
     return mock_tasks
 
 
+@pytest.mark.slow(reason="imports mteb and torch, and runs a task of every type")
 def test_every_type_runs_and_a_second_run_computes_nothing(minilm, only, tmp_path, monkeypatch):
     from mteb.results import TaskResult
 

@@ -144,6 +144,7 @@ def relative(left, right):
     return np.linalg.norm(left - right) / np.linalg.norm(right)
 
 
+@pytest.mark.slow(reason="compiles the gradient of every shape of a chunk")
 def test_memory_is_that_of_one_shape(params):
     """The activations of a chunk's branch are allocated once, however many branches there are."""
     shapes = (Shape(32, 64), Shape(64, 32), Shape(128, 16), Shape(42, 48))
