@@ -5,7 +5,7 @@
 #
 # DATA holds pairs.yaml, labelled.yaml and held_out/, as launch.collect or launch.hold_out write them, and mlm.yaml or
 # text/kept.jsonl. VARIANT is one of configs/*.py: quickstart (minutes on 2 cores), hour (an hour on 2 cores), one_gpu (137M
-# parameters, minutes), paper (8 GPUs). Stopped at any moment, the same command goes on where it was.
+# parameters, minutes), paper (8 GPUs). If it is stopped, the same command resumes it.
 #
 # TEACHER names the model that filters and mines (all-MiniLM-L6-v2, if it is installed), TEACHER_FLAGS its flags. STAGES,
 # such as "prepare mlm", are those to do now; the default is all. FLAGS goes to every stage,

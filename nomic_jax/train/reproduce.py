@@ -67,7 +67,7 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
     if len(devices) < record["device_count"]:
         raise ConfigurationError(
             f"the run had {record['device_count']} devices, here are {len(devices)}: the last bits of a sum depend on "
-            f"their number. On a CPU, JAX_NUM_CPU_DEVICES={record['device_count']} makes so many"
+            f"their number. On a CPU, JAX_NUM_CPU_DEVICES={record['device_count']} provides them"
         )
     step = record["step"]
     config = dataclasses.replace(
