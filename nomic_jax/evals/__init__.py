@@ -1,0 +1,1 @@
+"""Scores of a model. A model is a function ``embed(texts, prompt)``."""

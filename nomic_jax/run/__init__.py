@@ -1,0 +1,1 @@
+"""What a run leaves on disk: checkpoints, hashes, records, lineage. Training is above it."""

@@ -1,0 +1,1 @@
+"""Removes empty, short, duplicate and contaminated rows (``launch.clean``)."""

@@ -1,0 +1,3 @@
+"""What cleaning, filtering and mining share: durable tasks, rows and texts by number, embedding, exact and
+approximate search.
+"""

@@ -1,0 +1,1 @@
+"""The consistency filter (``launch.filter``): ranks of each pair, and the pairs to keep."""

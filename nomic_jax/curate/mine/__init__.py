@@ -1,0 +1,1 @@
+"""Hard negatives (``launch.mine``): corpus, candidates, and the choice among them."""

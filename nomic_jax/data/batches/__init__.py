@@ -1,0 +1,1 @@
+"""Batches as functions of the step."""

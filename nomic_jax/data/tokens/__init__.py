@@ -1,0 +1,1 @@
+"""Texts to token ids, once, in memory-mapped stores."""

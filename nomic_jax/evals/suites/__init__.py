@@ -1,0 +1,1 @@
+"""Which tasks of which data a suite has: local folders, mteb, LoCo, GLUE."""

@@ -1,0 +1,1 @@
+"""How one task is scored: retrieval, STS, classification, clustering."""
