@@ -1,4 +1,4 @@
-"""What only a GPU can show: cuDNN's flash attention against the dense formula, and that it is what a step runs."""
+"""Tests that need a GPU: cuDNN's flash attention equals the dense formula, and the compiled gradient calls it."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         jax.default_backend() != "gpu",
-        reason="no GPU: would show that cuDNN attention equals the dense formula in values and gradients, and is used",
+        reason="needs a GPU: checks that cuDNN attention is used and equals the dense formula in values and gradients",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""A checkpoint that is not what it should be is refused with an error that names what is wrong."""
+"""Invalid checkpoints are refused with an error that names the fault."""
 
 import json
 

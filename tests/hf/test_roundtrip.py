@@ -1,4 +1,4 @@
-"""Exports open in sentence-transformers and transformers with equal vectors; imports accept every form and no fault."""
+"""Exports give equal vectors in sentence-transformers and transformers; imports read every form of a checkpoint."""
 
 import json
 import shutil
@@ -26,12 +26,12 @@ from nomic_jax.model import (
 
 CONFIG = EmbeddingConfig(EncoderConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=256))
 pytestmark = pytest.mark.filterwarnings("ignore:this model was trained with a prefix")
-PAIRWISE = pytest.mark.exhaustive(reason="each type and each naming are in another pair of the default suite")
+PAIRWISE = pytest.mark.exhaustive(reason="other pairs of the default suite cover each type and each naming")
 TEXTS = ["what is an embedder?", "It maps texts to vectors.", "Größe, 東京 and 🚀", "", "long " * 300]
 
 
 def randomised(params, seed):
-    """Every leaf random, norms and biases too: an exchanged pair of tensors then shows."""
+    """Makes every leaf random, norms and biases too, so that swapping two tensors changes the result."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(tree, [np.asarray(x) + rng.normal(0, 0.05, x.shape).astype(np.float32) for x in leaves])
@@ -61,7 +61,7 @@ def exported(tmp_path, params, tokenizer):
 
 @pytest.fixture
 def edit(exported):
-    """Changes tensors or config.json of the export, and returns its directory."""
+    """A function that changes tensors or config.json of the export and returns its directory."""
 
     def change(tensors=lambda t: t, **config):
         saved = tensors(load_file(exported / "model.safetensors"))
@@ -162,7 +162,7 @@ def test_every_form_gives_its_vectors_everywhere(
     rounded = jax.tree.map(lambda x: np.asarray(x.astype(jnp.dtype(dtype)).astype(np.float32)), params)
     read = read_checkpoint(tmp_path / "model")
     assert jax.tree.all(jax.tree.map(np.array_equal, rounded, read.params["encoder"]))
-    # From 16 bits to ours and back to 16 bits nothing is lost.
+    # Reading a 16-bit file and writing it again gives the same bytes.
     write_checkpoint(tmp_path / "again", read, naming=naming, dtype=dtype)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again"))
     assert first == second
@@ -207,7 +207,7 @@ def test_a_directory_that_sentence_transformers_saved_is_read(exported, tmp_path
 
 
 def test_published_configs_reach_8192_tokens(edit):
-    """Without rope_parameters, as first published; with those of transformers 5, as published since 2026."""
+    """Reads configs without rope_parameters, as first published, and with those of transformers 5, as since 2026."""
     old = json.loads((edit() / "config.json").read_text(encoding="utf-8"))
     for name in ("rope_parameters", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
         del old[name]

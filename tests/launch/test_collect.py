@@ -1,4 +1,4 @@
-"""Collecting from a made-up site-packages: what is taken, held-out text stays out, two runs give the same."""
+"""Collecting from an artificial site-packages takes the right text, leaves out held-out text, and is reproducible."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def {name}(value):
 
 
 def write_package(folder: Path, files: int) -> None:
-    """Each file has three functions of its own and one that all files share."""
+    """Writes files that each have three unique functions and one function that all files share."""
     folder.mkdir(parents=True)
     for i in range(files):
         functions = [(f"Computes part {part} of number {i} of {folder.name}.", f"part_{part}") for part in range(3)]
@@ -86,7 +86,7 @@ def test_counts(collected):
     code, icd10 = summary["pairs"]["code"], summary["pairs"]["icd10"]
     assert code["held_out_queries"] == 20
     training = code["pairs"] + code["labelled"]
-    assert 60 <= training + code["held_out_documents"] - 30 <= 62  # the last file may bring more
+    assert 60 <= training + code["held_out_documents"] - 30 <= 62  # the last file may exceed the limit
     assert code["rows_found"] == training + code["held_out_documents"] + code["duplicates_dropped"]
     assert icd10["rows_found"] > 10_000 and icd10["pairs"] == len(rows(collected / "pairs" / "icd10.jsonl"))
     assert 0.1 < icd10["labelled"] / (icd10["pairs"] + icd10["labelled"]) < 0.2
@@ -129,7 +129,7 @@ def test_packages_share_the_pairs(site_packages):
     files = [f"{package}/file_{i}.py" for package in ("alpha", "beta", "gamma", "delta") for i in range(12)]
     pairs, _, _ = read_code(site_packages, files, wanted=40)
     packages = [row["path"].split("/")[0] for row in pairs]
-    # The cap is looked at before a file, so its last file may exceed it.
+    # The cap per package is checked before each file, so the last file may exceed it.
     assert all(10 <= packages.count(package) <= 12 for package in ("alpha", "beta", "gamma"))
 
 

@@ -1,4 +1,4 @@
-"""The commands as a user types them: stage after stage on tiny files, and mistakes answered in one line."""
+"""Runs the commands as a user types them: all stages on tiny files, and mistakes, which give a one-line error."""
 
 import json
 
@@ -9,7 +9,7 @@ from nomic_jax import Embedder
 from nomic_jax.run.pretrained import read_pretrained
 from tests.commands import run
 
-pytestmark = pytest.mark.slow(reason="its first set-up runs the three stages, once for all tests of this file")
+pytestmark = pytest.mark.slow(reason="the first set-up runs the three stages, once for all tests of this file")
 
 
 def command(*arguments, check=True):
@@ -33,7 +33,7 @@ def train(stage, workdir, corpus, mixture, *flags, check=True):
 
 @pytest.fixture(scope="module")
 def runs(corpus, minilm, tmp_path_factory):
-    """The three stages, each from the one before."""
+    """The folder of the three stages; each starts from the previous one."""
     directory = tmp_path_factory.mktemp("runs")
     steps = "--config.steps=3"
     train("mlm", directory / "mlm", corpus, "text.jsonl", f"--config.data.tokenizer={minilm}", steps)
@@ -56,7 +56,7 @@ def test_export_of_the_last_stage_is_an_embedder(runs, tmp_path):
     ours = Embedder.from_pretrained(tmp_path / "model").encode_query(texts)
     theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode_query(texts)
     assert np.abs(ours - theirs).max() <= 1e-5
-    # A run, and one of its checkpoints, are opened as they are.
+    # The embedder also opens a run and a single checkpoint, without an export.
     for path in (runs / "finetune", runs / "finetune" / "checkpoints" / "3"):
         np.testing.assert_array_equal(Embedder.from_pretrained(path).encode_query(texts), ours)
     done = command("convert.check", runs / "finetune", tmp_path / "model", "--torch")
@@ -76,7 +76,7 @@ def test_model_card_tells_recipe_data_and_figures(runs, tmp_path):
     for name, rows in sources:
         assert f"| {name} | {rows} |" in card
     assert "| toy | 0.5000 |" in card and "search_query: " in card and "| contrastive | mlm | 3 |" in card
-    # The next export of the same weights still knows it.
+    # An export of the exported weights keeps this record.
     command("convert.to_hf", tmp_path / "model", tmp_path / "again", "--format=native", "--dtype=bfloat16")
     assert json.loads((tmp_path / "again" / "training.json").read_text(encoding="utf-8")) == training
 

@@ -1,4 +1,4 @@
-"""launch.filter, launch.mine and launch.clean as a user types them, and on Ray."""
+"""Runs launch.filter, launch.mine and launch.clean as a user types them, and on Ray."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def pairs(tmp_path_factory) -> Path:
 
 
 def start(*arguments) -> subprocess.Popen:
-    """A process that Ray may start others from."""
+    """Starts a command in a process from which Ray can start further processes."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
@@ -51,8 +51,8 @@ def finish(process: Command | subprocess.Popen, code: int = 0) -> str:
 
 
 def kill_after(process: Command | subprocess.Popen, output: Path, pieces: int) -> None:
-    """As soon as so many pieces are there."""
-    # os.walk, not rglob: a finished block takes its folder of pieces away while we look.
+    """Kills the process as soon as the work folder has this number of pieces."""
+    # os.walk instead of rglob, because a finished block removes its folder of pieces during the search.
     while sum(name[0].isdigit() for _, _, names in os.walk(output / "work") for name in names) < pieces:
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.02)
@@ -67,7 +67,7 @@ def same(a: Path, b: Path, names) -> None:
 
 
 def test_scores_are_those_of_the_teacher_with_its_prefixes(teacher, pairs, tmp_path):
-    """How the commands take kills, and share work, is in tests/faults/curation.py."""
+    """tests/faults/curation.py covers killed commands and commands that share work."""
     command = ["launch.filter", f"--input={pairs}", f"--model={teacher}", "--prefixes", "--block_size=60"]
     finish(Command(*command, f"--output={tmp_path / 'filter'}"))
     scores = [json.loads(line) for line in (tmp_path / "filter" / "scores.jsonl").read_text().splitlines()]
@@ -78,7 +78,7 @@ def test_scores_are_those_of_the_teacher_with_its_prefixes(teacher, pairs, tmp_p
     np.testing.assert_allclose([line["score"] for line in scores], (queries * documents).sum(1), atol=3e-6)
 
 
-@pytest.mark.slow(reason="starts Ray and four processes of it")
+@pytest.mark.slow(reason="starts Ray with four processes")
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs the extra "ray"')
 def test_ray_with_two_workers_killed_and_restarted(teacher, pairs, tmp_path):
     common = [f"--input={pairs}", f"--model={teacher}"]
@@ -101,7 +101,7 @@ def test_every_local_device_embeds(teacher):
     embedder = Embedder.from_pretrained(teacher)
     expected = embedder.encode(texts, prompt="search_query: ", batch_size=1)
     np.testing.assert_allclose(encoder.query(texts), expected, atol=1e-6)
-    # Four texts for each of the eight devices.
+    # Four texts per device, on eight devices.
     assert encoder.query.keywords["batch_size"] == 32
     own = open_teacher(str(teacher), "float32", None, None, None)
     assert own.identity["query_prompt"] == "search_query: " and own.identity["document_prompt"] == "search_document: "

@@ -1,4 +1,4 @@
-"""Embedding files: the vectors are the embedder's, in order, and a kill at any moment costs one shard at most."""
+"""Embedding files gives the embedder's vectors in order, and a kill loses at most one shard of work."""
 
 import dataclasses
 import datetime
@@ -28,11 +28,11 @@ TEXTS = [f"text number {i} " + "with some words more " * (i % 7) for i in range(
 
 
 class Killed(BaseException):
-    """Nothing in the program catches it."""
+    """Stands for a kill: the program does not catch it."""
 
 
 class FakeEmbedder:
-    """Makes a vector of the digest of prompt and text, counts what it embeds, and may die on the way."""
+    """Embeds prompt and text as their digest, records the texts, and can raise Killed after a number of texts."""
 
     def __init__(self):
         self.texts: list[str] = []
@@ -118,7 +118,7 @@ def start(*flags, **named) -> Command:
 
 @pytest.mark.slow(reason="three processes embed with a real model")
 def test_a_process_killed_on_the_way_goes_on_behind_its_finished_shards(minilm, tmp_path):
-    texts = [f"text number {i} of many" for i in range(320)]  # of one length: one program
+    texts = [f"text number {i} of many" for i in range(320)]  # the same length, so one compiled program
     write_rows(tmp_path / "rows.jsonl", [{"id": i, "text": text} for i, text in enumerate(texts)])
     output = tmp_path / "out.parquet"
     options = {"model": minilm, "input": tmp_path / "rows.jsonl", "output": output, "shard_rows": 20}
@@ -167,7 +167,8 @@ def test_finished_shards_are_left_as_they_are(fake, rows, tmp_path, monkeypatch,
     assert np.array_equal(read(output), vectors(TEXTS, "search_document: "))
 
 
-# In which call to die, of those after the texts are embedded: while shards are copied, and before the output is named.
+# (output, function, number of its call that raises Killed). Calls count once all texts are embedded. The kill comes
+# while shards are copied, or before the output gets its name.
 MOMENTS = [
     ("out.npy", "np.load", 8),
     ("out.npy", "write_json", 1),
@@ -344,7 +345,7 @@ def test_an_input_without_a_row_is_an_error(fake, tmp_path, lines):
 
 
 def test_kept_columns_grow_into_one_type(fake, tmp_path):
-    """Shards of two rows: null at first, integers before floats, records whose fields come one by one."""
+    """Writes shards of two rows: null comes first, integers before floats, and records gain fields one by one."""
     rows = [
         {"late": None, "number": 1, "record": {}, "list": []},
         {"number": 2, "record": {}, "list": []},

@@ -1,4 +1,4 @@
-"""The report shows the figures that lie below its folder, and its check can fail."""
+"""The report shows the figures found in its folder, and its check of the gain can fail."""
 
 import json
 

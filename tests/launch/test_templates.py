@@ -1,4 +1,4 @@
-"""The templates that start several processes: SLURM's batch script and the JobSets of Kubernetes."""
+"""Templates that start several processes: SLURM's batch script and the JobSets of Kubernetes."""
 
 import functools
 
@@ -20,13 +20,13 @@ def test_batch_script_requeues_what_was_preempted_and_nothing_else(code, state, 
 
 @pytest.mark.parametrize(("name", "nodes"), [("one_node.yaml", 1), ("several_nodes.yaml", 2)])
 def test_jobset(name, nodes):
-    """What the types of JobSet require, and what the fields must say of each other."""
+    """Checks the required values of a JobSet, and fields that must agree with each other."""
     spec = jobset(name)["spec"]
     assert (jobset(name)["apiVersion"], jobset(name)["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (workers,) = spec["replicatedJobs"]
     job = workers["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["completionMode"]) == (nodes, nodes, "Indexed")
-    # With another restart policy the pod failure policy is refused; with a backoff one pod would come back alone.
+    # A pod failure policy requires restartPolicy Never. With a backoff limit above 0, one pod would restart alone.
     assert (job["backoffLimit"], pod(name)["restartPolicy"]) == (0, "Never")
     (container,) = pod(name)["containers"]
     on_exit, on_eviction = job["podFailurePolicy"]["rules"]

@@ -1,4 +1,4 @@
-"""Every attention implementation, in values and gradients, against the dense formula in float64."""
+"""Compares values and gradients of every attention implementation with the dense formula in float64."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ B, H, K = 3, 2, 8
 
 
 def reference(q, k, v, allowed, cotangent):
-    """Output and gradients in float64 through torch."""
+    """Returns the output and the gradients, computed in float64 with torch."""
     torch = pytest.importorskip("torch", reason="the reference is torch's autograd in float64; torch is not installed")
     q, k, v = (torch.tensor(x.transpose(0, 2, 1, 3), dtype=torch.float64, requires_grad=True) for x in (q, k, v))
     scores = (q @ k.transpose(-1, -2)) / K**0.5
@@ -29,7 +29,7 @@ def reference(q, k, v, allowed, cotangent):
 @pytest.mark.parametrize("kind", ["full", "lengths", "segments"])
 @pytest.mark.parametrize("L", [33, 300])
 def test_against_float64(implementation, kind, L, monkeypatch):
-    # 300 queries then come in blocks of 64, the last of them part-filled.
+    # This splits 300 queries into blocks of 64; the last block is partly filled.
     monkeypatch.setattr("nomic_jax.model.attention.CPU_SCORES", B * L * 64)
     rng = np.random.default_rng(L)
     q, k, v, cotangent = (rng.normal(size=(B, L, H, K)).astype(np.float32) for _ in range(4))
@@ -59,9 +59,9 @@ def test_against_float64(implementation, kind, L, monkeypatch):
 
 
 def packed_kernel(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale):
-    """What `jax._src.cudnn...dot_product_attention` says that it does with packed rows; NaN where it says nothing."""
+    """Does what `jax._src.cudnn...dot_product_attention` documents for packed rows; other outputs are NaN."""
     assert q_offsets.shape == (len(q), q_seqlen.shape[1] + 1) and q_offsets.dtype == q_seqlen.dtype == jnp.int32
-    # Lists of offsets and lengths of all rows, without the entries below 0, go together one by one.
+    # After removing negative entries, the offsets and lengths of all rows match one to one.
     offset = np.concatenate([row[row >= 0] + i * q.shape[1] for i, row in enumerate(np.asarray(q_offsets))])
     lengths = np.asarray(q_seqlen)[np.asarray(q_seqlen) >= 0]
     text = np.full(q.shape[:2], -1)
@@ -111,7 +111,7 @@ def test_packed_rows_reach_cudnn_in_its_form(max_segments, monkeypatch):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_programs_for_gpus_call_the_kernel_once_a_layer_and_pass(packed, monkeypatch):
-    """Down to what XLA gets: cuDNN itself, and the compiler's part, are for a machine with a GPU (tests/gpu)."""
+    """Checks the program passed to XLA. Compiling it and running cuDNN need a machine with a GPU (tests/gpu)."""
     monkeypatch.setattr(attention_module.cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(attention_module.cudnn, "check_compute_capability", lambda capability: True)
     config = EncoderConfig(

@@ -1,4 +1,4 @@
-"""The encoder at full size against transformers' implementations: random weights, float32, real tokens only."""
+"""Compares the full-size encoder with transformers' models: random weights, float32, real tokens only."""
 
 import copy
 
@@ -15,11 +15,11 @@ from nomic_jax.train.objectives.loss import masked_cross_entropy
 
 torch = pytest.importorskip("torch", reason="the reference is transformers' model; torch is not installed")
 TOLERANCE = 2e-5
-OTHER_LENGTHS = pytest.mark.exhaustive(reason="a length between those of the default suite")
+OTHER_LENGTHS = pytest.mark.exhaustive(reason="the default suite covers other lengths")
 
 
 def randomised(model):
-    """Norms and biases away from 1 and 0, so that a swapped or forgotten one shows."""
+    """Moves norms and biases away from 1 and 0, so that a swapped or ignored one changes the result."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,7 +36,7 @@ def batch(lengths: list[int], vocab_size: int) -> tuple[np.ndarray, np.ndarray, 
 
 @pytest.fixture(scope="module")
 def nomic(tmp_path_factory):
-    """A 137M masked-LM of transformers, and what we read of its checkpoint directory."""
+    """A 137M masked-LM of transformers, and the checkpoint that nomic_jax reads from its directory."""
     directory = tmp_path_factory.mktemp("nomic")
     torch.manual_seed(0)
     rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}
@@ -44,7 +44,7 @@ def nomic(tmp_path_factory):
     model = transformers.NomicBertForMaskedLM(config)
     model.cls.predictions.transform.dense.bias.data.zero_()
     model = randomised(model)
-    # The published head has no such bias; transformers' zero-filled one is what we accept.
+    # The published head does not have this bias. Reading accepts the bias of transformers only if it is zero.
     model.cls.predictions.transform.dense.bias.data.zero_()
     model.save_pretrained(directory)
     return model, read_checkpoint(directory)
@@ -69,18 +69,18 @@ def test_published_size(nomic):
         [128, 1, 77],
         pytest.param([512, 300], marks=OTHER_LENGTHS),
         pytest.param([2048], marks=OTHER_LENGTHS),
-        [2200],  # beyond the trained positions, so under dynamic NTK
+        [2200],  # beyond the trained positions, so dynamic NTK applies
         pytest.param([3000], marks=OTHER_LENGTHS),
     ],
     ids=str,
 )
 def test_nomic_bert_and_masked_lm(nomic, lengths):
-    """Hidden states, and logits where they fit in memory."""
+    """Compares hidden states, and logits if they fit in memory."""
     model, checkpoint = nomic
     config = checkpoint.config.encoder
     ids, length, mask = batch(lengths, 30522)
     with_logits = max(lengths) <= 512
-    # A fresh copy for each length: its cos and sin tables keep the longest batch so far.
+    # Each length needs a fresh copy, because the cos and sin tables of a model depend on its longest batch so far.
     reference = copy.deepcopy(model)
     arguments = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(mask).long()}
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_nomic_bert_and_masked_lm(nomic, lengths):
 
 
 def assert_same_gradients(ours: dict, model, config: EncoderConfig, naming: str) -> None:
-    """Every leaf, to a relative 1e-4."""
+    """Checks that the relative difference of every leaf is at most 1e-4."""
     theirs = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     expected = to_params(theirs, encoder_keymap(config, naming), abstract_encoder(config))
     words = np.array(ours["embeddings"]["word"]["embedding"])
@@ -109,7 +109,7 @@ def assert_same_gradients(ours: dict, model, config: EncoderConfig, naming: str)
 
 
 def random_direction(mask: np.ndarray) -> np.ndarray:
-    """The loss is the inner product of the hidden states of real tokens with this."""
+    """Returns random weights; the loss is their inner product with the hidden states of real tokens."""
     return np.random.default_rng(2).normal(size=(*mask.shape, 768)).astype(np.float32) * mask[..., None]
 
 
@@ -135,7 +135,7 @@ def test_nomic_bert_gradients(nomic):
 
 @pytest.mark.slow(reason="compiles the gradient of the full-size model")
 def test_masked_lm_gradients(nomic):
-    """Of the cross-entropy: through the head, and into the word embeddings from both ends."""
+    """Compares gradients of the cross-entropy. The word embeddings get gradients as input and as output weights."""
     model, checkpoint = nomic
     config = checkpoint.config.encoder
     ids, length, mask = batch([40, 25], 30522)

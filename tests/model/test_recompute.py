@@ -1,4 +1,4 @@
-"""What is kept for the backward pass changes memory, and not the gradient."""
+"""Recompute policies change the memory for the backward pass, but not the gradient."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def configured(policy, encoder):
 
 
 POLICIES = ("elementwise", "attention", "layer")
-OTHERS = pytest.mark.exhaustive(reason="policies name parts of a layer, which both models have; one is run for bert")
+OTHERS = pytest.mark.exhaustive(reason="both models share the layer parts that policies name; one policy runs for bert")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Dynamic NTK per text, and packed rows, against formulas in float64 and texts alone."""
+"""Compares dynamic NTK with formulas in float64, and texts in batches and packed rows with the same texts alone."""
 
 import functools
 

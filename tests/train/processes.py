@@ -1,4 +1,4 @@
-"""Starts processes as users do: SLURM's batch script with a stand-in for srun, and the pods of the JobSet."""
+"""Starts processes as users do: with SLURM's batch script and a stand-in for srun, or as pods of the JobSet."""
 
 import os
 import random
@@ -18,7 +18,7 @@ K8S = ROOT / "launch" / "k8s"
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The cache of compiled programs is that of the tests, which tests/conftest.py puts into os.environ."""
+    """Returns the environment of a process. tests/conftest.py sets the compilation cache of the tests in os.environ."""
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", **more}
 
 
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def outputs(processes: list[subprocess.Popen]) -> list[str]:
-    """Of both, read at the same time: a full pipe would stop one of them, and so the other."""
+    """Reads all outputs at the same time: a full pipe would block its process, and then the others too."""
     texts = [""] * len(processes)
 
     def read(i: int) -> None:
@@ -48,7 +48,7 @@ def wait_for_steps(workdir: Path, steps: int, processes: list[subprocess.Popen])
         time.sleep(0.05)
 
 
-# The part of srun that counts here: as many processes, with what it tells them; the highest exit code.
+# Stand-in for srun: starts SLURM_NTASKS processes, sets their step variables, exits with the highest exit code.
 SRUN = f"""#!{sys.executable}
 import os, subprocess, sys
 command = sys.argv[1:]
@@ -65,7 +65,7 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 def sbatch(tmp_path: Path, *arguments: str, srun: str = SRUN, state: str = "RUNNING") -> subprocess.Popen:
-    """The batch script on the first node of an allocation, where SLURM's commands are stand-ins."""
+    """Starts the batch script as on the first node of an allocation, with stand-ins for SLURM's commands."""
     commands = {
         "srun": srun,
         "squeue": f"#!/bin/sh\necho {state}\n",
@@ -103,7 +103,7 @@ def pod(name: str) -> dict:
 
 
 def pod_arguments(index: int, port: int) -> list[str]:
-    """As the kubelet hands them to the pod, on one host."""
+    """Returns the arguments that the kubelet passes to a pod, adapted to one host."""
     (container,) = pod("several_nodes.yaml")["containers"]
     (declared,) = container["ports"]
     values = {"$(COORDINATOR)": "localhost", "$(JOB_COMPLETION_INDEX)": str(index)}

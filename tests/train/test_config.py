@@ -1,4 +1,4 @@
-"""A misspelt field or an impossible value fails before anything is compiled, and says what to write instead."""
+"""Misspelt fields and invalid values fail before compilation; the error says what to write instead."""
 
 import importlib
 

@@ -1,6 +1,7 @@
-"""Several processes: the losses of one, restarts in another number of them, their places and their shares of a batch.
+"""Several processes: same losses as one process, restarts in another number of processes, places, shares of a batch.
 
-Two real processes with 4 virtual devices each, started by flags, by a stand-in for srun, and as the pods of the JobSet.
+The tests start two real processes with 4 virtual devices each: with flags, with a stand-in for srun, and as the pods
+of the JobSet.
 """
 
 import functools
@@ -35,15 +36,15 @@ from tests.train.processes import environment, free_port, outputs, pod_arguments
 from tests.train.tiny_configs import STAGES, load_config
 
 ROOT = Path(__file__).parent.parent.parent
-# Of TCP between virtual devices most of the time would go into large gradients.
+# Small, because sending large gradients over TCP between virtual devices would take most of the time.
 TINY = dict(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
-# One shape: a step is compiled once.
+# One shape, so that a step is compiled once.
 LENGTHS = {"data.query_length": 16, "data.document_length": 32}
 
 
 @pytest.fixture
 def run(corpus, minilm, tmp_path):
-    """Flags of a tiny run, and the same as a TrainConfig."""
+    """A function that returns the flags of a tiny run and the same settings as a TrainConfig."""
 
     def make(stage, **changes) -> tuple[list[str], TrainConfig]:
         values = {f"model.{name}": value for name, value in TINY.items()} | {name: v for name, v in changes.items()}
@@ -85,7 +86,7 @@ def assert_same_run(workdir: Path, other: Path) -> None:
 
 @pytest.mark.slow(reason="starts four processes, each of which compiles a training step")
 def test_slurm_stops_and_requeues_and_pods_and_one_process_go_on(run, tmp_path):
-    """The batch script with a stand-in for srun; SIGTERM to one process ends both after the same step."""
+    """Runs the batch script with a stand-in for srun. SIGTERM to one process ends both after the same step."""
     flags, config = run("contrastive", steps=30, sharding="fsdp", **LENGTHS, **{"checkpoint.every": 100})
     train(config, tmp_path / "one")
     assert jax.device_count() == 8
@@ -100,7 +101,7 @@ def test_slurm_stops_and_requeues_and_pods_and_one_process_go_on(run, tmp_path):
     done = len(read_metrics(workdir))
     assert 2 <= done < 30 and text.count(f"stopped after step {done} of 30") == 2
 
-    # One process reads what two processes wrote in parts, and goes on.
+    # One process resumes from a checkpoint that two processes wrote.
     shutil.copytree(workdir, tmp_path / "three")
     train(config, tmp_path / "three")
     assert_same_run(tmp_path / "three", tmp_path / "one")
@@ -116,9 +117,9 @@ def test_slurm_stops_and_requeues_and_pods_and_one_process_go_on(run, tmp_path):
 
 
 @pytest.mark.slow(reason="starts four processes, each of which compiles a training step")
-@pytest.mark.exhaustive(reason="tests/faults kills runs at every point; the test above goes on in two processes")
+@pytest.mark.exhaustive(reason="tests/faults kills runs at every point; the test above resumes in two processes")
 def test_two_processes_give_the_losses_of_one_also_after_a_kill(run, tmp_path):
-    """Killed when a step or two past a checkpoint, and started again with the same command."""
+    """Both processes are killed one or two steps after a checkpoint and restarted with the same command."""
     flags, config = run("mlm", steps=6, **{"checkpoint.every": 2})
     train(config, tmp_path / "one")
     workdir = f"--workdir={tmp_path / 'two'}"
@@ -145,7 +146,7 @@ def test_a_process_that_fails_takes_the_others_with_it(run, tmp_path):
     assert [process.returncode for process in pair] == [2, 2], texts
     assert "error: no file matches" in texts[0]
     assert "error: process 0 on" in texts[1] and "nothing.jsonl" in texts[1]
-    # JAX would wait five minutes for the one that is waiting for the other.
+    # Without our handling, JAX would wait five minutes for the other process.
     assert time.monotonic() - began < 120
 
 
@@ -190,7 +191,7 @@ def test_one_of_several_tokenises(corpus, tokenizer, tmp_path, monkeypatch, capf
     assert len(calls) == 1
     assert capfd.readouterr().err.count("waiting for another process that is tokenising") == 2
     store = pretokenize()
-    # What a killed process left goes with the next one that makes the same store; of others nothing is touched.
+    # The next process that makes the same store removes the remains of a killed one; those of other stores stay.
     (lock,) = tmp_path.glob("*.lock")
     lock.with_suffix(".host-1.pieces").mkdir()
     store.directory.rename(tmp_path / "moved")
@@ -220,7 +221,7 @@ def test_disagreement_names_the_field(monkeypatch):
     hosts.check_agreement({"optim": {"lr": 3}, "seed": 0}, "0")
 
 
-# As SLURM 22.05 sets them.
+# The environment variables of a job step, as SLURM 22.05 sets them.
 STEP = dict(
     SLURM_JOB_ID="6",
     SLURM_STEP_ID="0",
@@ -282,7 +283,7 @@ class TestPlace:
 
 
 def test_results_are_json():
-    """``of_first`` hands on what JSON makes of it, with one process too."""
+    """With one process too, ``on_first_process`` returns a value that equals its JSON round trip."""
     assert hosts.on_first_process(lambda: ["a"]) == json.loads('["a"]')
     assert hosts.exchange("text") == ["text"]
     hosts.check_shared(Path("/nowhere"))

@@ -1,4 +1,4 @@
-"""What checkpoints, signals and refusals do in detail; the faults themselves are those of tests/faults."""
+"""Details of checkpoints, signals and refused resumes. tests/faults injects the faults themselves."""
 
 import copy
 import json
@@ -61,7 +61,7 @@ def files_of(checkpoint):
 def flip(path, rng):
     data = bytearray(path.read_bytes())
     data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-    path.unlink()  # it is a link to the file of the run
+    path.unlink()  # a link must not change the file of the run
     path.write_bytes(data)
 
 
@@ -78,9 +78,9 @@ def test_a_run_with_damaged_checkpoints_ends_bit_identically(config, run, tmp_pa
         files_of(workdir / "checkpoints" / "6"), key=lambda file: (run / "checkpoints/6" / file).stat().st_size
     )
     flip(workdir / "checkpoints" / "6" / largest, rng)
-    # As after a kill between the last rename and the hashes, had it been the other way round.
+    # A checkpoint without hashes: the state after a kill if the hashes were written after the last rename.
     (workdir / "checkpoints" / "4" / MANIFEST).unlink()
-    # And after a kill before.
+    # A partial checkpoint: the state after a kill before the rename.
     shutil.copytree(run / "checkpoints" / "6", workdir / "checkpoints" / "6.part")
     with pytest.warns(UserWarning, match=rf"{largest} is damaged.*there is no {MANIFEST}; resuming from step 2"):
         train(config, workdir, jax.devices()[:2])
@@ -103,7 +103,7 @@ def test_without_a_sound_checkpoint_nothing_starts_or_moves(config, run, tmp_pat
 
 
 def test_a_second_interrupt_is_at_once():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Interruption() as interruption:
         assert not interruption.at(1)
@@ -129,7 +129,7 @@ def test_a_second_interrupt_is_at_once():
 
 
 def test_sigterm_before_the_steps_is_not_lost_where_exceptions_are():
-    """As in a weakref callback of JAX, of which a trace has thousands."""
+    """Python discards exceptions in __del__ and in weakref callbacks; JAX runs thousands of the latter in a trace."""
     program = """
 import os, signal
 from nomic_jax.train.interruption import exit_on_sigterm
@@ -151,7 +151,7 @@ print("gone on")
 
 
 def tiny_trees(step):
-    # Random, so that compression leaves it large.
+    # Random values, which compression does not make smaller.
     big = jax.random.normal(jax.random.key(step), (1 << 19,))
     return {
         "params": {"small": jnp.ones(7), "big": big},
@@ -166,7 +166,7 @@ def test_what_is_kept(tmp_path):
         for step in range(8):
             assert checkpoints.is_due(step)
             checkpoints.save(step, tiny_trees(step))
-            checkpoints.save(step, tiny_trees(step))  # it has it
+            checkpoints.save(step, tiny_trees(step))  # already saved
     assert steps_in(tmp_path) == [3, 6, 7]
 
 

@@ -1,6 +1,6 @@
-"""What a checkpoint's record leads to: the stage before, the data, and what would make a repetition another one.
+"""A checkpoint's record leads back to the previous stage and to the data; reproduce refuses other inputs.
 
-That it is made again to the bit, and its lineage checked without JAX, is the fault suite's to show.
+The fault suite checks that a checkpoint is reproduced bit for bit, and that its lineage is checked without JAX.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from nomic_jax.train.loop import train
 from nomic_jax.train.reproduce import reproduce
 from tests.train.tiny_configs import load_config
 
-pytestmark = pytest.mark.slow(reason="its set-up trains two stages, and most tests train again")
+pytestmark = pytest.mark.slow(reason="the set-up trains two stages, and most tests train again")
 
 
 @pytest.fixture(scope="module")
 def runs(corpus, minilm, tmp_path_factory):
-    """Two stages, the second one interrupted."""
+    """The folder of two stages; the second stage was interrupted and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     train(load_config("mlm", corpus, minilm, steps=2), folder / "mlm", jax.devices()[:2])
     config = load_config("contrastive", corpus, minilm, steps=6, checkpoint=dict(every=2, keep=9))
@@ -65,7 +65,7 @@ def test_lineage_of_what_was_moved_or_changed(runs, corpus, tmp_path):
     (runs / "mlm").rename(tmp_path / "mlm")
     (corpus / "a.jsonl").rename(tmp_path / "a.jsonl")
     try:
-        # What the checkpoint before was made from is in this one's record, too.
+        # The record also names the inputs of the previous stage.
         assert findings(moved / "contrastive")[1] == {"verified": 7, "not found": 2}
         assert findings(moved / "contrastive", tmp_path / "mlm", tmp_path / "a.jsonl")[1] == {"verified": 10}
         (tmp_path / "other").mkdir()

@@ -1,4 +1,4 @@
-"""What moves between devices in a step, and what does not."""
+"""Collectives, host transfers and the division of the state over devices in a training step."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from nomic_jax.train.state import init_state, make_train_step
 from nomic_jax.train.watch.hlo import collectives
 from tests.train.tiny_configs import STAGES, load_config
 
-ELSEWHERE = pytest.mark.exhaustive(reason="test_hlo.py finds no collective in a loop in any stage")
+ELSEWHERE = pytest.mark.exhaustive(reason="test_hlo.py checks that no stage has a collective in a loop")
 OTHER_STAGES = pytest.mark.exhaustive(
     reason="three_steps of test_stages.py forbids transfers in every stage and layout"
 )
@@ -30,7 +30,7 @@ def make(stage, corpus, minilm, tokenizer, sharding="replicated"):
 
 
 def collectives_of(step, state, rows, devices: int) -> dict[str, list[tuple[int, int | None]]]:
-    """Kind -> (bytes, times a step) of each."""
+    """Maps each kind of collective to a list of (bytes, times per step)."""
     found: dict[str, list[tuple[int, int | None]]] = {"all-gather": [], "reduce-scatter": [], "all-reduce": []}
     for each in collectives(step.lower(state, rows).compile().as_text(), devices):
         found[each.kind].append((each.bytes, each.times))
@@ -41,11 +41,11 @@ def test_a_contrastive_step_gathers_and_reduces_once(corpus, minilm, tokenizer):
     state, step, rows = make("contrastive", corpus, minilm, tokenizer)
     found = collectives_of(step, state, rows, 8)
     embeddings, hashes = 16 * 32 * 4, 16 * 2 * 4
-    # The documents of all devices; hashes of queries and of documents.
+    # The hashes of queries, the hashes of documents, and the document embeddings, each of all devices.
     assert sorted(found["all-gather"]) == [(hashes, 1), (hashes, 1), (embeddings, 1)]
     assert found["reduce-scatter"] == [(embeddings, 1)]  # the documents' gradient
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    # The gradient, and the sums of loss, weight and accuracy.
+    # The gradient and the sums of loss, weight and accuracy share one all-reduce.
     assert found["all-reduce"] == [((parameters + 3) * 4, 1)]
 
 
@@ -84,7 +84,7 @@ def test_nothing_moves_between_host_and_devices_in_a_step(stage, corpus, minilm,
 
 @pytest.mark.parametrize(
     "sharding",
-    ["fsdp", pytest.param("zero1", marks=pytest.mark.exhaustive(reason="fsdp divides the optimizer state alike"))],
+    ["fsdp", pytest.param("zero1", marks=pytest.mark.exhaustive(reason="fsdp divides the optimizer state too"))],
 )
 def test_a_divided_state_is_divided(sharding, corpus, minilm, tokenizer):
     state, step, rows = make("contrastive", corpus, minilm, tokenizer, sharding)

@@ -1,4 +1,4 @@
-"""Three optimizer steps of each stage: the same on 1 and on 8 devices, with and without memory-saving."""
+"""Three optimizer steps of each stage give the same results on 1 and 8 devices, with and without memory saving."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from tests.train.tiny_configs import load_config
 
 
 def three_steps(config, tokenizer, device_count, sharding="replicated", guide=None):
-    """(the metrics of each step, the parameters). The second and third step move nothing between host and devices."""
+    """Returns (metrics of each step, parameters). Steps 2 and 3 fail on any transfer between host and devices."""
     mesh = make_mesh(jax.devices()[:device_count])
     stream = make_stream(config, tokenizer, device_count)
     stage = make_stage(config, EmbeddingConfig(config.model), stream.layout, guide)
@@ -55,7 +55,7 @@ def assert_same(a, b, tolerance=1e-5):
         assert left["accuracy"] == pytest.approx(right["accuracy"], abs=1e-6)
     difference = jax.tree.map(np.subtract, a[1], b[1])
     assert optax.tree.norm(difference) <= tolerance * optax.tree.norm(b[1])
-    # Leaf by leaf a little more: a bias is nothing but the sum of three Adam steps, which divide by tiny gradients.
+    # Single leaves differ a little more: a bias is only the sum of three Adam steps, which divide by tiny gradients.
     for path, leaf in jax.tree.leaves_with_path(jax.tree.map(relative, a[1], b[1])):
         assert leaf <= 10 * tolerance, jax.tree_util.keystr(path)
 
@@ -64,7 +64,7 @@ def relative(left, right):
     return np.linalg.norm(left - right) / max(np.linalg.norm(right), 1e-12)
 
 
-PAIRWISE = pytest.mark.exhaustive(reason="each stage and each sharding are in another pair of the default suite")
+PAIRWISE = pytest.mark.exhaustive(reason="other pairs of the default suite cover each stage and each sharding")
 
 
 @pytest.mark.slow(reason="compiles two training steps")
@@ -81,7 +81,7 @@ def test_one_device_and_eight_agree(stage, corpus, minilm, tokenizer):
     [
         ("mlm", "zero1"),
         pytest.param("contrastive", "zero1", marks=PAIRWISE),
-        # With all options of the loss: test_loss_options_agree_between_one_device_and_eight.
+        # test_loss_options_agree_between_one_device_and_eight runs this pair with all options of the loss.
         pytest.param("finetune", "fsdp", marks=PAIRWISE),
     ],
 )
@@ -95,7 +95,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(corpus, minilm, toke
     assert_same(three_steps(load_config("mlm", corpus, minilm, accumulate=4), tokenizer, 2), whole)
 
 
-@pytest.mark.slow(reason="compiles two training steps, one of them for every length of a chunk")
+@pytest.mark.slow(reason="compiles two training steps, one of them for every chunk length")
 @pytest.mark.parametrize(
     "stage, layout, kept_chunks",
     [
@@ -105,7 +105,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(corpus, minilm, toke
     ],
 )
 def test_layouts_give_the_same_step(stage, layout, kept_chunks, corpus, minilm, tokenizer, monkeypatch):
-    # Every length is compiled; a few are enough.
+    # Every chunk length is compiled; a large step makes them few.
     monkeypatch.setattr("nomic_jax.data.batches.packing.LENGTH_STEP", 24)
     plain = load_config(stage, corpus, minilm)
     data = dataclasses.replace(plain.data, layout=layout, chunk_tokens=128)
@@ -121,15 +121,15 @@ def test_mlm_head_in_parts_gives_the_same_step(corpus, minilm, tokenizer, monkey
 
 
 def test_document_mask_keeps_documents_apart(corpus, minilm, tokenizer):
-    """With the mask, what stands in one document of a row does not change the loss of another."""
+    """With the mask, the tokens of one document in a row do not change the loss of another document."""
     data = dict(load_config("mlm", corpus, minilm).data.__dict__, document_mask=True)
     config = load_config("mlm", corpus, minilm, data=data)
     stage = make_stage(config, EmbeddingConfig(config.model))
-    # Larger weights than the initial ones, so that attention prefers some tokens to others.
+    # The initial weights are too small for attention to weight tokens differently.
     params = jax.tree.map(lambda x: 8 * x, jax.jit(stage.init)(jax.random.key(0)))
     rows = make_stream(config, tokenizer).batch(0).arrays
     last = rows["segment"].max(axis=1, keepdims=True)
-    assert (last > 1).any(), "every row holds a single document; the test needs shorter ones"
+    assert (last > 1).any(), "every row holds a single document; the test needs shorter documents"
     row = int(np.argmax(last[:, 0] > 1))
     rows = {name: array[row : row + 1] for name, array in rows.items()}
     in_last = np.take_along_axis(rows["segment"], rows["position"], 1) == rows["segment"].max()
@@ -163,13 +163,13 @@ def test_loss_options_agree_between_one_device_and_eight(corpus, minilm, tokeniz
 
 @pytest.mark.slow(reason="compiles two training steps with two encoders")
 def test_a_guide_leaves_out_what_it_finds_as_similar_as_the_positive(corpus, minilm, tokenizer):
-    """A margin of 2 leaves nothing out."""
+    """A guide changes the loss; with a margin of 2 it masks nothing."""
     plain = load_config("contrastive", corpus, minilm)
     model = EmbeddingConfig(plain.model)
     guide = Checkpoint(model, {"encoder": init_encoder(jax.random.key(7), model.encoder)}, tokenizer)
 
     def losses(guide, margin):
-        """Of three batches on one device, without a step between them."""
+        """Returns the losses of three batches on one device, without optimizer steps between them."""
         config = dataclasses.replace(plain, loss=dataclasses.replace(plain.loss, guide_margin=margin))
         stage = make_stage(config, model, None, guide)
 
@@ -195,7 +195,7 @@ def test_a_guide_leaves_out_what_it_finds_as_similar_as_the_positive(corpus, min
 
 def test_a_guide_of_another_vocabulary(corpus, minilm, tmp_path):
     config = load_config("contrastive", corpus, minilm)
-    # Two words change places.
+    # Swap the ids of two words.
     text = Tokenizer.from_directory(minilm).backend.to_str()
     swapped = text.replace('"house":', '"[house]":').replace('"garden":', '"house":').replace('"[house]":', '"garden":')
     other = dataclasses.replace(read_pretrained(minilm), tokenizer=Tokenizer(tokenizers.Tokenizer.from_str(swapped)))
@@ -206,7 +206,7 @@ def test_a_guide_of_another_vocabulary(corpus, minilm, tmp_path):
 
 
 def test_a_learnt_temperature_goes_on_in_the_next_stage(corpus, minilm, tmp_path):
-    # The program of test_loss_options_agree_between_one_device_and_eight.
+    # The same program as in test_loss_options_agree_between_one_device_and_eight.
     config = load_config("finetune", corpus, minilm)
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, **OPTIONS))
     train(config, tmp_path / "one", jax.devices()[:1])
@@ -217,7 +217,7 @@ def test_a_learnt_temperature_goes_on_in_the_next_stage(corpus, minilm, tmp_path
 
 
 def test_a_source_may_keep_its_rows_apart(corpus, minilm, tokenizer, tmp_path):
-    """Without in-batch negatives a pair has no negative at all: its loss is 0."""
+    """Without in-batch negatives, a pair has no negative, so its loss is 0."""
     text = (corpus / "pairs.yaml").read_text(encoding="utf-8").replace("bucket: ", f"bucket: {corpus}/")
     alone = tmp_path / "alone.yaml"
     alone.write_text(text.replace("query_prefix: clustering", "query_prefix: clustering, in_batch_negatives: false"))

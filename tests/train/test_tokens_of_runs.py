@@ -1,4 +1,4 @@
-"""A run's stream is made of the stores and the sampling that its configuration names."""
+"""A run's stream uses the token stores and the sampling that its configuration specifies."""
 
 import dataclasses
 

@@ -4,13 +4,13 @@ import importlib
 
 from nomic_jax.train.config import TrainConfig
 
-# One layer: layers are not stacked, so each of them is compiled. tests/model has several.
+# One layer: layers are not stacked, so each one is compiled. tests/model covers several layers.
 TINY = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, max_positions=2048, dtype="float32")
 STAGES = ("mlm", "contrastive", "finetune")
 
 
 def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
-    """The :debug variant of a stage, smaller still, on the test corpus."""
+    """Returns the :debug variant of a stage with an even smaller model, on the test corpus."""
     config = importlib.import_module(f"configs.{stage}").get_config("debug")
     config.model.update(TINY)
     config.data.tokenizer = str(minilm)

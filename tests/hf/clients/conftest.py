@@ -1,4 +1,4 @@
-"""Exports of one encoder with every option that changes a file."""
+"""Exports of one encoder, one for every option that changes a file."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from tests.hf.clients.exports import EXPORTS, SIZES
 
 
 def randomised(params, seed):
-    """Every leaf random, norms too: an exchanged pair of tensors then shows."""
+    """Makes every leaf random, norms too, so that swapping two tensors changes the result."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(tree, [np.asarray(x) + rng.normal(0, 0.2, x.shape).astype(np.float32) for x in leaves])
@@ -23,7 +23,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory, tokenizer, params):
-    """Writes a directory; the encoder is the same in all of them."""
+    """A function that exports to a new directory and returns it. All exports have the same encoder."""
     head = {"mlm_head": init_mlm_head(jax.random.key(1), EncoderConfig(**SIZES))}
 
     def write(embedding=None, options=None, with_head=False, **encoder):

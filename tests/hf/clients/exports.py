@@ -1,4 +1,4 @@
-"""What the exports are made of, and how their files are read."""
+"""Sizes, texts and options of the exports, and functions that read their files."""
 
 import json
 
@@ -28,7 +28,7 @@ def read(path):
 
 
 def tensors_of(directory):
-    """Name -> (type, shape)."""
+    """Maps each tensor name to (type, shape)."""
     with safe_open(directory / "model.safetensors", framework="numpy") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}

@@ -1,8 +1,8 @@
-"""An exported directory meets what llama.cpp demands of a nomic-bert.
+"""An exported directory meets the requirements of llama.cpp for a nomic-bert.
 
-llama.cpp does not run here: the conditions are stated from its sources, each with the file that it is in, of its
-converter convert_hf_to_gguf.py, which is conversion/{base,bert}.py and gguf-py/gguf/{vocab,metadata,
-tensor_mapping}.py, of llama-cpp-python 0.3.36. That one was run on such exports by hand, and so was llama.cpp.
+The tests do not run llama.cpp. They check conditions from its sources in llama-cpp-python 0.3.36; comments name the
+file of each condition. Its converter convert_hf_to_gguf.py consists of conversion/{base,bert}.py and
+gguf-py/gguf/{vocab,metadata,tensor_mapping}.py. This converter and llama.cpp were run on such exports by hand.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from tests.hf.clients.exports import SIZES, TEXTS, read, tensors_of
 
-# gguf-py/gguf/tensor_mapping.py: name here -> name in a GGUF, of those that src/models/nomic-bert.cpp loads
+# gguf-py/gguf/tensor_mapping.py: name here -> name in a GGUF, for the tensors that src/models/nomic-bert.cpp loads
 GGUF_NAMES = {
     "embeddings.word_embeddings.weight": "token_embd.weight",
     "embeddings.token_type_embeddings.weight": "token_types.weight",
@@ -36,11 +36,11 @@ GGUF_NAMES = {
 
 
 def test_llama_cpp_maps_every_tensor(exported):
-    # conversion/base.py: a tensor without a name in a GGUF ends the conversion ("Can not map tensor"), a missing one
-    # the loading of the GGUF. conversion/bert.py: the masked-LM head is left out.
+    # conversion/base.py: a tensor without a name in a GGUF stops the conversion ("Can not map tensor"). A missing
+    # tensor stops the loading of the GGUF. conversion/bert.py: the masked-LM head is left out.
     found = tensors_of(exported)
     assert {name for name in found if not name.startswith("cls.predictions")} == set(GGUF_NAMES)
-    # gguf-py/gguf/utility.py reads these types, and what is not float16 becomes float32 at first
+    # gguf-py/gguf/utility.py reads these types, and converts all but float16 to float32 at first
     assert {kind for kind, _ in found.values()} <= {"F32", "F16", "BF16"}
 
 
@@ -51,7 +51,7 @@ def test_llama_cpp_reads_one_file_of_weights(exported):
 
 
 def test_llama_cpp_knows_the_architecture(exported):
-    # conversion/__init__.py: the first name chooses the converter; there is none for NomicBertForMaskedLM
+    # conversion/__init__.py: the first name selects the converter; NomicBertForMaskedLM has no converter
     assert read(exported / "config.json")["architectures"][0] == "NomicBertModel"
 
 
@@ -70,14 +70,14 @@ def test_llama_cpp_knows_the_architecture(exported):
     ],
 )
 def test_llama_cpp_asserts_field(v1, field, value):
-    # conversion/bert.py, NomicBertModel: a KeyError where it is absent, and False is asked for with "is"
+    # conversion/bert.py, NomicBertModel: a missing field raises a KeyError, and False is compared with "is"
     content = read(v1 / "config.json")
     assert content[field] == value
     assert type(content[field]) is type(value)
 
 
 def test_llama_cpp_sees_no_experts(exported):
-    # conversion/bert.py: would become another architecture, nomic-bert-moe
+    # conversion/bert.py: a value here selects another architecture, nomic-bert-moe
     assert not read(exported / "config.json").get("moe_every_n_layers")
 
 
@@ -93,16 +93,16 @@ def test_llama_cpp_sees_no_experts(exported):
     ],
 )
 def test_llama_cpp_reads_size(v1, keys, value):
-    # conversion/base.py, set_gguf_parameters: the first name that is there
+    # conversion/base.py, set_gguf_parameters: the first name that the file has
     content = read(v1 / "config.json")
     assert next(content[key] for key in keys if key in content) == value
 
 
 @pytest.mark.parametrize("scaling", [2.0, None])
 def test_llama_cpp_reads_the_context_length(export, scaling):
-    # conversion/bert.py takes two pairs of lengths and no other: 8192 positions from 2048 trained become a context of
-    # 2048; 2048 from 2048 are taken for nomic-embed-text-v2 and become 512, unless max_position_embeddings is there,
-    # which conversion/base.py looks for first. (Its transformers does not know nomic_bert, so it sees the file.)
+    # conversion/bert.py accepts only two pairs of lengths. 8192 positions with 2048 trained become a context of 2048.
+    # 2048 with 2048 are treated as nomic-embed-text-v2 and become 512, unless the file has max_position_embeddings,
+    # which conversion/base.py reads first. (Its transformers does not know nomic_bert, so it reads the file itself.)
     directory = export(rope_scaling_factor=scaling, max_positions=2048 if scaling is None else 8192)
     content = read(directory / "config.json")
     context = {(8192, 2048): 2048, (2048, 2048): 512}[content["n_positions"], content["max_trained_positions"]]
@@ -111,14 +111,14 @@ def test_llama_cpp_reads_the_context_length(export, scaling):
 
 def test_llama_cpp_reads_rope(exported):
     content = read(exported / "config.json")
-    # conversion/base.py: the base is taken from rope_parameters, else from rotary_emb_base; llama.cpp's own is 10000
+    # conversion/base.py: the base comes from rope_parameters, else rotary_emb_base; the default of llama.cpp is 10000
     assert content["rope_parameters"]["rope_theta"] == content["rotary_emb_base"] == 1000
-    # ... and "dynamic" is passed over; yarn, linear and longrope would be applied
+    # conversion/base.py ignores "dynamic", but applies yarn, linear and longrope
     assert content["rope_parameters"]["rope_type"] in ("default", "dynamic")
 
 
 def test_llama_cpp_reads_the_pooling(exported):
-    # conversion/base.py, _try_set_pooling_type: the first module whose type ends so; mean is looked at first
+    # conversion/base.py, _try_set_pooling_type: the first module whose type ends in "Pooling"; mean is checked first
     path = next(module["path"] for module in read(exported / "modules.json") if module["type"].endswith("Pooling"))
     pooling = read(exported / path / "config.json")
     assert pooling["pooling_mode_mean_tokens"] != pooling["pooling_mode_cls_token"]
@@ -132,10 +132,10 @@ def test_llama_cpp_reads_the_model_card(exported):
 
 
 def test_llama_cpp_recognises_the_tokenizer(v1, minilm):
-    # conversion/bert.py, _is_tokenizer_xlmroberta: the type must be written down
+    # conversion/bert.py, _is_tokenizer_xlmroberta: the file must name the type
     assert read(v1 / "tokenizer.json")["model"]["type"] == "WordPiece"
-    # conversion/base.py, get_vocab_base: AutoTokenizer, and its ids of a text must be those of a known tokenizer:
-    # bert-base-uncased's here
+    # conversion/base.py, get_vocab_base: AutoTokenizer must encode a text as a known tokenizer does, here that of
+    # bert-base-uncased
     theirs = AutoTokenizer.from_pretrained(v1)
     reference = RustTokenizer.from_file(str(minilm / "tokenizer.json"))
     reference.no_truncation()
@@ -145,8 +145,8 @@ def test_llama_cpp_recognises_the_tokenizer(v1, minilm):
 
 
 def test_llama_cpp_fills_the_vocabulary(v1):
-    # conversion/base.py, get_vocab_base: the ids beyond the tokenizer's become unused tokens; llama.cpp wants as many
-    # tokens as the embedding has rows.
+    # conversion/base.py, get_vocab_base: ids beyond those of the tokenizer become unused tokens. llama.cpp requires as
+    # many tokens as the embedding has rows.
     content = read(v1 / "config.json")
     ids = sorted(AutoTokenizer.from_pretrained(v1).get_vocab().values())
     assert ids == list(range(30522))
@@ -154,8 +154,8 @@ def test_llama_cpp_fills_the_vocabulary(v1):
 
 
 def test_llama_cpp_finds_the_special_tokens(v1):
-    # gguf-py/gguf/vocab.py: names from tokenizer_config.json, ids from added_tokens; [CLS] and [SEP] are added to a
-    # text when a TemplateProcessing has them first and last.
+    # gguf-py/gguf/vocab.py: names come from tokenizer_config.json, ids from added_tokens. [CLS] and [SEP] are added to
+    # a text if they are the first and last tokens of a TemplateProcessing.
     definition, config = read(v1 / "tokenizer.json"), read(v1 / "tokenizer_config.json")
     added = {token["content"]: token["id"] for token in definition["added_tokens"] if token["special"]}
     named = {kind: added[config[f"{kind}_token"]] for kind in ("pad", "unk", "cls", "sep", "mask")}
@@ -167,7 +167,7 @@ def test_llama_cpp_finds_the_special_tokens(v1):
 
 
 def test_llama_cpp_normalises_text_alike(v1):
-    # gguf-py/gguf/vocab.py and src/llama-vocab.cpp: the flags of a BertNormalizer; strip_accents is on where it is null
+    # gguf-py/gguf/vocab.py and src/llama-vocab.cpp: the flags of a BertNormalizer; null turns strip_accents on
     normalizer = read(v1 / "tokenizer.json")["normalizer"]
     assert normalizer["type"] == "BertNormalizer"
     assert normalizer["lowercase"] is True

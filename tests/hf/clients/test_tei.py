@@ -1,8 +1,8 @@
-"""An exported directory meets what text-embeddings-inference (TEI) demands of a nomic-bert.
+"""An exported directory meets the requirements of text-embeddings-inference (TEI) for a nomic-bert.
 
-TEI does not run here: the conditions are stated from its sources, each with the file that it is in, of
-router/src/lib.rs, core/src/, backends/src/lib.rs and backends/candle/src/{lib.rs, models/nomic.rs, layers/}; where its
-releases differ, the strictest.
+The tests do not run TEI. They check conditions from its sources: router/src/lib.rs, core/src/, backends/src/lib.rs and
+backends/candle/src/{lib.rs, models/nomic.rs, layers/}. Comments name the file of each condition. If the releases of TEI
+differ, the strictest one counts.
 """
 
 import functools
@@ -30,7 +30,7 @@ def is_usize(value):
 
 
 def is_f32(value):
-    """A number that does not become infinite or zero in 32 bits."""
+    """Returns whether value is a number that stays finite in float32, and nonzero unless it is 0."""
     return type(value) in (int, float) and np.isfinite(np.float32(value)) and (value == 0) == (np.float32(value) == 0)
 
 
@@ -47,7 +47,7 @@ def is_string_map(value):
 
 
 def test_tei_parses_every_json(exported):
-    # serde_json: UTF-8, no NaN or Infinity, and a struct's field must not come twice.
+    # serde_json: UTF-8, no NaN or Infinity, and no field of a struct twice.
     def once(pairs):
         assert len(dict(pairs)) == len(pairs)
         return dict(pairs)
@@ -65,8 +65,8 @@ def test_tei_parses_every_json(exported):
         # router/src/lib.rs, ModelConfig
         ("architectures", is_strings),
         ("model_type", is_string),
-        ("pad_token_id", is_usize),  # may be absent, but not null in older releases
-        # backends/candle/src/models/nomic.rs, NomicConfig: each of these without a default
+        ("pad_token_id", is_usize),  # may be absent, but older releases refuse null
+        # backends/candle/src/models/nomic.rs, NomicConfig: none of these has a default
         ("prenorm", is_bool),
         ("qkv_proj_bias", is_bool),
         ("mlp_fc1_bias", is_bool),
@@ -83,7 +83,7 @@ def test_tei_parses_every_json(exported):
         ("vocab_size", is_usize),
         ("type_vocab_size", is_usize),
         ("activation_function", is_string),
-        # has a default, 2048, which need not be ours
+        # its default is 2048, but our value may differ
         ("max_trained_positions", is_usize),
     ],
 )
@@ -95,7 +95,7 @@ def test_tei_requires_field(v1, field, has_type):
     ("field", "has_type"),
     [
         ("rotary_scaling_factor", is_f32),
-        # of the mixture-of-experts model: TEI builds that one where these are given
+        # fields of the mixture-of-experts model, which TEI builds if they are present
         ("moe_every_n_layers", None),
         ("num_experts", None),
         ("moe_top_k", None),
@@ -110,9 +110,9 @@ def test_tei_accepts_optional_field(exported, field, has_type):
 
 
 def test_what_tei_up_to_1_9_3_stumbles_over_may_be_deleted(v1, tmp_path):
-    # router/src/lib.rs and nomic.rs of these releases take n_positions for an alias of max_position_embeddings: a file
-    # with both, such as ours and the published ones, is to them a "duplicate field" (issue 927, mended by pull 876).
-    # README.md tells the user to delete the second one there; nobody then reads the file otherwise.
+    # router/src/lib.rs and nomic.rs of these releases treat n_positions as an alias of max_position_embeddings. They
+    # refuse files with both, such as ours and the published ones: "duplicate field" (issue 927, fixed by pull request
+    # 876). README.md tells users to delete max_position_embeddings. Other readers then get the same configuration.
     shutil.copytree(v1, tmp_path / "model")
     content = read(v1 / "config.json")
     assert content.pop("max_position_embeddings") == AutoConfig.for_model("nomic_bert").max_position_embeddings
@@ -124,56 +124,56 @@ def test_what_tei_up_to_1_9_3_stumbles_over_may_be_deleted(v1, tmp_path):
 
 def test_tei_knows_the_model(exported):
     content = read(exported / "config.json")
-    # backends/candle/src/lib.rs: the tag that chooses the model
+    # backends/candle/src/lib.rs: the tag that selects the model
     assert content["model_type"] == "nomic_bert"
     # router/src/lib.rs: ...Classification becomes a classifier, which nomic.rs refuses
     assert not any(name.endswith("Classification") for name in content["architectures"])
-    # layers/linear.rs, HiddenAct: these names only; anything but gelu is taken for a gated MLP
+    # layers/linear.rs, HiddenAct: only these names; everything except gelu means a gated MLP
     assert content["activation_function"] in ("swiglu", "silu")
 
 
 def test_tei_supports_the_configuration(exported):
-    # nomic.rs, NomicConfig::valid, in the form of the older releases, which is the stricter
+    # nomic.rs, NomicConfig::valid of the older releases, which are stricter
     content = read(exported / "config.json")
     assert not any(content[name] for name in ("prenorm", "qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias"))
     assert content["rotary_emb_fraction"] == 1
     assert not content["rotary_emb_interleaved"]
     assert content["type_vocab_size"] > 0
-    # nomic.rs: the head dimension is a division of integers, and RoPE takes it in halves
+    # nomic.rs: the head dimension is an integer division, and RoPE splits it into halves
     assert content["n_embd"] % (2 * content["n_head"]) == 0
 
 
 def test_tei_reads_the_pooling(exported):
-    # router/src/lib.rs, PoolConfig: the first releases want all four; cls is looked at first.
+    # router/src/lib.rs, PoolConfig: the first releases require all four fields; cls is checked first.
     pooling = read(exported / "1_Pooling" / "config.json")
     modes = {mode: pooling[f"pooling_mode_{mode}"] for mode in ("cls_token", "mean_tokens", "max_tokens")}
     assert all(map(is_bool, modes.values()))
     assert is_bool(pooling["pooling_mode_mean_sqrt_len_tokens"])
     assert [mode for mode, on in modes.items() if on] in (["cls_token"], ["mean_tokens"])
-    # newer ones prefer this where it is given
+    # newer releases prefer this field if it is present
     assert pooling.get("pooling_mode") in (None, "cls", "mean")
-    # (TEI takes the width from the model; sentence-transformers from here)
+    # TEI takes the width from the model; sentence-transformers takes it from this field
     assert pooling["word_embedding_dimension"] == SIZES["hidden_size"]
 
 
 def test_tei_reads_the_maximum_length(exported):
-    # router/src/lib.rs, STConfig: a number, not null. Positions below it are looked up in a table of n_positions rows
-    # (nomic.rs), already for the warm-up of the GPU.
+    # router/src/lib.rs, STConfig: a number, not null. TEI looks up all positions below it in a table of n_positions
+    # rows (nomic.rs), even in the warm-up of the GPU.
     limit = read(exported / "sentence_bert_config.json")["max_seq_length"]
     assert is_usize(limit)
     assert 0 < limit <= read(exported / "config.json")["n_positions"]
 
 
 def test_tei_reads_the_prompts(exported):
-    # router/src/lib.rs, NewSTConfig: a map of strings, without null among them
+    # router/src/lib.rs, NewSTConfig: a map of strings, without null values
     prompts = read(exported / "config_sentence_transformers.json")["prompts"]
     assert is_string_map(prompts)
     assert prompts["query"] == "search_query: "
 
 
 def test_tei_reads_the_modules(exported):
-    # backends/src/lib.rs, ModuleConfig and ModuleType: one type that is not in the list spoils the file, which costs
-    # a warning and the Dense modules. Of the LayerNorm of v1.5 that is known: TEI leaves it out, there are no Dense.
+    # backends/src/lib.rs, ModuleConfig and ModuleType: on an unknown module type, TEI warns and ignores the file and
+    # so its Dense modules. This happens with the LayerNorm of v1.5: TEI skips it, and there are no Dense modules.
     modules = read(exported / "modules.json")
     for module in modules:
         assert is_usize(module["idx"])
@@ -182,17 +182,17 @@ def test_tei_reads_the_modules(exported):
     known = {f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Normalize")}
     others = {module["type"] for module in modules} - known
     assert others <= {"sentence_transformers.models.LayerNorm"}
-    # core/src/download.rs: the pooling is looked for here, whatever modules.json says
+    # core/src/download.rs: TEI reads the pooling from this folder and ignores the path in modules.json
     assert modules[1]["path"] == "1_Pooling"
 
 
 def test_tei_finds_its_tensors(exported):
-    # backends/candle/src/lib.rs: this file. candle converts these three types to the one that it runs in.
+    # backends/candle/src/lib.rs reads this file. candle converts these three types to its compute type.
     found = tensors_of(exported)
     assert {kind for kind, _ in found.values()} <= {"F32", "F16", "BF16"}
     content = read(exported / "config.json")
     width, inner = content["n_embd"], content["n_inner"]
-    # models/nomic.rs and flash_nomic.rs, layers/layer_norm.rs: names without a prefix, shapes exactly of the config
+    # models/nomic.rs and flash_nomic.rs, layers/layer_norm.rs: names without a prefix, shapes exactly as in the config
     wanted = {
         "embeddings.word_embeddings.weight": (content["vocab_size"], width),
         "embeddings.token_type_embeddings.weight": (content["type_vocab_size"], width),
@@ -213,10 +213,10 @@ def test_tei_finds_its_tensors(exported):
 
 
 def test_tei_encodes_text(v1, tokenizer):
-    # router/src/lib.rs loads tokenizer.json with the same Rust library; core/src/tokenization.rs adds special tokens
-    # through the post-processor and passes the type ids on, which nomic.rs looks up among type_vocab_size rows.
+    # router/src/lib.rs loads tokenizer.json with the same Rust library. core/src/tokenization.rs adds special tokens
+    # with the post-processor and passes on the type ids, which nomic.rs looks up in a table of type_vocab_size rows.
     backend = RustTokenizer.from_file(str(v1 / "tokenizer.json"))
-    # It would replace both, but other readers of the file do not.
+    # TEI would replace both settings, but other readers of the file would not.
     assert backend.truncation is None
     assert backend.padding is None
     content = read(v1 / "config.json")
@@ -231,8 +231,9 @@ def test_tei_encodes_text(v1, tokenizer):
 
 
 def test_their_arithmetic_gives_our_vectors(v1, params):
-    # models/nomic.rs and src/models/{nomic-bert,bert}.cpp, in numpy from the files alone: the thirds of Wqkv are q, k
-    # and v; fc12 is the gate; both norms come after the sum; RoPE pairs the halves of a head; type 0; mean.
+    # The arithmetic of models/nomic.rs and src/models/{nomic-bert,bert}.cpp in numpy, from the files alone: the thirds
+    # of Wqkv are q, k and v; fc12 is the gate; both norms follow the residual sum; RoPE pairs the halves of a head;
+    # the token type is 0; pooling is the mean.
     tensors, content = load_file(v1 / "model.safetensors"), read(v1 / "config.json")
     backend = RustTokenizer.from_file(str(v1 / "tokenizer.json"))
     heads, width = content["n_head"], content["n_embd"]
@@ -267,7 +268,7 @@ def test_their_arithmetic_gives_our_vectors(v1, params):
             x = norm(x + x @ weights["mlp.fc11"] * gate / (1 + np.exp(-gate)) @ weights["mlp.fc2"], f"{layer}.norm2")
         return x.mean(0)
 
-    # Ours is of the parameters themselves: reading the file back would forgive names exchanged in both directions.
+    # Our vectors use the parameters in memory: names swapped in both writing and reading would otherwise cancel out.
     ids = [encoding.ids for encoding in backend.encode_batch(TEXTS)]
     padded = np.array([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], np.int32)
     lengths = np.array(list(map(len, ids)), np.int32)

@@ -1,4 +1,4 @@
-"""Chunks change nothing: embeddings and gradients are those of one text at a time, on 1 and on 8 devices."""
+"""Embeddings and gradients computed in chunks equal those of one text at a time, on 1 and on 8 devices."""
 
 import functools
 
@@ -14,13 +14,13 @@ from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, init_encoder
 from nomic_jax.train.objectives.chunks import embed_chunks
 from nomic_jax.train.sharding import DATA, make_mesh, put_rows
 
-# init_std: large enough that attention prefers some tokens to others.
+# init_std is large enough for attention to weight tokens differently.
 ENCODER = EncoderConfig(
     vocab_size=128, hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128, max_positions=64, init_std=0.2
 )
 ROWS, DOCUMENTS, LONGEST = 64, 2, 64
 LAYOUTS = {
-    # 3 x 48: the budget of 192 is a multiple of neither 64 x 2 nor 16 x 8.
+    # The budget of 4 x 48 = 192 tokens is not a multiple of 8 x 16 = 2 x 64 = 128.
     "bucketed": Layout((Shape(4, 48), Shape(8, 16), Shape(2, 64))),
     "packed": Layout((Shape(4, 64), Shape(1, 64)), segments=6),
 }
@@ -33,7 +33,7 @@ def model(pooling):
 @pytest.fixture(scope="module")
 def params():
     params = init_encoder(jax.random.key(0), ENCODER)
-    # Not the initial ones and zeros, which hide a gradient that does not arrive.
+    # Add noise: initial ones and zeros would hide a missing gradient.
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return tree.unflatten([leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
@@ -41,7 +41,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def texts():
-    """[ROWS][1 + DOCUMENTS] token ids: the query, then the documents; few lengths, as each is compiled alone."""
+    """[ROWS][1 + DOCUMENTS] token ids: the query, then the documents. Each length compiles once, so there are few."""
     rng = np.random.default_rng(0)
     lengths = np.concatenate(
         [
@@ -61,7 +61,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def plain(params, texts, weights):
-    """pooling -> (embeddings of every text by itself, gradient of their weighted sum from one padded batch)."""
+    """Maps pooling to (embeddings of single texts, gradient of their weighted sum from one padded batch)."""
 
     @functools.cache
     def compute(pooling):
@@ -79,7 +79,7 @@ def plain(params, texts, weights):
 
 
 def in_plan_order(plan, rows_of):
-    """The entries [ROWS, 1 + DOCUMENTS] of every device: its queries, then its documents row by row."""
+    """Returns the entries of [ROWS, 1 + DOCUMENTS] by device: the queries, then the documents row by row."""
     return [
         entry
         for rows in plan.rows
@@ -88,7 +88,7 @@ def in_plan_order(plan, rows_of):
 
 
 def chunked(params, texts, weights, pooling, layout, device_count, kept_chunks):
-    """(plan, embeddings in its order, gradient), with parameters that do not vary over devices."""
+    """Returns (plan, embeddings in plan order, gradient). The parameters are replicated over the devices."""
     lengths = np.array([[len(ids) for ids in row] for row in texts])
     plan = plan_chunks(lengths[:, 0], lengths[:, 1:], layout, device_count)
     ids = in_plan_order(plan, texts)
@@ -110,12 +110,10 @@ def chunked(params, texts, weights, pooling, layout, device_count, kept_chunks):
     return plan, *run(params, {name: put_rows(part, mesh) for name, part in rows.items()})
 
 
-PAIRWISE = pytest.mark.exhaustive(reason="each layout and each pooling are in another case of the default suite")
+PAIRWISE = pytest.mark.exhaustive(reason="other cases of the default suite cover each layout and each pooling")
 
 
-@pytest.mark.slow(
-    reason="compiles the gradient for every length of a chunk, and the forward pass for every length of a text"
-)
+@pytest.mark.slow(reason="compiles the gradient for every chunk length, and the forward pass for every text length")
 @pytest.mark.parametrize(
     "kind, pooling, device_count, kept_chunks",
     [
@@ -130,7 +128,7 @@ PAIRWISE = pytest.mark.exhaustive(reason="each layout and each pooling are in an
 def test_chunks_give_what_single_texts_give(kind, pooling, device_count, kept_chunks, params, texts, weights, plain):
     layout = LAYOUTS[kind]
     plan, embedding_NE, gradient = chunked(params, texts, weights, pooling, layout, device_count, kept_chunks)
-    assert set(plan.shape.ravel()) >= set(range(len(layout.shapes))), "not every shape is used"
+    assert set(plan.shape.ravel()) >= set(range(len(layout.shapes))), "the plan does not use every shape"
     if device_count > 1 and kind == "bucketed":
         assert (plan.shape == len(layout.shapes)).any(), "no chunk is empty"
         assert (plan.shape != plan.shape[0]).any(), "all devices take the same branches"
@@ -144,14 +142,14 @@ def relative(left, right):
     return np.linalg.norm(left - right) / np.linalg.norm(right)
 
 
-@pytest.mark.slow(reason="compiles the gradient of every shape of a chunk")
+@pytest.mark.slow(reason="compiles the gradient for every chunk shape")
 def test_memory_is_that_of_one_shape(params):
-    """The activations of a chunk's branch are allocated once, however many branches there are."""
+    """The branches for the shapes share one allocation for activations."""
     shapes = (Shape(32, 64), Shape(64, 32), Shape(128, 16), Shape(42, 48))
 
     def temporary_bytes(layout):
         size = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        # Equal buffers for the layouts that are compared.
+        # Both layouts get buffers of the same size.
         chunks = {"ids": size((4, 2048)), "shape": size((4,)), "place": size((8,)), "length": size((4, 128))}
         loss = jax.jit(jax.grad(lambda params, chunks: embed_chunks(params, chunks, model("mean"), layout).sum()))
         return loss.lower(params, chunks).compile().memory_analysis().temp_size_in_bytes

@@ -1,4 +1,4 @@
-"""The gradient of a step on eight devices against GradCache (arXiv:2101.06983) in torch, of transformers' model."""
+"""The gradient of a step on eight devices equals GradCache (arXiv:2101.06983) in torch with transformers' model."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ MINI_BATCH = 3
 
 
 def keep_gradient() -> optax.GradientTransformation:
-    """Changes nothing; its state is the gradient."""
+    """Returns an optimizer that makes zero updates and stores the gradient as its state."""
     return optax.GradientTransformation(
         lambda params: optax.tree.zeros_like(params),
         lambda gradient, state, params=None: (jax.tree.map(lambda g: g * 0, gradient), gradient),
@@ -30,7 +30,7 @@ def keep_gradient() -> optax.GradientTransformation:
 
 
 def gradcache(model, queries: list[torch.Tensor], documents: list[torch.Tensor], temperature: float) -> float:
-    """Leaves the gradient of InfoNCE in the parameters, MINI_BATCH texts at a time; returns the loss."""
+    """Accumulates the InfoNCE gradient in the parameters, MINI_BATCH texts at a time, and returns the loss."""
 
     def embed(texts: list[torch.Tensor]) -> torch.Tensor:
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
@@ -67,14 +67,14 @@ def test_the_gradient_is_gradcaches(corpus, minilm, tokenizer, tmp_path):
 
     write_checkpoint(tmp_path, Checkpoint(EmbeddingConfig(config.model), params, tokenizer))
     model = transformers.NomicBertModel.from_pretrained(tmp_path).train()
-    # The same rows, in the order of the files instead of the devices'.
+    # The same rows in file order instead of device order.
     rows = make_stream(plain, tokenizer, 1).batch(0).arrays
     queries, documents = (
         [torch.tensor(text[:length]).long() for text, length in zip(ids.reshape(-1, ids.shape[-1]), lengths.ravel())]
         for ids, lengths in ((rows[f"{side}_ids"], rows[f"{side}_length"]) for side in ("query", "document"))
     )
     texts = [tuple(text.tolist()) for text in queries + documents]
-    assert len(set(texts)) == len(texts), "the loss masks what is repeated, GradCache does not"
+    assert len(set(texts)) == len(texts), "repeated texts: the loss masks them, GradCache does not"
     loss = gradcache(model, queries, documents, config.loss.temperature)
 
     assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
@@ -83,6 +83,6 @@ def test_the_gradient_is_gradcaches(corpus, minilm, tokenizer, tmp_path):
     for (path, mine), other in zip(
         jax.tree.leaves_with_path(gradient["encoder"]), jax.tree.leaves(expected), strict=True
     ):
-        mine = mine[1:] if mine.shape[0] == config.model.vocab_size else mine  # torch has none for [PAD]
+        mine = mine[1:] if mine.shape[0] == config.model.vocab_size else mine  # torch has no gradient for [PAD]
         other = other[1:] if other.shape[0] == config.model.vocab_size else other
         assert np.linalg.norm(mine - other) <= 1e-4 * np.linalg.norm(other), jax.tree_util.keystr(path)

@@ -1,4 +1,4 @@
-"""The gathered contrastive loss against the dense formula in float64, in value and gradients, on 1 to 8 devices."""
+"""Compares the gathered contrastive loss and its gradients with the dense formula in float64, on 1 to 8 devices."""
 
 import functools
 
@@ -13,8 +13,8 @@ from nomic_jax.train.sharding import DATA, make_mesh
 
 B, E, G, TEMPERATURE = 16, 12, 5, 0.05
 
-# Name -> (negatives a row, options of the loss; "guide" stands for a guide's embeddings, in_batch_negatives=None for
-# one value a row).
+# Name -> (negatives per row, options of the loss). example() replaces "guide" with the embeddings of a guide, and
+# in_batch_negatives=None with one value per row.
 CASES = {
     "pairs": (0, {}),
     "hard negatives": (3, {}),
@@ -34,7 +34,7 @@ CASES = {
 
 
 def texts_with_duplicates(C):
-    """Numbers that stand for texts: some documents and some queries occur twice, a negative repeats a positive."""
+    """Returns numbers that stand for texts. Some documents and queries occur twice; a negative repeats a positive."""
     query = np.arange(B)
     query[5] = query[11]
     document = 100 + np.arange(B * C).reshape(B, C)
@@ -47,13 +47,13 @@ def texts_with_duplicates(C):
 
 
 def dense(query_BE, document_BCE, query_text, document_text, options=None, temperature=TEMPERATURE):
-    """Mean loss, gradients to queries, documents and log(1 / temperature), accuracy: straight from the definition.
+    """Computes the loss from its definition: one query (then one positive) at a time, over its unmasked candidates.
 
-    One query (then, one positive) at a time, over a list of the candidates that count.
+    Returns the mean loss, the gradients to queries, documents and log(1 / temperature), and the accuracy.
     """
     torch = pytest.importorskip("torch", reason="the reference is torch's autograd in float64; torch is not installed")
     options = dict(options or {})
-    options.pop("column_tile", None)  # the same loss by definition
+    options.pop("column_tile", None)  # tiles do not change the loss
     guide, margin = options.pop("guide", None), options.pop("guide_margin", 0.0)
     in_batch = np.broadcast_to(options.pop("in_batch_negatives", True), B)
     bidirectional = options.pop("bidirectional", False)
@@ -112,7 +112,7 @@ def as_hash(texts):
 
 
 def example(negatives, options):
-    """Arrays and texts of a case, and its options with arrays in place of the words. Equal texts, equal embeddings."""
+    """Returns embeddings, texts and options (placeholders replaced) of a case. Equal texts have equal embeddings."""
     rng = np.random.default_rng(0)
     C = 1 + negatives
     query_text, document_text = texts_with_duplicates(C)
@@ -120,7 +120,7 @@ def example(negatives, options):
 
     def embeddings(width):
         of_query, of_document = unit_vectors(rng, 2000, width), unit_vectors(rng, 2000, width)
-        # A positive resembles its query, or the few duplicates would hardly show in the loss.
+        # Positives resemble their queries; otherwise the few duplicates would hardly change the loss.
         of_document[document_text[:, 0]] += of_query[query_text]
         of_document /= np.linalg.norm(of_document, axis=-1, keepdims=True)
         return of_query[query_text], of_document[document_text]
@@ -134,9 +134,10 @@ def example(negatives, options):
 
 
 def mean_and_gradients(devices, query, document, texts, options, temperature=TEMPERATURE, learnable=True):
-    """As the training step does it: local sums and their gradients on each device, one psum, one division.
+    """Computes as the training step does: local sums and their gradients on each device, one psum, one division.
 
-    Returns the loss, gradients to queries, documents and the temperature's parameter (None if it is fixed), accuracy.
+    Returns the loss, the gradients to queries, documents and the temperature's parameter (None if the temperature is
+    fixed), and the accuracy.
     """
     rows = {"query": query, "document": document}
     rows = {name: x if x.dtype == jnp.bfloat16 else x.astype(np.float32) for name, x in rows.items()}
@@ -194,9 +195,9 @@ def expected_of(case):
     return dense(query, document, *texts, options)
 
 
-# Each case on one number of devices, what is sent between them is the same in all cases; "all" on all three.
+# Each case runs on one number of devices, since the communication is the same in all cases. "all" runs on all three.
 DEVICES = {case: (8, 2)[number % 2] for number, case in enumerate(CASES)} | {"pairs": 1}
-OTHER_DEVICES = pytest.mark.exhaustive(reason="the case runs on another number of devices, and 'all' on this one")
+OTHER_DEVICES = pytest.mark.exhaustive(reason="the case runs on another number of devices; 'all' runs on this one")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ OTHER_DEVICES = pytest.mark.exhaustive(reason="the case runs on another number o
     ],
 )
 def test_equals_dense_float64(case, devices):
-    # One case has a fixed temperature, a Python number.
+    # "hard negatives" has a fixed temperature, a Python number.
     learnable = case != "hard negatives"
     loss, dq, dd, dt, accuracy = mean_and_gradients(devices, *example(*CASES[case]), learnable=learnable)
     expected_loss, expected_dq, expected_dd, expected_dt, expected_accuracy = expected_of(case)
@@ -224,7 +225,7 @@ def test_equals_dense_float64(case, devices):
 
 @pytest.mark.parametrize("case", ["bidirectional", "own row only for some", "guide", "matryoshka", "all"])
 def test_option_matters_in_its_test(case):
-    """The comparison above would pass with an option ignored if it made no difference to the formula."""
+    """Each option changes the formula; otherwise the comparison above would pass even if the loss ignored it."""
     negatives, options = CASES[case]
     query, document, texts, options = example(negatives, options)
     assert abs(expected_of(case)[0] - dense(query, document, *texts)[0]) > 1e-2
@@ -237,7 +238,7 @@ def test_option_matters_in_its_test(case):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_duplicates_matter_in_this_test(bidirectional):
-    """The check above would pass without the masking if no duplicate were ever in reach."""
+    """The duplicates change the formula. Otherwise the comparison above would also pass without masking."""
     query, document, texts, _ = example(0, {})
     options = {"bidirectional": bidirectional}
     masked = dense(query, document, *texts, options)[0]
@@ -248,19 +249,19 @@ def test_duplicates_matter_in_this_test(bidirectional):
 
 
 def test_bfloat16_embeddings_have_float32_logits():
-    """Equal to the dense formula of the rounded embeddings; with bfloat16 logits the loss would be off by percents."""
+    """The loss equals the formula on the rounded embeddings; bfloat16 logits would change it by several percent."""
     query, document, texts, options = example(3, {"bidirectional": True})
     query, document = query.astype(jnp.bfloat16), document.astype(jnp.bfloat16)
     expected = dense(query.astype(float), document.astype(float), *texts, options)
     loss, dq, dd, _, _ = mean_and_gradients(2, query, document, texts, options)
     assert loss == pytest.approx(expected[0], rel=1e-5)
-    assert dq.dtype == dd.dtype == jnp.bfloat16  # only the last rounding, of the gradient to the embeddings
+    assert dq.dtype == dd.dtype == jnp.bfloat16  # only the final gradient to the embeddings is rounded
     assert_close(dq.astype(np.float32), expected[1], 1e-2)
     assert_close(dd.astype(np.float32), expected[2], 1e-2)
 
 
 def test_small_losses_keep_their_digits():
-    """At a temperature of .02 a well separated batch has a loss far below the rounding of its logits of 50."""
+    """At temperature 0.02, the loss of a well separated batch is far below the rounding error of its logits of 50."""
     query, document = np.eye(B), 0.4 * np.eye(B)[:, None] + 0.1
     texts = np.arange(B), np.arange(B)[:, None]
     loss, _, dd, _, _ = mean_and_gradients(1, query, document, texts, {}, temperature=0.02)
@@ -272,7 +273,7 @@ def test_small_losses_keep_their_digits():
 
 @pytest.mark.parametrize(
     "column_tile",
-    [pytest.param(0, marks=pytest.mark.exhaustive(reason="tiles mask the same candidates, and empty tiles too")), 7],
+    [pytest.param(0, marks=pytest.mark.exhaustive(reason="tile 7 masks the same candidates, and empty tiles too")), 7],
 )
 @pytest.mark.parametrize("case", ["equal texts", "guide takes out all", "equal texts of a row", "zero embeddings"])
 def test_no_nan_where_nothing_is_left_to_compare_with(case, column_tile):
@@ -283,7 +284,7 @@ def test_no_nan_where_nothing_is_left_to_compare_with(case, column_tile):
     in_batch = np.ones(B, bool)
     if case == "equal texts":
         query_text, document_text = 0 * query_text, 0 * document_text
-    elif case == "guide takes out all":  # its similarity is -1 for a pair and 0 for everything else
+    elif case == "guide takes out all":  # the guide's similarity is -1 for a pair, otherwise 0
         guide_query, guide_document[:, 0] = np.eye(B), -np.eye(B)
     elif case == "equal texts of a row":
         in_batch, document_text = ~in_batch, np.repeat(document_text[:, :1], C, axis=1)
@@ -294,7 +295,7 @@ def test_no_nan_where_nothing_is_left_to_compare_with(case, column_tile):
     loss, *gradients, accuracy = mean_and_gradients(2, query, document, (query_text, document_text), options)
     assert all(np.isfinite(x).all() for x in gradients)
     if case == "zero embeddings":
-        # Nothing is scored highest; each dim's loss is the log of the number of candidates, B * C forth and B back.
+        # All scores are equal. The loss per dim is the log of the candidate count: B * C per query, B per positive.
         assert loss == pytest.approx(np.log(B * C) + np.log(B), rel=1e-5)
         assert accuracy == 0
     else:

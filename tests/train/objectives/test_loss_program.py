@@ -1,4 +1,4 @@
-"""What the compiled contrastive loss sends between devices, and that with tiles it never holds all logits."""
+"""Checks the collectives of the compiled contrastive loss, and that it never holds all logits if it uses tiles."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from tests.train.objectives.test_loss import TEMPERATURE, B, E
 
 
 def compiled_gradient(devices, rows, negatives, **options):
-    """The compiled gradient of the local sum, without any reduction that the training step adds."""
+    """Compiles the gradient of the local sum, without the reductions that the training step adds."""
     mesh = make_mesh(jax.devices()[:devices])
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA))
@@ -31,7 +31,7 @@ def compiled_gradient(devices, rows, negatives, **options):
 
 
 def collectives(compiled):
-    """How often each (operation, shape of one result) occurs, also inside a combined operation."""
+    """Counts each (operation, shape of one result), including those inside a combined operation."""
     found = Counter()
     names = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute|collective-broadcast"
     for line in compiled.as_text().splitlines():

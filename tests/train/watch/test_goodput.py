@@ -1,4 +1,4 @@
-"""Where a run's time goes: kinds against the clock, and what a kill makes of it."""
+"""The time of a run by kind: kinds add up to the clock; steps between the last checkpoint and a kill are lost."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from nomic_jax.train.watch.goodput import Goodput, process_began, read_goodput, 
 
 
 class Clock:
-    """Time passes where work is done, and nowhere else."""
+    """A clock that advances only during ``work``."""
 
     def __init__(self):
         self.now = 100.0
@@ -51,7 +51,7 @@ def test_kinds_add_up_to_the_clock(tmp_path):
 
 
 def part(clock, workdir, start, *steps):
-    """Steps (seconds, whether a checkpoint follows) of one process; what it wrote last is what a kill leaves."""
+    """Records the steps (seconds, whether a checkpoint follows) of one process. A kill leaves its last record."""
     goodput = Goodput()
     with goodput.recorded(workdir, start):
         for step, (seconds, is_saved) in enumerate(steps, start + 1):
@@ -62,10 +62,10 @@ def part(clock, workdir, start, *steps):
 
 def test_what_was_not_saved_is_lost(clock, tmp_path):
     part(clock, tmp_path, 0, (10, False), (10, True), (5, False))
-    assert read_goodput(tmp_path)["lost"] == 0  # nobody knows yet
+    assert read_goodput(tmp_path)["lost"] == 0  # known only after the restart
     part(clock, tmp_path, 2, (10, True), (20, False))
     assert read_goodput(tmp_path)["lost"] == 5
-    # The checkpoint of step 3 is damaged: from 2 again.
+    # The checkpoint of step 3 is damaged, so this process also starts from step 2.
     part(clock, tmp_path, 2, (10, True))
     spent = read_goodput(tmp_path)
     assert (spent["lost"], spent["productive"]) == (35, 30)

@@ -1,4 +1,4 @@
-"""What is read off compiled HLO, and that a step moves the bytes that the formula of benchmarks/collectives.py says."""
+"""Reading compiled HLO; a step moves the number of bytes that the formula of benchmarks/collectives.py gives."""
 
 import functools
 import itertools
@@ -97,7 +97,7 @@ SMALL = dict(hidden_size=64, num_heads=2, intermediate_size=256, vocab_size=512,
 
 
 DEFAULT = {("mlm", "replicated"), ("contrastive", "zero1"), ("finetune", "fsdp")}
-OTHERS = pytest.mark.exhaustive(reason="each stage and each sharding are in one pair of the default suite")
+OTHERS = pytest.mark.exhaustive(reason="the pairs of the default suite cover each stage and each sharding")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: MFU against XLA's own count, traces, evaluations and the best checkpoint."""
+"""What a run reports during training: MFU (checked against XLA's count), traces, evaluations, the best checkpoint."""
 
 import dataclasses
 import json
@@ -26,19 +26,19 @@ def test_flops_are_those_of_xla():
     ids = jax.ShapeDtypeStruct((4, 256), jnp.int32)
     forward = jax.jit(lambda params, ids: encode(params, ids, dataclasses.replace(config, attention="xla")))
     counted = forward.lower(abstract_encoder(config), ids).compile().cost_analysis()["flops"]
-    # XLA counts norms, softmax and activations too.
+    # XLA also counts norms, softmax and activations.
     assert 0.85 < training_flops(config, full_rows(4, 256)) / 3 / counted < 1.0
 
 
 def test_flops_of_the_paper_s_model():
-    """GFLOP a token, forward: .227 in the layers' matrices and 4 * D * layers = 36,864 for each token seen."""
+    """Forward pass per token: 0.227 GFLOP in the layers' matrices, 4 * D * layers = 36,864 FLOP per attended token."""
     for length, expected in ((512, 0.245e9), (2048, 0.302e9), (8192, 0.528e9)):
         assert training_flops(EncoderConfig(), full_rows(2, length)) / 3 / (2 * length) == pytest.approx(
             expected, rel=5e-3
         )
     target = np.zeros((2, round(0.3 * 2048)), np.int32)
     with_head = training_flops(EncoderConfig(), full_rows(2, 2048, target=target)) / 3 / (2 * 2048)
-    # The head costs .0144, and 70 % of the tokens go without the last layer's matrices but those of attention.
+    # The head costs 0.0144 GFLOP. For 70 % of the tokens, the last layer skips its output projection and its MLP.
     assert with_head - 0.302e9 == pytest.approx(0.0144e9 - 0.7 * 2 * (768**2 + 3 * 768 * 3072), abs=0.0005e9)
 
 
@@ -71,7 +71,7 @@ def test_a_tracker_that_is_not_installed(corpus, minilm, tmp_path, monkeypatch):
 
 
 class Figures:
-    """Scores made up by step, for which the best one is known, and what was asked of them."""
+    """An evaluation that returns the given scores in order and records the parameters of the evaluated models."""
 
     def __init__(self, scores):
         self.scores, self.models = list(scores), []
@@ -101,7 +101,7 @@ def test_the_best_checkpoint_is_kept(corpus, minilm, tmp_path):
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     np.testing.assert_equal([line["figure"] for line in lines], [np.nan, 0.7, 0.3, 0.7])
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
-    # Not the later one of the same figure; and what was evaluated is what was saved.
+    # Among equal scores, the earliest checkpoint is the best. The saved parameters are those that were evaluated.
     best = read_pretrained(tmp_path / "best")
     assert best.training[-1]["step"] == 4
     assert jax.tree.all(jax.tree.map(np.array_equal, best.params["encoder"], figures.models[1]["encoder"]))
