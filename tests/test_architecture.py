@@ -1,4 +1,4 @@
-"""Which package may import which, how large packages and modules may grow, and which libraries are kept out."""
+"""Checks the imports between packages, the size of packages and modules, and the forbidden libraries."""
 
 import ast
 import sys
@@ -19,7 +19,7 @@ ALLOWED = {
     "train": {"model", "hf", "data", "run"},
     "inference": {"model", "hf", "data", "run", "evals"},
 }
-# Room of a package -> the rooms and modules of that package that it may import from, besides itself.
+# Package -> its rooms (subpackages and modules) -> the rooms of that package that they may import from.
 ROOMS = {
     "data": {
         "formats": set(),
@@ -55,15 +55,15 @@ ROOMS = {
     },
     "evals": {"tasks": set(), "report": set(), "suites": {"tasks", "report"}},
 }
-MOST_MODULES = 14  # of a package, with its __init__.py
+MOST_MODULES = 14  # in a package, including its __init__.py
 MOST_LINES = 400
 FORBIDDEN_EVERYWHERE = {"torch", "sentence_transformers", "launch", "configs", "convert"}
-# numpy and grain only: data workers must not touch the accelerator, and an encoder comes in as a function.
+# numpy and grain only: data workers must not use the accelerator, and encoders are passed in as functions.
 WITHOUT_JAX = ("data", "curate", "evals")
 
 
 def imports(file: Path) -> set[str]:
-    """The modules that a file imports, also inside functions; `from package import name` counts as package.name."""
+    """Returns the modules that a file imports, also in functions; `from package import name` counts as package.name."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -112,7 +112,7 @@ def test_no_arrow_goes_round(table):
     done: set[str] = set()
     while done < set(table):
         free = {part for part, needs in table.items() if needs <= done} - done
-        assert free, f"a circle among {set(table) - done}"
+        assert free, f"circular imports among {set(table) - done}"
         done |= free
 
 

@@ -1,4 +1,4 @@
-"""Ranges for users, exact versions for CI, and the two agree."""
+"""setup.py declares ranges for users, the lock files pin exact versions for CI, and the two agree."""
 
 import ast
 import re
@@ -11,12 +11,12 @@ from packaging.utils import canonicalize_name
 from launch.lock import LOCKS, lock_of
 
 ROOT = Path(__file__).parent.parent
-# Their numbers are dates, or go up each quarter, and say nothing of what breaks; torch is one exact version.
+# Their major versions are dates or rise each quarter, so they do not mark breaking changes. torch is pinned exactly.
 WITHOUT_UPPER_BOUND = {"fsspec", "gcsfs", "importlib-resources", "pyarrow", "s3fs"}
 
 
 def declared() -> dict[str, list[Requirement]]:
-    """Extra -> what setup.py requires; "" for the package itself."""
+    """Returns extra -> requirements in setup.py; "" is the package itself."""
     setup = next(
         node
         for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""The hooks of tests/effort.py, in runs of pytest of their own."""
+"""The hooks of tests/effort.py, tested in separate runs of pytest."""
 
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def test_a_mark_needs_its_reason(run, mark):
 def test_workers_report_the_same_and_start_with_slow_files(pytester, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take seconds to import
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the other plugins take seconds to import
     pytester.makeini("[pytest]\naddopts = -p tests.effort -p xdist -p no:cacheprovider")
     body = """
 import time

@@ -1,4 +1,4 @@
-"""No path that loads files unpickles, evaluates or imports what is in them: a check of the code, and of the check."""
+"""Code that loads files does not unpickle, evaluate or import their content. The check itself is tested, too."""
 
 import ast
 import pickle
@@ -12,7 +12,7 @@ from tests.faults.audit import Watch
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(file for folder in ("nomic_jax", "convert", "launch") for file in (ROOT / folder).rglob("*.py"))
-# Modules that run what they read, and functions that do, by their names as they are called.
+# Modules and functions that can execute what they read; functions have their qualified names.
 MODULES = {
     "pickle", "cPickle", "_pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "code", "codeop", "imp",
 }  # fmt: skip
@@ -22,9 +22,9 @@ CALLS = {
     "torch.jit.load", "torch.hub.load", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load",
     "pandas.read_pickle",
 }  # fmt: skip
-OPTIONS = ("trust_remote_code", "allow_pickle", "shell")  # whatever else than False they are set to
+OPTIONS = ("trust_remote_code", "allow_pickle", "shell")  # any value except False is a finding
 SAFE_LOADERS = ("yaml.SafeLoader", "yaml.CSafeLoader", "_Loader")
-# Where one of these is right, and why.
+# Permitted uses: (file, finding) -> reason.
 EXCEPTIONS = {
     ("nomic_jax/__init__.py", "importlib.import_module"): "only of the public names in the table beside it",
     (
@@ -36,7 +36,7 @@ EXCEPTIONS = {
 
 
 def findings(source: str) -> list[str]:
-    """What a module does that could run what a file says."""
+    """Returns the operations of a module that could execute the content of a file."""
     tree = ast.parse(source)
     found, full_names = [], {}
     for node in ast.walk(tree):
@@ -50,7 +50,7 @@ def findings(source: str) -> list[str]:
         found += [f"import of {part}" for name in names for part in name.split(".") if part in MODULES]
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in ("eval", "exec", "__import__"):
-            found.append(node.id)  # also where it is handed on
+            found.append(node.id)  # also without a call: ``run = eval``
         elif isinstance(node, ast.Call):
             found += _of_call(node, full_names)
     return list(dict.fromkeys(found))
@@ -124,7 +124,7 @@ class _Payload:
 
 
 def test_the_audit_hook_sees_what_it_is_there_for(tmp_path):
-    """Of every kind once; the fault suite (hostile-checkpoint) reads its checkpoints under this hook."""
+    """Does each kind of act once. The fault suite (hostile-checkpoint) reads its checkpoints under this hook."""
     inside, outside, written = tmp_path / "inside", tmp_path / "outside", tmp_path / "written"
     for folder in (inside, outside, written):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""benchmarks.gpu as a user calls it, at its small size; and its decisions, on figures that are known."""
+"""benchmarks.gpu as users run it, at its small size, and its decisions on known figures."""
 
 import json
 import math
@@ -19,10 +19,10 @@ from nomic_jax.data.batches.packing import number_compiled
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.slow(reason="runs parts of the benchmark in processes of their own, without the cache of programs")
+@pytest.mark.slow(reason="runs parts of the benchmark in separate processes, without the compilation cache")
 @pytest.mark.parametrize(
     "parts",
-    ["mlm", pytest.param("contrastive,mlm", marks=pytest.mark.exhaustive(reason="every part is run in the same way"))],
+    ["mlm", pytest.param("contrastive,mlm", marks=pytest.mark.exhaustive(reason="all parts run in the same way"))],
 )
 def test_parts_run_and_are_kept(tmp_path, parts):
     earlier = {"rows": [], "seconds": 1.0, "command": "earlier", "date": "today"}
@@ -32,12 +32,12 @@ def test_parts_run_and_are_kept(tmp_path, parts):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
-    # In the order of the plan.
+    # The parts are in the order of the plan.
     assert list(found) == [*sorted(parts.split(","), reverse=True), "sweep"] and found["sweep"] == earlier
     table = (tmp_path / "gpu.md").read_text()
     [mlm] = found["mlm"]["rows"]
     assert mlm["tokens_per_s"] * mlm["step_s"] == pytest.approx(TINY.mlm["rows"] * TINY.mlm["length"])
-    assert mlm["loss"] == pytest.approx(math.log(30_528), rel=0.02)  # random weights guess
+    assert mlm["loss"] == pytest.approx(math.log(30_528), rel=0.02)  # random weights predict at chance level
     assert f"| {mlm['name']} |" in table
     if "contrastive" in parts:
         [contrastive] = found["contrastive"]["rows"]
@@ -65,13 +65,13 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path):
 @pytest.mark.parametrize("limit", [1.0, 5.0, 30.0, 71.0, 128.0, 1e6])
 def test_the_search_for_the_largest_batch_ends_at_it(limit):
     sizes = [100 * n for n in sorted({number_compiled(n) for n in range(2, 4096)})]
-    needed = {size: 3.0 + max(1.0, 0.02 * size) for size in sizes}  # small ones differ by nothing
+    needed = {size: 3.0 + max(1.0, 0.02 * size) for size in sizes}  # small sizes need equal memory
     planned: dict[int, float] = {}
     while (size := next_size(sizes, planned, limit)) is not None:
         assert size not in planned
         planned[size] = needed[size]
     assert [s for s in sizes if planned.get(s, math.inf) <= limit][-1:] == [s for s in sizes if needed[s] <= limit][-1:]
-    assert len(planned) <= 7  # each of them is compiled
+    assert len(planned) <= 7  # every planned size costs one compilation
 
 
 def test_the_table_has_ratios_and_targets():

@@ -1,4 +1,4 @@
-"""The model of benchmarks/scaling.py moves what compiled programs move; what it says of links and loads."""
+"""Tests the model of benchmarks/scaling.py: traffic of compiled programs, times of collectives, measured rates."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ def run(monkeypatch, *arguments):
 
 
 def changed(counts, path):
-    """One number of the counts, one higher."""
+    """Increases one number of the counts by 1."""
     *places, last = path
     for place in places:
         counts = counts[place]
@@ -44,7 +44,7 @@ def test_large_collectives_take_what_the_ring_formula_says():
     assert scaling.collective_seconds("all-gather", size, 8) == pytest.approx(7 / 8 * size / 370e9, rel=1e-3)
     assert scaling.collective_seconds("all-reduce", size, 8) == pytest.approx(2 * 7 / 8 * size / 370e9, rel=1e-3)
     assert scaling.collective_seconds("reduce-scatter", size, 64) == pytest.approx(63 / 64 * size / 368e9, rel=1e-3)
-    # A small one takes the time of its hops.
+    # The time of a small collective is the latency of its hops.
     assert 1e-3 < scaling.collective_seconds("all-gather", 8.0, 1024) < 2e-3
 
 

@@ -1,4 +1,4 @@
-"""Pairs divided before training: what is held out is nowhere else, whatever repeats."""
+"""Pairs split before training: held-out texts appear in no other split, even if they repeat in the input."""
 
 import json
 import random
@@ -19,7 +19,7 @@ def read(file):
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Two sources; documents with several queries, queries with several documents, texts on both sides."""
+    """Two sources: documents with several queries, queries with several documents, documents that are queries."""
     rng = random.Random(0)
     for name, count in (("a", 400), ("b", 150)):
         rows = [
@@ -49,14 +49,14 @@ def test_no_text_is_on_two_sides(mixture, tmp_path):
         assert texts.isdisjoint(row[side] for row in pairs + labelled for side in "qd")
         assert {row["d"] for row in pairs}.isdisjoint(row["d"] for row in labelled)
         assert all(row in rows for row in pairs + labelled)
-        # Nothing is lost but what shares a text with the task.
+        # Only rows that share a text with the task are removed.
         held_documents = set(task.documents)
         held_queries = {row["q"] for row in rows if row["d"] in held_documents}
         held = held_queries | held_documents
         free = [row for row in rows if row["q"] not in held and row["d"] not in held]
         assert sorted(row["id"] for row in pairs + labelled) == [row["id"] for row in free]
         assert summary["pairs"][source.name]["pairs"] == len(pairs) > 0
-        # Each query's relevant documents are those of the input.
+        # Each query has the same relevant documents as in the input.
         for query, relevant in zip(task.queries, task.relevance, strict=True):
             assert {task.documents[i] for i in relevant} == {row["d"] for row in rows if row["q"] == query} & held
 
@@ -70,7 +70,7 @@ def test_prompts_and_prefixes_follow_the_mixture(mixture, tmp_path):
     ]
     sources = read_mixture(str(tmp_path / "out" / "labelled.yaml"), "pair")
     assert [source.query_prefix for source in sources] == ["search_query", "clustering"]
-    assert sources[0].rows == 0  # a number of the input's rows
+    assert sources[0].rows == 0  # the number of rows of the input no longer applies
 
 
 def test_a_sample_and_what_is_there_already(mixture, tmp_path):

@@ -1,4 +1,4 @@
-"""The original's mixtures and shards, read as they are."""
+"""Mixtures and shards of the original implementation are read unchanged."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ def test_published_mixtures():
     triplets = read_mixture(str(MIXTURES / "finetune.yaml"), "triplet")
     ablated = read_mixture(str(MIXTURES / "finetune_ablated.yaml"), "triplet")
     assert (len(pairs), len(triplets)) == (29, 10)
-    # 14,316 batches of 16,384, and 6,612 of 256: the steps of an epoch.
+    # An epoch has 14,316 steps of 16,384 rows, and 6,612 steps of 256 rows.
     assert sum(source.rows for source in pairs) == 234_553_344 == 14_316 * 16_384
     assert all(source.rows % 16_384 == 0 for source in pairs)
     assert sum(source.rows for source in triplets) == 1_692_672 == 6_612 * 256
@@ -34,7 +34,7 @@ def test_published_mixtures():
     shards = [expand_braces(source.files) for source in pairs]
     assert sum(map(len, shards)) == 2412
     assert shards[1][-1] == "s3://contrastive-index-filtered/paq_full/shard-00538.jsonl.gz"
-    # Rows and shards go together: a range that is too short would leave more than 100,000 rows for each file.
+    # A shard has at most 100,000 rows. If a range of shards were too short, there would be more rows per file.
     for source, files in zip(pairs, shards):
         assert source.rows <= 100_000 * len(files)
     prefixes = {source.name: (source.query_prefix, source.document_prefix) for source in pairs}
@@ -70,7 +70,7 @@ datasets:
 
 
 def write_shards(folder, spread=(70, 45), scheme="", length=len):
-    """Gzip jsonl with counts and offsets as the original writes them; the bytes of non-ASCII texts are not escaped."""
+    """Writes gzip jsonl with counts and offsets as the original does; non-ASCII text is not escaped."""
     folder.mkdir(parents=True)
     counts, offsets, number = {}, {}, 0
     for i, rows in enumerate(spread):
@@ -182,7 +182,7 @@ def test_wrong_counts_and_offsets_are_named(tmp_path, tokenizer, fault):
 
 
 def test_offsets_that_count_characters_are_named(tmp_path, tokenizer):
-    """As a script does that reads text that is not escaped."""
+    """A script writes such offsets if it counts the characters of text that is not escaped."""
     folder = write_shards(tmp_path / "filtered", length=lambda line: len(line.decode()))
     with pytest.raises(BadRow, match=r"places row 0 of .*shard-00000\.jsonl\.gz .*count characters, not bytes"):
         pretokenize(read_original(folder)[0], tokenizer, tmp_path / "cache", progress=False)

@@ -1,4 +1,4 @@
-"""Local tasks of every type, of random words, hard enough for scores between 0 and 1."""
+"""Local tasks of every type with random words; they are hard enough for scores between 0 and 1."""
 
 import random
 from pathlib import Path
@@ -15,7 +15,7 @@ def words(minilm) -> list[str]:
 
 @pytest.fixture(scope="session")
 def local_tasks(tmp_path_factory, words) -> Path:
-    """retrieval, classification, clustering and sts; some texts are longer than the model reads."""
+    """retrieval, classification, clustering and sts; some texts are longer than the model's maximum length."""
     folder = tmp_path_factory.mktemp("tasks")
     rng = random.Random(0)
     topics = [rng.sample(words, 12) for _ in range(3)]
@@ -50,7 +50,7 @@ def local_tasks(tmp_path_factory, words) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, minilm) -> Path:
-    """A tiny nomic-bert of random weights that was trained on 32 tokens and takes 256."""
+    """A tiny nomic-bert with random weights, max_trained_positions 32 and max_positions 256."""
     import jax
 
     from nomic_jax.data.tokens.tokenizer import Tokenizer

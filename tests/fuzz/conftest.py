@@ -1,6 +1,6 @@
-"""How many examples, and which: the same ones in every run, unless NOMIC_JAX_FUZZ says how many times as many.
+"""Number and choice of examples: by default, every run uses the same ones; NOMIC_JAX_FUZZ=N runs N times as many.
 
-NOMIC_JAX_FUZZ=50 python -m pytest tests/fuzz       # new ones each time; a failure prints how to repeat it
+NOMIC_JAX_FUZZ=50 python -m pytest tests/fuzz       # new examples in each run; a failure prints how to repeat it
 
 ``launch/test.sh --all`` sets it to 20.
 """
@@ -10,7 +10,7 @@ import os
 from hypothesis import HealthCheck, settings
 
 TIMES = int(os.environ.get("NOMIC_JAX_FUZZ", "0"))
-# A hang is a failure too, but the first example of a kind may import a library, and CI's machines are shared.
+# A hang is a failure. The deadline is long: the first example may import a library, and CI's machines are shared.
 _COMMON = {
     "deadline": 20_000,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],

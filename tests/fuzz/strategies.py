@@ -1,4 +1,4 @@
-"""Broken files, made of sound ones: what a slip, another program or a bad disk makes of JSON and of bytes."""
+"""Strategies that break valid files: changes of JSON and of bytes by a mistake, another program or a bad disk."""
 
 import copy
 import json
@@ -24,17 +24,17 @@ PIECES = [b'"', b"{", b"[" * 9, b"\\u", b"\xff", b"\n"]
 
 
 def places(value: Any, here: tuple = ()) -> list[tuple]:
-    """The path of every value inside."""
+    """Returns the path of the value and of every value inside it."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [here, *(place for key, item in inner for place in places(item, (*here, key)))]
 
 
 @st.composite
 def changed(draw, value: Any, most: int = 3) -> Any:
-    """The value with one to ``most`` parts replaced, removed, renamed or copied over others."""
+    """Returns a copy of the value with one to ``most`` parts replaced, removed, renamed or copied over others."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, most))):
-        # Near the top as often as far below: there are many more of those.
+        # Sample the depth first: most values are deep, and values near the top would rarely be sampled.
         found = places(value)
         depth = draw(st.integers(0, max(len(place) for place in found)))
         place = draw(st.sampled_from([place for place in found if len(place) == depth]))
@@ -70,7 +70,7 @@ def as_bytes(value: Any) -> bytes:
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """Flipped bits, cuts, insertions, blocks moved or zeroed."""
+    """Returns the content with one to three faults: bits flipped; bytes cut, inserted, zeroed, dropped or repeated."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(data)))
@@ -97,7 +97,7 @@ def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
     return (opening * depth + closing * depth).encode()
 
 
-# Whole files that no change of a sound one comes to.
+# Files that do not result from changes to a valid file.
 WHOLE_FILES = st.sampled_from(
     [
         b"", b"\n", b"\x00" * 64, b"null", b"[]", b"{}", b"\xef\xbb\xbf{}", "{}".encode("utf-16"), b'{"a": 1, "a": 2}',
@@ -108,5 +108,5 @@ WHOLE_FILES = st.sampled_from(
 
 
 def broken_json(value: Any) -> st.SearchStrategy[bytes]:
-    """A JSON file that was sound: mostly still JSON, with other values; else with other bytes."""
+    """Broken versions of a valid JSON file: most are still JSON with other values, the others have other bytes."""
     return changed(value).map(as_bytes) | changed(value).map(as_bytes) | damaged(as_bytes(value)) | WHOLE_FILES

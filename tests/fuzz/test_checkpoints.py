@@ -1,4 +1,4 @@
-"""A checkpoint directory with anything in it is read, or refused with an error of ours: in time, in little memory."""
+"""A checkpoint directory with any content is read or refused with an error of nomic_jax, fast and in little memory."""
 
 import json
 import struct
@@ -23,14 +23,14 @@ OURS = (CheckpointError, ConfigError, FileNotFoundError)
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
-    """A checkpoint with every file there is, and what is in its files."""
+    """A checkpoint directory with every kind of file, and the contents of its files by name."""
     folder = tmp_path_factory.mktemp("fuzz") / "model"
     write_small_model(folder)
     return folder, {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def read(sound, name: str, content: bytes) -> None:
-    """The property."""
+    """Checks the property: a checkpoint with this file is read, or refused with one of ``OURS``."""
     folder, files = sound
     try:
         (folder / name).write_bytes(content)
@@ -71,7 +71,7 @@ def test_json(sound, name, data):
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_config_of_a_classifier(sound, data):
-    """Labels, which only a classifier has."""
+    """Changes the labels, which only a classifier has."""
     folder, files = sound
     more = {"classifier.weight": np.zeros((2, 8), np.float32), "classifier.bias": np.zeros(2, np.float32)}
     more |= {"pooler.dense.weight": np.zeros((8, 8), np.float32), "pooler.dense.bias": np.zeros(8, np.float32)}
@@ -113,7 +113,7 @@ def test_shards(sound, data):
 @given(data=st.data())
 @example(None)
 def test_vocabulary(sound, data):
-    """vocab.txt, where there is no tokenizer.json."""
+    """Changes vocab.txt in a directory without tokenizer.json."""
     folder, files = sound
     words = b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n##c\n"
     (folder / "tokenizer.json").unlink()

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files with any bytes and any columns, and any text: rows and vectors, or an error of ours."""
+"""Parquet and Arrow files with any bytes or columns, and any text, give rows and vectors or an error of nomic_jax."""
 
 import io
 
@@ -69,7 +69,7 @@ KINDS = {
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_columns(tmp_path, data):
-    """Of any types: every row has two texts, or is refused by its number."""
+    """Columns of any types: every row has two texts, or an error names the file."""
     size = data.draw(st.integers(0, 5))
     names = data.draw(st.lists(st.sampled_from(["query", "document", "other", "", "a\0b"]), unique=True, max_size=4))
     kinds = {name: data.draw(st.sampled_from([pa.string(), *KINDS])) for name in names}
@@ -100,7 +100,7 @@ def embedder(tokenizer) -> Embedder:
 @settings(max_examples=EXAMPLES)
 @given(st.lists(st.text(st.characters()), min_size=1, max_size=4))
 def test_texts(embedder, texts):
-    """``st.characters()`` has halves of surrogate pairs, which are no text."""
+    """``st.characters()`` includes lone surrogates, which are not valid text."""
     bad = [any("\ud800" <= c <= "\udfff" for c in text) for text in texts]
     if any(bad):
         with pytest.raises(ValueError, match=f"input {bad.index(True)} holds half of a surrogate pair"):

@@ -1,4 +1,4 @@
-"""Rows, what lies beside them, mixtures and settings with anything in them: a value, or an error of ours."""
+"""Rows, index files of shards, mixtures and settings with any content give a value or an error of nomic_jax."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ LINES = [as_bytes(row) + b"\n" for row in ROWS]
 
 
 def check_rows(file: Path, content: bytes) -> None:
-    """Refused by line; or skipped, and then every line that is not blank was used or is in the side file."""
+    """Checks that an error names the file and that, with ``skip``, every non-blank line is used or in the side file."""
     file.write_bytes(content)
     used, refused = 0, None
     try:
@@ -69,7 +69,7 @@ def test_compressed_jsonl(tmp_path, content):
 
 
 def beside(tmp_path: Path, name: str, content: bytes) -> None:
-    """What lies beside a shard: refused, and then named, or it tells the truth."""
+    """Checks an index file of a shard: it is refused by name, or its content is correct."""
     shard = tmp_path / "a.jsonl"
     shard.write_bytes(b"".join(LINES))
     (tmp_path / name).write_bytes(content)
@@ -175,7 +175,7 @@ def test_settings(name, data):
     if isinstance(values, dict):
         try:
             values = ConfigDict(values).to_dict()
-        except Exception:  # no such configuration can be written: nothing of ours has seen it yet
+        except Exception:  # ConfigDict refuses these values before nomic_jax reads them
             return
     check_settings(values)
 
@@ -183,7 +183,7 @@ def test_settings(name, data):
 @settings(max_examples=EXAMPLES)
 @given(st.sampled_from(sorted(CONFIGS)), st.data())
 def test_one_setting(name, data):
-    """One field, of any depth, is something else."""
+    """Replaces one field, at the top level or in a group, with any value."""
     values = json.loads(json.dumps(CONFIGS[name]))
     group = data.draw(st.sampled_from([values, *(value for value in values.values() if isinstance(value, dict))]))
     group[data.draw(st.sampled_from(sorted(group)))] = data.draw(ANYTHING)

@@ -1,4 +1,4 @@
-"""The Embedder against sentence-transformers with real weights, and its promises about inputs."""
+"""The Embedder against sentence-transformers with real weights, and its guarantees about inputs."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ TEXTS = [
     "one",
 ]
 SHORT = TEXTS[:6]
-# Every script of the basic plane, controls, private use, and the last code point.
+# Every script of the Basic Multilingual Plane, control characters, private use, and the last code point.
 SCRIPTS = ["".join(map(chr, range(start, start + 512))) for start in range(0, 0xD800, 512)] + ["\ue000\ufffe\U0010ffff"]
 NOMIC = EmbeddingConfig(EncoderConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=256))
 
@@ -53,12 +53,12 @@ def nomic(nomic_dir):
 
 @pytest.fixture(scope="module")
 def vectors(embedder):
-    """Of TEXTS, [8, 384]."""
+    """Embeddings of TEXTS, [8, 384]."""
     return embedder.encode(TEXTS)
 
 
 def reference(directory, **options):
-    """The model in sentence-transformers."""
+    """Returns the model loaded by sentence-transformers."""
     library = pytest.importorskip("sentence_transformers")
     return library.SentenceTransformer(str(directory), device="cpu", **options)
 
@@ -97,7 +97,7 @@ def test_a_text_alone_equals_the_text_in_a_batch(embedder):
 
 
 def test_a_vector_does_not_depend_on_long_neighbours_or_on_earlier_calls(tokenizer):
-    """Texts within and beyond the trained length, where rotary frequencies depend on the length of the text."""
+    """Some texts exceed the trained length; their rotary frequencies depend on the length of the text."""
     encoder = dataclasses.replace(NOMIC.encoder, max_trained_positions=128, max_positions=512)
     params = {"encoder": init_encoder(jax.random.key(0), encoder)}
     embedder = Embedder(params, EmbeddingConfig(encoder), tokenizer)
@@ -134,7 +134,7 @@ def test_truncated_vectors_are_normalised_again(embedder, vectors, minilm):
 
 
 def test_matryoshka_of_v1_5(nomic_dir, tmp_path, nomic):
-    """LayerNorm over the full width, then the first components, then length 1; also in sentence-transformers."""
+    """v1.5 applies LayerNorm over the full width, truncates, then normalizes; sentence-transformers does the same."""
     raw = dataclasses.replace(nomic.config, normalize=False)
     hidden = Embedder(nomic.params, raw, nomic.tokenizer).encode(SHORT, normalize_embeddings=False).astype(np.float64)
     expected = (hidden - hidden.mean(1, keepdims=True)) / np.sqrt(hidden.var(1, keepdims=True) + 1e-5)
@@ -167,7 +167,7 @@ def test_queries_and_documents_get_their_prefix(nomic, nomic_dir, tmp_path):
     np.testing.assert_allclose(nomic.encode_document("food"), document, atol=1e-6)
     np.testing.assert_allclose(nomic.encode_query("food", prompt_name="search_document"), document, atol=1e-6)
     np.testing.assert_allclose(nomic.encode_query("search_document: food", prompt=""), document, atol=1e-6)
-    # The published directories have no prompts, and need them all the same.
+    # The published directories contain no prompts; the default prompts apply.
     bare = edited_copy(nomic_dir, tmp_path / "bare", "config_sentence_transformers.json", prompts={})
     np.testing.assert_allclose(Embedder.from_pretrained(bare).encode_query("food"), query, atol=1e-6)
     other = edited_copy(
@@ -224,7 +224,7 @@ def test_every_script(embedder, theirs):
     np.testing.assert_allclose(embedder.encode(some), theirs.encode(some), atol=2e-6)
 
 
-@pytest.mark.exhaustive(reason="the ids of every script are compared above, the vectors of every sixteenth")
+@pytest.mark.exhaustive(reason="test_every_script compares the ids of every script and the vectors of every sixteenth")
 def test_vectors_of_every_script(embedder, theirs):
     np.testing.assert_allclose(embedder.encode(SCRIPTS), theirs.encode(SCRIPTS), atol=2e-6)
 

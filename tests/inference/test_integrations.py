@@ -1,4 +1,4 @@
-"""Each adapter inside the library it is for, with real weights and without network."""
+"""Each adapter runs in its library, with real weights and without network access."""
 
 import asyncio
 import random
@@ -33,7 +33,7 @@ def prompted(embedder):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Not by an exception alone: the libraries catch those, retry and go on."""
+    """Refuses connections and fails the test after an attempt: the libraries catch the exception and continue."""
     attempts = []
 
     def refuse(*args, **kwargs):
@@ -75,7 +75,7 @@ def test_a_missing_library_names_the_extra(embedder, monkeypatch, adapter, modul
 
 
 def mteb_tasks(minilm):
-    """Retrieval, classification, clustering and STS of random words, hard enough for scores between 0 and 1."""
+    """Retrieval, classification, clustering and STS with random words, hard enough for scores between 0 and 1."""
     from datasets import Dataset, DatasetDict
     from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -160,7 +160,7 @@ def mteb_tasks(minilm):
 
 
 def numbers(scores, path=""):
-    """Every number of mteb's nested scores, by its path."""
+    """Returns every number in mteb's nested scores by its path."""
     if isinstance(scores, dict):
         return {key: value for name in scores for key, value in numbers(scores[name], f"{path}/{name}").items()}
     if isinstance(scores, list):
@@ -168,12 +168,12 @@ def numbers(scores, path=""):
     return {path: scores} if isinstance(scores, int | float) else {}
 
 
-@pytest.mark.slow(reason="imports mteb and torch, and runs four tasks in both")
+@pytest.mark.slow(reason="imports mteb and torch, and runs four tasks with both implementations")
 def test_mteb_scores_are_those_of_sentence_transformers(embedder, minilm, tmp_path):
     mteb = pytest.importorskip("mteb")
 
     def evaluate(model, cache):
-        # New tasks each time: mteb's clustering draws on a generator that the task keeps.
+        # Create new tasks for each call: mteb's clustering task has a random generator whose state changes.
         return mteb.evaluate(model, mteb_tasks(minilm), cache=cache, show_progress_bar=False).task_results
 
     theirs = evaluate(mteb.SentenceTransformerEncoderWrapper(str(minilm), device="cpu"), None)
@@ -182,7 +182,7 @@ def test_mteb_scores_are_those_of_sentence_transformers(embedder, minilm, tmp_pa
     results = evaluate(ours, mteb.ResultCache(tmp_path))
     assert len(results) == len(expected) == 4
     for result in results:
-        assert 0.1 < result.get_score() < 0.99, "a task that tells nothing"
+        assert 0.1 < result.get_score() < 0.99, "score too close to 0 or 1"
         assert numbers(result.scores) == pytest.approx(expected[result.task_name], abs=1e-4, nan_ok=True)
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("Tiny*.json")}
     folder = f"results/nomic_jax__minilm/{ours.mteb_model_meta.revision}"
@@ -190,7 +190,7 @@ def test_mteb_scores_are_those_of_sentence_transformers(embedder, minilm, tmp_pa
 
 
 def test_mteb_prompts_are_those_of_mtebs_own_nomic_entry(tokenizer, monkeypatch):
-    """Of all texts that reach the tokenizer while mteb runs its mock task of a type. The weights do not matter."""
+    """Checks the prompts that reach the tokenizer while mteb runs a mock task of each type. Weights do not matter."""
     mteb = pytest.importorskip("mteb")
     from mteb.mocks import mock_tasks
     from mteb.models.model_implementations.nomic_models import model_prompts
@@ -207,7 +207,7 @@ def test_mteb_prompts_are_those_of_mtebs_own_nomic_entry(tokenizer, monkeypatch)
 
     monkeypatch.setattr(prompted.tokenizer, "encode", recording)
     model = mteb_encoder(prompted)
-    # What their entry leaves out is, as the paper has it for everything else, classification.
+    # mteb's entry omits these two types; the paper uses the classification prompt for all other tasks.
     both_sides = {"Regression": "classification: ", "BitextMining": "classification: "} | model_prompts
     sides = {model_prompts["query"], model_prompts["document"]}
     for task in (
@@ -266,9 +266,9 @@ def test_mteb_options_and_what_the_results_are_filed_under(embedder, prompted):
 
     meta = short.mteb_model_meta
     assert (meta.name, meta.embed_dim, meta.max_tokens, meta.framework) == ("me/short", 64, 256, ["JAX"])
-    assert meta.n_parameters == 22_565_376  # sentence-transformers counts 22,713,216: with BERT's pooler
+    assert meta.n_parameters == 22_565_376  # sentence-transformers counts 22,713,216, including BERT's pooler
     assert not meta.use_instructions and mteb_encoder(prompted).mteb_model_meta.use_instructions
-    # Whatever changes the vectors changes the revision, or mteb would give one model the kept scores of another.
+    # Any change of the vectors changes the revision; otherwise mteb would reuse the cached scores of another model.
     moved = jax.tree.map(lambda array: array * 1.001, embedder.params)
     same = {"prompts": embedder.prompts, "max_length": embedder.max_length}
     other = Embedder(moved, embedder.config, embedder.tokenizer, **same)
@@ -332,7 +332,7 @@ def test_llama_index(embedder, prompted):
     np.testing.assert_allclose([async_query, async_document], [query, documents[0]], atol=1e-6)
     np.testing.assert_allclose(async_documents, documents, atol=1e-6)
 
-    # Part of the key under which LlamaIndex' ingestion keeps vectors.
+    # LlamaIndex' ingestion caches vectors under a key that includes this name.
     names = {llama_index_embedding(*args).model_name for args in ((embedder,), (prompted,), (prompted, "mine"))}
     assert len(names) == 3 and adapter.model_name not in names
     assert adapter.to_dict() == llama_index_embedding(prompted, truncate_dim=128).to_dict()

@@ -1,4 +1,4 @@
-"""Cleaning against brute force: every pair of rows compared, every run of words looked for in every text."""
+"""Cleaning against brute force, which compares every pair of rows and searches for every n-gram in every text."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def clean(tmp_path, rows, options, evaluation=None, name="out"):
 
 
 def make_rows(seed: int, count: int = 300) -> list[dict]:
-    """Texts of random words; a third are earlier rows with a few words changed, or none, or in other spaces."""
+    """Returns rows of random words; a third repeat an earlier row with up to 4 words changed or other whitespace."""
     rng = random.Random(seed)
     words = [f"w{i}" for i in range(400)]
     rows: list[dict] = []
@@ -52,7 +52,7 @@ def make_rows(seed: int, count: int = 300) -> list[dict]:
 
 
 def brute_force(rows: list[dict], options: CleaningOptions) -> list[tuple[str, int | None]]:
-    """(reason, row it repeats) of each row."""
+    """Returns (reason of removal, number of the row that it repeats) for each row."""
     result: list[tuple[str, int | None]] = []
     first_of, stayed = {}, {}
     for number, row in enumerate(rows):
@@ -101,7 +101,7 @@ def test_each_step_is_brute_force(tmp_path, options):
     for reason in REASONS:
         assert summary["removed"][reason] == sum(found == reason for found, _ in expected)
     assert summary["kept"] + sum(summary["removed"].values()) == summary["rows"] == 300
-    # Each step had something to do.
+    # Each step removed rows.
     assert summary["removed"]["empty"] and len(kept) > 100
     assert summary["removed"]["exact duplicate"] or not options.exact
     assert summary["removed"]["near duplicate"] or options.near is None
@@ -124,7 +124,7 @@ def test_pairs_at_the_threshold_are_found_with_certainty(threshold):
 
 
 def overlaps(text: str, evaluation: str, n: int) -> bool:
-    """By substrings of the words: an n-gram of the one within the other, or the same few words."""
+    """Returns whether two texts share an n-gram of words or, if one has fewer than n words, have the same words."""
     a, b = (re.findall(r"\w+", x.lower()) for x in (text, evaluation))
     if min(len(a), len(b)) < n:
         return bool(a) and a == b

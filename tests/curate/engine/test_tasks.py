@@ -1,4 +1,4 @@
-"""What several processes on one output share; tests/faults/curation.py kills them."""
+"""State shared by several processes with one output; tests/faults/curation.py kills such processes."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_settings_of_a_running_process_cannot_be_replaced(tmp_path):
             pass
         with locked_settings(tmp_path, {"model": "a"}):
             pass
-    # It finished nothing, and it is over.
+    # The first process has ended and finished no file, so its settings may change.
     with locked_settings(tmp_path, {"model": "b"}):
         pass
     save_array(tmp_path / "00000.scores.npy", np.zeros(1))

@@ -1,4 +1,4 @@
-"""The consistency filter and the search below it, against brute force in float64."""
+"""The consistency filter and its search, against brute force in float64."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ class Killed(Exception):
 
 
 class FakeTeacher:
-    """Texts "name|x,y,z" become the vector (x, y, z), scaled; counts what it embeds, and may die on the way."""
+    """Embeds "name|x,y,z" as (x, y, z), scaled to length 1; records texts and can fail after a number of calls."""
 
     def __init__(self, die_after_calls: int | None = None):
         self.texts: list[str] = []
@@ -56,13 +56,13 @@ def text(name: str, vector: np.ndarray) -> str:
 
 @pytest.fixture
 def pairs(tmp_path):
-    """90 rows whose documents lie near their queries, every fifth one equal to the document four rows before."""
+    """90 rows with documents near their queries; every fifth document equals the document four rows before."""
     rng = np.random.default_rng(0)
     queries = unit(rng, 90, 4)
     documents = queries + 0.7 * unit(rng, 90, 4)
     documents[5::5] = documents[1:86:5]
     texts = [text("d", vector) for vector in documents]
-    # Equal up to whitespace.
+    # Document 10 equals document 6 up to whitespace.
     texts[10] += " \n"
     rows = [{"id": i, "q": text("q", queries[i]), "d": texts[i]} for i in range(90)]
     write_rows(tmp_path / "pairs.jsonl", rows)
@@ -98,7 +98,7 @@ def brute_force(rows: list[dict], block_size: int) -> list[int]:
 @pytest.mark.parametrize(("documents", "k"), [(700, 10), (7, 10), (40, 1)])
 def test_top_k_is_brute_force_by_score_then_number(documents, k):
     rng = np.random.default_rng(1)
-    # A few distinct vectors, each many times over: every cut goes through a tie.
+    # There are few distinct vectors and each repeats many times, so every top-k cut falls within a tie.
     document_DE = unit(rng, 12, 24)[rng.integers(0, 12, documents)]
     query_QE = unit(rng, 50, 24)
     ids, scores = top_k(query_QE, document_DE, k)
@@ -166,7 +166,7 @@ def test_a_killed_run_continues_and_ends_in_the_same_bytes(pairs, tmp_path, monk
         assert killed.texts + restarted.texts == whole.texts
         for name in OUTPUTS:
             assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    # Embeddings go as soon as the ranks are there.
+    # Embeddings are deleted as soon as the ranks are saved.
     files_left = {file.name for file in (tmp_path / "whole" / "work").iterdir() if not file.name.endswith(".lock")}
     assert files_left == {"settings.json", "rows.json", "00000.scores.npy", "00001.scores.npy", "00002.scores.npy"}
 
@@ -259,7 +259,7 @@ def test_the_report_shows_counts_and_rows(pairs, tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_adversarial_rows_are_brute_force(tmp_path, seed):
-    """Ties everywhere: few vectors, texts that repeat, documents that are the query, spaces around them."""
+    """Many ties: few vectors, repeated texts, documents equal to their query, surrounding whitespace."""
     rng = np.random.default_rng(seed)
     vectors = unit(rng, 9, 3)
     texts = [text(name, vector) for vector in vectors for name in "ab"]
@@ -293,7 +293,7 @@ def test_another_threshold_embeds_nothing(pairs, tmp_path):
     assert again.calls == 0
     assert read(tmp_path / "out" / "kept.jsonl") == [row for row, score in zip(rows, scores) if score >= 0.8]
     assert 0 < summary["kept"] < 90
-    # The same again leaves the files as they are.
+    # The same call again does not rewrite the files.
     before = (tmp_path / "out" / "kept.jsonl").stat().st_mtime_ns
     assert filter_pairs(files, tmp_path / "out", again.encoder(), k=90, min_score=0.8, **COLUMNS) == summary
     assert (tmp_path / "out" / "kept.jsonl").stat().st_mtime_ns == before
@@ -326,7 +326,7 @@ def test_a_mixture_is_filtered_by_source(pairs, tmp_path):
     (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"datasets": entries}))
     options = FilterOptions(block_size=30)
     mixture, output = str(tmp_path / "mixture.yaml"), tmp_path / "out"
-    (tmp_path / "c.jsonl").touch()  # a shard of which nothing was written
+    (tmp_path / "c.jsonl").touch()  # an empty shard
     summary = filter_mixture(mixture, output, FakeTeacher().encoder(), options, on_bad_row="skip", progress=False)
     (empty,) = summary["quarantined"]
     assert empty["file"] == f"{tmp_path}/c.jsonl" and empty["file"] in (output / "report.md").read_text()
@@ -356,7 +356,7 @@ def test_an_approximate_index_reports_its_recall_and_ranks_as_it_finds(tmp_path)
     assert 0.95 <= summary["search"]["lowest"]["recall"] <= 1
     assert summary["search"]["lowest"]["nprobe"] < summary["search"]["lowest"]["nlist"]
     near, true = (np.array([x["rank"] for x in read(tmp_path / name / "scores.jsonl")]) for name in ("near", "exact"))
-    # What it does not find cannot push a document down.
+    # Documents that the search misses can only improve the ranks of other documents.
     assert (near <= true).all() and (near == true).mean() > 0.9
     assert "searched approximately" in (tmp_path / "near" / "report.md").read_text()
 
@@ -371,7 +371,7 @@ def test_approximate_search_scores_exactly_and_finds_all_with_all_cells(tmp_path
     found = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), exact_ids.tolist())])
     assert recall["recall"] == round(found, 4) > 0.9 and recall["queries"] == 40
     np.testing.assert_allclose(scores, (query_QE[:, None] * document_DE[ids]).sum(-1), atol=1e-6)
-    # After a restart it is the same index.
+    # A restart uses the same index.
     again = ApproximateIndex(query_QE, document_DE, tmp_path / "index.faiss").top_k(query_QE, 10)
     np.testing.assert_array_equal(again[0], ids)
     index.index.nprobe = index.index.nlist

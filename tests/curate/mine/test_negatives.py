@@ -26,7 +26,7 @@ class Killed(Exception):
 
 
 class FakeTeacher:
-    """A text's vector is drawn from its own characters, so equal texts agree and nothing else does."""
+    """Embeds each text with a vector seeded by its characters, so that only equal texts have equal vectors."""
 
     def __init__(self, die_after_calls: int | None = None):
         self.texts: list[str] = []
@@ -45,7 +45,7 @@ class FakeTeacher:
 
 
 def vector(text: str) -> np.ndarray:
-    """Texts that begin with the same words lie near each other."""
+    """Returns a vector [8] of length 1; texts that begin with the same words have similar vectors."""
     words = text.split()
     beginnings = [" ".join(words[:count]) for count in range(1, len(words) + 1)]
     x = sum(np.random.default_rng(list(beginning.encode())).normal(size=8) for beginning in beginnings)
@@ -84,7 +84,7 @@ def read(path) -> list[dict]:
 
 
 def brute_force(rows, corpus=(), k=20, margin=0.95, range_min=0, range_max=None) -> list[list[str]]:
-    """The negatives of every row, stripped, by the words of the docstring."""
+    """Returns the stripped negatives of every row, by the rules in the docstring of ``MiningOptions``."""
     documents = list(dict.fromkeys(row["document"].strip() for row in [*rows, *corpus]))
     vectors = {text: vector(text).astype(np.float64) for text in {*documents, *(row["query"] for row in rows)}}
     result = []
@@ -172,7 +172,7 @@ def test_too_few_is_a_choice(files, tmp_path):
         texts, mined = [text.strip() for text in triplet["negatives"]], expected[triplet["id"]]
         assert texts[: len(mined)] == mined
         assert len(texts) == max(7, len(mined)) == len(triplet["negative_scores"])
-        # What the margin took out does not come back by chance.
+        # Candidates that the margin removed are not sampled as random negatives.
         assert not set(texts[len(mined) :]) & set(unfiltered[triplet["id"]])
 
     with pytest.raises(
@@ -280,7 +280,7 @@ def test_a_row_without_positives_is_a_bad_row(tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_adversarial_rows_are_brute_force(tmp_path, seed):
-    """Texts repeat as queries, documents and in the corpus, with spaces around them; queries have several positives."""
+    """Texts repeat in queries, documents and corpus, with surrounding whitespace; queries have several positives."""
     rng = np.random.default_rng(seed)
     texts = [f"topic{i % 5} word{i % 11} text{i}" for i in range(40)]
 
@@ -350,7 +350,7 @@ datasets:
 
 
 def test_files_that_cannot_be_read_are_set_aside(files, tmp_path):
-    """Of rows and of the corpus; mended, the message says what to delete, and what was written before is not taken."""
+    """Row and corpus files are unreadable. After a repair, an error says what to delete; old results are not used."""
     shards = tmp_path / "shards"
     shards.mkdir()
     whole = gzip.compress(b"".join(json_line(row | {"query": f"another {row['query']}"}) for row in make_rows()))

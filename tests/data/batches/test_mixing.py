@@ -1,4 +1,4 @@
-"""Which rows come at a step: every row as often as promised, and nothing but (seed, step) decides."""
+"""The rows of each step: they depend on (seed, step) only, and every row appears as often as specified."""
 
 import collections
 import random
@@ -43,7 +43,7 @@ def test_a_step_is_a_function_of_the_seed_alone(name):
     mixing = Mixing(STORES, 4, 7, SAMPLINGS[name])
     whole = visits(mixing, 0, 60)
     order = random.Random(0).sample(range(60), 10)
-    for step in order:  # not one after the other
+    for step in order:  # in random order
         assert visits(mixing, step, step + 1) == [whole[step]]
     assert visits(Mixing(STORES, 4, 7, SAMPLINGS[name]), 45, 60) == whole[45:]
     assert visits(Mixing(STORES, 4, 8, SAMPLINGS[name]), 0, 60) != whole
@@ -63,12 +63,12 @@ def test_resuming_far_away_costs_nothing():
 def test_a_carried_remainder_leaves_no_row_behind():
     mixing = Mixing([Store("a", 10), Store("b", 6)], 4, 0, Sampling(remainder="carry"))
     assert mixing.steps_per_epoch == 2 + 1
-    # 4 epochs are 10 batches of a and 6 of b, after which nothing is left over.
+    # 4 epochs are 10 batches of a and 6 of b, without a remainder.
     seen = visits(mixing, 0, 10 + 6)
     for source, size in enumerate((10, 6)):
         counts = collections.Counter(row for s, rows in seen for row in rows if s == source)
         assert counts == dict.fromkeys(range(size), 4)
-    # In whatever order an epoch's batches come: numbered, they are one permutation after the other.
+    # The order of batches within an epoch varies. By batch number, they form one permutation after the other.
     batches = [mixing.rows_of_batch(0, k) for k in range(10)]
     for pass_ in np.concatenate(batches).reshape(4, 10):
         assert sorted(pass_) == list(range(10))
@@ -94,7 +94,7 @@ def test_shards_come_one_at_a_time_and_completely():
 
 
 def test_any_shard_that_is_left_is_as_likely_as_another():
-    """Against the sequences that drawing uniformly from the files with batches left can give."""
+    """Compares with the sequences that arise if each step samples uniformly from the files with batches left."""
     expected = {}
 
     def draw(left, sequence, probability):
@@ -129,7 +129,7 @@ def test_shares_of_steps(remainder):
         mixing = Mixing(STORES, 4, 1, sampling)
         seen = [mixing.batch_of_step(step) for step in range(2000)]
         np.testing.assert_allclose(np.bincount([unit for unit, _ in seen]) / 2000, share, atol=0.01)
-        # A source goes through its batches in order: a small one comes again after it has been through, never before.
+        # The batches of a source come in order: a small source repeats only after its last batch.
         for source in range(3):
             numbers = [number for unit, number in seen if unit == source]
             assert numbers == list(range(len(numbers)))

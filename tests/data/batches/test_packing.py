@@ -1,4 +1,4 @@
-"""Plans of chunks: every text lies in one place, devices get equal shares, and little is padding."""
+"""Plans of chunks: every text has one position, devices get equal shares, and there is little padding."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def flat(texts):
 
 
 def draw_texts(rng, plan):
-    """Token ids of all devices' texts, in the order of the plan; 0 is left to padding."""
+    """Returns random token ids of all devices' texts, in the order of the plan; 0 is reserved for padding."""
     return [rng.integers(1, 30000, length) for length in plan.length.ravel()]
 
 
@@ -59,13 +59,13 @@ def test_each_text_is_where_its_embedding_is_looked_up(kind, settings, devices):
         ids = arrays["ids"][chunk, inside]
         if layout.packed:
             own = np.flatnonzero(arrays["segment"][chunk, inside] == segment + 1)
-            assert own[-1] - own[0] == len(own) - 1, "a text in two parts"
+            assert own[-1] - own[0] == len(own) - 1, "a text is split"
             ids = ids[own]
         else:
             ids = ids[: arrays["length"][chunk, row]]
         np.testing.assert_array_equal(ids, text)
         found += len(ids)
-    assert found == (arrays["ids"] != 0).sum() == plan.real_tokens  # and nothing else is there
+    assert found == (arrays["ids"] != 0).sum() == plan.real_tokens  # all other positions are padding
     assert len(np.unique(plan.place[0])) == N
     if layout.packed:
         np.testing.assert_array_equal(arrays["segment"] > 0, arrays["ids"] != 0)
@@ -128,11 +128,11 @@ def test_little_is_padding_and_few_programs_are_compiled(kind, rows, longest, bu
 
 
 def test_texts_without_short_ones_are_packed_tightly():
-    # 160, 80 + 80, 64 + 48 + 48; the longest first, each to the emptiest row, would need a fourth one.
+    # Three rows: 160, 80 + 80, 64 + 48 + 48. Longest first, each into the emptiest row, would need a fourth row.
     lengths = np.array([160, 80, 80, 64, 48, 48])
     plan = plan_chunks(lengths[:3], lengths[3:, None], packed_layout(160, 160, segments=4), 1)
     assert plan.padded_tokens == 3 * 160
-    # Narrow lengths, nothing short to fill gaps with.
+    # The lengths are similar: there are no short texts to fill gaps.
     rng = np.random.default_rng(4)
     similar = draw_lengths(rng, 100, 0.3, (4096, 2), 512)
     plan = plan_chunks(similar[:, 0], similar[:, 1:], packed_layout(512, 16_384), 8)

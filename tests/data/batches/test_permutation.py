@@ -1,4 +1,4 @@
-"""The permutation of many places at once is grain's of each."""
+"""``shuffled`` permutes many positions at once; the result equals grain's permutation of each position."""
 
 import numpy as np
 import pytest

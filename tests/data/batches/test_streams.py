@@ -1,4 +1,4 @@
-"""Token stores and the streams of batches made from them."""
+"""Token stores and the batch streams that read them."""
 
 import json
 
@@ -73,7 +73,7 @@ class TestMlm:
         return MlmStream(stores["text"], tokenizer, **({"batch_size": 8, "seq_len": 64, "seed": 3} | changes))
 
     def original(self, stores, stream, step):
-        """The rows of a step before masking, found by putting the targets back."""
+        """Returns the rows of a step before masking, restored from the targets."""
         arrays = stream.batch(step).arrays
         ids = arrays["ids"].copy()
         for row, (position, target) in enumerate(zip(arrays["position"], arrays["target"])):

@@ -1,6 +1,6 @@
-"""What can be wrong with training data, in every format: an error that names file and row, or a row counted and kept.
+"""Faults in training data of every format: an error names file and row, or the row is counted and saved.
 
-Through ``pretokenize``, as a training run meets it; ``tests/data/formats/test_sources.py`` has more about single rows.
+The tests call ``pretokenize``, as a training run does. ``tests/data/formats/test_sources.py`` has more tests of rows.
 """
 
 import bz2
@@ -20,7 +20,7 @@ from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
 from tests.data.formats.test_formats import write_tfds
 
 GOOD = [{"query": f"query {i}", "document": f"document {i}"} for i in range(9)]
-AT = 4  # the bad row stands behind so many good ones
+AT = 4  # number of good rows before the bad row
 
 ROW_FAULTS = {
     "null": ({"query": "q", "document": None}, "'document' should hold text, found NoneType"),
@@ -31,21 +31,21 @@ ROW_FAULTS = {
     "broken JSON": (b'{"query": "q", "docu', "broken JSON"),
     "not an object": (b'"q"', "expected an object"),
 }
-# Formats with types have no such rows: see FILE_FAULTS.
+# Typed formats cannot hold these rows; FILE_FAULTS has the faults of whole files.
 ONLY_JSONL = {"wrong type", "missing column", "broken JSON", "not an object"}
 
 
 def line(row) -> bytes:
     if isinstance(row, bytes):
         return row + b"\n"
-    # Bytes stand for themselves in a line, too.
+    # Bytes are written unescaped between quotes.
     texts = {name: value if isinstance(value, bytes) else json.dumps(value).encode() for name, value in row.items()}
     quoted = {name: b'"' + text + b'"' if isinstance(row[name], bytes) else text for name, text in texts.items()}
     return b"{" + b", ".join(json.dumps(name).encode() + b": " + text for name, text in quoted.items()) + b"}\n"
 
 
 def column(values) -> pa.Array:
-    """Texts that nobody checks to be UTF-8."""
+    """Returns a string array without checking that the values are valid UTF-8."""
     raw = [value.encode() if isinstance(value, str) else value for value in values]
     array = pa.array(raw, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(raw), array.buffers(), array.null_count)
@@ -56,7 +56,7 @@ def table(rows) -> pa.Table:
 
 
 def write(form, folder, rows) -> tuple[str, str]:
-    """(what names the rows; what a message says of row AT)."""
+    """Writes the rows; returns (name to read them by, location of row AT in a message)."""
     file = folder / f"rows.{form}"
     if form in ("jsonl", "jsonl.gz", "jsonl.bz2"):
         content = b"".join(map(line, rows))
@@ -174,7 +174,7 @@ FILE_FAULTS = {
 
 @pytest.mark.parametrize("fault", FILE_FAULTS)
 def test_a_bad_file(tmp_path, tokenizer, fault):
-    """An error, or set aside: one entry, none of its rows, and those of the other files."""
+    """The file raises an error or is set aside: one entry, none of its rows, all rows of the other files."""
     form, damage, message = FILE_FAULTS[fault]
     name, _ = write(form, tmp_path, MANY)
     damage(tmp_path)
@@ -182,7 +182,7 @@ def test_a_bad_file(tmp_path, tokenizer, fault):
         pretokenize(source(name), tokenizer, tmp_path / "cache", progress=False)
     assert str(tmp_path) in str(error.value) and message in str(error.value)
     assert not list((tmp_path / "cache").glob("pairs-*"))
-    if form == "tfds":  # one data set: what is wrong with a shard is found before its rows are read
+    if form == "tfds":  # tfds is one data set: a fault in a shard is found before rows are read
         return
     (tmp_path / "whole.jsonl").write_bytes(b"".join(map(line, GOOD)))
     both = f"{tmp_path}/{{rows.{form},whole.jsonl}}"
@@ -219,7 +219,7 @@ def test_sets_of_files(tmp_path, tokenizer):
 
 
 def test_every_cut_of_a_gzip_is_noticed(tmp_path, tokenizer):
-    """At ten places, the last ones inside the checksum, and with a second worker reading."""
+    """Cuts the file at ten positions, the last ones within the checksum, and reads it with two workers."""
     whole = gzip.compress(b"".join(map(line, MANY)))
     folder = tmp_path / "shards"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Every format gives the same rows, in order and at random, and names file and row of every fault."""
+"""Every format gives the same rows, in order and by index, and its errors name file and row."""
 
 import gzip
 import json
@@ -32,7 +32,7 @@ def jsonl(rows, blank_lines=False) -> bytes:
 
 
 def write_tfds(directory, rows, negatives=True):
-    """What TensorFlow Datasets prepares with file_format="array_record", in two shards."""
+    """Writes a data set in two shards as TensorFlow Datasets does with file_format="array_record"; returns its name."""
     texts = {"query": tfds.features.Text(), "document": tfds.features.Text()}
     features = tfds.features.FeaturesDict(
         texts | ({"negatives": tfds.features.Sequence(tfds.features.Text())} if negatives else {})
@@ -57,7 +57,7 @@ def write_tfds(directory, rows, negatives=True):
 
 
 def write(form, directory, rows) -> str:
-    """Writes the rows in a form of storage; returns what names them."""
+    """Writes the rows in a storage format; returns the name to read them by."""
     directory.mkdir(parents=True, exist_ok=True)
     thirds = [rows[: len(rows) // 3], rows[len(rows) // 3 :]]
     if form == "jsonl":
@@ -100,7 +100,7 @@ FORMS = ["jsonl", "jsonl.gz", "jsonl.bz2", "parquet", "arrow", "arrow file", "hu
 
 @pytest.fixture(scope="module", autouse=True)
 def hub_cache(tmp_path_factory):
-    """`datasets` caches what it reads: not in the user's home."""
+    """Moves the cache of `datasets` out of the user's home directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         yield

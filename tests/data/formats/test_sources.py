@@ -1,4 +1,4 @@
-"""Rows in files: every fault names its file and line, and nothing is lost unseen."""
+"""Rows in files: every error names file and line, and every skipped row is counted and saved."""
 
 import datetime
 import decimal
@@ -77,7 +77,7 @@ def test_files_that_cannot_be_read_to_their_end_are_set_aside(tmp_path, capfd):
 
 
 def test_a_line_of_many_chunks_is_read_in_linear_time(tmp_path, monkeypatch):
-    """Joined anew with each chunk, its bytes would be copied 16,000 times."""
+    """If the line were joined again after each chunk, its bytes would be copied 16,000 times."""
     monkeypatch.setattr(jsonl, "CHUNK", 1 << 10)
     row = json.dumps({"text": "x" * (1 << 24)}).encode()
     (tmp_path / "rows.jsonl").write_bytes(row + b"\n" + row)
@@ -130,7 +130,7 @@ def test_empty_texts_are_taken_where_they_mean_something(tmp_path):
 
 
 def string_array(*texts: bytes) -> pa.StringArray:
-    """Of bytes that nobody checks."""
+    """Returns a string array without checking that the bytes are valid UTF-8."""
     offsets = pa.array([sum(map(len, texts[:i])) for i in range(len(texts) + 1)], pa.int32())
     return pa.StringArray.from_buffers(len(texts), offsets.buffers()[1], pa.py_buffer(b"".join(texts)))
 
@@ -289,7 +289,7 @@ def test_prefixes_of_a_mixture(tmp_path):
 
 
 def test_a_stream_of_arrow_that_was_cut_between_two_batches_is_broken(tmp_path):
-    """pyarrow reads it as a shorter one."""
+    """pyarrow reads such a file as a shorter stream without an error."""
     table = pa.table({"text": ["a", "b", "c", "d"]})
     with pa.ipc.new_stream(str(tmp_path / "whole.arrow"), table.schema) as f:
         f.write_table(table, max_chunksize=1)

@@ -1,4 +1,4 @@
-"""Stores made in pieces: the same bytes however they are made, and nothing is done twice."""
+"""Token stores made in spans: the bytes depend on neither spans nor workers, and finished work is not repeated."""
 
 import dataclasses
 import errno
@@ -118,7 +118,7 @@ def test_files_are_read_once_until_they_change(shards, tokenizer, tmp_path, monk
     again = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
     assert again.fingerprint == first.fingerprint and read == []
     changed = shards / "2.jsonl"
-    changed.write_text(changed.read_text().replace("query 2 0", "query 2 X"))  # of equal size
+    changed.write_text(changed.read_text().replace("query 2 0", "query 2 X"))  # the size stays the same
     other = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
     assert other.fingerprint != first.fingerprint and read == [str(changed)]
 
@@ -137,11 +137,11 @@ def test_a_killed_command_goes_on(tokenizer, minilm, corpus, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command(tmp_path / "cache", 2), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     while len(done := list((tmp_path / "cache").glob(".*.pieces/*/counts.json"))) < 3:
-        assert process.poll() is None, "it was over before it could be killed"
+        assert process.poll() is None, "the command ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.2)  # the workers notice
+    time.sleep(0.2)  # time for the workers to notice
     times = {path: path.stat().st_mtime_ns for path in done if ".part" not in path.parent.name}
     assert not list((tmp_path / "cache").glob("data-*"))
     kept = {path.parent.name for path in times}
@@ -183,7 +183,7 @@ def test_hashes_tell_texts_apart():
     for text, value in zip(texts, map(tuple, hashes.tolist())):
         assert by_text.setdefault(tuple(text), value) == value
     assert len(set(by_text.values())) == len(by_text) > 300
-    # Each of the two halves, too, is as good as random: 50,000 different pairs of ids collide in 32 bits hardly ever.
+    # Each 32-bit half behaves like a random hash: 50,000 different pairs of ids rarely collide.
     many = np.stack([np.arange(50_000) % 251, np.arange(50_000) // 251], 1)
     halves = hash_texts(many.ravel(), np.full(50_000, 2))
     assert all(len(np.unique(halves[:, i])) > 49_990 for i in range(2))

@@ -1,4 +1,4 @@
-"""GLUE: rows as transformers tokenizes them, the loss by hand, metrics by their formulas, and a small sweep."""
+"""GLUE: tokenization against transformers, loss and metrics against their formulas, and a small sweep."""
 
 import json
 import random
@@ -32,7 +32,7 @@ ROWS = 320
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, words) -> Path:
-    """mnli, rte, cola and stsb in small, whose labels a bag of words tells."""
+    """Small versions of mnli, rte, cola and stsb; a bag of words predicts the labels."""
     folder = tmp_path_factory.mktemp("glue")
     rng = random.Random(2)
     topics = [rng.sample(words, 2) for _ in range(3)]
@@ -45,7 +45,7 @@ def data(tmp_path_factory, words) -> Path:
 
     for name in ("mnli", "rte", "cola", "stsb"):
         task = glue.TASKS[name]
-        if name == "rte":  # as the hub keeps it
+        if name == "rte":  # in the layout of the hub
             (folder / name).mkdir()
             for split, n in (("train", ROWS), ("validation", 32)):
                 table = pa.Table.from_pylist(list(rows(task, n)))
@@ -66,7 +66,7 @@ def test_rows_are_those_of_transformers(minilm, tokenizer, words):
     assert [ids.tolist() for ids in encode_rows(tokenizer, pairs, 32)] == expected
     expected = theirs([a for a, _ in pairs], truncation=True, max_length=16)["input_ids"]
     assert [ids.tolist() for ids in encode_rows(tokenizer, [pair[:1] for pair in pairs], 16)] == expected
-    # The tokenizer itself stays without truncation.
+    # ``encode_rows`` does not enable truncation in the tokenizer itself.
     assert len(tokenizer.encode([" ".join(words[:300])])[0]) > 300
 
 
@@ -116,7 +116,7 @@ def test_the_loss_is_the_formula(num_labels):
     sums = jax.jit(stage.loss)(params, {"ids": ids, "length": length, "label": label})
 
     hidden = jax.jit(lambda ids, length: encode(params["encoder"], ids, encoder, length_B=length))(ids, length)
-    # Row by row, in float64 from the hidden states on.
+    # Compute the loss row by row, in float64 from the hidden states on.
     head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["classifier"])
     losses, correct = [], 0
     for first, y in zip(np.asarray(hidden[:, 0], np.float64), label):
@@ -194,7 +194,7 @@ def test_medians_over_the_seeds_at_the_best_settings():
     "with_regression",
     [
         False,
-        pytest.param(True, marks=pytest.mark.exhaustive(reason="one more run; its loss is compared with the formula")),
+        pytest.param(True, marks=pytest.mark.exhaustive(reason="one more run; another test checks its loss")),
     ],
 )
 def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path, monkeypatch, with_regression):
@@ -214,7 +214,7 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     folder = tmp_path / "glue" / "tiny"
     assert (folder / "mnli" / "lr0.01-batch16-seed0" / "checkpoints").is_dir()
 
-    # The kept run is a classifier to every client.
+    # transformers reads the retained run as a classifier and computes the same logits.
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from nomic_jax.hf.write import write_checkpoint
@@ -229,13 +229,13 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     batch = tokenizer(*map(list, zip(*pairs)), truncation=True, max_length=32, padding=True, return_tensors="pt")
-    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])  # always 0 here
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])  # all 0, as in nomic_jax
     np.testing.assert_allclose(ours, theirs(**batch).logits.detach().numpy(), atol=1e-5)
 
     done = []
     original = launch.glue._run
     monkeypatch.setattr(launch.glue, "_run", lambda cell, *rest: done.append(cell) or original(cell, *rest))
-    # A run that was cut off, begun from what is no longer the best.
+    # An interrupted run that started from a run that is no longer the best.
     shutil.copytree(workdir, folder / "rte" / workdir.name)
     run(["mnli"], [0, 1])
     report = run(["rte", "stsb"] if with_regression else ["rte"], [0])
@@ -245,10 +245,10 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     if with_regression:
         assert report["tasks"]["stsb"]["score"] > 0.5
     assert len(report["tasks"]["mnli"]["seeds"]) == report["tasks"]["mnli"]["runs"] == 2
-    assert not list(folder.glob("rte/*/")), "what is finished needs no working directory"
+    assert not list(folder.glob("rte/*/")), "a finished run still has its working directory"
     [start] = report["tasks"]["rte"]["starts"]
     kept = [path.name for path in (folder / "mnli").iterdir() if path.is_dir()]
-    assert kept == [start], "of the runs on mnli only the best is kept"
+    assert kept == [start], "only the best run on mnli should remain"
     text = (tmp_path / "report.md").read_text()
     assert "| nomic-bert-2048 | 0.840 | 0.500 |" in text and f"{2 + with_regression} of 8 tasks" in text
     assert (tmp_path / "glue.png").exists()
@@ -257,7 +257,7 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
 
 
 def test_the_form_of_the_hub(tmp_path, monkeypatch):
-    """A folder as nyu-mll/glue is on the hub, read by the client that reads the hub."""
+    """Reads a folder with the layout of nyu-mll/glue on the hub, through the client that reads the hub."""
     import datasets
 
     rows = [{"sentence": "a b", "label": 1, "idx": 0}, {"sentence": "", "label": 0, "idx": 1}]
@@ -282,7 +282,7 @@ def test_the_form_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_what_tfds_has_prepared(tmp_path):
-    """Read without TensorFlow; written as it writes it, in two shards."""
+    """Reads, without TensorFlow, files in the format of TensorFlow Datasets, with one row per shard."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -325,7 +325,7 @@ def test_data_that_cannot_be_had_fail_their_task_alone(data, tiny_model, tmp_pat
         tasks=["sst2"],
         glue_options={"learning_rates": [1e-2], "batch_sizes": [16], "seeds": [0], "variant": "debug"},
     )
-    assert "sst2 has no train (.jsonl" in report["failed"]["sst2"], "once, not for each of its runs"
+    assert "sst2 has no train (.jsonl" in report["failed"]["sst2"], "expected one failure for the task, not one per run"
     with pytest.raises(FileNotFoundError, match="neither a folder nor tfds:glue"):
         evaluate(str(tiny_model), ["nowhere"], tmp_path, suite="glue", name="t")
     with pytest.raises(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Local tasks of every type: figures against mteb's of the same weights in sentence-transformers, and every mistake."""
+"""Local tasks of every type: scores against mteb with the same weights in sentence-transformers, and every error."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ MAIN = {"retrieval": "ndcg@10", "classification": "accuracy", "clustering": "v_m
 
 
 def as_mteb_tasks(folder):
-    """The same data as tasks of mteb, as its documentation has them."""
+    """Returns the same data as mteb tasks, defined as in mteb's documentation."""
     from datasets import Dataset, DatasetDict
     from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
     from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
@@ -76,7 +76,7 @@ def report(local_tasks, minilm, tmp_path_factory):
     return found, output
 
 
-@pytest.mark.slow(reason="imports mteb and torch, and runs four tasks in both")
+@pytest.mark.slow(reason="imports mteb and torch, and runs four tasks with both implementations")
 def test_scores_are_those_of_mteb_and_sentence_transformers(report, local_tasks, minilm):
     mteb = pytest.importorskip("mteb")
     SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
@@ -90,18 +90,18 @@ def test_scores_are_those_of_mteb_and_sentence_transformers(report, local_tasks,
     ours = report[0]["tasks"]
     assert ours.keys() == MAIN.keys() and not report[0]["failed"]
     for name, figures in ours.items():
-        assert figures["metric"] == MAIN[name] and 0.1 < figures[MAIN[name]] < 0.99, "a task that tells nothing"
+        assert figures["metric"] == MAIN[name] and 0.1 < figures[MAIN[name]] < 0.99, "score too close to 0 or 1"
         assert figures[MAIN[name]] == pytest.approx(theirs[name]["main_score"], abs=1e-4), name
     for ours_name, theirs_name in (("recall@10", "recall_at_10"), ("mrr@10", "mrr_at_10"), ("recall@1", "recall_at_1")):
         assert ours["retrieval"][ours_name] == pytest.approx(theirs["retrieval"][theirs_name], abs=1e-4)
     for metric in ("f1", "f1_weighted"):
         assert ours["classification"][metric] == pytest.approx(theirs["classification"][metric], abs=1e-4)
     assert ours["sts"]["pearson"] == pytest.approx(theirs["sts"]["cosine_pearson"], abs=1e-4)
-    # One of them is judged without a relevant document, which counts as 0 for both.
+    # One query is judged but has no relevant document; both implementations score it 0.
     assert ours["retrieval"]["queries"] == 20
 
 
-@pytest.mark.slow(reason="two runs of mteb's ten classifiers")
+@pytest.mark.slow(reason="runs mteb's ten classifiers twice")
 def test_classification_of_the_suite_mteb_is_that_of_a_model_without_normalisation(local_tasks, minilm, tmp_path):
     mteb = pytest.importorskip("mteb")
     SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer
@@ -177,7 +177,7 @@ def test_matryoshka_dims_are_cut_before_normalisation(report, local_tasks, minil
 
 
 def test_known_answers(tmp_path):
-    """Embeddings that give the label away are worth 1; those that say nothing are worth what chance is."""
+    """Embeddings that reveal the label score 1; constant embeddings score at chance level."""
     rows = [{"text": f"{label} {i}", "label": label} for i in range(20) for label in ("yes", "no")]
     write_rows(tmp_path / "c" / "train.jsonl", rows)
     write_rows(tmp_path / "c" / "test.jsonl", rows[:10])

@@ -1,4 +1,4 @@
-"""LoCo: files and archives of the published form, scores against a second implementation, lengths beyond training."""
+"""LoCo: files and archives in the published format, scores against a second implementation, lengths beyond training."""
 
 import json
 import random
@@ -29,7 +29,7 @@ ARTICLE = "Introduction\nOne. Two.\nThree.\nEnd"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, words) -> Path:
-    """The five tasks, six rows each; documents of up to some hundred words."""
+    """The five tasks with six rows each; documents have up to 60 words."""
     folder = tmp_path_factory.mktemp("loco")
     rng = random.Random(1)
 
@@ -60,14 +60,14 @@ def test_all_tasks_at_several_lengths(data, tiny_model, tmp_path):
     report = evaluate(str(tiny_model), [str(data)], tmp_path, suite="loco", max_length=[32, 128])
     assert not report["failed"] and len(report["tasks"]) == 10
     assert report["tasks"]["qmsum@32"]["documents"] == 6
-    # Against cosine and ranks by hand, from the Embedder itself at that length.
+    # Compare with ranks by cosine, computed here from the Embedder at that length.
     task = LocoTask.read("gov_report", data)
     embedder = Embedder.from_pretrained(tiny_model, max_length=128)
     query, document = embedder.encode_query(task.queries), embedder.encode_document(task.documents)
     cosine = unit_length(query) @ unit_length(document).T
     rank = (cosine > np.diag(cosine)[:, None]).sum(axis=1)
     assert report["tasks"]["gov_report@128"]["ndcg@10"] == pytest.approx(np.mean(1 / np.log2(rank + 2)))
-    # Positions beyond the trained ones are stretched, so the length matters.
+    # Beyond the trained length, positions are rescaled, so the vectors depend on max_length.
     assert not np.allclose(
         document, Embedder.from_pretrained(tiny_model, max_length=32).encode_document(task.documents)
     )
@@ -77,7 +77,7 @@ def test_all_tasks_at_several_lengths(data, tiny_model, tmp_path):
 
 
 def test_ties_are_broken_as_trec_eval_does():
-    """Of equal scores the highest id, compared as text, comes first: Passage_9 before Passage_10."""
+    """Among equal scores, the highest id in string order comes first: Passage_9 before Passage_10."""
     figures = dict(loco.score(np.zeros((12, 12))))
     ranks = {n: r for r, n in enumerate(sorted(range(12), key=lambda n: f"Passage_{n}", reverse=True))}
     want = [1 / np.log2(ranks[n] + 2) if ranks[n] < 10 else 0 for n in range(12)]
@@ -91,7 +91,7 @@ def test_articles_of_every_published_form(tmp_path, full_text):
 
 
 def test_the_archives_of_the_hub(tmp_path, monkeypatch):
-    """From a cache of the hub's own layout, through its own client."""
+    """Reads from a cache in the hub's layout, through the hub's client."""
     from huggingface_hub import constants
 
     snapshot = tmp_path / "datasets--tau--scrolls" / "snapshots" / ("0" * 40)

@@ -1,4 +1,4 @@
-"""The suites mteb and jina_long: through the library, with the protocol of the published figures, restartable."""
+"""The suites mteb and jina_long: run by the mteb library, with the protocol of the published scores, restartable."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent.parent.parent
 
 @pytest.fixture(scope="module")
 def mock_tasks():
-    """mteb's own offline tasks, one of each type of MTEB(eng, v1)."""
+    """mteb's offline mock tasks, one of each type in MTEB(eng, v1)."""
     from mteb.mocks import mock_tasks
 
     return [
@@ -62,7 +62,7 @@ def test_every_type_runs_and_a_second_run_computes_nothing(minilm, only, tmp_pat
         raise AssertionError("computed again")
 
     monkeypatch.setattr(Embedder, "encode", refuse)
-    # Neither from our own report, nor, without it, from mteb's result files.
+    # The scores come from the report or, if it is missing, from mteb's result files.
     assert (
         evaluate(str(minilm), output=tmp_path, suite="mteb", name="minilm", max_length=64)["tasks"] == report["tasks"]
     )
@@ -105,7 +105,7 @@ def test_classification_alone_is_not_normalised(minilm, mock_tasks):
     assert np.abs(lengths.pop("Classification") - 1).min() > 0.1
     for kind, length in lengths.items():
         np.testing.assert_allclose(length, 1, atol=1e-5, err_msg=kind)
-    # The same direction, and what the model computes before its Normalize module.
+    # These vectors have the same direction; they come from before the model's Normalize module.
     raw = vectors["Classification"]
     np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), vectors["STS"], atol=1e-6)
     plain = mteb_encoder(embedder, "m").mteb_model_meta.revision
@@ -138,7 +138,7 @@ def test_jina_lengths_are_cells_of_their_own(minilm, only, tmp_path, monkeypatch
     assert (tmp_path / "jina_long.png").exists()
 
 
-@pytest.mark.slow(reason="a process of its own imports mteb and torch")
+@pytest.mark.slow(reason="a separate process imports mteb and torch")
 def test_an_unreachable_hub_is_said_at_once(minilm, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     environment.pop("HF_HUB_OFFLINE", None)
@@ -166,7 +166,7 @@ def test_an_unreachable_hub_is_said_at_once(minilm, tmp_path):
     ],
 )
 def test_a_gated_or_missing_data_set_is_said(code, status, message, tmp_path):
-    """Against a server that answers as the hub does."""
+    """Uses a local server that answers as the hub does."""
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 

@@ -1,4 +1,4 @@
-"""Retrieval: metrics against pytrec_eval, exact search against a full sort, task folders, and the command on top."""
+"""Retrieval: metrics against pytrec_eval, exact search against a full sort, task folders, and ``evaluate``."""
 
 import json
 from pathlib import Path
@@ -38,9 +38,9 @@ def test_metrics_are_those_of_trec_eval(tmp_path):
     queries = [f"q{i}" for i in range(40)]
     documents = [f"d{i}" for i in rng.permutation(150)]
     qrels = {(q, str(d)): int(rng.integers(-1, 4)) for q in queries for d in rng.choice(documents, 25, replace=False)}
-    # Judged, with nothing that is relevant: 0.
+    # q7 is judged but has no relevant document; its score is 0.
     qrels |= {("q7", d): 0 for d in documents}
-    # Small whole numbers: many documents of equal score.
+    # With small integers, many documents have equal scores.
     vectors = {text: rng.integers(-1, 2, 4) for text in queries + documents}
     folder = write_task(tmp_path / "random", {q: q for q in queries}, {d: d for d in documents}, qrels)
 
@@ -88,7 +88,7 @@ def test_prompts_and_titles_reach_the_encoder(tmp_path):
         return np.ones((len(texts), 2))
 
     dict(RetrievalTask.read(folder).run(embed))
-    # q3 is not judged and costs nothing.
+    # q3 is not judged, so it is not embedded.
     assert seen == {"classification": ["barks", "sleeping cat"], "search_document": ["", "Cats sleep"]}
 
 
@@ -132,7 +132,7 @@ def test_bm25_finds_words(tmp_path):
         ANIMALS,
         {("found", "d1"): 1, ("stop words only", "d1"): 1, ("unknown words", "d1"): 1},
     )
-    # A query without a match ranks by descending id, which puts d1 third.
+    # For a query without a match, documents rank by descending id, so d1 is third.
     assert dict(bm25.run(RetrievalTask.read(folder)))["mrr@10"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
 
 
