@@ -5,6 +5,7 @@
 ``@pytest.mark.slow(reason=...)``: may take longer than ``--slow-limit`` seconds (ini: ``slow_limit``). Without the
 marker, such a test fails the suite. The limit applies to the set-up and to the call of a test separately. The set-up of
 a shared fixture counts for the first test that uses it. On a slow or loaded machine, raise the limit; 0 disables it.
+With ``--all`` there is no limit by default, because the compiler optimizes and fuzz tests draw many examples.
 
 Files with slow tests run first, so that with xdist's ``--dist=loadfile`` no worker starts one at the end.
 """
@@ -19,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--slow-limit",
         type=float,
         metavar="SECONDS",
-        help="a test that takes longer fails the suite unless it is marked slow; 0: no limit (ini: slow_limit)",
+        help="a test that takes longer fails the suite unless it is marked slow; 0: no limit (ini: slow_limit; with --all: 0)",
     )
     parser.addini("slow_limit", "default of --slow-limit", default="20")
 
@@ -37,7 +38,8 @@ class Effort:
 
     def __init__(self, config: pytest.Config):
         limit = config.option.slow_limit
-        self.limit = float(config.getini("slow_limit")) if limit is None else limit
+        default = 0.0 if config.option.all_tests else float(config.getini("slow_limit"))
+        self.limit = default if limit is None else limit
         self.left_out = 0
         self.too_slow: dict[str, float] = {}
 

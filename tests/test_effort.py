@@ -43,8 +43,9 @@ def test_exhaustive_tests_are_left_out_and_counted(run):
 
 
 def test_all_runs_them(run):
-    result = run("--all")
+    result = run("--all", "-o", "slow_limit=0.1", call=0.2)
     result.assert_outcomes(passed=5)
+    assert result.ret == pytest.ExitCode.OK, "with --all there is no limit"
     result.stdout.no_fnmatch_line("*not run*")
 
 
