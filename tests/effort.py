@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--slow-limit",
         type=float,
         metavar="SECONDS",
-        help="a test that takes longer fails the suite unless it is marked slow; 0: no limit (ini: slow_limit; with --all: 0)",
+        help="a test that takes longer fails the suite unless it is marked slow; 0: no limit (ini: slow_limit)",
     )
     parser.addini("slow_limit", "default of --slow-limit", default="20")
 
