@@ -20,15 +20,15 @@ export JAX_COMPILATION_CACHE_DIR=$out/jax_cache
 
 collecting=(--code_pairs=8000) min_gain=0.1
 if [ -n "$tiny" ]; then
-  collecting=(--code_pairs=1500 --held_out=200) min_gain=0.02
-  # Many small batches: few steps of 128 pairs gain too little to tell training from none.
-  export MLM_FLAGS=--config.steps=40 CONTRASTIVE_FLAGS=--config.batch_size=32
+  collecting=(--code_pairs=1000 --held_out=200) min_gain=0.02
+  # Two layers, and many small batches: few steps of 128 pairs gain too little to tell training from none.
+  export FLAGS=--config.model.num_layers=2 MLM_FLAGS=--config.steps=40 CONTRASTIVE_FLAGS=--config.batch_size=32
 fi
 echo "== collecting real text and pairs"
 python -m launch.collect --output="$out/data" "${collecting[@]}"
 if [ -n "$tiny" ]; then
   # launch.collect takes all diagnoses and 6 MB of text.
-  for file_rows in pairs/icd10:2000 labelled/icd10:500 mlm/text:2000; do
+  for file_rows in pairs/icd10:1200 labelled/icd10:300 mlm/text:2000; do
     file=$out/data/${file_rows%:*}.jsonl rows=${file_rows#*:}
     [ "$(wc -l <"$file")" -le "$rows" ] && continue
     head -n "$rows" "$file" >"$file.part"

@@ -12,15 +12,14 @@ NASTY_VALUES = (
         float("nan"), float("inf"), -float("inf"), "", " ", "0", "nan", "\x00", "\ud800", "../..", "/", ".", "..",
         "a" * 5000, "é\u202e", [], {}, [[]], [None], {"a": None}, {"": {}}, ["a", 1], [float("nan")],
 )  # fmt: skip
-NASTY = st.sampled_from(NASTY_VALUES)
+# Copies, because ``changed`` edits what it has put into a value.
+NASTY = st.sampled_from(NASTY_VALUES).map(copy.deepcopy)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 ANYTHING = NASTY | st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-
-PIECES = [b'"', b"{", b"[" * 9, b"\\u", b"\xff", b"\n"]
 
 
 def places(value: Any, here: tuple = ()) -> list[tuple]:

@@ -128,7 +128,10 @@ PAIRWISE = pytest.mark.exhaustive(reason="other cases of the default suite cover
 def test_chunks_give_what_single_texts_give(kind, pooling, device_count, kept_chunks, params, texts, weights, plain):
     layout = LAYOUTS[kind]
     plan, embedding_NE, gradient = chunked(params, texts, weights, pooling, layout, device_count, kept_chunks)
-    assert set(plan.shape.ravel()) >= set(range(len(layout.shapes))), "the plan does not use every shape"
+    if (
+        device_count > 1 or kind == "bucketed"
+    ):  # on one device, these texts fill packed chunks of the largest shape only
+        assert set(plan.shape.ravel()) >= set(range(len(layout.shapes))), "the plan does not use every shape"
     if device_count > 1 and kind == "bucketed":
         assert (plan.shape == len(layout.shapes)).any(), "no chunk is empty"
         assert (plan.shape != plan.shape[0]).any(), "all devices take the same branches"
