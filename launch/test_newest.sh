@@ -14,6 +14,6 @@ NOMIC_JAX_PYTHON=$(find_python 3.12) || { echo "skipped: there is no python3.12 
 export NOMIC_JAX_PYTHON NOMIC_JAX_VENV=.venv-py312 NOMIC_JAX_LOCK=requirements-ci-py312.lock
 use_venv test
 python -c 'import sys, jax; print(f"Python {sys.version.split()[0]}, jax {jax.__version__}")'
-# No limit of 20 seconds: it is measured in launch/test.sh, and this jax compiles the same tests more slowly.
+# launch/test.sh holds the limit of 20 seconds a test.
 python -m pytest -n 2 --dist=loadfile --slow-limit=0 tests/model tests/train/objectives/test_loss.py \
   tests/train/test_optim.py tests/launch/test_commands.py "$@"
