@@ -7,7 +7,11 @@
   auto          cudnn or cudnn_packed on GPU with 16-bit types, cpu on CPU, otherwise xla
 
 Each text attends only to itself. Text lengths (``length_B``) describe right-padded rows; segment ids (``segment_BL``, 0
-for padding) describe rows that hold several texts. Outputs at padded positions are finite but have no meaning.
+for padding) describe rows that hold several texts. Outputs at padded positions are finite but have no meaning, and
+padding gets no gradient from cuDNN's kernels.
+
+This module alone decides which implementation computes (``choose``), what it needs besides its arguments
+(``score_bytes``), and what is done about memory that a kernel leaves unwritten.
 """
 
 import functools
@@ -22,6 +26,8 @@ except ImportError:
     cudnn = None  # type: ignore[assignment]
 
 IMPLEMENTATIONS = ("auto", "cudnn", "cudnn_packed", "xla", "cpu")
+# cuDNN has no fused kernel for other types.
+FUSED_DTYPES = ("bfloat16", "float16")
 # The primitive of cuDNN's forward kernel. Besides its outputs, the backward pass needs only queries, keys and values.
 FUSED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 # cuDNN stores softmax statistics of shape [B * segments, H, L] for the backward pass. With more segments per row than
@@ -63,49 +69,83 @@ def attention(
     if length_B is not None and segment_BL is not None:
         raise ValueError("give length_B (one text per row) or segment_BL (packed rows), not both")
     if implementation == "auto":
-        implementation = _choose(q_BLHK.dtype, segment_BL is not None, max_segments)
+        implementation = choose(q_BLHK.dtype, packed=segment_BL is not None, max_segments=max_segments)
     if implementation == "cudnn_packed":
         if segment_BL is None or max_segments is None:
             raise ValueError(
                 'attention="cudnn_packed" needs packed rows with a known maximum number of texts per row; '
                 'use attention="auto" for other inputs'
             )
-        return _cudnn_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments)
+        is_text_BL = segment_BL > 0
+        arguments = (_without_gradient_at_padding(x, is_text_BL) for x in (q_BLHK, k_BLHK, v_BLHK))
+        return _zero_padding(fused_packed(*arguments, segment_BL, max_segments), is_text_BL)
     if implementation == "cudnn":
         if segment_BL is not None:
             raise ValueError('attention="cudnn" supports right-padded rows only; use attention="auto" for packed rows')
-        return jax.nn.dot_product_attention(
-            q_BLHK,
-            k_BLHK,
-            v_BLHK,
-            query_seq_lengths=length_B,
-            key_value_seq_lengths=length_B,
-            implementation="cudnn",
-        )
+        if length_B is None:
+            return fused_padded(q_BLHK, k_BLHK, v_BLHK, None)
+        is_text_BL = jnp.arange(q_BLHK.shape[1]) < length_B[:, None]
+        arguments = (_without_gradient_at_padding(x, is_text_BL) for x in (q_BLHK, k_BLHK, v_BLHK))
+        return _zero_padding(fused_padded(*arguments, length_B), is_text_BL)
     mask_BLL = _mask(q_BLHK.shape[1], length_B, segment_BL)
     by_head = implementation == "cpu" and q_BLHK.shape[1] > CPU_ALL_HEADS_MAX_LENGTH
     formula = _head_by_head if by_head else _dense
     return checkpoint_name(formula(q_BLHK, k_BLHK, v_BLHK, mask_BLL), "attention")
 
 
-def _choose(dtype, packed: bool, max_segments: int | None) -> str:
+def choose(dtype: jax.typing.DTypeLike, *, packed: bool = False, max_segments: int | None = None) -> str:
+    """Returns the implementation that "auto" stands for on the default backend.
+
+    Args:
+      dtype: of queries, keys and values.
+      packed: whether rows hold several texts, at most ``max_segments``.
+    """
     backend = jax.default_backend()
-    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
-        if not packed:
+    if backend == "gpu" and jnp.dtype(dtype).name in FUSED_DTYPES:
+        if not packed and _has_cudnn("8.0"):
             return "cudnn"
-        if max_segments is not None and max_segments <= CUDNN_MAX_SEGMENTS and _has_packed_cudnn():
+        if packed and max_segments is not None and max_segments <= CUDNN_MAX_SEGMENTS and _has_cudnn("9.0"):
             return "cudnn_packed"
     return "cpu" if backend == "cpu" else "xla"
 
 
+def score_bytes(implementation: str, length: int, num_heads: int) -> int:
+    """Returns the memory in bytes that one text of a forward pass needs for its scores; 0 for fused kernels.
+
+    The dense formula holds the float32 scores and their softmax, [H, L, L] each. Above CPU_ALL_HEADS_MAX_LENGTH, "cpu"
+    holds at least 64 queries of one head at a time.
+    """
+    if implementation in ("cudnn", "cudnn_packed"):
+        return 0
+    if implementation == "cpu" and length > CPU_ALL_HEADS_MAX_LENGTH:
+        return 2 * 4 * 64 * length
+    return 2 * 4 * num_heads * length**2
+
+
 @functools.lru_cache
-def _has_packed_cudnn() -> bool:
+def _has_cudnn(compute_capability: str) -> bool:
+    """Returns whether this GPU has cuDNN's fused kernel: 8.0 for padded rows, 9.0 for packed ones."""
     if cudnn is None:
-        return False
-    return cudnn.check_compute_capability("9.0") and cudnn.check_cudnn_version() >= CUDNN_PACKED_SINCE
+        return compute_capability == "8.0"  # the public function checks the GPU itself
+    return cudnn.check_compute_capability(compute_capability) and (
+        compute_capability == "8.0" or cudnn.check_cudnn_version() >= CUDNN_PACKED_SINCE
+    )
 
 
-def _cudnn_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments: int) -> jax.Array:
+def fused_padded(q_BLHK, k_BLHK, v_BLHK, length_B: jax.Array | None) -> jax.Array:
+    """cuDNN's attention of right-padded rows; at padding, outputs and gradients are uninitialized memory."""
+    return jax.nn.dot_product_attention(
+        q_BLHK,
+        k_BLHK,
+        v_BLHK,
+        query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B,
+        implementation="cudnn",
+    )
+
+
+def fused_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL: jax.Array, max_segments: int) -> jax.Array:
+    """cuDNN's attention of packed rows; at padding, outputs and gradients are uninitialized memory."""
     own_BLS = segment_BL[:, :, None] == jnp.arange(1, max_segments + 1)
     length_BS = jnp.sum(own_BLS, axis=1, dtype=jnp.int32)
     # The ids of a row are consecutive from 1. -1 stands for absent segments and ends every list of offsets.
@@ -116,10 +156,7 @@ def _cudnn_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments: int) -> jax.
     # With one segment per row, cuDNN would expect a padded row, whose lengths have a different form.
     if max_segments == 1:
         offset_BS, length_BS = (jnp.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (offset_BS, length_BS))
-    # At padding, the kernel leaves uninitialized memory in the outputs and in the gradients.
-    is_text_BL11 = (segment_BL > 0)[:, :, None, None]
-    q_BLHK, k_BLHK, v_BLHK = (jnp.where(is_text_BL11, x, 0) for x in (q_BLHK, k_BLHK, v_BLHK))
-    out_BLHK = cudnn.dot_product_attention(
+    return cudnn.dot_product_attention(
         q_BLHK,
         k_BLHK,
         v_BLHK,
@@ -129,7 +166,23 @@ def _cudnn_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments: int) -> jax.
         kv_offsets=offset_BS,
         scale=q_BLHK.shape[-1] ** -0.5,
     )
-    return jnp.where(is_text_BL11, out_BLHK, 0)
+
+
+def _zero_padding(x_BLHK: jax.Array, is_text_BL: jax.Array) -> jax.Array:
+    # A product with 0 would keep a NaN.
+    return jnp.where(is_text_BL[:, :, None, None], x_BLHK, 0)
+
+
+@jax.custom_vjp
+def _without_gradient_at_padding(x_BLHK: jax.Array, is_text_BL: jax.Array) -> jax.Array:
+    """Returns ``x_BLHK`` unchanged. Its gradient at padding, which a fused kernel leaves unwritten, becomes 0."""
+    return x_BLHK
+
+
+_without_gradient_at_padding.defvjp(
+    lambda x_BLHK, is_text_BL: (x_BLHK, is_text_BL),
+    lambda is_text_BL, gradient_BLHK: (_zero_padding(gradient_BLHK, is_text_BL), None),
+)
 
 
 def _mask(L: int, length_B: jax.Array | None, segment_BL: jax.Array | None) -> jax.Array | None:

@@ -63,11 +63,13 @@ def pool_segments(
     """
     hidden_BLD = hidden_BLD.astype(jnp.float32)
     own_BLS = segment_BL[:, :, None] == jnp.arange(1, num_segments + 1)
+    pooled_BLS = own_BLS
     if config.pooling == "cls":
-        x_BSE = jnp.take_along_axis(hidden_BLD, jnp.argmax(own_BLS, axis=1)[:, :, None], axis=1)
-    else:
-        length_BS = jnp.maximum(jnp.sum(own_BLS, axis=1), 1)
-        x_BSE = jnp.einsum("bld,bls->bsd", hidden_BLD, own_BLS.astype(jnp.float32)) / length_BS[:, :, None]
+        # A product, not a gather: absent texts would all name one token, and the gradient would be a scatter that adds.
+        is_first_BL = jnp.diff(segment_BL, axis=1, prepend=0) != 0
+        pooled_BLS = own_BLS & is_first_BL[:, :, None]
+    count_BS = jnp.maximum(jnp.sum(pooled_BLS, axis=1), 1)
+    x_BSE = jnp.einsum("bld,bls->bsd", hidden_BLD, pooled_BLS.astype(jnp.float32)) / count_BS[:, :, None]
     return _finish(x_BSE, jnp.any(own_BLS, axis=1), config)
 
 

@@ -1,6 +1,7 @@
 """Compares values and gradients of every attention implementation with the dense formula in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 import nomic_jax.model.attention as attention_module
-from nomic_jax.model import EncoderConfig, abstract_encoder, encode, init_encoder
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder, embed, encode, init_encoder
 from nomic_jax.model.attention import attention
+from nomic_jax.model.heads import pool_segments
 
 B, H, K = 3, 2, 8
 
@@ -134,11 +136,69 @@ def test_programs_for_gpus_call_the_kernel_once_a_layer_and_pass(packed, monkeyp
     assert calls("layer") == (6, 3)
 
 
+def unwritten_at_padding(is_text_BL, **keywords):
+    """Returns the dense formula, with NaN in the outputs and gradients at padding, where cuDNN writes nothing."""
+    is_text_BL11 = is_text_BL[:, :, None, None]
+
+    @jax.custom_vjp
+    def kernel(q, k, v):
+        return jnp.where(is_text_BL11, attention(q, k, v, implementation="xla", **keywords), jnp.nan)
+
+    def backward(residuals, cotangent):
+        formula = functools.partial(attention, implementation="xla", **keywords)
+        gradients = jax.vjp(formula, *residuals)[1](jnp.where(is_text_BL11, cotangent, 0))
+        return tuple(jnp.where(is_text_BL11, gradient, jnp.nan) for gradient in gradients)
+
+    kernel.defvjp(lambda *qkv: (kernel(*qkv), qkv), backward)
+    return kernel
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "cudnn_packed"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_what_a_kernel_leaves_unwritten_reaches_no_vector_and_no_gradient(kernel, pooling, monkeypatch):
+    monkeypatch.setattr(
+        attention_module,
+        "fused_padded",
+        lambda q, k, v, length: unwritten_at_padding(jnp.arange(q.shape[1]) < length[:, None], length_B=length)(q, k, v),
+    )
+    monkeypatch.setattr(
+        attention_module,
+        "fused_packed",
+        lambda q, k, v, segment, most: unwritten_at_padding(segment > 0, segment_BL=segment)(q, k, v),
+    )
+    sizes = dict(vocab_size=64, hidden_size=32, num_layers=3, num_heads=2, intermediate_size=64)
+    L, lengths = 24, np.array([24, 9, 1, 0], np.int32)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 64, (len(lengths), L)).astype(np.int32)
+    segment = np.where(np.arange(L) < lengths[:, None], 1 + (np.arange(L) > 5), 0).astype(np.int32)
+    if kernel == "cudnn":
+        direction = rng.normal(size=(4, 32)).astype(np.float32)
+    else:
+        direction = rng.normal(size=(4, 2, 32)).astype(np.float32)
+
+    def loss(params, implementation):
+        model = EmbeddingConfig(EncoderConfig(**sizes, attention=implementation), pooling=pooling)
+        if kernel == "cudnn":
+            vectors = embed(params, {"ids": ids, "length": lengths}, model)
+        else:
+            hidden = encode(params, ids, model.encoder, segment_BL=segment, max_segments=2)
+            vectors = pool_segments(hidden, segment, 2, model)
+        return jnp.sum(vectors * direction), vectors
+
+    params = init_encoder(jax.random.key(0), EncoderConfig(**sizes))
+    function = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (_, ours), gradient = function(params, kernel)
+    (_, expected), expected_gradient = function(params, "xla")
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), gradient, expected_gradient)
+
+
 def test_wanted_positions_are_those_of_all():
     config = EncoderConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128)
     params = init_encoder(jax.random.key(0), config)
     rng = np.random.default_rng(0)
-    ids, wanted = rng.integers(1, 30000, (3, 20)).astype(np.int32), rng.integers(0, 20, (3, 6)).astype(np.int32)
+    ids = rng.integers(1, 30000, (3, 20)).astype(np.int32)
+    wanted = np.array([rng.permutation(20)[:6] for _ in ids], np.int32)
     direction = rng.normal(size=(3, 6, 64)).astype(np.float32)
 
     def of_all(params):

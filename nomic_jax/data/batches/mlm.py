@@ -22,7 +22,8 @@ class MlmStream:
     function of (seed, epoch, row).
 
     Arrays of a batch: ``ids`` [B, L], ``position`` [B, P] and ``target`` [B, P] of the tokens to predict (target -1:
-    unused slot), and with ``document_mask`` also ``segment`` [B, L], the document of each token.
+    unused slot; no position of a row repeats), and with ``document_mask`` also ``segment`` [B, L], the document of each
+    token.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class MlmStream:
         maskable = np.flatnonzero(~np.isin(ids_L, self._special_ids))
         chosen = np.sort(rng.permutation(maskable)[: round(self.mask_rate * len(maskable))])
         capacity = max(1, round(self.mask_rate * self.seq_len))
-        position_P, target_P = np.zeros(capacity, np.int32), np.full(capacity, -1, np.int32)
-        position_P[: len(chosen)], target_P[: len(chosen)] = chosen, ids_L[chosen]
+        # Unused slots take tokens that were not chosen, so that no position repeats.
+        unused = np.setdiff1d(np.arange(self.seq_len), chosen, assume_unique=True)[: capacity - len(chosen)]
+        position_P, target_P = np.concatenate([chosen, unused]).astype(np.int32), np.full(capacity, -1, np.int32)
+        target_P[: len(chosen)] = ids_L[chosen]
         out = {"position": position_P, "target": target_P}
         if self.document_mask:
             # Every document starts with [CLS]; a row may start inside one.

@@ -257,7 +257,8 @@ def temperature_of(params: dict[str, jax.Array]) -> jax.Array:
 def masked_cross_entropy(logits_TV: jax.Array, target_T: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums of the cross-entropy and of correct predictions over tokens, float32; targets of -1 are ignored."""
     used_T = target_T >= 0
-    safe_target_T = jnp.maximum(target_T, 0)
-    loss_T = jax.nn.logsumexp(logits_TV, axis=-1) - jnp.take_along_axis(logits_TV, safe_target_T[:, None], 1)[:, 0]
-    correct_T = jnp.argmax(logits_TV, axis=-1) == safe_target_T
+    # A comparison, not a gather: the gradient of a gather is a scatter.
+    is_target_TV = jnp.arange(logits_TV.shape[1]) == target_T[:, None]
+    loss_T = jax.nn.logsumexp(logits_TV, axis=-1) - jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1)
+    correct_T = jnp.argmax(logits_TV, axis=-1) == target_T
     return jnp.sum(jnp.where(used_T, loss_T, 0.0)), jnp.sum(used_T & correct_T).astype(jnp.float32)
