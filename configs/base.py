@@ -64,6 +64,7 @@ def base_config(stage: str) -> ConfigDict:
     config.steps = -1
     config.epochs = 1.0
     config.kept_chunks = 0.0
+    config.deterministic = False
     config.log_every = 1
     config.evaluation = ConfigDict(dict(every=0, tasks="", metric="ndcg@10"))
     config.wandb = ""

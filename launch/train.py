@@ -71,7 +71,7 @@ def make_evaluation(config: EvaluationConfig) -> Evaluate:
     check_metric(config.metric, [task.metrics for task in read.values()])
 
     def evaluate(model: Checkpoint) -> dict[str, dict[str, float]]:
-        embedder = Embedder.from_checkpoint(model)
+        embedder = Embedder.from_checkpoint(model, dtype=model.config.encoder.dtype)
         return {
             name: dict(task.run(embed_with(embedder, normalize=isinstance(task, RetrievalTask))))
             for name, task in read.items()

@@ -11,7 +11,7 @@ import numpy as np
 from nomic_jax.data.batches.labelled import encode_rows
 from nomic_jax.data.batches.shapes import length_sorted_batches, pad_right
 from nomic_jax.data.tokens.tokenizer import Tokenizer, check_unicode
-from nomic_jax.inference.embedder import TOKENS_PER_CALL, TOKENS_PER_CALL_ELSEWHERE
+from nomic_jax.inference.call_size import texts_per_call
 from nomic_jax.model import EncoderConfig, encode
 from nomic_jax.model.heads import classifier_logits
 from nomic_jax.run.pretrained import read_pretrained
@@ -71,7 +71,7 @@ class Classifier:
             lengths,
             max_length=self.max_length,
             batch_size=batch_size,
-            tokens_per_device=TOKENS_PER_CALL.get(jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE),
+            texts_per_device=functools.partial(texts_per_call, self.config),
             devices=1,
         ):
             # Filler rows have one token. Their outputs are discarded.

@@ -24,14 +24,11 @@ from nomic_jax.data.batches.shapes import Shape, length_sorted_batches, pad_righ
 from nomic_jax.data.tokens.tokenizer import Tokenizer, check_unicode, truncate
 from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, read_checkpoint
 from nomic_jax.hf.hub import download
+from nomic_jax.inference.call_size import texts_per_call
 from nomic_jax.inference.similarity import SIMILARITIES
 from nomic_jax.model import EmbeddingConfig, embed
 from nomic_jax.run.pretrained import read_pretrained
 
-# Maximum number of tokens per device and call, for any batch size. A CPU is fastest when activations stay near its
-# caches (137M, 512 tokens per text: 4 texts per call give four times the tokens/s of 64). On a GPU it limits memory.
-TOKENS_PER_CALL = {"cpu": 4096}
-TOKENS_PER_CALL_ELSEWHERE = 131_072
 # Names of the prompt for a role: the name of sentence-transformers, then that of nomic. The first match is used.
 QUERY_PROMPTS = ("query", "search_query")
 DOCUMENT_PROMPTS = ("document", "search_document")
@@ -333,7 +330,7 @@ class Embedder:
             lengths,
             max_length=self.max_length,
             batch_size=batch_size,
-            tokens_per_device=TOKENS_PER_CALL.get(jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE),
+            texts_per_device=functools.partial(texts_per_call, config.encoder),
             devices=self._rows.mesh.size,
         ):
             # Filler rows have no tokens. Their outputs are discarded.

@@ -77,16 +77,16 @@ def attention(
                 'use attention="auto" for other inputs'
             )
         is_text_BL = segment_BL > 0
-        arguments = (_without_gradient_at_padding(x, is_text_BL) for x in (q_BLHK, k_BLHK, v_BLHK))
-        return _zero_padding(fused_packed(*arguments, segment_BL, max_segments), is_text_BL)
+        q_BLHK, k_BLHK, v_BLHK = (_without_gradient_at_padding(x, is_text_BL) for x in (q_BLHK, k_BLHK, v_BLHK))
+        return _zero_padding(fused_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments), is_text_BL)
     if implementation == "cudnn":
         if segment_BL is not None:
             raise ValueError('attention="cudnn" supports right-padded rows only; use attention="auto" for packed rows')
         if length_B is None:
             return fused_padded(q_BLHK, k_BLHK, v_BLHK, None)
         is_text_BL = jnp.arange(q_BLHK.shape[1]) < length_B[:, None]
-        arguments = (_without_gradient_at_padding(x, is_text_BL) for x in (q_BLHK, k_BLHK, v_BLHK))
-        return _zero_padding(fused_padded(*arguments, length_B), is_text_BL)
+        q_BLHK, k_BLHK, v_BLHK = (_without_gradient_at_padding(x, is_text_BL) for x in (q_BLHK, k_BLHK, v_BLHK))
+        return _zero_padding(fused_padded(q_BLHK, k_BLHK, v_BLHK, length_B), is_text_BL)
     mask_BLL = _mask(q_BLHK.shape[1], length_B, segment_BL)
     by_head = implementation == "cpu" and q_BLHK.shape[1] > CPU_ALL_HEADS_MAX_LENGTH
     formula = _head_by_head if by_head else _dense

@@ -141,8 +141,9 @@ class ClassifierHead(nnx.Module):
     """dense -> tanh on the first token's hidden state, then a linear layer to the labels; both with biases."""
 
     def __init__(self, config: EncoderConfig, num_labels: int, *, rngs: nnx.Rngs):
-        # Unlike the encoder's layers, these have biases in every published classifier.
-        config = dataclasses.replace(config, use_bias=True)
+        # Unlike the encoder's layers, these have biases in every published classifier. In 16 bits the logits of similar
+        # texts would be equal, and their gradients off; for one token of a text, float32 costs nothing.
+        config = dataclasses.replace(config, use_bias=True, dtype="float32")
         self.pooler = Linear(config.hidden_size, config.hidden_size, config, rngs)
         self.out = Linear(config.hidden_size, num_labels, config, rngs)
 

@@ -13,18 +13,24 @@ import jax.numpy as jnp
 BLOCK = 64
 
 
-@jax.custom_vjp
 def lookup(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns the rows [..., D] of ``ids`` [...] in the dtype of the table; NaN for an id beyond the table.
 
-    Give the float32 table and cast the result: a table in 16 bits would also round its gradient to 16 bits.
+    Give the float32 table and cast the result: a table in 16 bits would also round its gradient to 16 bits. A value
+    that is not finite in the cotangent may reach the gradients of other ids.
     """
+    # In shard_map, this zero varies over devices as the ids do, so a table that does not gets the sum of all gradients.
+    zero = jnp.sum(ids.reshape(-1)[:0]).astype(table_VD.dtype)
+    return _lookup(table_VD + zero, ids)
+
+
+@jax.custom_vjp
+def _lookup(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take(table_VD, ids, axis=0)
 
 
 def _forward(table_VD: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # The empty slice carries the dtype, and the devices over which the table varies.
-    return lookup(table_VD, ids), (ids, table_VD[:, :0])
+    return _lookup(table_VD, ids), (ids, table_VD[:, :0])  # the empty slice carries the size and the dtype
 
 
 def _backward(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
@@ -33,7 +39,7 @@ def _backward(residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> t
     return gradient_VD.astype(empty_V0.dtype), None
 
 
-lookup.defvjp(_forward, _backward)
+_lookup.defvjp(_forward, _backward)
 
 
 def sums_by_id(x_TD: jax.Array, ids_T: jax.Array, num_ids: int) -> jax.Array:
@@ -69,9 +75,7 @@ def _sums_of_runs(x_TD: jax.Array, is_first_T: jax.Array, start_R: jax.Array) ->
     # Numbers the runs of a block from 0. The first may have started in an earlier block.
     run_Nt = jnp.cumsum(is_first_Nt, axis=1, dtype=jnp.int32) - is_first_Nt[:, :1]
     is_of_run_Nrt = run_Nt[:, None, :] == jnp.arange(BLOCK)[:, None]
-    sums_NrD = jnp.einsum(
-        "nrt,ntd->nrd", is_of_run_Nrt.astype(jnp.float32), x_NtD, precision=jax.lax.Precision.HIGHEST
-    )
+    sums_NrD = jnp.einsum("nrt,ntd->nrd", is_of_run_Nrt.astype(jnp.float32), x_NtD, precision=jax.lax.Precision.HIGHEST)
     block_R = start_R // BLOCK
     run_R = run_Nt[block_R, start_R % BLOCK]
     sums_RD = sums_NrD[block_R, run_R]

@@ -110,6 +110,7 @@ def describe_environment() -> dict[str, Any]:
 # Configuration fields that may change when a run resumes.
 _FREE_FIELDS = (
     "checkpoint",
+    "deterministic",
     "evaluation",
     "kept_chunks",
     "log_every",

@@ -275,6 +275,9 @@ class TrainConfig:
       kept_chunks: share of the chunks whose activations are kept for the backward pass. The backward pass recomputes
         the other chunks one at a time, which bounds the memory of any batch and costs one more forward pass. Above 0
         only with the layout "packed", whose chunks have one shape; "padded" has no chunks and keeps all activations.
+      deterministic: on a GPU, use only kernels whose results are the same bits in every run: two runs agree, and a
+        killed run resumes exactly. It is slower: attention's backward pass adds in a fixed order, and XLA does not
+        choose kernels by their time. No effect on a CPU, which is deterministic anyway.
       log_every: steps between lines of metrics.jsonl.
       wandb, trackio: project to which metrics are also logged; empty for none.
       peak_tflops: peak of one device, for the MFU; 0 for its data sheet's value, if ``nomic_jax.train.watch.flops`` has
@@ -297,6 +300,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     sharding: Literal["replicated", "zero1", "fsdp"] = "replicated"
     kept_chunks: float = 0.0
+    deterministic: bool = False
     evaluation: EvaluationConfig = EvaluationConfig()
     wandb: str = ""
     trackio: str = ""

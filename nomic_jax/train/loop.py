@@ -10,6 +10,7 @@ from nomic_jax.data.batches.loader import read_ahead
 from nomic_jax.data.formats.writing import write_json
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EncoderConfig
+from nomic_jax.model.attention import FUSED_DTYPES
 from nomic_jax.run.checkpoints import Checkpoints
 from nomic_jax.run.pretrained import identify, read_pretrained
 from nomic_jax.run.record import make_record, trained_prompts
@@ -81,7 +82,7 @@ def train(
     stage = make_stage(config, model, stream.layout, read_guide(config, model, tokenizer))
     schedule = learning_rate(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
-    train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding)
+    train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding, config.deterministic)
     record = make_record(
         dataclasses.asdict(config),
         model,
@@ -163,5 +164,4 @@ def train(
 
 
 def _should_be_fused(encoder: EncoderConfig) -> bool:
-    # cuDNN has no float32 kernel.
-    return jax.default_backend() == "gpu" and encoder.dtype != "float32" and encoder.attention != "xla"
+    return jax.default_backend() == "gpu" and encoder.dtype in FUSED_DTYPES and encoder.attention != "xla"

@@ -100,7 +100,9 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
             f"{name} was {record.get(name)!r}, is {now!r}"
             for name, now in describe_environment().items()
             if record.get(name) != now
-        ],
+        ]
+        + [f"config.deterministic is off, so a {devices[0].device_kind} computes other last bits in every run"]
+        * (devices[0].platform == "gpu" and not config.deterministic),
     )
 
 

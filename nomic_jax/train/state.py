@@ -12,6 +12,10 @@ from jax.sharding import PartitionSpec as P
 from nomic_jax.train.objectives.stage import Stage
 from nomic_jax.train.sharding import DATA, Sharding, divided, replicated, whole
 
+# Options of XLA for the same bits in every run on a GPU: no atomic additions, cuDNN's deterministic backward pass of
+# attention, and no choice of kernels by their time, which differs from process to process.
+DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
+
 
 class TrainState(NamedTuple):
     """Attributes: step: number of steps, skipped ones included, int32; params and optimizer state: float32."""
@@ -61,12 +65,14 @@ def make_train_step(
     mesh: Mesh,
     accumulate: int = 1,
     sharding: Sharding = "replicated",
+    deterministic: bool = False,
 ) -> jax.stages.Wrapped:
     """The jitted step (state, rows, the stage's frozen parameters if it has any) -> (state, metrics).
 
     The state is donated. Each device computes the gradient of the sums over its rows, micro-batch by micro-batch in
     float32. One reduction adds the gradients over devices, and one division gives the gradient of the global mean. A
     step whose loss or gradient is not finite changes neither parameters nor optimizer state (metric "skipped").
+    With ``deterministic``, a GPU computes the same bits in every run (``DETERMINISTIC``).
     """
     params = jax.eval_shape(stage.init, jax.random.key(0))
     param_specs = divided(params, mesh) if sharding == "fsdp" else whole(params)
@@ -95,7 +101,7 @@ def make_train_step(
             (sums, gradient), _ = jax.lax.scan(add, (sums, gradient), rest)
         return jax.lax.psum(sums, DATA), _reduce(gradient, gradient_specs)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=DETERMINISTIC if deterministic else None)
     def train_step(state: TrainState, rows: dict[str, jax.Array], frozen: dict | None = None):
         sums, gradient = global_sums(state.params, frozen or {}, rows)
         gradient = jax.tree.map(lambda x: x / sums.weight, gradient)

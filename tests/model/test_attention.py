@@ -156,16 +156,14 @@ def unwritten_at_padding(is_text_BL, **keywords):
 @pytest.mark.parametrize("kernel", ["cudnn", "cudnn_packed"])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_what_a_kernel_leaves_unwritten_reaches_no_vector_and_no_gradient(kernel, pooling, monkeypatch):
-    monkeypatch.setattr(
-        attention_module,
-        "fused_padded",
-        lambda q, k, v, length: unwritten_at_padding(jnp.arange(q.shape[1]) < length[:, None], length_B=length)(q, k, v),
-    )
-    monkeypatch.setattr(
-        attention_module,
-        "fused_packed",
-        lambda q, k, v, segment, most: unwritten_at_padding(segment > 0, segment_BL=segment)(q, k, v),
-    )
+    def padded(q, k, v, length):
+        return unwritten_at_padding(jnp.arange(L) < length[:, None], length_B=length)(q, k, v)
+
+    def packed(q, k, v, segment, max_segments):
+        return unwritten_at_padding(segment > 0, segment_BL=segment)(q, k, v)
+
+    monkeypatch.setattr(attention_module, "fused_padded", padded)
+    monkeypatch.setattr(attention_module, "fused_packed", packed)
     sizes = dict(vocab_size=64, hidden_size=32, num_layers=3, num_heads=2, intermediate_size=64)
     L, lengths = 24, np.array([24, 9, 1, 0], np.int32)
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Collectives, host transfers and the division of the state over devices in a training step."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
@@ -9,7 +10,7 @@ from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
 from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import DATA, divided, make_mesh, put_rows
-from nomic_jax.train.state import init_state, make_train_step
+from nomic_jax.train.state import DETERMINISTIC, init_state, make_train_step
 from nomic_jax.train.watch.hlo import collectives
 from tests.train.tiny_configs import STAGES, load_config
 
@@ -121,3 +122,42 @@ def test_most_of_the_model_can_be_divided_over_many_devices(devices, share):
         assert DATA not in spec or leaf.shape[spec.index(DATA)] % devices == 0
     total = sum(leaf.size for leaf, _ in pairs)
     assert sum(leaf.size for leaf, spec in pairs if DATA in spec) >= share * total
+
+
+@pytest.mark.parametrize(
+    "stage, changes",
+    [
+        ("mlm", {}),
+        ("mlm", {"data.document_mask": True}),
+        ("contrastive", {"data.layout": "padded"}),
+        ("contrastive", {"data.layout": "bucketed", "loss.learn_temperature": True}),
+        ("finetune", {"data.layout": "packed", "kept_chunks": 0.5, "loss.matryoshka_dims": (16, 32)}),
+    ],
+)
+@pytest.mark.parametrize("model", ["nomic", "bert"])
+def test_no_scatter_adds_floats_to_indices_that_may_repeat(stage, changes, model, corpus, minilm, tokenizer):
+    """On a GPU such a scatter adds in any order, and slowly where indices repeat."""
+    config = load_config(stage, corpus, minilm, **changes)
+    mesh = make_mesh(jax.devices()[:1])
+    stream = make_stream(config, tokenizer)
+    bert = EncoderConfig.bert(
+        hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, max_positions=2048, max_trained_positions=2048
+    )
+    embedder = EmbeddingConfig(config.model if model == "nomic" else bert, pooling="cls" if model == "bert" else "mean")
+    built = make_stage(config, embedder, stream.layout)
+    optimizer = make_optimizer(config.optim, learning_rate(config.optim, config.steps))
+    state = jax.eval_shape(lambda key: init_state(key, built, optimizer, mesh, {}), jax.random.key(0))
+    step = make_train_step(built, optimizer, mesh)
+    program = step.lower(state, stream.batch(0).arrays).as_text("hlo")
+    scatters = [line for line in program.splitlines() if " scatter(" in line and " = f32[" in line]
+    assert all("unique_indices=true" in line for line in scatters)
+    # The test can fail: this is the scatter of a gather that does not say that no index repeats.
+    gather = jax.jit(jax.grad(lambda table: jnp.sum(table[jnp.array([1, 1])] ** 2))).lower(jnp.ones((4, 2)))
+    assert any(" scatter(" in line and "unique_indices" not in line for line in gather.as_text("hlo").splitlines())
+
+
+def test_xla_knows_the_options_for_the_same_bits():
+    """An unknown option is an error on every backend; what they do shows on a GPU only (tests/gpu)."""
+    assert jax.jit(lambda x: 2 * x, compiler_options=DETERMINISTIC)(1.0) == 2.0
+    with pytest.raises(Exception, match="xla_gpu_no_such_option"):
+        jax.jit(lambda x: 2 * x, compiler_options={"xla_gpu_no_such_option": True})(1.0)

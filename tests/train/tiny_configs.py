@@ -10,7 +10,10 @@ STAGES = ("mlm", "contrastive", "finetune")
 
 
 def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
-    """Returns the :debug variant of a stage with an even smaller model, on the test corpus."""
+    """Returns the :debug variant of a stage with an even smaller model, on the test corpus.
+
+    The keys of ``changes`` may name fields of groups: {"data.layout": "packed"}.
+    """
     config = importlib.import_module(f"configs.{stage}").get_config("debug")
     config.model.update(TINY)
     config.data.tokenizer = str(minilm)
@@ -20,5 +23,5 @@ def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
     )
     config.batch_size = 16
     config.steps = 3
-    config.update(changes)
+    config.update_from_flattened_dict(changes)
     return TrainConfig.from_mapping(config.to_dict())

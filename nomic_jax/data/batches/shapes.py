@@ -1,6 +1,6 @@
 """Pads rows of different lengths to arrays of few shapes, because every new shape costs a compilation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,12 @@ class Shape(NamedTuple):
 
 
 def length_sorted_batches(
-    lengths: np.ndarray, *, max_length: int, batch_size: int, tokens_per_device: int, devices: int
+    lengths: np.ndarray,
+    *,
+    max_length: int,
+    batch_size: int,
+    texts_per_device: Callable[[int], int],
+    devices: int,
 ) -> Iterator[tuple[np.ndarray, Shape]]:
     """Yields (indices of the texts, shape to pad them to) of every batch.
 
@@ -66,13 +71,13 @@ def length_sorted_batches(
     Args:
       lengths: tokens of each text, at most ``max_length``.
       batch_size: maximum number of texts in a batch, over all devices.
-      tokens_per_device: maximum number of tokens of a batch on one device, padding included; a text is never split.
+      texts_per_device: padded length -> maximum number of texts of a batch on one device; at least 1.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
         length = padded_length(int(lengths[order[start]]), max_length)
-        fitting = 1 << (max(1, tokens_per_device // length).bit_length() - 1)
+        fitting = 1 << (texts_per_device(length).bit_length() - 1)
         most = min(batch_size, fitting * devices)
         rows = order[start : start + most]
         size = min(most, 1 << (len(rows) - 1).bit_length())
