@@ -1,4 +1,8 @@
-"""The batches that benchmarks run on: random tokens with the lengths of real pairs. Needs only numpy."""
+"""The batches that benchmarks run on: made-up tokens that are distributed as in text. Needs only numpy.
+
+The frequencies of the ids follow Zipf's law, texts are "[CLS] words [SEP]" with the lengths of real pairs, and 30 % of
+a masked-LM row are [MASK]. Speed depends on it: the gradient of a word's embedding is a sum over its occurrences.
+"""
 
 import dataclasses
 
@@ -14,8 +18,9 @@ QUANTILES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 QUERY_TOKENS = (3, 4, 6, 8, 10, 13, 18, 22, 26, 32, 111)
 DOCUMENT_TOKENS = (21, 30, 39, 49, 79, 156, 315, 595, 867, 1871, 2048)
 SHORTEST, LONGEST = 3, 2048
-VOCABULARY = (1000, 30_000)  # range of the token ids of texts
-MASK_ID, MASK_RATE = 103, 0.3
+VOCABULARY = (1000, 30_000)  # range of the ids of words, the commonest first
+CLS_ID, SEP_ID, MASK_ID = 101, 102, 103
+MASK_RATE = 0.3
 
 
 def pair_lengths(rng: np.random.Generator, count: int, tokens_per_pair: float) -> tuple[np.ndarray, np.ndarray]:
@@ -35,6 +40,21 @@ def pair_lengths(rng: np.random.Generator, count: int, tokens_per_pair: float) -
         else:
             high = middle
     return query, np.clip(np.round(document * low), SHORTEST, LONGEST).astype(np.int64)
+
+
+def zipf_ids(rng: np.random.Generator, count: int) -> np.ndarray:
+    """``count`` ids of words, int32: the word of rank r is 1 / r times as frequent as the commonest, which is 9 %."""
+    first, end = VOCABULARY
+    cumulative = np.cumsum(1.0 / np.arange(1, end - first + 1))
+    return (first + np.searchsorted(cumulative, cumulative[-1] * rng.random(count), side="right")).astype(np.int32)
+
+
+def text_ids(rng: np.random.Generator, lengths: np.ndarray) -> list[np.ndarray]:
+    """The ids of texts of these numbers of tokens, each at least 2: [CLS], words by Zipf's law, [SEP]."""
+    ends = np.cumsum(lengths)
+    ids = zipf_ids(rng, ends[-1])
+    ids[ends - lengths], ids[ends - 1] = CLS_ID, SEP_ID
+    return np.split(ids, ends[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +86,14 @@ class Load:
 
 
 def mlm_load(rows: int, length: int) -> Load:
-    """Rows of ``length`` tokens, 30 % of which are predicted."""
+    """Rows of ``length`` tokens, cut from consecutive texts; 30 % of each, all words, are [MASK] and predicted."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(*VOCABULARY, (rows, length)).astype(np.int32)
-    position = np.stack([rng.permutation(length)[: round(MASK_RATE * length)] for _ in range(rows)])
+    tokens = rows * length
+    lengths = np.interp(rng.random(1 + tokens // DOCUMENT_TOKENS[0]), QUANTILES, DOCUMENT_TOKENS).astype(np.int64)
+    texts = text_ids(rng, lengths[: 1 + np.searchsorted(np.cumsum(lengths), tokens)])
+    ids = np.concatenate(texts)[:tokens].reshape(rows, length)
+    is_word = ids >= VOCABULARY[0]
+    position = np.stack([rng.permutation(np.flatnonzero(row))[: round(MASK_RATE * length)] for row in is_word])
     position = np.sort(position, axis=1).astype(np.int32)
     target = np.take_along_axis(ids, position, 1)
     np.put_along_axis(ids, position, MASK_ID, 1)
@@ -99,8 +123,7 @@ def pair_load(
     b, C = document_length.shape
     query_length, document_length = np.minimum(query_length, longest), np.minimum(document_length, longest)
     lengths = np.concatenate([query_length, document_length.ravel()])
-    ids = rng.integers(*VOCABULARY, lengths.sum()).astype(np.int32)
-    texts = np.split(ids, np.cumsum(lengths)[:-1])
+    texts = text_ids(rng, lengths)
     hashes = rng.integers(0, 1 << 32, (b * (1 + C), 2), dtype=np.uint32)
     arrays = {
         "query_hash": hashes[:b],

@@ -7,12 +7,13 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from benchmarks.loads import CLS_ID, MASK_ID, SEP_ID, VOCABULARY, zipf_ids
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint, write_checkpoint
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
 
-SPECIAL = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
-FIRST_WORD, WORDS = 1000, 29_000
+SPECIAL = {"[PAD]": 0, "[UNK]": 100, "[CLS]": CLS_ID, "[SEP]": SEP_ID, "[MASK]": MASK_ID}
+FIRST_WORD, WORDS = VOCABULARY[0], VOCABULARY[1] - VOCABULARY[0]
 
 
 def word(number: int) -> str:
@@ -33,10 +34,10 @@ def made_up_tokenizer() -> Tokenizer:
 
 
 def made_up_texts(lengths: np.ndarray) -> list[str]:
-    """Texts with these numbers of tokens, special tokens included; each number is at least 3."""
+    """Texts with these numbers of tokens, special tokens included; each number is at least 3. Words by Zipf's law."""
     words = np.array([word(number) for number in range(WORDS)])
-    rng = np.random.default_rng(0)
-    return [" ".join(words[rng.integers(0, WORDS, length - 2)]) for length in lengths]
+    chosen = words[zipf_ids(np.random.default_rng(0), np.sum(lengths - 2)) - FIRST_WORD]
+    return [" ".join(text) for text in np.split(chosen, np.cumsum(lengths - 2)[:-1])]
 
 
 def write_random(directory: Path, encoder: EncoderConfig, tokenizer: Tokenizer, **fields) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.loads import VOCABULARY
+from benchmarks.loads import text_ids
 from benchmarks.made_up import made_up_texts
 from benchmarks.steps import peak_gigabytes
 from benchmarks.timing import median_seconds, timed
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 def batch_of(tokens: int, length: int) -> np.ndarray:
     """Token ids [texts, length] with ``tokens`` tokens in all and no padding."""
-    return np.random.default_rng(0).integers(*VOCABULARY, (max(1, tokens // length), length)).astype(np.int32)
+    return np.stack(text_ids(np.random.default_rng(0), np.full(max(1, tokens // length), length)))
 
 
 def text_lengths(texts: int, length: int) -> np.ndarray:
