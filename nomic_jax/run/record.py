@@ -7,13 +7,14 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+import nomic_jax
 from nomic_jax.data.batches.stream import Stream
 from nomic_jax.data.tokens.store import IDENTITY, TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
@@ -100,11 +101,19 @@ def describe_environment() -> dict[str, Any]:
             commit = git.stdout.strip()
     return {
         "device_kind": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
         # The hash covers the code that ran, even if it differs from the commit.
         "code": {"commit": commit, "sha256": sources.hexdigest()},
     }
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of the packages that are installed. nomic_jax may run from its checkout."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = nomic_jax.__version__ if name == "nomic_jax" else importlib.metadata.version(name)
+    return versions
 
 
 # Configuration fields that may change when a run resumes.

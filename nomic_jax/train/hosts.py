@@ -28,6 +28,7 @@ import jax
 # There is no public way to the key-value store of jax.distributed.
 from jax._src import distributed
 
+import nomic_jax
 from nomic_jax.train.interruption import EXIT_CODE
 
 PATIENCE_SECONDS = 20
@@ -231,7 +232,8 @@ def check_agreement(config: Mapping[str, Any], data: str) -> None:
     fields = jax.tree.leaves_with_path(config)
     own |= {f"config.{jax.tree_util.keystr(path, simple=True, separator='.')}": value for path, value in fields}
     own |= {"data fingerprint": data, "number of devices": jax.local_device_count()}
-    own |= {f"version of {name}": importlib.metadata.version(name) for name in ("nomic_jax", "jax", "jaxlib")}
+    own["version of nomic_jax"] = nomic_jax.__version__
+    own |= {f"version of {name}": importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     first, *others = [json.loads(text) for text in exchange(json.dumps(own))]
     for i, other in enumerate(others, 1):
         for name, value in first.items():

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import datetime
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -127,6 +126,8 @@ def main() -> None:
     form = "smoke" if options.smoke else "full"
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(3), "big")
     import_slow_modules()
+    from nomic_jax.run.record import installed_versions
+
     report = {
         "command": "python -m tests.faults " + " ".join(sys.argv[1:]),
         "form": form,
@@ -134,8 +135,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
         "checks": {},
     }
     began = time.monotonic()
