@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.collectives import expected, parameters
 from nomic_jax.model import EncoderConfig
@@ -115,18 +116,19 @@ def assumed_rates(name: str) -> dict[str, Rate]:
     return {stage: Rate(rate * H100_OF_H200, 0.98, source) for stage, rate in rows.items()}
 
 
-def measured_rates(results: dict) -> dict[str, Rate]:
-    """The rates of the stages in the results of benchmarks.gpu."""
-    gpu = results["machine"]["gpu"].split(",")[0]
-    if results["tiny"] or not any(name in gpu for name in ("H100", "H200")):
-        return {}
-    factor = H100_OF_H200 if "H200" in gpu else 1.0
-    source = f"measured on one {gpu}" + (f", times {factor}" if factor != 1 else "")
+def measured_rates(runs: list[dict]) -> dict[str, Rate]:
+    """The rates of the stages in the runs of benchmarks.gpu; those of the latest run that has them."""
     rates = {}
-    for part in results["parts"].values():
-        for row in part["rows"]:
-            if row["key"] in (stage.name for stage in STAGES) and row.get("step_s"):
-                rates[row["key"]] = Rate(row["rows"] / row["step_s"] * factor, row["filled"], source)
+    for run in runs:
+        gpu = run["machine"]["gpu"].split(",")[0]
+        if run["tiny"] or not any(name in gpu for name in ("H100", "H200")):
+            continue
+        factor = H100_OF_H200 if "H200" in gpu else 1.0
+        source = f"measured on one {gpu}, {run['date']}" + (f", times {factor}" if factor != 1 else "")
+        for part in run["parts"].values():
+            for row in part["rows"]:
+                if row.get("key") in (stage.name for stage in STAGES) and row.get("step_s"):
+                    rates[row["key"]] = Rate(row["rows"] / row["step_s"] * factor, row["filled"], source)
     return rates
 
 
@@ -321,13 +323,15 @@ def sharding_table() -> str:
     return table(["GPUs", "parameters divided", "replicated GB", "zero1 GB", "fsdp GB"], rows)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", type=Path, default=RESULTS / "gpu.json", help="results of benchmarks.gpu")
+    parser.add_argument(
+        "--gpu", type=Path, default=RESULTS / "gpu.json", help="results of benchmarks.gpu; none: assume"
+    )
     parser.add_argument("--assume", choices=AIMS, default="stretch", help="one GPU's speed in stages without results")
     parser.add_argument(
         "--counts", type=Path, default=RESULTS / "scaling-counts.json", help="results of benchmarks.collectives"

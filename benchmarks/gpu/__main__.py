@@ -1,29 +1,30 @@
-"""Measures training, inference and curation on one GPU, in one table.
+"""Measures training, inference and curation on one GPU.
 
-    python -m benchmarks.gpu                       # on a GPU; 8 minutes
-    python -m benchmarks.gpu --parts=sweep         # these parts only; the others keep their results
+    python -m benchmarks.gpu                       # all parts
+    python -m benchmarks.gpu --parts=sweep,kernels # these parts, in this order; "sweep" stands for all sweep.*
     python -m benchmarks.gpu --tiny                # the same code, at a size for a CPU
 
-Needs `pip install -e ".[dev,cuda12]"` (or cuda13), and for the torch side a torch with CUDA. Texts, tokenizer and
-weights are synthetic, so nothing is downloaded; the lengths are those of real pairs (benchmarks/loads.py).
+Needs jax with CUDA, and for the torch side a torch with CUDA; the project runs from its checkout. Texts, tokenizer and
+weights are synthetic, so nothing is downloaded; lengths and frequencies are those of text (benchmarks/loads.py).
 
-Parts run in this order, the most important first. Each runs in separate processes that have the GPU to themselves, so
-a failure affects only its own rows. A part that no longer fits into --seconds is listed as "not run: no time". Results
-are written to PREFIX.json and PREFIX.md after every part.
+Parts run in this order, the least known first. Each takes at most four minutes when it is called alone, and runs in
+separate processes that have the GPU to themselves, so a failure affects only its own rows. Every row is written to
+PREFIX.json and PREFIX.md as soon as it is measured, so a call that is cut keeps its rows. The files hold the runs of
+all machines, commits and days (benchmarks/gpu/runs.py). The exit code is 1 if a row could not be measured.
 
-  mlm, contrastive, finetune  one GPU's share of the paper's steps: the real train step, texts packed in rows
-  whole_batch    16,384 pairs in one step; the backward pass recomputes every chunk
-  inference      Embedder's program on batches of one length; also transformers (torch, SDPA, bfloat16)
   torch_train    the contrastive step in torch on the same texts: GradCache, mini-batches of texts sorted by length
   encode         from texts to embeddings; also sentence-transformers
-  curation       filter and mine a block of a million pairs with a teacher of MiniLM's size
-  torch_compile  inference under torch.compile
-  kernels        the gradient by the fused kernel and by the dense formula, compared with the dense one in float32
-  products       the matrix products of a layer in isolation; up and gate as one product and as two
+  sweep.*        chunks, recompute policies and XLA flags of contrastive; policies and micro-batches of masked-LM
+  whole_batch    16,384 pairs in one step; the backward pass recomputes every chunk
   one_of_eight   memory of one of 8 GPUs in the step of 16,384 pairs, as the compiler plans it
   largest        the largest contrastive batch whose activations all fit
+  kernels        the gradient by the fused kernel and by the dense formula, compared with the dense one in float32
+  curation       filter and mine a block of a million pairs with a teacher of MiniLM's size
+  mlm, contrastive, finetune  one GPU's share of the paper's steps: the real train step, texts packed in rows
+  inference      Embedder's program on batches of one length; also transformers (torch, SDPA, bfloat16)
+  torch_compile  inference under torch.compile
+  products       the matrix products of a layer in isolation; up and gate as one product and as two
   mlm_8192       masked-LM on rows of 8192 tokens
-  sweep          contrastive with XLA flags, other chunks and other policies; masked-LM with other micro-batches
 
 On a GPU, a train step fails if its program has no fused attention. Layers are unrolled: the encoder has no scan.
 """
@@ -36,6 +37,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -45,80 +47,131 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from benchmarks.gpu.plan import FULL, TINY, Process, make_plan
+from benchmarks.gpu.runs import ROOT, commit_here, find_run, merged, read_runs, write_runs
 from benchmarks.gpu.table import markdown
 
 PACKAGES = ("jax", "jaxlib", "flax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "torch", "transformers")
 PACKAGES += ("sentence-transformers", "faiss-cpu", "faiss-gpu-cu12", "numpy")
 LEAST_SECONDS = 20.0  # with less time, a process would be stopped before it has a result
 MOST_SECONDS = 200.0  # limit of a process, so that a hanging one leaves time for the others
+PART_SECONDS = 240.0  # limit of a part, with the weights if it is the first
+POLL_SECONDS = 0.2
 UNKNOWN_FLAGS = re.compile(r"Unknown flags? in XLA_FLAGS: *(.*)")
 NO_TIME = "not run: no time"
 
 
 def main() -> None:
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="all", help="names of parts, separated by commas")
     parser.add_argument("--tiny", action="store_true", help="a small model and small batches")
-    parser.add_argument("--seconds", type=float, default=460.0, help="time limit of the whole command")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit of the whole command [none]")
     parser.add_argument("--output", type=Path, help="PREFIX of the result files [benchmarks/results/gpu, or gpu-tiny]")
+    parser.add_argument("--commit", help="what the rows were measured at [git's commit, or a hash of the sources]")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a Process as JSON: run it in this process and print its rows
     args = parser.parse_args()
     if args.one:
         return run_here(Process(**json.loads(args.one)))
     if not args.tiny and gpu() is None:
         raise SystemExit("nvidia-smi finds no GPU; --tiny runs everything on a CPU")
-    deadline = time.monotonic() + args.seconds
-    prefix = args.output or Path(__file__).parent.parent / "results" / ("gpu-tiny" if args.tiny else "gpu")
+    signal.signal(signal.SIGTERM, stop)
+    prefix = args.output or ROOT / "benchmarks" / "results" / ("gpu-tiny" if args.tiny else "gpu")
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder)
         sizes = TINY if args.tiny else FULL
-        plan = make_plan(sizes, weights)
-        wanted = list(plan) if args.parts == "all" else args.parts.split(",")
-        if unknown := [name for name in wanted if name not in plan]:
-            raise SystemExit(f"--parts: there is no part {unknown[0]!r}; the parts are {','.join(plan)}")
-        results = read_results(prefix, machine(), args.tiny)
+        plan = make_plan(sizes, Path(folder))
+        wanted = list(plan) if args.parts == "all" else chosen(args.parts.split(","), list(plan))
+        runs = read_runs(prefix)
+        today = datetime.date.today().isoformat()
+        run = find_run(runs, machine(), args.commit or commit_here(), today, args.tiny)
+        deadline = began + args.seconds
         prepared = run_process(Process("weights.prepare", dict(folder=folder, model=sizes.model)), deadline)
         if prepared["status"] != "done":
             raise SystemExit(f"the weights could not be written: {prepared['status']}")
-        for name in plan:
-            if name not in wanted:
-                continue
-            results["parts"][name] = run_part(name, plan[name], deadline)
-            results["parts"] = {part: results["parts"][part] for part in plan if part in results["parts"]}
-            write_results(prefix, results)
-    print(markdown(results))
+        failed = False
+        for name in wanted:
+            earlier = run["parts"].get(name, {}).get("rows", [])
+
+            def keep(part: dict[str, Any], complete: bool, name: str = name, earlier: list = earlier) -> None:
+                if rows := merged(earlier, part["rows"], complete=complete):
+                    run["parts"][name] = part | {"rows": rows}
+                    run["parts"] = {each: run["parts"][each] for each in plan if each in run["parts"]}
+                    write_runs(prefix, runs)
+
+            # The first part's time includes that of the weights.
+            rows = run_part(name, plan[name], min(deadline, began + PART_SECONDS), keep)
+            failed |= any("status" in row or row.get("failed") for row in rows)
+            began = time.monotonic()
+    print(markdown([run]))
     print(f"written to {prefix}.json and {prefix}.md")
+    sys.exit(int(failed))
 
 
-def run_part(name: str, processes: list[Process], deadline: float) -> dict[str, Any]:
-    """Runs the processes of a part and returns its rows; a failed process adds a row with its status."""
+def chosen(names: list[str], parts: list[str]) -> list[str]:
+    """The parts that ``names`` stand for, in their order: "sweep" stands for every "sweep.*"."""
+    found = []
+    for name in names:
+        belonging = [part for part in parts if part == name or part.startswith(f"{name}.")]
+        if not belonging:
+            raise SystemExit(f"--parts: there is no part {name!r}; the parts are {','.join(parts)}")
+        found += [part for part in belonging if part not in found]
+    return found
+
+
+def stop(number: int, _: Any) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def run_part(
+    name: str, processes: list[Process], deadline: float, keep: Callable[[dict[str, Any], bool], None]
+) -> list[dict[str, Any]]:
+    """Runs the processes of a part and returns its rows; a failed process adds a row with its status.
+
+    ``keep(part, complete)`` is called after every row and at the end. A row is a dictionary; a part has "rows",
+    "seconds" and "command".
+    """
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
+
+    def keep_rows(complete: bool = False) -> None:
+        part = {
+            "rows": rows,
+            "seconds": round(time.monotonic() - started, 1),
+            "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+        }
+        keep(part, complete)
+
     for process in processes:
-        outcome = run_process(process, deadline)
-        rows += [{"key": "", "name": name} | process.row | row for row in outcome["rows"]]
+
+        def add(row: dict[str, Any], process: Process = process) -> None:
+            rows.append({"key": "", "name": name} | process.row | row)
+            keep_rows()
+
+        outcome = run_process(process, deadline, add)
         if outcome["status"] != "done":
             unnamed = {"key": "", "name": f"{name}, {process.function}"}
             rows.append(unnamed | process.row | {"status": outcome["status"]})
         print(f"{name}: {process.function} {process.flags} {outcome['status']}, {outcome['seconds']:.0f} s", flush=True)
-    return {
-        "rows": rows,
-        "seconds": round(time.monotonic() - started, 1),
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-    }
+    keep_rows(complete=True)
+    return rows
 
 
-def run_process(process: Process, deadline: float) -> dict[str, Any]:
-    """Runs a process until the deadline; returns its rows, the status ("done" or the error) and its seconds."""
+def run_process(
+    process: Process, deadline: float, add: Callable[[dict[str, Any]], None] = lambda row: None
+) -> dict[str, Any]:
+    """Runs a process until the deadline; calls ``add`` with each row as soon as the process prints it.
+
+    Returns the status ("done" or the error) and the seconds. If an exception such as ``stop`` ends the wait, the rows
+    that the process had printed are added first.
+    """
     started = time.monotonic()
     left = min(deadline - started, MOST_SECONDS)
     if left < LEAST_SECONDS:
-        return {"rows": [], "status": NO_TIME, "seconds": 0.0}
+        return {"status": NO_TIME, "seconds": 0.0}
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {process.flags}".strip(),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93",
@@ -130,29 +183,46 @@ def run_process(process: Process, deadline: float) -> dict[str, Any]:
     }
     if process.function.startswith(("peers.", "weights.")):
         environment["JAX_PLATFORMS"] = "cpu"  # these also use jax, which must leave the GPU to torch
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder) / "out", Path(folder) / "errors"
+        with out.open("w") as to_out, errors.open("w") as to_errors:
+            child = subprocess.Popen(
+                command_of(process),
+                stdout=to_out,
+                stderr=to_errors,
+                env=environment,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        with out.open(encoding="utf-8") as printed:
+            try:
+                while child.poll() is None and time.monotonic() < started + left:
+                    add_rows(printed, add)
+                    time.sleep(POLL_SECONDS)
+                stopped = child.returncode is None
+            finally:
+                end(child)
+                add_rows(printed, add)
+        messages = errors.read_text(encoding="utf-8", errors="replace")
+        status = f"stopped after {left:.0f} s" if stopped else status_of(child.returncode, messages)
+    return {"status": status, "seconds": time.monotonic() - started}
+
+
+def command_of(process: Process) -> list[str]:
     process = dataclasses.replace(process, needs_gpu=gpu() is not None)
-    command = [sys.executable, "-m", "benchmarks.gpu", f"--one={json.dumps(dataclasses.asdict(process))}"]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=errors,
-            env=environment,
-            cwd=Path(__file__).parent.parent.parent,
-            start_new_session=True,
-        )
-        try:
-            child.wait(left)
-            stopped = False
-        except subprocess.TimeoutExpired:
-            stopped = True
-        finally:
-            end(child)
-        out.seek(0)
-        errors.seek(0)
-        rows = [json.loads(line) for line in out.read().splitlines() if line.startswith('{"row":')]
-        status = f"stopped after {left:.0f} s" if stopped else status_of(child.returncode, errors.read())
-    return {"rows": [row["row"] for row in rows], "status": status, "seconds": time.monotonic() - started}
+    return [sys.executable, "-m", "benchmarks.gpu", f"--one={json.dumps(dataclasses.asdict(process))}"]
+
+
+def add_rows(printed: TextIO, add: Callable[[dict[str, Any]], None]) -> None:
+    """Adds the rows that have been printed since the last call; half a line waits for the next."""
+    while True:
+        position = printed.tell()
+        line = printed.readline()
+        if not line.endswith("\n"):
+            printed.seek(position)
+            return
+        if line.startswith('{"row":'):
+            add(json.loads(line)["row"])
 
 
 def end(child: subprocess.Popen) -> None:
@@ -218,23 +288,6 @@ def machine() -> dict[str, Any]:
             continue
     name = gpu() or f"no GPU, {os.cpu_count()} cores ({platform.machine()})"
     return {"gpu": name, "python": platform.python_version(), "versions": versions}
-
-
-def read_results(prefix: Path, here: dict[str, Any], tiny: bool) -> dict[str, Any]:
-    """The results of an earlier call on this machine with the same versions and sizes; empty if there are none."""
-    file = prefix.with_suffix(".json")
-    if file.exists():
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        if (earlier["machine"], earlier["tiny"]) == (here, tiny):
-            return earlier
-        print(f"{file} is from another machine, other versions or other sizes, and will be replaced", flush=True)
-    return {"machine": here, "tiny": tiny, "parts": {}}
-
-
-def write_results(prefix: Path, results: dict[str, Any]) -> None:
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    prefix.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    prefix.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ FULL = Sizes(
     texts=dict(length=512, texts=8192, batch_size=256),
     block=dict(pairs=1_000_000, files=2, tokens_per_pair=192.0, k=28, seconds=20.0),
     kernels=dict(rows=64, length=2048, tokens_per_pair=192.0),
-    largest=dict(first=2048, seconds=120.0),
+    largest=dict(first=2048, seconds=100.0),
     products=dict(width=768, inner=3072, tokens=16_384, repeat=20),
 )
 TINY = Sizes(
@@ -125,6 +125,75 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
     encode = sizes.texts | dict(weights=nomic)
     eight = dict(kept_chunks=1.0, load=sizes.pairs | dict(rows=sizes.whole))
     return {
+        "torch_train": [
+            Process(
+                "peers.train",
+                dict(
+                    stage="contrastive",
+                    model=sizes.model,
+                    load=share | dict(layout="padded"),
+                    weights=nomic,
+                    mini_batch_tokens=sizes.chunk,
+                ),
+            )
+        ],
+        "encode": [Process("inference.encode", encode), Process("peers.encode", encode)],
+        "sweep.chunks": [
+            swept("chunks of twice as many tokens", load=dict(chunk_tokens=2 * sizes.chunk)),
+            swept("chunks of 4 times as many tokens", load=dict(chunk_tokens=4 * sizes.chunk)),
+        ],
+        "sweep.recompute": [
+            swept("recompute none, every chunk recomputed", recompute="none", kept_chunks=0.0),
+            swept("recompute layer", recompute="layer"),
+        ],
+        "sweep.mlm": [
+            micro_batch(sizes.mlm["rows"], "none"),
+            micro_batch(sizes.mlm["rows"] // 2),
+            micro_batch(sizes.mlm["rows"] * 2),
+        ],
+        "sweep.flags": [
+            swept("no Triton products", flags="--xla_gpu_enable_triton_gemm=false"),
+            swept("no command buffers", flags=COMMAND_BUFFERS),
+        ],
+        "sweep.more": [
+            swept("recompute elementwise, half of the chunks recomputed", recompute="elementwise", kept_chunks=0.5),
+            swept("chunks of half as many tokens", load=dict(chunk_tokens=sizes.chunk // 2)),
+        ],
+        "sweep.more_flags": [
+            swept("Triton for every product", flags="--xla_gpu_triton_gemm_any=true"),
+            swept("command buffers for loops too", flags=COMMAND_BUFFERS + EVERY_COMMAND),
+        ],
+        "whole_batch": [
+            step(
+                dict(name=f"contrastive, {named(sizes.pairs | dict(rows=sizes.whole))}, chunks recomputed"),
+                "contrastive",
+                sizes.pairs | dict(rows=sizes.whole),
+                "none",
+                kept_chunks=0.0,
+                steps=1,
+                seconds=0.0,
+            )
+        ],
+        "one_of_eight": [
+            Process(
+                "training.one_of_eight",
+                eight | dict(model=kept_attention),
+                dict(name=f"contrastive, {named(eight['load'])} over 8 GPUs, no chunk recomputed"),
+                devices=8,
+            )
+        ],
+        "largest": [
+            Process(
+                "training.largest",
+                sizes.largest
+                | dict(
+                    model=sizes.model | dict(recompute="attention"), load=sizes.pairs | dict(chunk_tokens=sizes.chunk)
+                ),
+                dict(name="contrastive, the largest batch whose activations fit"),
+            )
+        ],
+        "kernels": [Process("training.kernels", sizes.kernels | dict(model=sizes.model | dict(num_layers=1)))],
+        "curation": [Process("curation.block", sizes.block | dict(teacher=teacher))],
         "mlm": [
             step(
                 dict(key="mlm", name=f"mlm, {sizes.mlm['rows']} rows of {sizes.mlm['length']:,} tokens"),
@@ -150,56 +219,12 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
                 "attention",
             )
         ],
-        "whole_batch": [
-            step(
-                dict(name=f"contrastive, {named(sizes.pairs | dict(rows=sizes.whole))}, chunks recomputed"),
-                "contrastive",
-                sizes.pairs | dict(rows=sizes.whole),
-                "none",
-                kept_chunks=0.0,
-                steps=1,
-                seconds=0.0,
-            )
-        ],
         "inference": [
             Process("inference.program", inference),
             Process("peers.infer", inference | dict(compiled=False)),
         ],
-        "torch_train": [
-            Process(
-                "peers.train",
-                dict(
-                    stage="contrastive",
-                    model=sizes.model,
-                    load=share | dict(layout="padded"),
-                    weights=nomic,
-                    mini_batch_tokens=sizes.chunk,
-                ),
-            )
-        ],
-        "encode": [Process("inference.encode", encode), Process("peers.encode", encode)],
-        "curation": [Process("curation.block", sizes.block | dict(teacher=teacher))],
         "torch_compile": [Process("peers.infer", inference | dict(compiled=True))],
-        "kernels": [Process("training.kernels", sizes.kernels | dict(model=sizes.model | dict(num_layers=1)))],
         "products": [Process("training.products", sizes.products)],
-        "one_of_eight": [
-            Process(
-                "training.one_of_eight",
-                eight | dict(model=kept_attention),
-                dict(name=f"contrastive, {named(eight['load'])} over 8 GPUs, no chunk recomputed"),
-                devices=8,
-            )
-        ],
-        "largest": [
-            Process(
-                "training.largest",
-                sizes.largest
-                | dict(
-                    model=sizes.model | dict(recompute="attention"), load=sizes.pairs | dict(chunk_tokens=sizes.chunk)
-                ),
-                dict(name="contrastive, the largest batch whose activations fit"),
-            )
-        ],
         "mlm_8192": [
             step(
                 dict(key="mlm_8192", name=f"mlm, {sizes.mlm_8192['rows']} rows of {sizes.mlm_8192['length']:,} tokens"),
@@ -208,24 +233,6 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
                 "elementwise",
                 model=long,
             )
-        ],
-        "sweep": [
-            swept("no Triton products", flags="--xla_gpu_enable_triton_gemm=false"),
-            swept("no command buffers", flags=COMMAND_BUFFERS),
-            swept("chunks of twice as many tokens", load=dict(chunk_tokens=2 * sizes.chunk)),
-            swept("recompute none, every chunk recomputed", recompute="none", kept_chunks=0.0),
-            swept("chunks of 4 times as many tokens", load=dict(chunk_tokens=4 * sizes.chunk)),
-            swept("recompute layer", recompute="layer"),
-            micro_batch(sizes.mlm["rows"], "none"),
-            swept("recompute elementwise, half of the chunks recomputed", recompute="elementwise", kept_chunks=0.5),
-            micro_batch(sizes.mlm["rows"] // 2),
-            micro_batch(sizes.mlm["rows"] * 2),
-            swept("chunks of half as many tokens", load=dict(chunk_tokens=sizes.chunk // 2)),
-            swept("Triton for every product", flags="--xla_gpu_triton_gemm_any=true"),
-            swept(
-                "command buffers for loops too",
-                flags=COMMAND_BUFFERS + EVERY_COMMAND,
-            ),
         ],
     }
 

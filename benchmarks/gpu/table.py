@@ -4,6 +4,7 @@ from typing import Any
 
 from benchmarks.gpu.plan import TARGETS
 
+Run = dict[str, Any]  # see benchmarks/gpu/runs.py
 Row = dict[str, Any]
 COLUMNS = ("", "s", "tokens/s", "pairs/s", "MFU", "peak GB", "compile s", "torch", "good", "stretch", "of stretch", "")
 LEGEND = """s: median seconds of a step or call. tokens/s: real tokens, without padding. MFU: counts model FLOPs of real
@@ -11,12 +12,17 @@ tokens only; recomputation is excluded. peak: of the allocator. torch: tokens/s 
 speed-up of nomic_jax over it. good, stretch: published targets for an H200."""
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The results as Markdown: machine, versions, commands and table."""
-    here, parts = results["machine"], results["parts"]
+def markdown(runs: list[Run]) -> str:
+    """The tables of all runs as Markdown, the newest first."""
+    return f"# One GPU\n\n{LEGEND}\n" + "".join(f"\n{section(run)}" for run in reversed(runs))
+
+
+def section(run: Run) -> str:
+    """A run: machine, date and commit, versions, commands and the table."""
+    here, parts = run["machine"], run["parts"]
     rows = [row for part in parts.values() for row in part["rows"]]
     ours = {row["key"]: row for row in rows if row.get("key")}
-    targets = {} if results["tiny"] else TARGETS
+    targets = {} if run["tiny"] else TARGETS
     peers: dict[str, list[Row]] = {}
     for row in rows:
         if "beside" in row:
@@ -27,11 +33,12 @@ def markdown(results: dict[str, Any]) -> str:
         if "beside" not in row or row["beside"] not in ours:
             lines.append(f"| {' | '.join(cells(row, ours, peers.get(row.get('key', ''), []), targets))} |")
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
-    commands = sorted({f"`{part['command']}` ({part['date']})" for part in parts.values()})
-    seconds = sum(part["seconds"] for part in parts.values())
+    commands = ", ".join(dict.fromkeys(f"`{part['command']}`" for part in parts.values()))
+    notes = [run.get("note", ""), "Small sizes, not representative of speed." if run["tiny"] else ""]
     return (
-        f"# One GPU\n\n{here['gpu']}; Python {here['python']}, {versions}.\n{', '.join(commands)}, {seconds:.0f} s "
-        f"in all{', small sizes, not representative of speed' if results['tiny'] else ''}.\n\n{LEGEND}\n\n"
+        f"## {here['gpu']}; {run['date']}, commit {run['commit']}\n\nPython {here['python']}, {versions}.\n{commands}\n"
+        + "".join(f"\n{note}\n" for note in notes if note)
+        + "\n"
         + "\n".join(lines)
         + "\n"
     )

@@ -51,7 +51,9 @@ def test_large_collectives_take_what_the_ring_formula_says():
 def test_measured_rates_take_the_place_of_assumed_ones():
     row = {"key": "mlm", "step_s": 0.25, "rows": 64, "filled": 1.0}
     results = {"machine": {"gpu": "NVIDIA H200, 570.1, 143771 MiB"}, "tiny": False, "parts": {"mlm": {"rows": [row]}}}
-    rates = scaling.measured_rates(results)
+    results["date"] = "2026-11-28"
+    older = results | {"parts": {"mlm": {"rows": [row | {"step_s": 0.5}]}}}
+    rates = scaling.measured_rates([older, results])
     assert list(rates) == ["mlm"] and rates["mlm"].rows == pytest.approx(0.94 * 256)
     assert "measured on one NVIDIA H200" in rates["mlm"].source
-    assert scaling.measured_rates(results | {"tiny": True}) == {}
+    assert scaling.measured_rates([results | {"tiny": True}]) == {}
