@@ -52,7 +52,7 @@ def program(weights: str, lengths: list[int], tokens: int, seconds: float = 2.0)
         }
 
 
-def encode(weights: str, length: int, texts: int, batch_size: int) -> Iterator[Row]:
+def encode(weights: str, length: int, texts: int, batch_size: int, seconds: float = 4.0) -> Iterator[Row]:
     """Runs ``Embedder.encode`` on texts; the first call compiles and is not counted."""
     embedder = Embedder.from_pretrained(Path(weights), dtype="bfloat16", max_length=length)
     lengths = text_lengths(texts, length)
@@ -63,7 +63,7 @@ def encode(weights: str, length: int, texts: int, batch_size: int) -> Iterator[R
 
     first, vectors = timed(call)
     np.save(Path(weights) / "encoded.npy", vectors)
-    taken = median_seconds(call, 2, 4.0)
+    taken = median_seconds(call, 2, seconds)
     yield {
         "key": "encode",
         "name": f"encode from texts, {texts:,} of {lengths.min():,} to {lengths.max():,} tokens",

@@ -54,7 +54,7 @@ def infer(weights: str, lengths: list[int], tokens: int, compiled: bool, seconds
         }
 
 
-def encode(weights: str, length: int, texts: int, batch_size: int) -> Iterator[Row]:
+def encode(weights: str, length: int, texts: int, batch_size: int, seconds: float = 4.0) -> Iterator[Row]:
     """sentence-transformers on the same texts, in bfloat16 with SDPA."""
     from sentence_transformers import SentenceTransformer
 
@@ -68,7 +68,7 @@ def encode(weights: str, length: int, texts: int, batch_size: int) -> Iterator[R
         return model.encode(inputs, prompt="", batch_size=batch_size, show_progress_bar=False)
 
     vectors = call()
-    taken = median_seconds(call, 2, 4.0)
+    taken = median_seconds(call, 2, seconds)
     yield {
         "beside": "encode",
         "how": "torch",

@@ -45,6 +45,7 @@ class Sizes:
       share: pairs of a step on one of 8 GPUs.
       whole: pairs of a step on all 8 GPUs.
       chunk: tokens of a chunk.
+      repeat: fields of all timed calls, such as ``seconds`` for repeating them.
     """
 
     model: dict[str, Any]
@@ -62,6 +63,7 @@ class Sizes:
     kernels: dict[str, Any]
     largest: dict[str, Any]
     products: dict[str, int]
+    repeat: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 FULL = Sizes(
@@ -97,6 +99,7 @@ TINY = Sizes(
     kernels=dict(rows=16, length=64, tokens_per_pair=24.0),
     largest=dict(first=8, seconds=20.0, limit_gb=0.08),
     products=dict(width=64, inner=128, tokens=128, repeat=2),
+    repeat=dict(seconds=0.0),
 )
 
 
@@ -111,7 +114,8 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
 
     def step(row: dict, stage: str, load: dict, recompute: str, flags: str = "", **arguments: Any) -> Process:
         model = arguments.pop("model", sizes.model) | dict(recompute=recompute)
-        return Process("training.train", dict(stage=stage, model=model, load=load, **arguments), row, flags)
+        arguments |= dict(stage=stage, model=model, load=load) | sizes.repeat
+        return Process("training.train", arguments, row, flags)
 
     def swept(name: str, recompute: str = "attention", flags: str = "", load: dict | None = None, **more) -> Process:
         row = {"name": f"contrastive, {name}", "compare": "contrastive"}
@@ -121,8 +125,8 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
         row = {"name": f"mlm, {rows} rows a micro-batch, recompute {recompute}", "compare": "mlm"}
         return step(row, "mlm", sizes.mlm | dict(rows=rows), recompute, steps=3, seconds=3.0)
 
-    inference = dict(weights=nomic, lengths=sizes.lengths, tokens=sizes.tokens)
-    encode = sizes.texts | dict(weights=nomic)
+    inference = dict(weights=nomic, lengths=sizes.lengths, tokens=sizes.tokens) | sizes.repeat
+    encode = sizes.texts | dict(weights=nomic) | sizes.repeat
     eight = dict(kept_chunks=1.0, load=sizes.pairs | dict(rows=sizes.whole))
     return {
         "torch_train": [
@@ -134,7 +138,8 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
                     load=share | dict(layout="padded"),
                     weights=nomic,
                     mini_batch_tokens=sizes.chunk,
-                ),
+                )
+                | sizes.repeat,
             )
         ],
         "encode": [Process("inference.encode", encode), Process("peers.encode", encode)],
