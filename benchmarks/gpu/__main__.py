@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from benchmarks.gpu.plan import FULL, TINY, Process, make_plan
-from benchmarks.gpu.runs import ROOT, commit_here, find_run, merged, read_runs, write_runs
+from benchmarks.gpu.runs import RESULTS, ROOT, commit_here, find_run, merged, read_runs, write_runs
 from benchmarks.gpu.table import markdown
 
 PACKAGES = ("jax", "jaxlib", "flax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "torch", "transformers")
@@ -80,7 +80,7 @@ def main() -> None:
     if not args.tiny and gpu() is None:
         raise SystemExit("nvidia-smi finds no GPU; --tiny runs everything on a CPU")
     signal.signal(signal.SIGTERM, stop)
-    prefix = args.output or ROOT / "benchmarks" / "results" / ("gpu-tiny" if args.tiny else "gpu")
+    prefix = args.output or (RESULTS.with_name("gpu-tiny") if args.tiny else RESULTS)
     with tempfile.TemporaryDirectory() as folder:
         sizes = TINY if args.tiny else FULL
         plan = make_plan(sizes, Path(folder))

@@ -1,10 +1,13 @@
 """The record of benchmarks.gpu: a list of runs in PREFIX.json, and their tables in PREFIX.md.
 
+    python -m benchmarks.gpu.runs gpu-out/gpu      # adds the runs of gpu-out/gpu.json to benchmarks/results/gpu
+
 A run has the rows that were measured on one machine, with the same versions, at one commit, on one day. Another call on
 the same day adds its parts; any other call adds a run. Nothing that was measured is dropped, except for the rows of a
 part that is measured again in the same run.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -17,8 +20,31 @@ from benchmarks.gpu.table import markdown
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ("nomic_jax", "configs", "benchmarks")
 
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+
 Run = dict[str, Any]  # machine, commit, date, tiny, parts; perhaps a note
 Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", type=Path, help="the --output of benchmarks.gpu")
+    prefix = parser.parse_args().prefix
+    more = [run for run in read_runs(prefix) if not run["tiny"]]
+    if not more:
+        raise SystemExit(f"there is no run in {prefix.with_suffix('.json')}, besides those with --tiny")
+    write_runs(RESULTS, combined(read_runs(RESULTS), more))
+
+
+def combined(runs: list[Run], more: list[Run]) -> list[Run]:
+    """All runs, by day. Where both have a part of a run, the rows of ``more`` replace those that they repeat."""
+    runs = [run | {"parts": dict(run["parts"])} for run in runs]
+    for run in more:
+        same = find_run(runs, run["machine"], run["commit"], run["date"], run["tiny"])
+        for name, part in run["parts"].items():
+            earlier = same["parts"].get(name, {}).get("rows", [])
+            same["parts"][name] = part | {"rows": merged(earlier, part["rows"], complete=False)}
+    return sorted(runs, key=lambda run: run["date"])
 
 
 def read_runs(prefix: Path) -> list[Run]:
@@ -79,3 +105,7 @@ def commit_here() -> str:
         for file in sorted(file for folder in SOURCES for file in (ROOT / folder).rglob("*.py")):
             sources.update(f"{file.relative_to(ROOT).as_posix()} ".encode() + file.read_bytes())
         return f"unknown, sources {sources.hexdigest()[:12]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.__main__ import NO_TIME, chosen, machine, run_part, run_process, stop
 from benchmarks.gpu.plan import FULL, TARGETS, TINY, Process, make_plan
-from benchmarks.gpu.runs import commit_here, find_run, merged, read_runs, write_runs
+from benchmarks.gpu.runs import combined, commit_here, find_run, merged, read_runs, write_runs
 from benchmarks.gpu.table import markdown
 from benchmarks.gpu.training import next_size
 from nomic_jax.data.batches.packing import number_compiled
@@ -137,6 +137,17 @@ def test_rows_belong_to_a_machine_a_commit_and_a_day(tmp_path):
     (tmp_path / "gpu.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"gpu\.json is not a list of runs"):
         read_runs(tmp_path / "gpu")
+
+
+def test_runs_of_another_machine_are_added_to_the_record():
+    def run(gpu, date, **parts):
+        parts = {name: {"rows": [{"name": name, "step_s": step}], "command": "c"} for name, step in parts.items()}
+        return {"machine": {"gpu": gpu}, "commit": "abc", "date": date, "tiny": False, "parts": parts}
+
+    here = [run("a", "2026-11-28", mlm=1.0, kernels=2.0)]
+    found = combined(here, [run("b", "2026-11-27", mlm=3.0), run("a", "2026-11-28", mlm=4.0)])
+    assert found == [run("b", "2026-11-27", mlm=3.0), run("a", "2026-11-28", mlm=4.0, kernels=2.0)]
+    assert here == [run("a", "2026-11-28", mlm=1.0, kernels=2.0)] and combined(found, found) == found
 
 
 def test_a_row_without_a_figure_does_not_replace_a_measured_one():
