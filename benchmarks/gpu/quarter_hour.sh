@@ -44,16 +44,22 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-$(command -v python || command -v python3)}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-log=$out/log.txt
+exec > >(tee -a "$out/log.txt") 2>&1
+tee=$! child=
+leave() {
+  rm -rf "$work"
+  exec >&- 2>&-
+  wait "$tee" # it writes the last lines
+}
+trap leave EXIT
+# A call that is cut leaves no process behind.
+trap 'echo "FAILED: SIGTERM"; [ -z "$child" ] || { kill "$child"; wait "$child"; }; exit 143' TERM
+trap 'echo "FAILED: SIGINT"; [ -z "$child" ] || { kill "$child"; wait "$child"; }; exit 130' INT
 
 [ -n "$wheels" ] || [ ! -d wheels ] || wheels=wheels
-if [ -n "$wheels" ]; then
-  "$python" -m benchmarks.gpu.wheels install "$wheels" "$work/packages" 2>&1 | tee -a "$log"
-  [ "${PIPESTATUS[0]}" = 0 ] || exit 2
-fi
+[ -z "$wheels" ] || "$python" -m benchmarks.gpu.wheels install "$wheels" "$work/packages" || exit 2
 export PYTHONPATH="$PWD:$work/packages${PYTHONPATH:+:$PYTHONPATH}"
-"$python" - <<'PYTHON' 2>&1 | tee -a "$log"
+"$python" - <<'PYTHON' || exit 2
 import importlib.util
 import sys
 
@@ -65,7 +71,6 @@ if missing:
         "`python -m benchmarks.gpu.wheels make`, and give the folder with --wheels"
     )
 PYTHON
-[ "${PIPESTATUS[0]}" = 0 ] || exit 2
 # The second process of a run finds the programs of the first.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/jax_cache}
 [ ${#tiny[@]} = 0 ] || export XLA_FLAGS=${XLA_FLAGS:---xla_backend_optimization_level=0} # compiles faster
@@ -74,16 +79,18 @@ failed=0 began=$SECONDS
 run() { # STEP LIMIT_SECONDS COMMAND...
   case ",$steps," in *",$1,"*) ;; *) return ;; esac
   local started=$SECONDS status verdict
-  echo "== $1" | tee -a "$log"
-  timeout --kill-after=20 "$2" "${@:3}" 2>&1 | tee -a "$log"
-  status=${PIPESTATUS[0]}
+  echo "== $1"
+  timeout --kill-after=20 "$2" "${@:3}" &
+  child=$!
+  wait "$child"
+  status=$? child=
   case $status in
     0) verdict=passed ;;
     124) verdict="FAILED: stopped after $2 s" failed=1 ;;
     137) verdict="FAILED: killed (limit: $2 s)" failed=1 ;;
     *) verdict="FAILED: exit code $status" failed=1 ;;
   esac
-  printf '%-18s %5d s  %s\n' "$1" $((SECONDS - started)) "$verdict" | tee -a "$log" "$out/summary.txt"
+  printf '%-18s %5d s  %s\n' "$1" $((SECONDS - started)) "$verdict" | tee -a "$out/summary.txt"
 }
 benchmark() { # STEP LIMIT_SECONDS PARTS
   run "$1" "$2" "$python" -m benchmarks.gpu --parts="$3" --seconds=$(($2 - 10)) --output="$out/gpu" \
@@ -92,7 +99,7 @@ benchmark() { # STEP LIMIT_SECONDS PARTS
 train() { # STAGE
   run "train_$1" 180 "$python" -m benchmarks.gpu.short_run --stage="$1" --workdir="$work/train" "${tiny[@]}"
 }
-echo "== $(date -u +%FT%TZ) --steps=$steps ${tiny[*]}" | tee -a "$log" "$out/summary.txt"
+echo "== $(date -u +%FT%TZ) --steps=$steps ${tiny[*]}" | tee -a "$out/summary.txt"
 run tests 300 "$python" -m pytest tests/gpu -rs --durations=5
 benchmark rows 300 mlm,contrastive,finetune
 benchmark peers 240 torch_train,encode

@@ -1,6 +1,8 @@
 """benchmarks/gpu/quarter_hour.sh: a failing step stops nothing and is named; and its wheels. CI runs the real steps."""
 
+import os
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 
@@ -40,6 +42,23 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path):
     # Only some steps; they pass.
     done = script(f"--out={tmp_path}/out", "--steps=peers,train_mlm", **environment)
     assert done.returncode == 0 and "tests" not in done.stdout.partition("== summary")[0].replace("--steps", "")
+
+
+def test_a_call_that_is_cut_leaves_no_process(tmp_path):
+    fake, pid = tmp_path / "python", tmp_path / "pid"
+    fake.write_text(f'#!/usr/bin/env bash\ncase "$*" in *mlm*) echo $$ > {pid}; exec sleep 60 ;; esac\n')
+    fake.chmod(0o755)
+    command = ["bash", "benchmarks/gpu/quarter_hour.sh", f"--out={tmp_path}/out"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(fake)}
+    running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    while not (pid.exists() and pid.read_text().strip()):
+        time.sleep(0.02)
+    running.terminate()
+    assert "FAILED: SIGTERM" in running.communicate(timeout=30)[0] and running.returncode == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert "FAILED: SIGTERM" in (tmp_path / "out" / "log.txt").read_text()
+    assert (tmp_path / "out" / "summary.txt").read_text().splitlines()[-1].startswith("tests ")
 
 
 @pytest.mark.parametrize(
