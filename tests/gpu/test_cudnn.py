@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nomic_jax.model import EncoderConfig, encode, init_encoder
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, encode, init_encoder
 from nomic_jax.model.attention import attention
 
 pytestmark = [
@@ -57,6 +57,24 @@ def test_packed_cudnn_equals_the_dense_formula(max_segments):
     for ours, exact in zip(results["cudnn_packed"], results["xla"]):
         ours, exact = np.asarray(ours, np.float32), np.asarray(exact)
         assert np.linalg.norm(ours - exact) <= 1e-2 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_padding_is_finite_without_masking(pooling):
+    """Rows with padding and an empty row: hidden states, vectors and gradients have no NaN anywhere."""
+    model = EmbeddingConfig(EncoderConfig(num_layers=3, dtype="bfloat16"), pooling=pooling)
+    params = init_encoder(jax.random.key(0), model.encoder)
+    ids, length = jnp.ones((64, 512), jnp.int32), jnp.arange(64) * 8
+
+    def loss(params):
+        hidden = encode(params, ids, model.encoder, length_B=length)
+        vectors = embed(params, {"ids": ids, "length": length}, model)
+        return jnp.sum(vectors) + jnp.sum(hidden.astype(jnp.float32)), (hidden, vectors)
+
+    # Memory that an earlier program left full of NaN.
+    jax.block_until_ready(jnp.full((256, 1024, 1024), jnp.nan, jnp.bfloat16))
+    (_, outputs), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((outputs, gradient)))
 
 
 def test_auto_in_bfloat16_compiles_to_cudnn():
