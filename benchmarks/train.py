@@ -3,10 +3,10 @@
     python -m benchmarks.train [--stages=mlm,contrastive,finetune] [--steps=3] [--layers=12] [--dtype=float32]
 
 Both sides have the same model, weights, batch, loss and optimizer. On a CPU they compute in float32; on a GPU in
-bfloat16 with float32 master weights (torch: autocast, SDPA). Texts are random tokens with log-normal lengths, like
-those of real pairs. Each side runs in a separate process, one after the other: in a shared process or in turns, the
-memory that one side leaves free determines the speed of the other. The first step is not counted; the table shows
-medians. If the losses of the first step disagree, the command fails.
+bfloat16 with float32 master weights (torch: autocast, SDPA). Words follow Zipf's law (benchmarks/loads.py), and lengths
+are log-normal, like those of real pairs. Each side runs in a separate process, one after the other: in a shared process
+or in turns, the memory that one side leaves free determines the speed of the other. The first step is not counted; the
+table shows medians. If the losses of the first step disagree, the command fails.
 
 torch pads every batch to its longest text. Both sides compute the logits of the masked-LM head only at predicted
 positions. `--layout` is the layout of nomic_jax's contrastive and finetune batches.
