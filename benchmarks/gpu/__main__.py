@@ -14,6 +14,7 @@ all machines, commits and days (benchmarks/gpu/runs.py). The exit code is 1 if a
 
   torch_train    the contrastive step in torch on the same texts: GradCache, mini-batches of texts sorted by length
   encode         from texts to embeddings; also sentence-transformers
+  deterministic  contrastive and masked-LM with config.deterministic
   sweep.*        chunks, recompute policies and XLA flags of contrastive; policies and micro-batches of masked-LM
   whole_batch    16,384 pairs in one step; the backward pass recomputes every chunk
   one_of_eight   memory of one of 8 GPUs in the step of 16,384 pairs, as the compiler plans it

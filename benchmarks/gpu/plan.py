@@ -13,6 +13,8 @@ TARGETS = {
     "inference-2048": ("tokens_per_s", 1_000_000, 1_350_000),
     "mlm_8192": ("mfu", 0.33, 0.38),
 }
+# What ``deterministic`` sets for a training step.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 EVERY_COMMAND = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL"
 
@@ -143,6 +145,18 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
             )
         ],
         "encode": [Process("inference.encode", encode), Process("peers.encode", encode)],
+        "deterministic": [
+            swept("deterministic", flags=DETERMINISTIC),
+            step(
+                {"name": "mlm, deterministic", "compare": "mlm"},
+                "mlm",
+                sizes.mlm,
+                "elementwise",
+                flags=DETERMINISTIC,
+                steps=3,
+                seconds=3.0,
+            ),
+        ],
         "sweep.chunks": [
             swept("chunks of twice as many tokens", load=dict(chunk_tokens=2 * sizes.chunk)),
             swept("chunks of 4 times as many tokens", load=dict(chunk_tokens=4 * sizes.chunk)),

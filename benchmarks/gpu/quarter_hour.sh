@@ -4,6 +4,7 @@
 #   tests              tests/gpu: attention, determinism                                         at most 300 s
 #   rows               benchmarks.gpu: the steps of mlm, contrastive and finetune                at most 300 s
 #   peers              benchmarks.gpu: torch_train and encode, nomic_jax and torch               at most 240 s
+#   deterministic      benchmarks.gpu: what config.deterministic costs                           at most 240 s
 #   train_mlm, train_contrastive, train_finetune
 #                      launch.train of each stage of :one_gpu on made-up data: the loss falls,
 #                      it resumes after a kill, and exports                                      at most 180 s each
@@ -18,8 +19,8 @@
 # with the checkpoints of the runs. A step that fails or is stopped does not stop the others; the exit code is then 1.
 # PYTHON names the interpreter [python, or python3].
 set -uo pipefail
-usage() { sed -n '2,21s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-steps=tests,rows,peers,train_mlm,train_contrastive,train_finetune
+usage() { sed -n '2,22s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+steps=tests,rows,peers,deterministic,train_mlm,train_contrastive,train_finetune
 out=${OUT:-gpu-out} wheels= commit=() tiny=()
 for option in "$@"; do
   case $option in
@@ -34,7 +35,7 @@ for option in "$@"; do
 done
 for step in ${steps//,/ }; do
   case $step in
-    tests | rows | peers | train_mlm | train_contrastive | train_finetune) ;;
+    tests | rows | peers | deterministic | train_mlm | train_contrastive | train_finetune) ;;
     *) echo "error: there is no step $step; see --help" >&2; exit 2 ;;
   esac
 done
@@ -103,6 +104,7 @@ echo "== $(date -u +%FT%TZ) --steps=$steps ${tiny[*]}" | tee -a "$out/summary.tx
 run tests 300 "$python" -m pytest tests/gpu -rs --durations=5
 benchmark rows 300 mlm,contrastive,finetune
 benchmark peers 240 torch_train,encode
+benchmark deterministic 240 deterministic
 train mlm
 train contrastive
 train finetune

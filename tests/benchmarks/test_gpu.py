@@ -162,7 +162,7 @@ def test_a_row_without_a_figure_does_not_replace_a_measured_one():
 
 def test_parts_are_chosen_by_name_or_family_in_the_order_given(tmp_path):
     plan = list(make_plan(FULL, tmp_path))
-    assert plan[:3] == ["torch_train", "encode", "sweep.chunks"]
+    assert plan[:3] == ["torch_train", "encode", "deterministic"]
     assert chosen(["mlm", "sweep"], plan) == ["mlm", *(part for part in plan if part.startswith("sweep."))]
     with pytest.raises(SystemExit, match="there is no part 'swe'"):
         chosen(["swe"], plan)
