@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from launch.errors import run
 from nomic_jax.curate.hold_out import Split, sampling_key
-from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.files.writing import atomic_file, write_json
 
 FLAGS = flags.FLAGS
 

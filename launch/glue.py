@@ -17,10 +17,10 @@ from typing import Any
 
 from configs.glue import get_config
 from nomic_jax.data.formats.reading import read_rows
-from nomic_jax.data.formats.writing import write_json
 from nomic_jax.evals.report.record import average
 from nomic_jax.evals.suites import glue, hub
 from nomic_jax.evals.suites.glue import Cell
+from nomic_jax.files.writing import write_json
 from nomic_jax.run.pretrained import read_pretrained
 from nomic_jax.train.interruption import Preempted
 

@@ -24,8 +24,9 @@ from launch.errors import run
 from nomic_jax.curate.hold_out import Split
 from nomic_jax.curate.mixtures import replace_files
 from nomic_jax.data.formats.reading import read_rows
-from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
+from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.data.mixture import Source, read_mixture
+from nomic_jax.files.writing import atomic_file, write_json
 
 FLAGS = flags.FLAGS
 

@@ -18,7 +18,7 @@ from absl import flags
 
 from launch.errors import run
 from nomic_jax.curate.engine.report import table
-from nomic_jax.data.formats.writing import atomic_file, write_json
+from nomic_jax.files.writing import atomic_file, write_json
 from nomic_jax.train.evaluation import read_evaluations
 from nomic_jax.train.watch.goodput import KINDS, read_goodput, share
 from nomic_jax.train.watch.metrics import read_metrics

@@ -7,7 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nomic_jax.data.formats.writing import write_json, write_rows
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.files.writing import write_json
 
 Row = Mapping[str, Any]
 

@@ -9,14 +9,14 @@ from typing import Any
 import yaml
 
 from nomic_jax.curate.engine.embedding import Encoder
-from nomic_jax.curate.engine.locks import exclusive_lock
 from nomic_jax.curate.engine.report import quarantine, table
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.consistency import FilterOptions, scoring
 from nomic_jax.curate.filter.selection import threshold_text, write_selection
 from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
-from nomic_jax.data.formats.writing import atomic_file, write_json
 from nomic_jax.data.mixture import COLUMNS, read_mixture
+from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.files.writing import atomic_file, write_json
 
 
 def is_mixture(files: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from nomic_jax.data.formats.row_checks import each_key_once
+from nomic_jax.files.reading import each_key_once
 
 # Values of other types (int8, float8) cannot be interpreted without scales, which are stored elsewhere.
 _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)

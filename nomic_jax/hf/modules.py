@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nomic_jax.data.formats.writing import write_json
+from nomic_jax.files.writing import write_json
 from nomic_jax.hf.files import CheckpointError, read_json, read_json_list, read_safetensors, write_safetensors
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
 

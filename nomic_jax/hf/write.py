@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from nomic_jax.data.formats.writing import write_json
 from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.files.writing import write_json
 from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.config import config_json
 from nomic_jax.hf.files import write_safetensors

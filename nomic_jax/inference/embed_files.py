@@ -26,7 +26,7 @@ from nomic_jax.data.formats.parquet import read_parquet_footer
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
-from nomic_jax.data.formats.writing import atomic_file, write_json
+from nomic_jax.files.writing import atomic_file, write_json
 
 SUFFIXES = (".npy", ".parquet")
 # Files in the work folder besides the shards: the settings and inputs of the shards, the identity of the output that

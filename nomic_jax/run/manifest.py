@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nomic_jax.data.formats.writing import write_json
+from nomic_jax.files.writing import write_json
 
 MANIFEST = "manifest.sha256.json"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from nomic_jax.data.batches.loader import read_ahead
-from nomic_jax.data.formats.writing import write_json
+from nomic_jax.files.writing import write_json
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EncoderConfig
 from nomic_jax.model.attention import FUSED_DTYPES

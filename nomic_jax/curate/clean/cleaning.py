@@ -13,14 +13,15 @@ from tqdm import tqdm
 from nomic_jax.curate.clean.contamination import NGRAM, Contamination, EvaluationTexts
 from nomic_jax.curate.clean.duplicates import NearDuplicates
 from nomic_jax.curate.clean.words import words_of
-from nomic_jax.curate.engine.locks import exclusive_lock
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.row_blocks import no_usable_row
 from nomic_jax.curate.engine.text_store import text_key
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import RejectedRows
-from nomic_jax.data.formats.writing import atomic_file, json_line, write_json, write_rows
+from nomic_jax.data.formats.writing import json_line, write_rows
+from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.files.writing import atomic_file, write_json
 
 ROWS_AT_ONCE = 1024
 REASONS = ("empty", "short", "exact duplicate", "near duplicate", "contaminated")

@@ -12,9 +12,9 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from nomic_jax.curate.engine.locks import exclusive_lock
 from nomic_jax.curate.engine.sharded_array import Matrix
-from nomic_jax.data.formats.writing import atomic_file
+from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.files.writing import atomic_file
 
 QUERIES_PER_BATCH = 4096
 DOCUMENTS_PER_BATCH = 8192

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import RowCheck, is_readable, open_file, usable_rows
 from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RejectedRows
-from nomic_jax.data.formats.writing import write_json
+from nomic_jax.files.writing import write_json
 
 QUARANTINED = "quarantined.json"  # in the work folder
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nomic_jax.curate.engine import embedding
-from nomic_jax.curate.engine.locks import take_lock
 from nomic_jax.curate.engine.row_blocks import read_quarantined
 from nomic_jax.data.formats.file_format import sha256_of_file
 from nomic_jax.data.formats.row_checks import BadRow
-from nomic_jax.data.formats.writing import write_json
 from nomic_jax.data.tokens.scans import check_distinct
+from nomic_jax.files.locks import take_lock
+from nomic_jax.files.writing import write_json
 
 
 def settings_sha256(work: Path) -> str:

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from nomic_jax.data.formats.writing import atomic_file
+from nomic_jax.files.writing import atomic_file
 
 
 def save_array(file: Path, array: np.ndarray) -> None:

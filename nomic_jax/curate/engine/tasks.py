@@ -9,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from nomic_jax.curate.engine.embedding import Encoder
-from nomic_jax.curate.engine.locks import claim
 from nomic_jax.curate.engine.sharded_array import save_array
+from nomic_jax.files.locks import claim
 
 WAIT_SECONDS = 1.0  # between two checks on the shards that other processes are making
 

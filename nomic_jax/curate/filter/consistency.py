@@ -9,13 +9,13 @@ from typing import Any
 
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.index import RANK_DEPTH
-from nomic_jax.curate.engine.locks import exclusive_lock
 from nomic_jax.curate.engine.row_blocks import count_rows
 from nomic_jax.curate.engine.settings import fingerprints, locked_settings
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.ranking import RankingTask
 from nomic_jax.curate.filter.selection import write_selection
 from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.files.locks import exclusive_lock
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from nomic_jax.curate.engine.embedding import Encoder, embed_texts
 from nomic_jax.curate.engine.index import RECALL_AT, ApproximateIndex, own_ranks
 from nomic_jax.curate.engine.row_blocks import CountedRows, equal_blocks
 from nomic_jax.curate.engine.text_store import distinct_texts
-from nomic_jax.data.formats.writing import write_json
+from nomic_jax.files.writing import write_json
 
 SCORES = np.dtype([("rank", np.int32), ("score", np.float32)])
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from nomic_jax.curate.engine.locks import exclusive_lock
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.settings import matching_summary, settings_sha256
 from nomic_jax.curate.filter.ranking import RankingTask
-from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.files.writing import atomic_file, write_json
 
 _BAND_STARTS = (1, 2, 3, 4, 6, 11, 21, 101, 1001)  # lowest rank of each band of the rank histogram
 

@@ -12,7 +12,7 @@ from nomic_jax.curate.engine.index import ApproximateIndex, top_k
 from nomic_jax.curate.engine.sharded_array import ShardedArray
 from nomic_jax.curate.engine.text_store import TextFile
 from nomic_jax.curate.mine.corpus import Pairs
-from nomic_jax.data.formats.writing import write_json
+from nomic_jax.files.writing import write_json
 
 QUERIES_PER_FILE = 4096  # queries per shard of the search
 NEAR = np.dtype([("document", np.int64), ("score", np.float32)])

@@ -23,7 +23,7 @@ from nomic_jax.curate.engine.row_blocks import (
 from nomic_jax.curate.engine.text_store import TextFile, TextFileWriter
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
-from nomic_jax.data.formats.writing import write_json
+from nomic_jax.files.writing import write_json
 
 
 class Pairs:

@@ -11,14 +11,15 @@ import numpy as np
 
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.index import pair_scores
-from nomic_jax.curate.engine.locks import exclusive_lock
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.settings import fingerprints, locked_settings, matching_summary, settings_sha256
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.mine.candidates import EmbeddingTask, SearchTask
 from nomic_jax.curate.mine.corpus import Pairs, collect_pairs
 from nomic_jax.data.formats.paths import expand_files
-from nomic_jax.data.formats.writing import atomic_file, write_json, write_rows
+from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.files.writing import atomic_file, write_json
 
 PAIRS_AT_ONCE = 1024
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from nomic_jax.files.reading import each_key_once
+
 # A row as it is stored: the line for jsonl, the values for other formats.
 RawRow = bytes | dict[str, Any]
 MAX_NAMES = 20  # of columns listed in a message
@@ -88,20 +90,6 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
         raise BadRow(f"{where}: broken JSON (nested too deep)") from None
     if not isinstance(row, dict):
         raise BadRow(f"{where}: expected an object with named columns, found {type(row).__name__}")
-    return row
-
-
-def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Converts a JSON object's pairs to a dictionary, as ``object_pairs_hook``; ``json`` alone drops repeated keys.
-
-    Raises:
-      ValueError: a key is given twice.
-    """
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:80]!r} is given twice")
     return row
 
 

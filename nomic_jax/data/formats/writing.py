@@ -1,14 +1,13 @@
-"""Writes files that appear complete or not at all: jsonl rows, JSON and, through ``atomic_file``, any other file."""
+"""Writes rows as jsonl."""
 
 import base64
-import contextlib
 import datetime
-import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from nomic_jax.files.writing import atomic_file
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -34,26 +33,3 @@ def _json_value(value: Any) -> str:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path, and renames it to ``path`` on success, so that a kill leaves no partial file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        with part.open("rb") as f:
-            os.fsync(f.fileno())
-    except OSError as error:
-        # Python's error does not name the file; numpy's ("8 requested and 0 written") does not even give the reason.
-        if error.errno == errno.ENOSPC or (error.errno is None and "requested and" in str(error)):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
-    part.replace(path)
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    with atomic_file(path) as part:
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -13,9 +13,9 @@ import numpy as np
 from nomic_jax.data.formats.file_format import Mark
 from nomic_jax.data.formats.reading import open_file, usable_rows
 from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RejectedRows
-from nomic_jax.data.formats.writing import write_json
 from nomic_jax.data.mixture import COLUMNS, Source, with_prefix
 from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.files.writing import write_json
 
 ROWS_PER_CALL = 4096  # enough for the tokenizer to use every core, few enough for memory
 LENGTH = np.dtype("<u4")

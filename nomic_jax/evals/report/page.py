@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nomic_jax.data.formats.writing import atomic_file
 from nomic_jax.evals.report import pictures, published
 from nomic_jax.evals.report.published import MTEB_TYPES, Published
 from nomic_jax.evals.report.record import label, main_score
+from nomic_jax.files.writing import atomic_file
 
 MTEB_TASKS = 56  # of MTEB(eng, v1)
 TITLES = {

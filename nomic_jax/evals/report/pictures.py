@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nomic_jax.data.formats.writing import atomic_file
+from nomic_jax.files.writing import atomic_file
 
 
 def bars(path: Path, groups: Mapping[str, Mapping[str, float]], names: Sequence[str], ylabel: str) -> None:

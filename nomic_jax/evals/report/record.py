@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nomic_jax.data.formats.writing import write_json
+from nomic_jax.files.writing import write_json
 
 # Files of a model folder that determine its embeddings. In a run, manifests have the hashes of the checkpoints' files.
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "vocab.txt", "manifest.sha256.json")

@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from nomic_jax.data.formats.writing import atomic_file
+from nomic_jax.files.writing import atomic_file
 from nomic_jax.train.config import TrainConfig
 
 FLUSH_SECONDS = 30  # the largest delay of TensorBoard

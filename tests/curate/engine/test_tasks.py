@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from nomic_jax.curate.engine.embedding import texts_per_file
-from nomic_jax.curate.engine.locks import claim
 from nomic_jax.curate.engine.row_blocks import CountedRows, count_rows, equal_blocks
 from nomic_jax.curate.engine.settings import locked_settings
 from nomic_jax.curate.engine.sharded_array import ShardedArray, save_array
 from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.files.locks import claim
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Locks between processes that share an output directory."""
+"""Locks between processes that share a folder."""
 
 import contextlib
 import errno
@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from nomic_jax.files.writing import open_own
 
 
 @contextlib.contextmanager
@@ -17,7 +19,7 @@ def claim(file: Path) -> Iterator[bool]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     path = file.with_name(f".{file.name}.lock")
-    with path.open("a+") as lock:
+    with _open_lock(path) as lock:
         is_ours = take_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield is_ours
         # Remove the lock file only if ``file`` exists: all processes that still need ``file`` must lock the same one.
@@ -29,9 +31,13 @@ def claim(file: Path) -> Iterator[bool]:
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Runs the block in one process at a time; the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
+    with _open_lock(path) as lock:
         take_lock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _open_lock(path: Path) -> IO[str]:
+    return os.fdopen(open_own(path, os.O_RDWR | os.O_APPEND), "a+", encoding="utf-8")
 
 
 def take_lock(file: IO[str], kind: int) -> bool:
@@ -41,9 +47,8 @@ def take_lock(file: IO[str], kind: int) -> bool:
         return False
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            folder = os.path.dirname(file.name)
             raise ValueError(
-                f"the file system of {folder} does not support locks (flock); give another --output"
+                "the file system of the output does not support locks (flock); give another --output"
             ) from error
         raise
     return True
