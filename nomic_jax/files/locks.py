@@ -1,14 +1,108 @@
 """Locks between processes that share a folder."""
 
 import contextlib
+import datetime
 import errno
 import fcntl
+import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from nomic_jax.files.writing import open_own
+from nomic_jax.files.printable import printable
+from nomic_jax.files.writing import open_own, try_lock
+
+_held: set[int] = set()
+
+
+class InUse(ValueError):
+    """Another process uses a folder; the message says which process, and since when."""
+
+
+def _let_go() -> None:
+    """Without this, a lock would last until the last forked child has ended."""
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def held(path: Path, what: str) -> Iterator[None]:
+    """Holds the file ``path`` for this process, and removes it at the end. Nothing waits.
+
+    The file is locked (flock) and says which process holds it. The kernel releases the lock of a process that ends in
+    any way, also on file systems that hosts share, if they have flock (NFS 4, Lustre with -o flock, CephFS, GPFS). On a
+    file system without locks only the content of the file counts: the file of a dead process of this host is taken
+    over; that of another host must be deleted by hand.
+
+    Args:
+      what: the holder for messages, such as "another training".
+
+    Raises:
+      InUse: another process holds it.
+    """
+    while True:
+        try:
+            descriptor, is_new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), True
+        except FileExistsError:
+            descriptor, is_new = open_own(path, os.O_RDWR), False
+        locked = try_lock(descriptor)
+        holder = _read_holder(descriptor)
+        if locked is False or (locked is None and not is_new and not _is_dead(holder)):
+            os.close(descriptor)
+            message = f"{path.parent}: {what} uses this folder: {_describe(holder)}"
+            if locked is None:
+                message += f". This file system has no locks: if that process has ended, delete {path}"
+            raise InUse(message)
+        # A process that ended may have removed the file before it was locked here. The lock would have no effect.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(path), os.fstat(descriptor)):
+                break
+        os.close(descriptor)
+    _held.add(descriptor)
+    try:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        content = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(content).encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _read_holder(descriptor: int) -> dict[str, Any]:
+    try:
+        content = json.loads(os.pread(descriptor, 10_000, 0))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "a process that has just started"
+    return printable(f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}")[:300]
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Returns whether the process was one of this host and has ended."""
+    if holder.get("host") != socket.gethostname() or type(pid := holder.get("pid")) is not int or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 @contextlib.contextmanager

@@ -31,10 +31,13 @@ _RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]:
     """Yields the path of a new, empty file, and renames it to ``path`` on success. An error or a kill changes nothing.
 
     If ``path`` is a link, the link is replaced; what it led to stays as it is.
+
+    Args:
+      sync: wait until the disk has the file, so that a power failure leaves the old or the new one.
 
     Raises:
       FileRefused: ``path`` is a folder, a pipe, a socket or a device.
@@ -48,17 +51,22 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
         part, lock = _new_part(path, folder=False)
         try:
             yield part
-            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            if sync:
+                _sync(part)
             part.replace(path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
         finally:
             os.close(lock)
+
+
+def _sync(part: Path) -> None:
+    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -94,6 +102,22 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             raise
         finally:
             os.close(lock)
+
+
+def atomic_link(path: Path, target: Path) -> None:
+    """Makes ``path`` a link to ``target``, in one step if it is a link to something else.
+
+    Raises:
+      FileRefused: ``path`` is something else than a link.
+    """
+    if os.path.lexists(path) and not path.is_symlink():
+        raise FileRefused(f"{path}: is {kind_of(os.lstat(path).st_mode)}; expected a link or nothing. Remove it")
+    for name in os.listdir(path.parent):
+        if _is_part(name, path) and path.with_name(name).is_symlink():
+            path.with_name(name).unlink(missing_ok=True)
+    part = path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.part")
+    part.symlink_to(target)
+    part.replace(path)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -209,7 +233,7 @@ def _new_part(path: Path, folder: bool) -> tuple[Path, int]:
         else:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(part, flags, 0o666)
-        _lock(descriptor)
+        try_lock(descriptor)
         # Between making and locking it, another process may have removed it as a leftover.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.lstat(part), os.fstat(descriptor)):
@@ -217,8 +241,8 @@ def _new_part(path: Path, folder: bool) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool | None:
-    """Locks an open file if no process has locked it; returns None where there are no locks."""
+def try_lock(descriptor: int) -> bool | None:
+    """Locks an open file (flock) and returns whether that succeeded; None where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -245,7 +269,7 @@ def _remove_leftovers(path: Path, is_kind: Any) -> None:
         except OSError:  # another process was faster, or the part belongs to another user
             continue
         try:
-            locked = _lock(descriptor)
+            locked = try_lock(descriptor)
             if locked is None:
                 locked = time.time() - os.fstat(descriptor).st_mtime > _OLD_SECONDS
             if locked:

@@ -5,6 +5,7 @@ A checkpoint holds the trees `params` and `training` (step and optimizer state),
 
 import contextlib
 import itertools
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from nomic_jax.files.folders import make_folder, remove_folder
+from nomic_jax.files.writing import atomic_link
 from nomic_jax.run.record import check_same_arrays, check_same_run
-from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_intact, list_damage
+from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_intact, list_damage, remove_parts
 
 
 class SaveError(OSError):
@@ -56,9 +59,9 @@ class Checkpoints:
         self.latest_step: int | None = on_first_process(self._open)
 
     def _open(self) -> int | None:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for path in self._directory.glob("*.part*"):
-            shutil.rmtree(path, ignore_errors=True)
+        self._directory.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
+        remove_parts(self._directory)
         step, damaged = latest_intact(self._directory)
         if damaged and step is None:
             raise DamagedCheckpoint(
@@ -119,16 +122,13 @@ class Checkpoints:
             if step != self.best_step and not (self._keep_every and step and step % self._keep_every == 0):
                 # Rename before deleting, so that a kill leaves no partial checkpoint under the name of a finished one.
                 old = (self._directory / str(step)).rename(self._directory / f"{step}.old.part")
-                shutil.rmtree(old, ignore_errors=True)
+                remove_folder(old)
 
     def _link_best(self) -> None:
         if self.best_step is None or not (self._directory / str(self.best_step)).is_dir():
             return
         link = self._directory.parent / "best"
-        new = link.with_name("best.part")
-        new.unlink(missing_ok=True)
-        new.symlink_to(Path("checkpoints") / str(self.best_step))
-        new.rename(link)
+        atomic_link(link, Path("checkpoints") / str(self.best_step))
 
     @contextlib.contextmanager
     def _explained(self, step: int, size: int) -> Iterator[None]:
@@ -137,8 +137,7 @@ class Checkpoints:
         except Exception as error:
             free = shutil.disk_usage(self._directory.parent).free
             if _is_first():
-                for path in self._directory.glob(f"{step}.part*"):
-                    shutil.rmtree(path, ignore_errors=True)
+                remove_parts(self._directory, step)
             left = finished_steps(self._directory)
             # Orbax and tensorstore append their long arguments, in brackets and on further lines. Omit them.
             reason = str(error).strip().partition("\n")[0].partition(" [")[0][:300]
@@ -192,9 +191,9 @@ def _is_first() -> bool:
 
 def _move_aside(path: Path) -> None:
     rejected = path.parent.parent / "rejected"
-    rejected.mkdir(exist_ok=True)
+    make_folder(rejected)
     names = (f"{path.name}{f'-{i}' if i else ''}" for i in itertools.count())
-    path.rename(next(rejected / name for name in names if not (rejected / name).exists()))
+    path.rename(next(rejected / name for name in names if not os.path.lexists(rejected / name)))
 
 
 def _megabytes(size: int) -> str:

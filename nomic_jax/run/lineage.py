@@ -11,7 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nomic_jax.run.manifest import MANIFEST, find_damage, hash_files, sha256_of_file, sha256_of_json, weight_files
+from nomic_jax.run.manifest import (
+    MANIFEST,
+    find_damage,
+    follow,
+    hash_files,
+    sha256_of_file,
+    sha256_of_json,
+    weight_files,
+)
 
 ORBAX_RECORD = "_CHECKPOINT_METADATA"
 Status = Literal["verified", "changed", "not found", "not recorded"]
@@ -42,7 +50,7 @@ def trace(path: str | Path, folders: Sequence[str | Path] = ()) -> Iterator[Find
       FileNotFoundError: ``path`` is none of these.
       ValueError: the record cannot be read.
     """
-    path = Path(path).resolve()
+    path = follow(path)
     try:
         yield from _trace(path, _Files(folders))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nomic_jax.files.folders import check_no_link
+from nomic_jax.files.reading import FileRefused
 from nomic_jax.files.writing import write_json
 
 MANIFEST = "manifest.sha256.json"
@@ -32,6 +34,30 @@ def _entries(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]
     }
 
 
+def follow(path: str | Path) -> Path:
+    """Returns the path of a run, a checkpoint or a Hugging Face directory without links.
+
+    The user may name a link to a run. Inside of a run, ``best`` must lead to a checkpoint of that run, and
+    ``checkpoints`` and the checkpoints must not be links: a run from somebody else could name any folder as its own.
+
+    Raises:
+      FileRefused: a link inside of a run leads out of it.
+    """
+    path = Path(os.path.abspath(path))
+    run = path if path.name not in ("best", "checkpoints") else path.parent
+    if path.parent.name == "checkpoints":
+        run = path.parent.parent
+    if os.path.lexists(run / "checkpoints"):
+        check_no_link(run, "checkpoints")
+        if path != run and (path.name == "best" or path.parent.name == "checkpoints"):
+            if path.parent.name == "checkpoints":
+                check_no_link(path.parent, path.name)
+            target = Path(os.path.realpath(path))
+            if target.parent != Path(os.path.realpath(run / "checkpoints")):
+                raise FileRefused(f"{path}: is a link to {target}, which is no checkpoint of {run}; remove it")
+    return path.resolve()
+
+
 def find_damage(directory: Path) -> str | None:
     """Returns a description of the first damaged file, with its name; None if no file is damaged.
 
@@ -40,6 +66,9 @@ def find_damage(directory: Path) -> str | None:
     Raises:
       OSError: a file cannot be read for a reason that does not concern its bytes, such as permissions.
     """
+    for folder in (directory.parent, directory):
+        if folder.is_symlink():
+            return f"{folder.name} is a link; checkpoints are written without links"
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]

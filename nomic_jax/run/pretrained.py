@@ -13,13 +13,22 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.files.folders import make_folder
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
 from nomic_jax.hf.files import check_file
 from nomic_jax.model import abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
-from nomic_jax.run.manifest import MANIFEST, find_damage, hash_files, weight_files
+from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, weight_files
 from nomic_jax.run.record import FORMAT, check_format, check_same_arrays, parse_import, parse_model, trained_prompts
-from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_intact, list_damage
+from nomic_jax.run.workdir import (
+    DamagedCheckpoint,
+    commit,
+    finished_steps,
+    latest_intact,
+    list_damage,
+    remove_parts,
+    used_workdir,
+)
 
 
 def read_pretrained(path: str | Path) -> Checkpoint:
@@ -33,7 +42,8 @@ def read_pretrained(path: str | Path) -> Checkpoint:
       DamagedCheckpoint: the checkpoint at ``path``, or every checkpoint of the run, is damaged.
     """
     path = Path(path)
-    path = path.resolve() if path.is_symlink() else path
+    named, path = path, follow(path)
+    path = path if named.is_symlink() else named
     if (path / "checkpoints").is_dir():
         return _read_run(path, None)
     if (path / "config.json").exists():
@@ -51,7 +61,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     For a checkpoint of a run, the hash is that of its manifest, which holds the hashes of its files. For a Hugging Face
     directory, the same kind of hash is computed from its configuration, tokenizer and weights.
     """
-    path = Path(path).resolve()
+    path = follow(path)
     if (path / "checkpoints").is_dir():
         step, _ = latest_intact(path / "checkpoints")
         path = path / "checkpoints" / str(step)
@@ -147,16 +157,13 @@ def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
 
     Raises:
       FileExistsError: the directory already holds checkpoints.
+      FileRefused: it holds something else than a run.
     """
     from orbax.checkpoint import v1 as ocp  # takes seconds to import, and only runs need it
 
     workdir = Path(workdir)
-    if finished_steps(workdir / "checkpoints"):
-        raise FileExistsError(f"{workdir} already holds checkpoints; choose another directory")
     if source.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer; a run needs the tokenizer of its embeddings")
-    workdir.mkdir(parents=True, exist_ok=True)
-    source.tokenizer.save(workdir)
     imported = ("prompts", "default_prompt_name", "similarity", "max_length")
     record = {
         "format": FORMAT,
@@ -168,6 +175,12 @@ def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
         "step": 0,
     }
     params = {name: part for name, part in source.params.items() if name != "classifier"}
-    part = (workdir / "checkpoints" / "0.part").absolute()
-    ocp.save_checkpointables(part, {"params": params}, custom_metadata=record, overwrite=True)
-    commit(part)
+    with used_workdir(workdir):
+        if finished_steps(workdir / "checkpoints"):
+            raise FileExistsError(f"{workdir} already holds checkpoints; choose another directory")
+        make_folder(workdir / "checkpoints")
+        remove_parts(workdir / "checkpoints")
+        source.tokenizer.save(workdir)
+        part = (workdir / "checkpoints" / "0.part").absolute()
+        ocp.save_checkpointables(part, {"params": params}, custom_metadata=record, overwrite=True)
+        commit(part)

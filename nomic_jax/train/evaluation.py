@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from nomic_jax.files.writing import append
 from nomic_jax.hf import Checkpoint
 from nomic_jax.train import hosts
 from nomic_jax.train.config import ConfigurationError, EvaluationConfig
@@ -56,7 +57,7 @@ class Evaluations:
         figure = statistics.fmean(values)
         self._figures[step] = _comparable(figure)
         if hosts.is_first_process():
-            with self._path.open("a", encoding="utf-8") as f:
+            with append(self._path) as f:
                 f.write(json.dumps({"step": step, "figure": figure, "tasks": tasks}) + "\n")
         return {f"{task}/{name}": value for task, metrics in tasks.items() for name, value in metrics.items()}
 

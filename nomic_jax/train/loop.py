@@ -14,6 +14,7 @@ from nomic_jax.model.attention import FUSED_DTYPES
 from nomic_jax.run.checkpoints import Checkpoints
 from nomic_jax.run.pretrained import identify, read_pretrained
 from nomic_jax.run.record import make_record, trained_prompts
+from nomic_jax.run.workdir import used_workdir
 from nomic_jax.train import hosts
 from nomic_jax.train.config import ConfigurationError, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, Evaluations
@@ -55,6 +56,8 @@ def train(
     Raises:
       ConfigurationError, MixtureError, BadRow, ResumeError, DamagedCheckpoint: the run cannot start; the message says
         what to change.
+      FileRefused: ``workdir`` holds something else than a run, or a link out of the run.
+      InUse: another process trains in ``workdir``.
       MissingKernel: on a GPU, attention would not be flash attention, and the configuration does not ask for that.
       SaveError: a checkpoint could not be written; raised at the next step.
       DivergedError: too many steps in a row were not finite.
@@ -62,6 +65,22 @@ def train(
     """
     workdir = Path(workdir)
     goodput = Goodput(began)
+    with contextlib.ExitStack() as stack:
+        # One process holds the directory for all.
+        hosts.on_first_process(lambda: stack.enter_context(used_workdir(workdir)))
+        return _train(config, workdir, devices, evaluate, stop, expected_data, goodput)
+
+
+def _train(
+    config: TrainConfig,
+    workdir: Path,
+    devices: list[jax.Device] | None,
+    evaluate: Evaluate | None,
+    stop: int | None,
+    expected_data: str,
+    goodput: Goodput,
+) -> dict[str, float]:
+    """Trains in a working directory that is held."""
     mesh = make_mesh(devices)
     config.check(mesh.size)
     pretrained = read_pretrained(config.init_from) if config.init_from else None

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 from jax import monitoring
 
+from nomic_jax.files.writing import atomic_file
+
 KINDS = ("productive", "start", "compile", "data", "checkpoint", "evaluation", "lost")
 # Kinds of time that are lost if their steps were not saved.
 _LOSABLE = ("productive", "data", "evaluation")
@@ -114,10 +116,8 @@ class Goodput:
         with self._lock:
             parts = [*self._earlier, self._part | {"seconds": self._now()}]
         # A full disk is reported where it loses something; this file is only a measurement.
-        with contextlib.suppress(OSError):
-            part = path.with_name(f".{path.name}.part")
+        with contextlib.suppress(OSError), atomic_file(path, sync=False) as part:
             part.write_text(json.dumps({"parts": parts}), encoding="utf-8")
-            part.replace(path)
 
     def _note_compilation(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/") and threading.get_ident() == self._thread:

@@ -14,7 +14,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from nomic_jax.files.writing import atomic_file
+from nomic_jax.files.folders import make_folder
+from nomic_jax.files.writing import append, write_text
 from nomic_jax.train.config import TrainConfig
 
 FLUSH_SECONDS = 30  # the largest delay of TensorBoard
@@ -27,9 +28,9 @@ class MetricsWriter:
         self._trackers = _open_trackers(config, workdir)
         self._path = workdir / "metrics.jsonl"
         keep_until(self._path, start_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = append(self._path)
         # Not SummaryWriter: on a full disk its thread dies, and its full queue then blocks the training for ever.
-        (workdir / "tensorboard").mkdir(exist_ok=True)
+        make_folder(workdir / "tensorboard")
         self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
         self._events.write_event(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._flushed = time.monotonic()
@@ -94,7 +95,7 @@ def _open_trackers(config: TrainConfig, workdir: Path) -> list[ModuleType]:
             # wandb resumes a run by its id; names need not be unique.
             known = workdir / "wandb_id"
             if not known.exists():
-                known.write_text(secrets.token_hex(8), encoding="utf-8")
+                write_text(known, secrets.token_hex(8))
             run |= {"id": known.read_text(encoding="utf-8"), "dir": str(workdir)}
         tracker.init(**run)
         trackers.append(tracker)
@@ -116,6 +117,5 @@ def read_metrics(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, A
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Removes the lines after a step, and returns the remaining ones."""
     kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
-    with atomic_file(path) as part:
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from nomic_jax.data.batches.stream import Stream
+from nomic_jax.files.writing import append
 from nomic_jax.train import hosts
 from nomic_jax.train.watch.metrics import keep_until, read_metrics
 
@@ -57,7 +58,7 @@ class SkippedSteps:
         loss, grad_norm = (str(float(metrics[name])) for name in ("loss", "grad_norm"))
         if hosts.is_first_process():
             line = {"step": step, "source": source, "loss": loss, "grad_norm": grad_norm}
-            with self._path.open("a", encoding="utf-8") as f:
+            with append(self._path) as f:
                 f.write(json.dumps(line | {"rows": self._stream.row_numbers(step - 1)}) + "\n")
         if self._in_a_row >= MOST_IN_A_ROW:
             raise DivergedError(
