@@ -2,6 +2,9 @@
 
 CHECKPOINT is the working directory of a run (its latest checkpoint is converted), one of its checkpoints, or another
 Hugging Face directory, to change its format or dtype.
+
+OUT_DIR may be the clone of a repository: only files of an export are written, all or none of them, and everything else
+stays.
 """
 
 import argparse
@@ -44,6 +47,9 @@ def main() -> None:
     parser.add_argument(
         "--evaluation", action="append", default=[], help="report of launch.evaluate for the model card; repeatable"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="also replace files in OUT_DIR that no export wrote, or changed ones"
+    )
     args = parser.parse_args()
     try:
         write(args)
@@ -73,6 +79,7 @@ def write(args: argparse.Namespace) -> None:
         ),
         naming=args.format,
         dtype=args.dtype,
+        overwrite=args.overwrite,
         evaluations={Path(file).stem: read_report(Path(file)) for file in args.evaluation},
     )
 

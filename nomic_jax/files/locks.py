@@ -33,8 +33,8 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
-    """Holds the file ``path`` for this process, and removes it at the end. Nothing waits.
+def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Holds the file ``path`` for this process, and removes it at the end.
 
     The file is locked (flock) and says which process holds it. The kernel releases the lock of a process that ends in
     any way, also on file systems that hosts share, if they have flock (NFS 4, Lustre with -o flock, CephFS, GPFS). On a
@@ -43,6 +43,7 @@ def held(path: Path, what: str) -> Iterator[None]:
 
     Args:
       what: the holder for messages, such as "another training".
+      wait: wait for the other process.
 
     Raises:
       InUse: another process holds it.
@@ -53,6 +54,9 @@ def held(path: Path, what: str) -> Iterator[None]:
         except FileExistsError:
             descriptor, is_new = open_own(path, os.O_RDWR), False
         locked = try_lock(descriptor)
+        if locked is False and wait:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locked = True
         holder = _read_holder(descriptor)
         if locked is False or (locked is None and not is_new and not _is_dead(holder)):
             os.close(descriptor)

@@ -47,12 +47,12 @@ def atomic_file(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]
     with named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_target(path)
-        _remove_leftovers(path, is_file)
-        part, lock = _new_part(path, folder=False)
+        remove_leftovers(path, is_file)
+        part, lock = new_part(path, folder=False)
         try:
             yield part
             if sync:
-                _sync(part)
+                sync_file(part)
             part.replace(path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -61,8 +61,9 @@ def atomic_file(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]
             os.close(lock)
 
 
-def _sync(part: Path) -> None:
-    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def sync_file(path: Path) -> None:
+    """Waits until the disk has a file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
@@ -85,8 +86,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(path) and not is_folder(path):
             raise FileRefused(f"{path}: is {kind_of(os.lstat(path).st_mode)}; expected a folder or nothing")
-        _remove_leftovers(path, is_folder)
-        part, lock = _new_part(path, folder=True)
+        remove_leftovers(path, is_folder)
+        part, lock = new_part(path, folder=True)
         try:
             yield part
             if not is_folder(path):
@@ -223,7 +224,7 @@ def _is_part(name: str, path: Path) -> bool:
     return name.startswith(stem) and re.fullmatch(r"[0-9a-f]{16}\.part", name[len(stem) :]) is not None
 
 
-def _new_part(path: Path, folder: bool) -> tuple[Path, int]:
+def new_part(path: Path, folder: bool) -> tuple[Path, int]:
     """Makes .NAME.<random>.part as a file or folder, and returns it and the descriptor that locks it."""
     while True:
         part = path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.part")
@@ -254,7 +255,7 @@ def try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _remove_leftovers(path: Path, is_kind: Any) -> None:
+def remove_leftovers(path: Path, is_kind: Any) -> None:
     """Removes the parts of ``path`` that dead processes have left in its folder."""
     try:
         names = os.listdir(path.parent)

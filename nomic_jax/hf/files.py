@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import struct
 import tarfile
@@ -14,11 +15,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from nomic_jax.files.reading import each_key_once
+from nomic_jax.files.writing import named_errors
 
 # Values of other types (int8, float8) cannot be interpreted without scales, which are stored elsewhere.
 _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 # Configuration files are smaller than this. Parsed JSON takes ten times the size of the file in memory.
 LARGEST_JSON = 1 << 26
+MAIN_FILE = "config.json"  # without it, no client opens the directory
+_EXPORTED = re.compile(r"README\.md|(\d_[A-Za-z]+/)?[A-Za-z]\w*\.(json|txt|safetensors|model)")
 # Before this release, weights_only=True did not prevent code execution (CVE-2025-32434).
 _SAFE_TORCH = (2, 6)
 
@@ -29,6 +33,11 @@ class CheckpointError(ValueError):
     def __str__(self) -> str:
         # The message quotes the content of files. Escape it, because a terminal executes escape sequences.
         return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__())
+
+
+def is_exported(name: str) -> bool:
+    """Returns whether a file of this name, relative to its directory, may have been written by an export."""
+    return _EXPORTED.fullmatch(name) is not None
 
 
 def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
@@ -142,7 +151,8 @@ def _check_header(file: Path, size: int) -> None:
 
 
 def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})  # transformers requires the name of the framework
+    with named_errors(file):
+        save_file(tensors, file, metadata={"format": "pt"})  # transformers requires the name of the framework
     file.chmod(0o644)  # safetensors allows only the owner to read it; a server is often another user
 
 

@@ -1,14 +1,24 @@
 """Reads a Hugging Face checkpoint directory. No code in it is executed."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.files.merging import finish_merge, mark
 from nomic_jax.hf.checkpoint import SIMILARITIES, Checkpoint
 from nomic_jax.hf.config import encoder_config
-from nomic_jax.hf.files import CheckpointError, check_file, read_json, read_json_list, read_tensors
+from nomic_jax.hf.files import (
+    MAIN_FILE,
+    CheckpointError,
+    check_file,
+    is_exported,
+    read_json,
+    read_json_list,
+    read_tensors,
+)
 from nomic_jax.hf.keymap import Slot, classifier_keymap, detect_naming, encoder_keymap, mlm_head_keymap, to_params
 from nomic_jax.hf.modules import NOMIC_PROMPTS, embedding_config, read_modules
 from nomic_jax.model import EncoderConfig, abstract_encoder
@@ -32,6 +42,34 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
       FileNotFoundError: a file is missing.
     """
     directory = Path(directory)
+    while True:
+        finish_export(directory)
+        before = mark(directory)
+        try:
+            checkpoint = _read(directory)
+        except (ValueError, OSError):
+            if mark(directory) == before:
+                raise
+        else:
+            if mark(directory) == before:
+                return checkpoint
+        # An export has replaced the files meanwhile; some of those that were read may be of each.
+
+
+def finish_export(directory: Path) -> None:
+    """Completes an export that was killed while it replaced the files of an earlier one.
+
+    Raises:
+      CheckpointError: it cannot be completed.
+    """
+    try:
+        if finish_merge(directory, main=MAIN_FILE, is_ours=is_exported):
+            warnings.warn(f"{directory}: an export was interrupted; its last step has been done now", stacklevel=2)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{directory}: an export was interrupted ({error}); run it again") from error
+
+
+def _read(directory: Path) -> Checkpoint:
     content = read_json(directory / "config.json")
     encoder = encoder_config(content, str(directory / "config.json"))
     modules = read_modules(directory)

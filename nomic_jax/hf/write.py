@@ -1,7 +1,7 @@
 """Writes a Hugging Face directory that sentence-transformers, transformers and others open without conversion."""
 
 import json
-import shutil
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.files.merging import merged_into
+from nomic_jax.files.reading import FileRefused
 from nomic_jax.files.writing import write_json
 from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.config import config_json
-from nomic_jax.hf.files import write_safetensors
+from nomic_jax.hf.files import MAIN_FILE, is_exported, write_safetensors
 from nomic_jax.hf.keymap import classifier_keymap, encoder_keymap, from_params, mlm_head_keymap
 from nomic_jax.hf.model_card import model_card
 from nomic_jax.hf.modules import NOMIC_PROMPTS, write_modules
@@ -35,38 +37,51 @@ def write_checkpoint(
     naming: Literal["hub", "native"] = "hub",
     dtype: str = "float32",
     evaluations: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Writes model, tokenizer, pooling, prompts and model card. The directory appears complete or not at all.
+    """Writes model, tokenizer, pooling, prompts and model card: all or nothing. Other files in the directory stay.
 
     Tensor names have no prefix: transformers silently loads a file with prefixes as random weights.
 
     Args:
-      directory: replaced if it is an earlier export.
+      directory: the files of an earlier export are replaced.
       checkpoint: if its params include a masked-LM head or a classifier, AutoModelForMaskedLM or
         AutoModelForSequenceClassification opens the directory too.
       naming: tensor names: "hub", which text-embeddings-inference and llama.cpp read, or "native", those of
         transformers. (BERT has only one naming.)
       dtype: type of the tensors: "float32", "bfloat16" or "float16".
       evaluations: suite -> report of ``launch.evaluate``, for the model card.
+      overwrite: also replace files that no export wrote, or that were changed since.
 
     Raises:
-      FileExistsError: the directory is not empty and not an earlier export.
+      FileExistsError: such a file would be replaced.
+      FileRefused: the directory is the working directory of a run.
       ValueError: there is no tokenizer, ``dtype`` cannot represent a weight, or a BERT has a masked-LM head.
     """
-    directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()) and not (directory / "modules.json").exists():
-        raise FileExistsError(f"{directory} is not empty and not an earlier export; choose another directory")
+    directory = Path(os.path.realpath(directory))
+    if (directory / "checkpoints").exists():
+        raise FileRefused(f"{directory}: is the working directory of a run; choose another directory for the export")
     if checkpoint.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer; no client could use it")
-    config, encoder = checkpoint.config, checkpoint.config.encoder
+    encoder = checkpoint.config.encoder
     max_length = checkpoint.max_length or encoder.max_positions
     if not 2 <= max_length <= encoder.max_positions:
         raise ValueError(f"max_length {max_length} is not within 2..{encoder.max_positions}")
     tensors = _cast(_tensors(encoder, checkpoint.params, naming), dtype)
-    part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    with merged_into(directory, main=MAIN_FILE, is_ours=is_exported, overwrite=overwrite) as part:
+        _write_files(part, directory.name, checkpoint, tensors, dtype, max_length, evaluations)
 
+
+def _write_files(
+    part: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    tensors: dict[str, np.ndarray],
+    dtype: str,
+    max_length: int,
+    evaluations: Mapping[str, Mapping[str, Any]] | None,
+) -> None:
+    config, encoder = checkpoint.config, checkpoint.config.encoder
     write_safetensors(part / "model.safetensors", tensors)
     family = "NomicBert" if encoder.position == "rope" else "Bert"
     classifier = checkpoint.params.get("classifier")
@@ -78,6 +93,7 @@ def write_checkpoint(
     write_json(part / "config.json", content)
 
     prompts = dict(NOMIC_PROMPTS) if checkpoint.prompts is None else checkpoint.prompts
+    assert checkpoint.tokenizer is not None
     _write_tokenizer(part, checkpoint.tokenizer, max_length)
     write_modules(
         part,
@@ -91,7 +107,7 @@ def write_checkpoint(
     if checkpoint.training:
         write_json(part / "training.json", list(checkpoint.training))
     card = model_card(
-        directory.name,
+        name,
         config,
         prompts=prompts,
         max_length=max_length,
@@ -99,13 +115,6 @@ def write_checkpoint(
         evaluations=evaluations,
     )
     (part / "README.md").write_text(card, encoding="utf-8")
-
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    part.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tensors(encoder: EncoderConfig, params: dict, naming: str) -> dict[str, np.ndarray]:

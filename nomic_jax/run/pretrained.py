@@ -14,8 +14,9 @@ from jax.sharding import SingleDeviceSharding
 
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.folders import make_folder
+from nomic_jax.files.merging import READY
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
-from nomic_jax.hf.files import check_file
+from nomic_jax.hf.files import MAIN_FILE, check_file
 from nomic_jax.model import abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, weight_files
@@ -46,7 +47,8 @@ def read_pretrained(path: str | Path) -> Checkpoint:
     path = path if named.is_symlink() else named
     if (path / "checkpoints").is_dir():
         return _read_run(path, None)
-    if (path / "config.json").exists():
+    # An export in progress removes the main file, but only while READY exists.
+    if any((path / name).exists() for name in (MAIN_FILE, READY, MAIN_FILE)):
         return read_checkpoint(path)
     if path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir():
         return _read_run(path.parent.parent, int(path.name))

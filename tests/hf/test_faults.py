@@ -199,10 +199,3 @@ def test_a_directory_without_weights_is_named(exported):
     (exported / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
         Embedder.from_pretrained(exported)
-
-
-def test_another_directory_is_not_overwritten(tmp_path, params, tokenizer):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError):
-        write_checkpoint(tmp_path, Checkpoint(CONFIG, params, tokenizer))
-    assert (tmp_path / "thesis.txt").exists()

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from nomic_jax.files.writing import atomic_file
+
 # Tokenised in one call. Many, because all cores share it; limited, because each takes about 100 bytes of memory.
 CHARACTERS_PER_CALL = 4_000_000
 # Largest factor by which a tokenizer may lengthen a text. Real tokenizers replace a character by one or two.
@@ -112,7 +114,8 @@ class Tokenizer:
         return ids
 
     def save(self, directory: str | Path) -> None:
-        self.backend.save(str(Path(directory) / "tokenizer.json"))
+        with atomic_file(Path(directory) / "tokenizer.json") as part:
+            self.backend.save(str(part))
 
 
 def check_unicode(text: str, what: str, index: int) -> None:
