@@ -30,9 +30,11 @@ from tqdm import tqdm
 from launch.errors import run
 from nomic_jax.curate.hold_out import Split, sampling_key
 from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.files.folders import check_only
 from nomic_jax.files.writing import atomic_file, write_json
 
 FLAGS = flags.FLAGS
+OUTPUTS = {"held_out", "pairs", "labelled", "mlm", "pairs.yaml", "labelled.yaml", "mlm.yaml", "summary.json"}
 
 # This project, and the installer with the packages that come with it.
 EXCLUDED_PACKAGES = {"nomic_jax", "launch", "configs", "convert", "pip", "setuptools", "pkg_resources", "wheel"}
@@ -81,6 +83,7 @@ def collect(
       ModuleNotFoundError: simple_icd_10_cm is not installed.
     """
     output = Path(output)
+    check_only(output, OUTPUTS.__contains__, "launch.collect")
     settings = {"code_pairs": code_pairs, "held_out": held_out, "seed": seed, "pool": pool}
     if (output / "summary.json").exists():
         summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))

@@ -34,10 +34,11 @@ from absl import flags
 from launch import glue
 from launch.errors import run
 from nomic_jax.evals.report.page import table, write_report
-from nomic_jax.evals.report.record import model_sha256, run_cells
+from nomic_jax.evals.report.record import is_output, model_sha256, run_cells
 from nomic_jax.evals.suites import hub, local, loco, mteb
 from nomic_jax.evals.suites.glue import cells as glue_cells
 from nomic_jax.evals.tasks.contract import Embed, TaskError
+from nomic_jax.files.folders import check_only
 
 FLAGS = flags.FLAGS
 SUITES = ("local", "mteb", "jina_long", "loco", "glue")
@@ -131,6 +132,7 @@ def evaluate(
     if suite == "glue" and (lengths or truncate_dim):
         raise ValueError("--suite=glue takes neither --max_length nor --truncate_dim: it finetunes on 128 tokens")
     dims: list[int | None] = [*truncate_dim] or [None]
+    check_only(output, lambda entry: is_output(output / entry), "launch.evaluate")
     identity: dict[str, Any] = {
         "model": model,
         "model_sha256": model_sha256(model),

@@ -8,7 +8,6 @@ processes may share the folder: each does the runs that its flags name, with mnl
 
 import itertools
 import json
-import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,8 +19,10 @@ from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.evals.report.record import average
 from nomic_jax.evals.suites import glue, hub
 from nomic_jax.evals.suites.glue import Cell
+from nomic_jax.files.folders import remove_folder
 from nomic_jax.files.writing import write_json
 from nomic_jax.run.pretrained import read_pretrained
+from nomic_jax.run.workdir import used_workdir
 from nomic_jax.train.interruption import Preempted
 
 
@@ -109,7 +110,7 @@ def _remove_workdirs(result: Path, folder: Path) -> None:
     kept = glue.best_mnli_run(folder) if result.parent.name == "mnli" else None
     for file in result.parent.glob("lr*.json"):
         if file.with_suffix("") != kept:
-            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+            remove_folder(file.with_suffix(""))
 
 
 def _start(model: str, folder: Path, task: str, mnli_checkpoint: str) -> str:
@@ -124,7 +125,8 @@ def _discard_other_start(workdir: Path, start: str) -> None:
     config = workdir / "config.json"
     if config.exists() and json.loads(config.read_text(encoding="utf-8"))["init_from"] != start:
         print(f"{workdir}: started from another checkpoint; starting again", file=sys.stderr)
-        shutil.rmtree(workdir)
+        with used_workdir(workdir):  # no other process trains in it
+            remove_folder(workdir)
 
 
 def _run(

@@ -26,9 +26,11 @@ from nomic_jax.curate.mixtures import replace_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.data.mixture import Source, read_mixture
+from nomic_jax.files.folders import check_only
 from nomic_jax.files.writing import atomic_file, write_json
 
 FLAGS = flags.FLAGS
+OUTPUTS = {"held_out", "pairs", "labelled", "pairs.yaml", "labelled.yaml", "summary.json"}
 
 
 def hold_out(
@@ -56,6 +58,7 @@ def hold_out(
         "group": group,
         "seed": seed,
     }
+    check_only(output, OUTPUTS.__contains__, "launch.hold_out")
     summary_file = output / "summary.json"
     if summary_file.exists():
         found = json.loads(summary_file.read_text(encoding="utf-8"))

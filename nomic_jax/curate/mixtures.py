@@ -15,6 +15,7 @@ from nomic_jax.curate.filter.consistency import FilterOptions, scoring
 from nomic_jax.curate.filter.selection import threshold_text, write_selection
 from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
 from nomic_jax.data.mixture import COLUMNS, read_mixture
+from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.writing import atomic_file, write_json
 
@@ -39,6 +40,7 @@ def filter_mixture(
     and summary.json and report.md with the share kept of each source. Returns the summary.
     """
     output = Path(output)
+    _check_output(mixture, output, "launch.filter")
     summaries = {}
     with contextlib.ExitStack() as stack:
         tasks = {}
@@ -103,6 +105,7 @@ def mine_mixture(
     and summary.json and report.md with the counts of each source. Returns the summary.
     """
     output = Path(output)
+    _check_output(mixture, output, "launch.mine")
     fields = ("rows", "pairs", "written", "dropped_too_few", "filled_with_random", "rejected")
     sources, objectives, quarantined = [], {}, []
     for source in read_mixture(mixture, "pair"):
@@ -130,6 +133,11 @@ def mine_mixture(
     summary = {**total, "sources": sources}
     _write(mixture, output, "triplets.jsonl", objectives, summary, report)
     return summary
+
+
+def _check_output(mixture: str, output: Path, command: str) -> None:
+    names = {"mixture.yaml", "report.md", "summary.json", *(source.name for source in read_mixture(mixture, "pair"))}
+    check_only(output, names.__contains__, f"{command} with this mixture")
 
 
 def _write(

@@ -1,6 +1,7 @@
 """Walks and deletes folders without following links: nothing outside is read, moved or deleted."""
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -92,6 +93,17 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+# What may be in any folder: logs of a command, parts and locks of this program, and what systems put there.
+_HARMLESS = re.compile(
+    r".*\.(log|out|err)|\..+\.([0-9a-f]{16}\.part|lock)|\.lock|lost\+found|\.gitkeep|\.gitignore|\.DS_Store|\.nfs.*"
+)
+
+
+def entries_of(folder: Path) -> list[str]:
+    """Returns the names in a folder, without those that do not matter, such as logs."""
+    return sorted(name for name in os.listdir(folder) if not _HARMLESS.fullmatch(name))
+
+
 def check_only(folder: Path, is_ours: Callable[[str], bool], what: str) -> None:
     """Checks, before anything is written, that a folder is missing, is empty or holds only what is ours.
 
@@ -104,7 +116,7 @@ def check_only(folder: Path, is_ours: Callable[[str], bool], what: str) -> None:
       FileRefused: it holds something else; the message names it.
     """
     try:
-        foreign = sorted(name for name in os.listdir(folder) if not is_ours(name))
+        foreign = [name for name in entries_of(folder) if not is_ours(name)]
     except FileNotFoundError:
         return
     except NotADirectoryError:

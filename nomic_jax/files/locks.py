@@ -117,7 +117,7 @@ def claim(file: Path) -> Iterator[bool]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     path = file.with_name(f".{file.name}.lock")
-    with _open_lock(path) as lock:
+    with open_lock(path) as lock:
         is_ours = take_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield is_ours
         # Remove the lock file only if ``file`` exists: all processes that still need ``file`` must lock the same one.
@@ -129,12 +129,12 @@ def claim(file: Path) -> Iterator[bool]:
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Runs the block in one process at a time; the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _open_lock(path) as lock:
+    with open_lock(path) as lock:
         take_lock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _open_lock(path: Path) -> IO[str]:
+def open_lock(path: Path) -> IO[str]:
     return os.fdopen(open_own(path, os.O_RDWR | os.O_APPEND), "a+", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """Puts a set of files into a folder that may also hold other things, such as the clone of a repository. All or none.
 
 The files are first written to .export.<random>.part in the folder. Renaming that to .export.ready decides: from then on
-the new set counts. Its files are moved into the folder one by one. ``main``, without which the others cannot be used, is
+the new set counts. Its files are moved into the folder one by one. ``main``, without which nobody uses the others, is
 removed first and comes last. Whoever finds .export.ready completes the move. .export.sha256 lists the files and their
 hashes (``sha256sum -c`` reads it), so that the next set replaces those files without being asked, and no others.
 """

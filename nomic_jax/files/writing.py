@@ -18,7 +18,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from nomic_jax.files.folders import is_file, is_folder, remove_folder
 from nomic_jax.files.reading import FileRefused, kind_of
@@ -157,6 +157,21 @@ def append(path: str | os.PathLike) -> IO[str]:
     return os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
 
 
+def open_new(path: str | os.PathLike) -> BinaryIO:
+    """Opens a new file to write and read bytes. A file or link that a killed process or somebody else left is removed.
+
+    Raises:
+      FileRefused: the path is a folder, a pipe, a socket or a device.
+      OSError: names ``path`` and the cause.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_target(path)
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.fdopen(descriptor, "w+b")
+
+
 def open_own(path: str | os.PathLike, flags: int) -> int:
     """Opens (or makes) a regular file that is no link, and returns its descriptor.
 
@@ -182,7 +197,7 @@ def named_errors(path: str | os.PathLike) -> Iterator[None]:
     """Turns the errors of writing a file into OSErrors that name ``path`` and the cause.
 
     Python's errors do not name an open file, and name a part where they name a file; numpy's ("8 requested and 0
-    written") lack the cause; those of Rust's libraries (safetensors, tokenizers) are no OSErrors.
+    written") lack the cause; those of faiss and of libraries in Rust (safetensors, tokenizers) are no OSErrors.
     """
     try:
         yield
@@ -197,6 +212,8 @@ def named_errors(path: str | os.PathLike) -> Iterator[None]:
                 number = error.errno
         elif code := re.search(r"Os \{ code: (\d+)|\(os error (\d+)\)", str(error)):
             number = int(code[1] or code[2])
+        elif isinstance(error, RuntimeError):  # faiss
+            number = next((full for full in _FULL if f"({os.strerror(full)})" in str(error)), None)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error

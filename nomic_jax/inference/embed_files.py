@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,12 +27,14 @@ from nomic_jax.data.formats.parquet import read_parquet_footer
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
-from nomic_jax.files.writing import atomic_file, write_json
+from nomic_jax.files.folders import check_only, is_file, make_folder
+from nomic_jax.files.writing import atomic_file, open_new, open_own, write_json
 
 SUFFIXES = (".npy", ".parquet")
 # Files in the work folder besides the shards: the settings and inputs of the shards, the identity of the output that
 # was assembled from them, and the lock.
 PLAN, PUBLISHED, LOCK = "plan.json", "published.json", "lock"
+_OWN = re.compile(r"(plan|published)\.json|lock|(\d{5,}|assembled)\.(npy|parquet)|\..+\.part")
 # The number of batches whose texts are passed to `encode` in one call, which sorts them by length. With batches of 64
 # web texts, `encode` then computes 1.35 tokens per real token. With 8 batches per call it computes 2.5, with a whole
 # shard 1.2, but the progress bar is updated only once per call.
@@ -197,9 +200,11 @@ def _survey(
 def _work_folder(output: Path) -> Iterator[Path]:
     """Yields the folder for unfinished work, locked for this process. It is removed at the end if it has no shards."""
     parts = output.with_name(f".{output.name}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
+    parts.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parts)
+    check_only(parts, lambda name: bool(_OWN.fullmatch(name)) and is_file(parts / name), "the work of this command")
     lock = parts / LOCK
-    with lock.open("w") as lock_file:
+    with os.fdopen(open_own(lock, os.O_RDWR), "r+b") as lock_file:
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A process that ends may have removed the file before it was locked here. The lock would have no effect.
@@ -368,13 +373,14 @@ def _publish(shards: list[Path], parts: Path, output: Path) -> None:
     assembled = parts / f"assembled{output.suffix}"
     if output.suffix == ".npy":
         # Do not use a memory map: with a full disk it ends in SIGBUS instead of an error.
-        with assembled.open("wb") as f:
+        with open_new(assembled) as f:
             shape = (sum(_shape(shard)[0] for shard in shards), _shape(shards[0])[1])
             np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for shard in shards:
                 np.load(shard).tofile(f)
     else:
         tables = (pq.ParquetFile(shard).read() for shard in shards)
+        open_new(assembled).close()
         _write_parquet(assembled, _unify(pq.read_schema(shard) for shard in shards), tables)
     with assembled.open("rb") as f:
         os.fsync(f.fileno())

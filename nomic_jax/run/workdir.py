@@ -25,7 +25,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nomic_jax.files.folders import check_no_link, is_file, is_folder, remove_folder, walk_files
+from nomic_jax.files.folders import check_no_link, entries_of, is_file, is_folder, remove_folder, walk_files
 from nomic_jax.files.locks import held
 from nomic_jax.files.reading import FileRefused, read_json
 from nomic_jax.hf import CheckpointError
@@ -42,8 +42,6 @@ _FILES = (
     "wandb_id",
 )
 _FOLDERS = ("checkpoints", "rejected", "tensorboard", "profile", "wandb")
-# A folder with only these is as good as empty: the output of the command itself, and what systems put there.
-_HARMLESS = re.compile(r".*\.(log|out|err)|lost\+found|\.gitkeep|\.gitignore|\.DS_Store|\.nfs.*")
 # An unfinished or deleted checkpoint, and what orbax makes of the name while it writes.
 _PART = re.compile(r"(\d+)(\.old)?\.part(\.orbax-checkpoint-tmp.*)?")
 
@@ -77,7 +75,7 @@ def used_workdir(workdir: Path) -> Iterator[None]:
 def _check_is_run(workdir: Path) -> None:
     if not workdir.is_dir():
         raise FileRefused(f"{workdir}: is not a folder; choose another one for the run")
-    found = sorted(name for name in os.listdir(workdir) if not _HARMLESS.fullmatch(name))
+    found = entries_of(workdir)
     if not found or is_file(workdir / LOCK):
         return
     check_no_link(workdir, "checkpoints")

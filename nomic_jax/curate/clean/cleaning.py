@@ -20,10 +20,12 @@ from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import RejectedRows
 from nomic_jax.data.formats.writing import json_line, write_rows
+from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.writing import atomic_file, write_json
 
 ROWS_AT_ONCE = 1024
+OUTPUTS = {"kept.jsonl", "removed.jsonl", "rejected.jsonl", "summary.json", "report.md", ".texts.part"}
 REASONS = ("empty", "short", "exact duplicate", "near duplicate", "contaminated")
 
 
@@ -84,6 +86,7 @@ def clean_rows(
       ValueError: there is no usable row.
     """
     output = Path(output)
+    check_only(output, OUTPUTS.__contains__, "launch.clean")
     with exclusive_lock(output / ".lock"):
         (output / "summary.json").unlink(missing_ok=True)
         rejected = RejectedRows(output / "rejected.jsonl")

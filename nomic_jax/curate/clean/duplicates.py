@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from nomic_jax.curate.clean.words import word_ngrams, words_of
+from nomic_jax.files.writing import open_new
 
 SHINGLE = 3  # words; one changed word in 30 leaves a similarity of 0.8
 CERTAINTY = 0.99  # probability of finding a pair at the threshold
@@ -38,8 +39,7 @@ class NearDuplicates:
         self.permutations = bands * rows
         self._signatures = rensa.RMinHash.from_token_sets
         self._lsh = rensa.RMinHashLSH(threshold, self.permutations, bands)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._texts, self._path = file.open("w+b"), file
+        self._texts, self._path = open_new(file), file
         self._ends, self._rows = array("q"), array("q")
 
     def __enter__(self) -> "NearDuplicates":

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from nomic_jax.curate.engine.row_blocks import read_quarantined
 from nomic_jax.data.formats.file_format import sha256_of_file
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.tokens.scans import check_distinct
-from nomic_jax.files.locks import take_lock
+from nomic_jax.files.folders import check_no_link, is_folder, remove_folder
+from nomic_jax.files.locks import open_lock, take_lock
+from nomic_jax.files.reading import FileRefused, read_json
 from nomic_jax.files.writing import write_json
 
 
@@ -47,17 +49,18 @@ def locked_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     Raises:
       ValueError: the files were made with other settings, or another process is making them; the message says which.
     """
+    _check_is_work(work)
     work.mkdir(parents=True, exist_ok=True)
     record = work / "settings.json"
     settings = {"texts_per_file": embedding.TEXTS_PER_FILE, **settings}
-    with (work / ".settings.lock").open("a+") as lock:
+    with open_lock(work / ".settings.lock") as lock:
         wait = fcntl.LOCK_NB
         while True:
             # A run that failed before its first shard (for example, for a mistyped column) must not bind the next run.
             if take_lock(lock, fcntl.LOCK_EX | wait) and not any(work.rglob("[0-9]*.npy")):
                 for path in work.iterdir():
                     if path.name not in (".settings.lock", record.name):
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        remove_folder(path) if is_folder(path) else path.unlink()
                 write_json(record, settings)
             take_lock(lock, fcntl.LOCK_SH)
             if record.exists() or any(work.rglob("[0-9]*.npy")):
@@ -66,6 +69,24 @@ def locked_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         # With the shared lock, no other process can replace the record.
         _compare_settings(work, record, settings)
         yield
+
+
+def _check_is_work(work: Path) -> None:
+    """Checks that the folder is missing, empty or made by ``locked_settings``, which deletes unusable work in it.
+
+    Raises:
+      FileRefused: it is something else.
+    """
+    check_no_link(work.parent, work.name)
+    if is_folder(work) and (names := set(os.listdir(work)) - {".settings.lock"}):
+        try:
+            record = read_json(work / "settings.json")
+        except (FileNotFoundError, FileRefused):
+            record = None
+        is_begun = all(name.startswith(".settings.json.") for name in names)
+        has_shards = any(work.rglob("[0-9]*.npy"))  # reported by _compare_settings
+        if not (isinstance(record, dict) and "texts_per_file" in record) and not is_begun and not has_shards:
+            raise FileRefused(f"{work}: is not the work of this command ({min(names)}); choose another --output")
 
 
 def _compare_settings(work: Path, record: Path, settings: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nomic_jax.files.writing import atomic_file, named_errors, open_new
+
 
 def text_key(text: str) -> bytes:
     """Returns 16 bytes, which are equal for texts that differ only in surrounding whitespace."""
@@ -65,18 +67,20 @@ class TextFileWriter:
         self.path = path
         self.number_of: dict[bytes, int] = {}
         self._ends = array("q")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb")
+        self._file = open_new(path)
 
     def add(self, text: str) -> int:
         """Adds a text unless an equal one exists (up to surrounding whitespace); returns the number of the text."""
         key = text_key(text)
         if key not in self.number_of:
             self.number_of[key] = len(self.number_of)
-            self._file.write(text.encode())
+            with named_errors(self.path):
+                self._file.write(text.encode())
             self._ends.append(self._file.tell())
         return self.number_of[key]
 
     def close(self) -> None:
-        self._file.close()
-        np.save(self.path.with_suffix(".ends.npy"), np.frombuffer(self._ends, np.int64))
+        with named_errors(self.path):
+            self._file.close()
+        with atomic_file(self.path.with_suffix(".ends.npy")) as part, part.open("wb") as f:
+            np.save(f, np.frombuffer(self._ends, np.int64))

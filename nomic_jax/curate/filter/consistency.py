@@ -15,7 +15,10 @@ from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.ranking import RankingTask
 from nomic_jax.curate.filter.selection import write_selection
 from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
+
+OUTPUTS = {"kept.jsonl", "scores.jsonl", "rejected.jsonl", "summary.json", "report.md", "work"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,7 @@ def scoring(
     progress: bool,
 ) -> Iterator[RankingTask]:
     """Yields the task, and locks the output against other settings meanwhile. Arguments as for ``filter_pairs``."""
+    check_only(output, OUTPUTS.__contains__, "launch.filter")
     work = output / "work"
     settings: dict[str, Any] = dict(zip(("query_column", "document_column"), columns))
     settings["block_size"] = options.block_size

@@ -1,6 +1,5 @@
 """Ranks each pair's own document among the documents of its block."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from nomic_jax.curate.engine.embedding import Encoder, embed_texts
 from nomic_jax.curate.engine.index import RECALL_AT, ApproximateIndex, own_ranks
 from nomic_jax.curate.engine.row_blocks import CountedRows, equal_blocks
 from nomic_jax.curate.engine.text_store import distinct_texts
+from nomic_jax.files.folders import remove_folder
 from nomic_jax.files.writing import write_json
 
 SCORES = np.dtype([("rank", np.int32), ("score", np.float32)])
@@ -73,4 +73,4 @@ class RankingTask:
 
     def tidy(self, shard: int) -> None:
         # The embeddings (6 GB for a million pairs of width 768) are not needed after the ranks are saved.
-        shutil.rmtree(self.work / f"{shard:05d}", ignore_errors=True)
+        remove_folder(self.work / f"{shard:05d}")

@@ -18,10 +18,12 @@ from nomic_jax.curate.mine.candidates import EmbeddingTask, SearchTask
 from nomic_jax.curate.mine.corpus import Pairs, collect_pairs
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.writing import atomic_file, write_json
 
 PAIRS_AT_ONCE = 1024
+OUTPUTS = {"triplets.jsonl", "rejected.jsonl", "summary.json", "report.md", "work"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,7 @@ def mine_negatives(
       BadRow: a row cannot be used, with on_bad_row="raise".
     """
     output = Path(output)
+    check_only(output, OUTPUTS.__contains__, "launch.mine")
     work = output / "work"
     settings = {"query_column": query_column, "document_column": document_column}
     settings |= fingerprints("input", expand_files(files), on_bad_row)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from nomic_jax.files.reading import each_key_once
+from nomic_jax.files.writing import append, named_errors
 
 # A row as it is stored: the line for jsonl, the values for other formats.
 RawRow = bytes | dict[str, Any]
@@ -56,7 +57,7 @@ class RejectedRows:
     def add(self, error: BadRow, raw: bytes) -> None:
         self.count += 1
         self.side_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.side_file.open("a", encoding="utf-8") as f:
+        with named_errors(self.side_file), append(self.side_file) as f:
             f.write(json.dumps({"reason": str(error), "row": raw.decode("utf-8", "replace")}) + "\n")
 
     def quarantine(self, file: Quarantined) -> None:

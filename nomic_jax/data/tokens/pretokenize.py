@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -42,6 +41,8 @@ from nomic_jax.data.tokens.scans import scan_files
 from nomic_jax.data.tokens.spans import Span, ids_dtype, join_spans, kinds_of_columns, tokenise_span
 from nomic_jax.data.tokens.store import FORMAT, TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.files.folders import check_no_link, is_folder, remove_folder
+from nomic_jax.files.writing import open_own
 
 
 def pretokenize(
@@ -108,7 +109,7 @@ def pretokenize(
                 with _explain_full_disk(cache_dir, source.name):
                     about = identity | {"fingerprint": found, "paths": [str(file) for file in files]}
                     _make(directory, files, scans, job, tokenizer, about, pool, progress)
-            shutil.rmtree(spans, ignore_errors=True)
+            remove_folder(spans)
     store = TokenStore(directory)
     for file in store.quarantined:  # reported at every start, not only at the first
         tqdm.write(str(file), file=sys.stderr)
@@ -188,7 +189,8 @@ def _report_other_tokenizer(directory: Path, source: Source, tokenizer: Tokenize
 def _lock(work: Path, doing: str) -> Iterator[Path]:
     """Yields a folder for spans, for one process at a time. The kernel releases the lock of a killed process."""
     lock = work.with_name(f"{work.name}.lock")
-    with lock.open("w") as f:
+    spans = work.with_name(f"{work.name}.pieces")
+    with os.fdopen(open_own(lock, os.O_RDWR), "r+b") as f:
         try:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,8 +204,10 @@ def _lock(work: Path, doing: str) -> Iterator[Path]:
         else:
             # This process has the lock, so any other folder was left by a killed process.
             for left in work.parent.glob(f"{glob.escape(work.name)}.*.pieces"):
-                shutil.rmtree(left, ignore_errors=True)
-            yield work.with_name(f"{work.name}.pieces")
+                if is_folder(left):
+                    remove_folder(left)
+            check_no_link(spans.parent, spans.name)
+            yield spans
 
 
 @contextlib.contextmanager

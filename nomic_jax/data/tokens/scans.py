@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from nomic_jax.data.formats.file_format import Mark, Scan
 from nomic_jax.data.formats.reading import scan_file
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.files.writing import atomic_file
 
 SPAN_BYTES = 1 << 25  # uncompressed bytes of a span; a restart repeats only unfinished spans
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -88,12 +88,8 @@ class _ScanCache:
 
     def write(self, scan: Scan) -> None:
         if self.key is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # A unique name: several runs may start at the same time.
-            handle, part = tempfile.mkstemp(dir=self.path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as f:
-                json.dump({"key": self.key, "scan": scan._asdict()}, f)
-            os.replace(part, self.path)
+            with atomic_file(self.path, sync=False) as part:
+                part.write_text(json.dumps({"key": self.key, "scan": scan._asdict()}), encoding="utf-8")
 
 
 def _version(file: str) -> str | None:

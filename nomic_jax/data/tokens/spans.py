@@ -15,7 +15,8 @@ from nomic_jax.data.formats.reading import open_file, usable_rows
 from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RejectedRows
 from nomic_jax.data.mixture import COLUMNS, Source, with_prefix
 from nomic_jax.data.tokens.tokenizer import Tokenizer
-from nomic_jax.files.writing import write_json
+from nomic_jax.files.folders import remove_folder
+from nomic_jax.files.writing import atomic_folder, write_json
 
 ROWS_PER_CALL = 4096  # enough for the tokenizer to use every core, few enough for memory
 LENGTH = np.dtype("<u4")
@@ -52,9 +53,13 @@ def tokenise_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any
         counts = json.loads(done.read_text(encoding="utf-8"))
         advance(counts["rows"] + counts["rejected"])
         return counts
-    part = span.path.with_name(f"{span.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    with atomic_folder(span.path) as part:
+        counts = _write_span(span, tokenizer, advance, part)
+        write_json(part / "counts.json", counts)
+    return counts
+
+
+def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any], part: Path) -> dict[str, Any]:
     source, names = span.source, COLUMNS[span.source.kind]
     prefixes = {"query": source.query_prefix, "document": source.document_prefix, "negatives": source.document_prefix}
     kinds = kinds_of_columns(source)
@@ -83,11 +88,7 @@ def tokenise_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any
             seen = count + rejected.count
     if count + rejected.count != span.stop - span.mark.row:
         raise BadRow(f"{span.file}: changed while it was read; start again")
-    counts = {"rows": count, "rejected": rejected.count, "tokens": tokens}
-    write_json(part / "counts.json", counts)
-    shutil.rmtree(span.path, ignore_errors=True)
-    part.rename(span.path)
-    return counts
+    return {"rows": count, "rejected": rejected.count, "tokens": tokens}
 
 
 def join_spans(
@@ -100,7 +101,7 @@ def join_spans(
 ) -> None:
     """Concatenates the spans to a store. The store appears complete or not at all."""
     store = spans[0].with_name("store")
-    shutil.rmtree(store, ignore_errors=True)
+    remove_folder(store)
     store.mkdir()
     for column in columns:
         _join_counts(store / f"{column}.offsets.npy", [span / f"{column}.lengths" for span in spans])

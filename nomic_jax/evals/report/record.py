@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nomic_jax.files.folders import is_file
+from nomic_jax.files.reading import FileRefused, read_json
 from nomic_jax.files.writing import write_json
 
 # Files of a model folder that determine its embeddings. In a run, manifests have the hashes of the checkpoints' files.
@@ -109,6 +111,17 @@ def run_cells(
         write_json(path, report)
     report["average"] = average(report["tasks"].values())
     return report
+
+
+def is_output(path: Path) -> bool:
+    """Returns whether a file or folder in the output of ``launch.evaluate`` is one that the command writes."""
+    if path.suffix == ".json" and is_file(path):
+        try:
+            content = read_json(path)
+        except FileRefused:
+            return False
+        return isinstance(content, dict) and {"suite", "tasks"} <= content.keys()
+    return path.name in ("report.md", "results", "glue") or path.suffix == ".png"
 
 
 def main_score(figures: dict[str, Any]) -> float:
