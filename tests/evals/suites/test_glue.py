@@ -204,14 +204,14 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     def run(tasks, seeds, **more):
         given = options | {"seeds": seeds} | more
         return evaluate(
-            str(tiny_model), [str(data)], tmp_path, suite="glue", name="tiny", tasks=tasks, glue_options=given
+            str(tiny_model), [str(data)], tmp_path / "out", suite="glue", name="tiny", tasks=tasks, glue_options=given
         )
 
     report = run(["rte"], [0])
     assert "run --tasks=mnli first" in report["failed"]["rte"]
     report = run(["mnli"], [0])
     assert not report["failed"] and report["tasks"]["mnli"]["score"] > 0.8, report
-    folder = tmp_path / "glue" / "tiny"
+    folder = tmp_path / "out" / "glue" / "tiny"
     assert (folder / "mnli" / "lr0.01-batch16-seed0" / "checkpoints").is_dir()
 
     # transformers reads the retained run as a classifier and computes the same logits.
@@ -249,9 +249,9 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     [start] = report["tasks"]["rte"]["starts"]
     kept = [path.name for path in (folder / "mnli").iterdir() if path.is_dir()]
     assert kept == [start], "only the best run on mnli should remain"
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
     assert "| nomic-bert-2048 | 0.840 | 0.500 |" in text and f"{2 + with_regression} of 8 tasks" in text
-    assert (tmp_path / "glue.png").exists()
+    assert (tmp_path / "out" / "glue.png").exists()
     with pytest.raises(ValueError, match="was made with variant 'debug', this is 'paper'"):
         run(["rte"], [0], variant="paper")
 

@@ -158,14 +158,14 @@ def test_evaluate_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_evaluate_refuses_to_mix_figures(tmp_path):
     pytest.importorskip("bm25s")
     folder = animals(tmp_path / "animals")
-    evaluate("bm25", [str(folder)], tmp_path)
+    evaluate("bm25", [str(folder)], tmp_path / "out")
     with pytest.raises(ValueError, match="max_length None, this is 128; give another --name"):
-        evaluate("bm25", [str(folder)], tmp_path, max_length=128)
+        evaluate("bm25", [str(folder)], tmp_path / "out", max_length=128)
     before = task_sha256(folder)
     (folder / "task.json").write_text('{"query_prompt": "clustering"}')
     assert task_sha256(folder) != before
     with pytest.raises(ValueError, match="scores of task 'animals' with other content"):
-        evaluate("bm25", [str(folder)], tmp_path)
+        evaluate("bm25", [str(folder)], tmp_path / "out")
 
 
 def test_a_run_that_went_on_is_another_model(tmp_path):
@@ -186,8 +186,8 @@ def test_a_run_that_went_on_is_another_model(tmp_path):
 def test_evaluate_says_what_it_cannot_do(tmp_path):
     folder = animals(tmp_path / "a" / "animals")
     with pytest.raises(ValueError, match="--suite=beir does not exist; write one of: local"):
-        evaluate("bm25", [str(folder)], tmp_path, suite="beir")
+        evaluate("bm25", [str(folder)], tmp_path / "out", suite="beir")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        evaluate("bm25", [str(tmp_path / "nowhere")], tmp_path)
+        evaluate("bm25", [str(tmp_path / "nowhere")], tmp_path / "out")
     with pytest.raises(ValueError, match="both named 'animals'"):
-        evaluate("bm25", [str(folder), str(animals(tmp_path / "b" / "animals"))], tmp_path)
+        evaluate("bm25", [str(folder), str(animals(tmp_path / "b" / "animals"))], tmp_path / "out")
