@@ -33,7 +33,7 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path):
     assert done.returncode == 1
     summary = (tmp_path / "out" / "summary.txt").read_text()
     verdicts = {line.split()[0]: line.partition(" s  ")[2] for line in summary.splitlines()[1:]}
-    names = ["tests", "rows", "peers", "train_mlm", "train_contrastive", "train_finetune"]
+    names = ["tests", "rows", "peers", "deterministic", "train_mlm", "train_contrastive", "train_finetune"]
     assert list(verdicts) == names and verdicts["tests"] == "FAILED: exit code 3"
     assert verdicts["rows"].startswith("FAILED: killed") and {verdicts[name] for name in names[2:]} == {"passed"}
     assert summary in done.stdout
