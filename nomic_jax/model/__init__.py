@@ -9,6 +9,7 @@ from nomic_jax.model.heads import (
     init_classifier,
     init_mlm_head,
     mlm_logits,
+    mlm_transform,
     pool,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "init_encoder",
     "init_mlm_head",
     "mlm_logits",
+    "mlm_transform",
     "pool",
 ]

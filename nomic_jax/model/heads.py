@@ -121,9 +121,14 @@ def init_mlm_head(key: jax.Array, config: EncoderConfig) -> dict:
     return nnx.to_pure_dict(nnx.state(MlmTransform(config, rngs=nnx.Rngs(key))))
 
 
+def mlm_transform(head_params: dict, hidden: jax.Array, config: EncoderConfig) -> jax.Array:
+    """Returns what the decoder of masked-LM multiplies, [..., D], of hidden states [..., D]."""
+    return nnx.merge(_mlm_graphdef(config), head_params)(hidden)
+
+
 def mlm_logits(head_params: dict, word_embedding_VD: jax.Array, hidden: jax.Array, config: EncoderConfig) -> jax.Array:
     """Returns vocabulary logits [..., V], float32, of hidden states [..., D]. The word embeddings are the decoder."""
-    transformed = nnx.merge(_mlm_graphdef(config), head_params)(hidden)
+    transformed = mlm_transform(head_params, hidden, config)
     return jnp.einsum(
         "...d,vd->...v",
         transformed,

@@ -7,14 +7,11 @@ from nomic_jax.data.batches.mlm import MlmStream
 from nomic_jax.data.batches.packing import Layout
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
-from nomic_jax.model import EmbeddingConfig, encode, init_encoder, init_mlm_head, mlm_logits
+from nomic_jax.model import EmbeddingConfig, encode, init_encoder, init_mlm_head, mlm_transform
 from nomic_jax.train.config import MlmData, TrainConfig
-from nomic_jax.train.objectives.loss import masked_cross_entropy
 from nomic_jax.train.objectives.sources import open_sources
 from nomic_jax.train.objectives.stage import LossSums, Stage
-
-# The vocabulary logits are the largest array of masked-LM. Above this number of predictions they are computed in parts.
-PREDICTIONS_AT_A_TIME = 8192
+from nomic_jax.train.objectives.vocabulary_loss import vocabulary_cross_entropy
 
 
 def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int) -> MlmStream:
@@ -52,19 +49,12 @@ def make_stage(
             output_position_BP=rows["position"],
         )
 
-        def of_rows(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            masked_PD, target_P = row
-            word_VD = params["encoder"]["embeddings"]["word"]["embedding"]
-            return masked_cross_entropy(mlm_logits(params["mlm_head"], word_VD, masked_PD, encoder), target_P)
-
-        B, P, D = masked_BPD.shape
-        if B * P <= PREDICTIONS_AT_A_TIME:
-            loss, correct = of_rows((masked_BPD.reshape(B * P, D), rows["target"].reshape(B * P)))
-        else:
-            loss_B, correct_B = jax.lax.map(
-                jax.checkpoint(of_rows), (masked_BPD, rows["target"]), batch_size=max(1, PREDICTIONS_AT_A_TIME // P)
-            )
-            loss, correct = jnp.sum(loss_B), jnp.sum(correct_B)
+        transformed_BPD = mlm_transform(params["mlm_head"], masked_BPD, encoder)
+        loss, correct = vocabulary_cross_entropy(
+            transformed_BPD.reshape(-1, encoder.hidden_size),
+            params["encoder"]["embeddings"]["word"]["embedding"],
+            rows["target"].reshape(-1),
+        )
         weight = jnp.sum(rows["target"] >= 0).astype(jnp.float32)
         return LossSums(loss, weight, {"accuracy": correct})
 
