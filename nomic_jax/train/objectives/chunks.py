@@ -1,8 +1,11 @@
 """Embeds the texts of a batch chunk by chunk; chunks may have different shapes (``nomic_jax.data.batches.packing``)."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 
 from nomic_jax.data.batches.packing import Layout
@@ -10,14 +13,16 @@ from nomic_jax.data.batches.shapes import Shape
 from nomic_jax.model import EmbeddingConfig, embed, encode
 from nomic_jax.model.heads import pool_segments
 
+Chunk = dict[str, jax.Array]
+
 
 def embed_chunks(
     params: dict, chunks: dict[str, jax.Array], model: EmbeddingConfig, layout: Layout, *, kept_chunks: float = 0.0
 ) -> jax.Array:
     """Returns embeddings [N, E] of a device's texts, in the order of the plan; may run inside ``jax.shard_map``.
 
-    Every chunk takes the branch of its shape. Devices may take different branches of the same program, and the program
-    does not depend on the lengths of the texts. Empty chunks compute nothing.
+    The chunks with text are computed one after the other, in the forward and in the backward pass. The program does not
+    depend on the lengths of the texts, and devices may have different numbers and shapes of chunks.
 
     Args:
       params: encoder parameters.
@@ -25,54 +30,149 @@ def embed_chunks(
       model: the encoder and its pooling.
       layout: the shapes of the chunks.
       kept_chunks: share of the chunks whose activations are kept for the backward pass; the others are recomputed in
-      it.
-        Kept chunks are computed in the largest shape. Above 0 only for layouts whose rows all have one length.
+        it. Kept chunks are computed in the largest shape. Above 0 only for layouts whose rows all have one length.
     """
-    # A zero that varies over devices like the chunks do. Added within a branch, it would put a reduction into the
-    # branch's backward pass, which would wait for devices that took another branch.
-    zero = jnp.sum(chunks["ids"][:0]).astype(jnp.float32)
-    params = jax.tree.map(lambda x: x + zero.astype(x.dtype), params)
-    empty_SE = jnp.zeros((layout.slots, model.output_dim), jnp.float32) + zero
-
-    def branch(shape: Shape, recompute: bool) -> Callable[[dict[str, jax.Array]], jax.Array]:
-        def compute(chunk: dict[str, jax.Array]) -> jax.Array:
-            embedding_SE = _embed_chunk(params, chunk, shape, model, layout)
-            return jnp.pad(embedding_SE, ((0, layout.slots - len(embedding_SE)), (0, 0)))
-
-        # Around each branch: around the switch, the activations of all branches would be allocated together.
-        # prevent_cse=False: the two passes are in different loops, so the compiler cannot merge them.
-        return jax.checkpoint(compute, prevent_cse=False) if recompute else compute
-
-    def empty(chunk: dict[str, jax.Array]) -> jax.Array:
-        return empty_SE
-
-    recomputing = [branch(shape, True) for shape in layout.shapes] + [empty]
-
-    def recomputed_chunk(chunk: dict[str, jax.Array]) -> jax.Array:
-        return jax.lax.switch(chunk["shape"], recomputing, chunk)
-
-    def kept_chunk(chunk: dict[str, jax.Array]) -> jax.Array:
-        return jax.lax.cond(chunk["shape"] < len(layout.shapes), branch(layout.shapes[0], False), empty, chunk)
-
     if kept_chunks and len({shape.length for shape in layout.shapes}) > 1:
         raise ValueError("kept_chunks is for packed layouts; chunks of several row lengths are always computed twice")
-    kept = round(kept_chunks * len(chunks["shape"]))
+    count = len(chunks["shape"])
+    kept = round(kept_chunks * count)
     stacked = {name: array for name, array in chunks.items() if name != "place"}
-    parts = [
-        jax.lax.map(one_chunk, part)
-        for one_chunk, part in (
-            (kept_chunk, {name: array[:kept] for name, array in stacked.items()}),
-            (recomputed_chunk, {name: array[kept:] for name, array in stacked.items()}),
-        )
-        if len(part["shape"])
-    ]
-    embedding_SE = jnp.concatenate(parts).reshape(-1, model.output_dim)
+    # A zero that varies over devices like the chunks do. Without it, each turn of a loop would add up over devices.
+    zero = jnp.sum(chunks["ids"][:0]).astype(jnp.float32)
+    params = jax.tree.map(lambda x: x + zero.astype(x.dtype), params)
+
+    def compute(shape: Shape, params: dict, chunk: Chunk) -> jax.Array:
+        embedding_SE = _embed_chunk(params, chunk, shape, model, layout)
+        return jnp.pad(embedding_SE, ((0, layout.slots - len(embedding_SE)), (0, 0)))
+
+    if count == kept == 1:
+        embedding_NSE = compute(layout.shapes[0], params, jax.tree.map(lambda x: x[0], stacked))[None]
+    else:
+        embedding_NSE = _in_a_loop(compute, params, stacked, layout, kept, zero)
+    embedding_SE = embedding_NSE.reshape(-1, model.output_dim)
     return embedding_SE.at[chunks["place"]].get(mode="promise_in_bounds", unique_indices=True)
 
 
-def _embed_chunk(
-    params: dict, chunk: dict[str, jax.Array], shape: Shape, model: EmbeddingConfig, layout: Layout
+def _in_a_loop(
+    compute: Callable[[Shape, dict, Chunk], jax.Array],
+    params: dict,
+    chunks: Chunk,
+    layout: Layout,
+    kept: int,
+    zero: jax.Array,
 ) -> jax.Array:
+    """Returns the embeddings [N, slots, E] of N chunks; 0 for empty chunks, which come last.
+
+    ``jax.lax.map`` would keep a copy of the parameters for every chunk, and compute empty chunks or branch around them.
+    Here a kept chunk stores what its backward pass needs besides the parameters, once, in its place.
+    """
+    used = jnp.sum(chunks["shape"] < len(layout.shapes))
+    in_largest = functools.partial(compute, layout.shapes[0])
+    # How to put the pullback of a kept chunk together again, known when the forward pass has been traced.
+    pullback_of: list[Callable[[list[jax.Array]], Callable]] = []
+
+    def chunk_at(chunks: Chunk, i: jax.Array) -> Chunk:
+        return {name: jax.lax.dynamic_index_in_dim(array, i, keepdims=False) for name, array in chunks.items()}
+
+    def by_shape(function: Callable[[Shape], Callable], chunk: Chunk, *arguments: Any) -> Any:
+        return jax.lax.switch(chunk["shape"], [function(shape) for shape in layout.shapes], *arguments)
+
+    def zeros(like: Any, *leading: int) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype) + zero.astype(x.dtype), like)
+
+    def recomputed(params: dict, chunks: Chunk, embedding_NSE: jax.Array, first: int) -> jax.Array:
+        def turn(i: jax.Array, embedding_NSE: jax.Array) -> jax.Array:
+            chunk = chunk_at(chunks, i)
+            embedding_SE = by_shape(lambda shape: functools.partial(compute, shape), chunk, params, chunk)
+            return embedding_NSE.at[i].set(embedding_SE)
+
+        return jax.lax.fori_loop(first, used, turn, embedding_NSE) if first < count else embedding_NSE
+
+    count = len(chunks["shape"])
+    first_chunk = chunk_at(chunks, jnp.zeros((), jnp.int32))
+    empty_NSE = zeros(jax.eval_shape(in_largest, params, first_chunk), count)
+
+    @jax.custom_vjp
+    def embeddings(params: dict, chunks: Chunk) -> jax.Array:
+        return recomputed(params, chunks, empty_NSE, 0)
+
+    def forward(params: dict, chunks: Chunk):
+        if not kept:
+            return recomputed(params, chunks, empty_NSE, 0), (params, chunks, [], [])
+
+        def with_residuals(params: dict, chunk: Chunk) -> tuple[jax.Array, list[jax.Array]]:
+            embedding_SE, pullback = jax.vjp(lambda params: in_largest(params, chunk), params)
+            leaves, tree = jax.tree.flatten(pullback)
+            pullback_of[:] = [tree.unflatten]
+            return embedding_SE, leaves
+
+        varies = _depends_on_chunk(with_residuals, params, first_chunk)
+        # Residuals that depend on the parameters alone are computed once. The compiler drops the others here.
+        fixed = [leaf for leaf, own in zip(with_residuals(params, first_chunk)[1], varies) if not own]
+        shapes = jax.eval_shape(with_residuals, params, first_chunk)[1]
+        buffers = [zeros(leaf, kept) for leaf, own in zip(shapes, varies) if own]
+
+        def turn(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+            embedding_NSE, buffers = carry
+            embedding_SE, leaves = with_residuals(params, chunk_at(chunks, i))
+            own = [leaf for leaf, own in zip(leaves, varies) if own]
+            buffers = [jax.lax.dynamic_update_index_in_dim(buffer, leaf, i, 0) for buffer, leaf in zip(buffers, own)]
+            return embedding_NSE.at[i].set(embedding_SE), buffers
+
+        embedding_NSE, buffers = jax.lax.fori_loop(0, jnp.minimum(used, kept), turn, (empty_NSE, buffers))
+        pullback_of[:] = [functools.partial(_put_together, pullback_of[0], varies)]
+        return recomputed(params, chunks, embedding_NSE, kept), (params, chunks, fixed, buffers)
+
+    def backward(residuals: tuple, cotangent_NSE: jax.Array) -> tuple[dict, None]:
+        params, chunks, fixed, buffers = residuals
+
+        def add(gradient: dict, more: dict) -> dict:
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), gradient, more)
+
+        def kept_turn(i: jax.Array, gradient: dict) -> dict:
+            own = [jax.lax.dynamic_index_in_dim(buffer, i, keepdims=False) for buffer in buffers]
+            return add(gradient, pullback_of[0](fixed, own)(cotangent_NSE[i])[0])
+
+        def recomputed_turn(i: jax.Array, gradient: dict) -> dict:
+            chunk = chunk_at(chunks, i)
+
+            def of_shape(shape: Shape) -> Callable[[dict, Chunk, jax.Array], dict]:
+                # Around each shape: the activations of all shapes would be allocated together.
+                return lambda params, chunk, cotangent_SE: jax.vjp(
+                    lambda params: compute(shape, params, chunk), params
+                )[1](cotangent_SE)[0]
+
+            return add(gradient, by_shape(of_shape, chunk, params, chunk, cotangent_NSE[i]))
+
+        gradient = zeros(params)
+        if kept:
+            gradient = jax.lax.fori_loop(0, jnp.minimum(used, kept), kept_turn, gradient)
+        if kept < count:
+            gradient = jax.lax.fori_loop(kept, used, recomputed_turn, gradient)
+        return gradient, None
+
+    embeddings.defvjp(forward, backward)
+    return embeddings(params, chunks)
+
+
+def _put_together(unflatten: Callable, varies: list[bool], fixed: list[jax.Array], own: list[jax.Array]) -> Callable:
+    fixed_leaves, own_leaves = iter(fixed), iter(own)
+    return unflatten([next(own_leaves if is_own else fixed_leaves) for is_own in varies])
+
+
+def _depends_on_chunk(
+    with_residuals: Callable[[dict, Chunk], tuple[jax.Array, list[jax.Array]]], params: dict, chunk: Chunk
+) -> list[bool]:
+    """Returns for each residual whether it depends on the chunk, and not on the parameters alone."""
+    jaxpr = jax.make_jaxpr(with_residuals)(params, chunk).jaxpr
+    depends = set(jaxpr.invars[len(jax.tree.leaves(params)) :])
+    for equation in jaxpr.eqns:
+        if any(isinstance(x, jax.extend.core.Var) and x in depends for x in equation.invars):
+            depends |= set(equation.outvars)
+    return [isinstance(x, jax.extend.core.Var) and x in depends for x in jaxpr.outvars[1:]]
+
+
+def _embed_chunk(params: dict, chunk: Chunk, shape: Shape, model: EmbeddingConfig, layout: Layout) -> jax.Array:
     """Embeddings [rows * segments, E] of a chunk of a known shape."""
     tokens = shape.rows * shape.length
     ids_BL = chunk["ids"][:tokens].reshape(shape)
