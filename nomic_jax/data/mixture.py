@@ -19,6 +19,7 @@ Only name, bucket and objective are required. Paths are relative to the YAML fil
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
 ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}  # by stage
 _OBJECTIVE_KIND: dict[str, Kind] = {"self": "text", "paired": "pair", "triplet": "triplet"}
 LARGEST_YAML = 1_000_000  # values; aliases of aliases can expand a few lines to billions
+MOST_DIGITS = 100  # of an integer in YAML
 _KIND_OBJECTIVE = {kind: objective for objective, kind in _OBJECTIVE_KIND.items()}
 
 
@@ -143,15 +145,43 @@ def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Rejects a field that is given twice; the YAML library would silently drop the first value."""
+    """Rejects a field that is given twice, of which the YAML library would drop the first, and values without bound."""
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self.merged = 0  # fields that merge keys (<<) have copied
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the field {twice[0]!r} is given twice", node.start_mark
-            )
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := sorted(name for name, count in counts.items() if count > 1):
+            raise _fault(f"the field {twice[0][:80]!r} is given twice", node)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Copies merged fields, which a few lines can expand to billions."""
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                continue
+            for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if isinstance(merged, yaml.MappingNode):
+                    self.flatten_mapping(merged)
+                    self.merged += len(merged.value)
+                    if self.merged > LARGEST_YAML:
+                        raise _fault(f"its merge keys expand to more than {LARGEST_YAML:,} fields", merged)
+        super().flatten_mapping(node)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        # Python cannot print numbers of more than 4,300 digits, so messages could not name a larger one.
+        if len(node.value) > MOST_DIGITS or abs(value := super().construct_yaml_int(node)) >= 1 << 64:
+            raise _fault(f"the number {node.value[:20]}... is out of range", node)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _fault(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def _load_yaml(path: str) -> Any:

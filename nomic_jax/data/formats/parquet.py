@@ -38,8 +38,18 @@ class ParquetRows(FileRows):
                 first += parquet.metadata.row_group(group).num_rows
                 group += 1
             groups = list(range(group, parquet.num_row_groups))
-            batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=self.decoded_columns)
+            expected = parquet.metadata.num_rows - first
+            batches = self._batches(parquet, groups, expected)
             yield from numbered_rows(self.file, batches, start, stop, None, first)
+
+    def _batches(self, parquet: "pq.ParquetFile", groups: list[int], expected: int) -> Iterator["pa.RecordBatch"]:
+        """Yields the batches. Raises BadRow unless they have the number of rows that the footer gives."""
+        rows = 0
+        for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=self.decoded_columns):
+            rows += len(batch)
+            yield batch
+        if rows != expected and self.decoded_columns != []:
+            raise BadRow(f"{self.file}: its footer says {expected:,} rows, its columns hold {rows:,}; write it again")
 
     def scan(self, span_bytes: int) -> Scan:
         rows, broken = 0, ""
@@ -49,7 +59,7 @@ class ParquetRows(FileRows):
                 groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
                 rows, marks = marks_of_sizes(((group.num_rows, group.total_byte_size) for group in groups), span_bytes)
                 check_schema(parquet.schema_arrow, self.columns, self.others or (), self.file)
-                for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=self.decoded_columns):
+                for batch in self._batches(parquet, list(range(len(groups))), rows):
                     check_buffers(batch)
         except BadRow as error:
             broken = str(error)
@@ -65,9 +75,27 @@ def open_parquet(file: str) -> Iterator["pq.ParquetFile"]:
     with unreadable_as_bad_row(file), fsspec.open(file, "rb") as f:
         try:
             # Read bytes as they are decoded. By default pyarrow reads ahead a column of a row group, often all columns.
-            yield pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+            parquet = pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+            _check_footer(parquet.metadata, file)
+            yield parquet
         except (pa.ArrowException, OSError) as error:
             raise BadRow(f"{file}: not a readable parquet file ({error}); write or fetch it again") from error
+
+
+def _check_footer(footer: "pq.FileMetaData", file: str) -> None:
+    """Raises BadRow if the counts of a footer contradict each other."""
+    groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+    if min([*groups, footer.num_rows]) < 0 or sum(groups) != footer.num_rows:
+        raise BadRow(
+            f"{file}: its footer says {footer.num_rows:,} rows, its row groups hold {sum(groups):,}; write it again"
+        )
+    flat = [i for i in range(footer.num_columns) if footer.schema.column(i).max_repetition_level == 0]
+    for number, rows in enumerate(groups):
+        for values in (footer.row_group(number).column(i).num_values for i in flat):
+            if values != rows:
+                raise BadRow(
+                    f"{file}: row group {number} has {rows:,} rows and a column of {values:,} values; write it again"
+                )
 
 
 def read_parquet_footer(

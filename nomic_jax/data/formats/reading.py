@@ -13,7 +13,15 @@ from nomic_jax.data.formats.file_format import FileRows, Mark, Scan, sha256_of_f
 from nomic_jax.data.formats.jsonl import JsonlRows
 from nomic_jax.data.formats.parquet import ParquetRows
 from nomic_jax.data.formats.paths import expand_files
-from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RawRow, RejectedRows, check_row, parse_row
+from nomic_jax.data.formats.row_checks import (
+    BadRow,
+    Quarantined,
+    RawRow,
+    RejectedRows,
+    check_finite,
+    check_row,
+    parse_row,
+)
 
 RowCheck = Callable[[Mapping[str, Any], str], None]
 
@@ -96,9 +104,10 @@ def read_rows(
       further_check: (row, location for messages) -> None; raises BadRow.
 
     Raises:
-      BadRow: invalid JSON or UTF-8, a missing column, a wrong type, an empty text; a truncated gzip file, a broken or
-        empty file, a parquet file without the columns. With "skip", each file is first read to its end. A file that
-        cannot be read to its end becomes one entry in ``rejected``, and none of its rows is returned.
+      BadRow: invalid JSON or UTF-8, a missing column, a wrong type, an empty text, NaN or an infinite number in jsonl
+        (in another format if ``others`` is None); a truncated gzip file, a broken or empty file, a parquet file without
+        the columns. With "skip", each file is first read to its end. A file that cannot be read to its end becomes one
+        entry in ``rejected``, and none of its rows is returned.
     """
     check_policy(on_bad_row)
     if on_bad_row == "skip" and rejected is None:
@@ -152,6 +161,8 @@ def usable_rows(
         try:
             row = parse_row(raw, where)
             check_row(row, columns, allow_empty, where)
+            if others is None and not isinstance(raw, bytes):  # all columns: they may be written as JSON
+                check_finite(row, where)
             further_check(row, where)
         except BadRow as error:
             if on_bad_row == "raise":

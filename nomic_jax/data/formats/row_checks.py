@@ -1,6 +1,7 @@
 """Checks rows, and records the rows and files that cannot be used."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -70,7 +71,7 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
     """Returns the row's values.
 
     Raises:
-      BadRow: the row is not valid UTF-8 or JSON, or its JSON is not an object.
+      BadRow: the row is not valid UTF-8 or JSON, its JSON is not an object, or a number in it is not finite.
     """
     if not isinstance(raw, bytes):
         return raw
@@ -94,7 +95,33 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
     return row
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=each_key_once)
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:80]} is out of range; write it as a text")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON; write null, or leave the field out")
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=each_key_once, parse_float=_finite, parse_constant=_no_constant)
+
+
+def check_finite(row: Mapping[str, Any], where: str) -> None:
+    """Raises BadRow if a value, also in a list or record, is NaN or infinite, which JSON cannot hold."""
+    for column, value in row.items():
+        if not _is_finite(value):
+            raise BadRow(f"{where}: column {column!r} holds NaN or an infinite number, which JSON cannot hold")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return not isinstance(value, list) or all(map(_is_finite, value))
 
 
 def check_row(row: Mapping[str, Any], columns: Mapping[str, type], allow_empty: bool, where: str) -> None:

@@ -21,11 +21,15 @@ def write_rows(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> in
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
-    """Returns a row as a line of jsonl. Times become ISO 8601, bytes base64, other types that JSON lacks text."""
+    """Returns a row as a line of jsonl. Times become ISO 8601, bytes base64, other types that JSON lacks text.
+
+    Raises:
+      ValueError: a number is NaN or infinite.
+    """
     try:
-        line = json.dumps(row, ensure_ascii=False, default=_json_value).encode()
+        line = json.dumps(row, ensure_ascii=False, default=_json_value, allow_nan=False).encode()
     except UnicodeEncodeError:  # an unpaired surrogate in an unchecked column; JSON must escape it
-        line = json.dumps(row, default=_json_value).encode()
+        line = json.dumps(row, default=_json_value, allow_nan=False).encode()
     return line + b"\n"
 
 
