@@ -23,6 +23,7 @@ ALLOWED = {
 # Package -> its rooms (subpackages and modules) -> the rooms of that package that they may import from.
 ROOMS = {
     "data": {
+        "words": set(),
         "formats": set(),
         "mixture": {"formats"},
         "tokens": {"formats", "mixture"},

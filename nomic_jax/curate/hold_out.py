@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.data.words import text_form
 from nomic_jax.files.writing import write_json
 
 Row = Mapping[str, Any]
@@ -16,8 +17,8 @@ Row = Mapping[str, Any]
 class HeldOut(NamedTuple):
     """Attributes:
     rows: the held-out rows.
-    groups: the values of the group column in these rows.
-    texts: the queries and documents of these rows.
+    groups: the forms (``text_form``) of the values of the group column in these rows.
+    texts: the forms of the queries and documents of these rows.
     """
 
     rows: list[Row]
@@ -50,8 +51,8 @@ class Split(NamedTuple):
         """
         sample_size, held = 4 * max(queries, documents), list[Row]()
         while True:
-            first = heapq.nsmallest(sample_size, rows(), key=lambda row: sampling_key(self.seed, row[self.group]))
-            groups = [list(group) for _, group in groupby(first, key=lambda row: row[self.group])]
+            first = heapq.nsmallest(sample_size, rows(), key=lambda row: sampling_key(self.seed, self._group(row)))
+            groups = [list(group) for _, group in groupby(first, key=self._group)]
             if len(first) == sample_size:
                 groups.pop()  # the last group may be incomplete
             held = []
@@ -60,7 +61,7 @@ class Split(NamedTuple):
                     break
                 held += group
             if len(first) < sample_size or self._is_enough(held, queries, documents):
-                return HeldOut(held, {row[self.group] for row in held}, set(self._texts(held)))
+                return HeldOut(held, {self._group(row) for row in held}, set(self._texts(held)))
             sample_size *= 2
 
     def _is_enough(self, rows: Sequence[Row], queries: int, documents: int) -> bool:
@@ -70,11 +71,14 @@ class Split(NamedTuple):
         )
 
     def _texts(self, rows: Iterable[Row]) -> Iterable[str]:
-        return (row[column] for row in rows for column in self.columns)
+        return (text_form(row[column]) for row in rows for column in self.columns)
+
+    def _group(self, row: Row) -> str:
+        return text_form(row[self.group])
 
     def is_for_training(self, row: Row, held: HeldOut) -> bool:
         """Returns whether the row is not held out and shares no text with a held-out row."""
-        return row[self.group] not in held.groups and held.texts.isdisjoint(self._texts([row]))
+        return self._group(row) not in held.groups and held.texts.isdisjoint(self._texts([row]))
 
     def is_labelled(self, row: Row) -> bool:
         """Returns whether a training row is set aside for finetuning."""
@@ -82,7 +86,7 @@ class Split(NamedTuple):
 
     def is_sampled(self, row: Row, purpose: str, share: float) -> bool:
         """Returns whether the row's group is in a random share of all groups; each purpose has its own sample."""
-        return int.from_bytes(sampling_key(self.seed, f"{purpose} {row[self.group]}")[:4]) < share * 2**32
+        return int.from_bytes(sampling_key(self.seed, f"{purpose} {self._group(row)}")[:4]) < share * 2**32
 
     def write_task(
         self, folder: Path, held: HeldOut, queries: int, query_prompt: str, document_prompt: str

@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 
 import pytest
 import yaml
@@ -59,6 +60,31 @@ def test_no_text_is_on_two_sides(mixture, tmp_path):
         # Each query has the same relevant documents as in the input.
         for query, relevant in zip(task.queries, task.relevance, strict=True):
             assert {task.documents[i] for i in relevant} == {row["d"] for row in rows if row["q"] == query} & held
+
+
+def test_a_held_out_text_in_another_form_is_held_out(mixture, tmp_path):
+    """One text composed (NFC), decomposed (NFD) and with a line break at its end is one text and one group."""
+    forms = (lambda text: text, lambda text: unicodedata.normalize("NFD", text), lambda text: f"{text}\n")
+    rows = [
+        {"q": forms[i % 3](f"requête {i // 3}"), "d": forms[i // 2 % 3](f"réponse {i // 6}"), "id": i}
+        for i in range(300)
+    ]
+    mixture.with_name("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    mixture.write_text(mixture.read_text().replace("rows: 400", "rows: 300"))
+    hold_out(str(mixture), tmp_path / "out", **SETTINGS)
+
+    def texts(part):
+        return {
+            unicodedata.normalize("NFC", row[side]).strip()
+            for row in read(tmp_path / "out" / part / "a.jsonl")
+            for side in "qd"
+        }
+
+    task = RetrievalTask.read(tmp_path / "out" / "held_out" / "a")
+    held = {unicodedata.normalize("NFC", text).strip() for text in (*task.queries, *task.documents)}
+    assert held and texts("pairs") and texts("labelled")
+    assert held.isdisjoint(texts("pairs") | texts("labelled"))
+    assert texts("pairs").isdisjoint(texts("labelled"))
 
 
 def test_prompts_and_prefixes_follow_the_mixture(mixture, tmp_path):

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from nomic_jax.curate.clean.contamination import NGRAM, Contamination, EvaluationTexts
 from nomic_jax.curate.clean.duplicates import NearDuplicates
-from nomic_jax.curate.clean.words import words_of
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.row_blocks import no_usable_row
 from nomic_jax.curate.engine.text_store import text_key
@@ -20,6 +19,7 @@ from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import RejectedRows
 from nomic_jax.data.formats.writing import json_line, write_rows
+from nomic_jax.data.words import words_of
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.writing import atomic_file, write_json
@@ -35,7 +35,8 @@ class CleaningOptions:
 
     Attributes:
       min_words, min_chars: remove a row if one of its texts has fewer. A row with an empty text is always removed.
-      exact: remove a row if all its texts equal those of an earlier row, ignoring surrounding whitespace.
+      exact: remove a row if all its texts equal those of an earlier row, ignoring surrounding whitespace and the
+        difference between composed and decomposed characters (NFC, NFD).
       near: remove a row if the similarity of its texts, joined, to those of an earlier kept row is at least this (see
         ``NearDuplicates``); None disables this step.
       ngram: number of words in a run shared with an evaluation text that counts as an overlap (see ``Contamination``).

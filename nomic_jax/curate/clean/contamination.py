@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from nomic_jax.curate.clean.words import word_ngrams, words_of
+from nomic_jax.data.words import word_ngrams, words_of
 
 NGRAM = 13  # Brown et al. 2020 (GPT-3), appendix C
 Part = Literal["queries", "documents"]

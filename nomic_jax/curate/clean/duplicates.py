@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from nomic_jax.curate.clean.words import word_ngrams, words_of
+from nomic_jax.data.words import word_ngrams, words_of
 from nomic_jax.files.writing import open_new
 
 SHINGLE = 3  # words; one changed word in 30 leaves a similarity of 0.8

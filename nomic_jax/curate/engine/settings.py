@@ -14,6 +14,7 @@ from nomic_jax.curate.engine.row_blocks import read_quarantined
 from nomic_jax.data.formats.file_format import sha256_of_file
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.tokens.scans import check_distinct
+from nomic_jax.data.words import WORDS_VERSION
 from nomic_jax.files.folders import check_no_link, is_folder, remove_folder
 from nomic_jax.files.locks import open_lock, take_lock
 from nomic_jax.files.reading import FileRefused, read_json
@@ -52,7 +53,7 @@ def locked_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     _check_is_work(work)
     work.mkdir(parents=True, exist_ok=True)
     record = work / "settings.json"
-    settings = {"texts_per_file": embedding.TEXTS_PER_FILE, **settings}
+    settings = {"texts_per_file": embedding.TEXTS_PER_FILE, "words_version": WORDS_VERSION, **settings}
     with open_lock(work / ".settings.lock") as lock:
         wait = fcntl.LOCK_NB
         while True:

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from nomic_jax.data.words import text_form
 from nomic_jax.files.writing import atomic_file, named_errors, open_new
 
 
 def text_key(text: str) -> bytes:
-    """Returns 16 bytes, which are equal for texts that differ only in surrounding whitespace."""
-    return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
+    """Returns 16 bytes, which are equal for texts of one ``text_form``."""
+    return hashlib.blake2b(text_form(text).encode(), digest_size=16).digest()
 
 
 def distinct_texts(texts: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Finds the distinct texts, in order of appearance. Texts that differ only in surrounding whitespace are equal.
+    """Finds the distinct texts, in order of appearance. Texts of one ``text_form`` are equal.
 
     Returns:
       The first form of each distinct text, and for every text its index among them, int64 [N].
@@ -26,7 +27,7 @@ def distinct_texts(texts: Iterable[str]) -> tuple[list[str], np.ndarray]:
     distinct: list[str] = []
     indices = []
     for text in texts:
-        key = text.strip()
+        key = text_form(text)
         if key not in index:
             index[key] = len(distinct)
             distinct.append(text)
@@ -70,7 +71,7 @@ class TextFileWriter:
         self._file = open_new(path)
 
     def add(self, text: str) -> int:
-        """Adds a text unless an equal one exists (up to surrounding whitespace); returns the number of the text."""
+        """Adds a text unless an equal one (by ``text_form``) exists; returns the number of the text."""
         key = text_key(text)
         if key not in self.number_of:
             self.number_of[key] = len(self.number_of)

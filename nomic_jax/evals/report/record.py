@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nomic_jax.data.words import WORDS_VERSION
 from nomic_jax.files.folders import is_file
 from nomic_jax.files.reading import FileRefused, read_json
 from nomic_jax.files.writing import write_json
@@ -47,8 +48,10 @@ def label(task: str, max_length: int | None = None, dim: int | None = None) -> s
 def model_sha256(model: str) -> str:
     """Returns a hash of the content of a model folder, a run or a checkpoint of a run.
 
-    For BM25 and hub names it is "", because only their name identifies them.
+    For hub names it is "", because only their name identifies them.
     """
+    if model == "bm25":
+        return f"words {WORDS_VERSION}"
     digest = hashlib.sha256()
     files = [file for pattern in MODEL_FILES for file in sorted(Path(model).rglob(pattern))]
     for file in files:

@@ -1,17 +1,20 @@
 """BM25 on a retrieval task: word matching, the baseline for embedding models."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from nomic_jax.data.words import is_unspaced, words_of
 from nomic_jax.evals.tasks.retrieval import DEPTH, RetrievalTask, top_k
 
 
 def run(task: RetrievalTask) -> Iterator[tuple[str, float]]:
     """Returns (metric, mean over the queries) of BM25.
 
-    The settings are those of bm25s: Lucene's variant, k1 1.5, b 0.75, lowercase, English stop words.
+    The settings are those of bm25s: Lucene's variant, k1 1.5, b 0.75, lowercase, English stop words, words of at least
+    two letters. The words are those of ``nomic_jax.data.words``: bm25s itself cuts at combining marks, and takes a
+    sentence in a script without spaces for a word. Such scripts are split into characters.
 
     Raises:
       ModuleNotFoundError: bm25s is not installed.
@@ -22,9 +25,6 @@ def run(task: RetrievalTask) -> Iterator[tuple[str, float]]:
         raise ModuleNotFoundError("BM25 needs the package bm25s: pip install nomic_jax[eval]") from error
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index that it builds
 
-    def tokens(texts: tuple[str, ...]) -> list[list[str]]:
-        return bm25s.tokenize(list(texts), return_ids=False, show_progress=False)
-
     index = bm25s.BM25()
     index.index(tokens(task.documents), show_progress=False)
     ranking = [
@@ -33,3 +33,14 @@ def run(task: RetrievalTask) -> Iterator[tuple[str, float]]:
         for words in tokens(task.queries)
     ]
     return task.score(np.concatenate(ranking))
+
+
+def tokens(texts: Sequence[str]) -> list[list[str]]:
+    """Returns the words of each text that BM25 compares; for English text those of ``bm25s.tokenize``."""
+    from bm25s.stopwords import STOPWORDS_EN
+
+    stop_words = frozenset(STOPWORDS_EN)
+    return [
+        [word for word in words_of(text) if (len(word) > 1 or is_unspaced(word)) and word not in stop_words]
+        for text in texts
+    ]

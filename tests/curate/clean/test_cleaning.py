@@ -3,13 +3,13 @@
 import json
 import random
 import re
+import unicodedata
 
 import pytest
 
 from nomic_jax.curate.clean.cleaning import REASONS, CleaningOptions, clean_rows
 from nomic_jax.curate.clean.contamination import EvaluationTexts
 from nomic_jax.curate.clean.duplicates import bands_and_rows
-from nomic_jax.curate.clean.words import words_of
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows
 
@@ -174,10 +174,22 @@ def test_overlap_with_evaluation_is_brute_force(tmp_path, n):
         assert all(line["of"] for line in removed)
 
 
-def test_words_of_several_scripts():
-    assert words_of("Don't stop—NOW, Straße_2!") == ["don", "t", "stop", "now", "straße_2"]
-    assert words_of("東京タワー 서울") == [*"東京タワー", "서울"]
-    assert words_of("🙂 …") == []
+def test_marks_and_scripts_without_spaces_are_words(tmp_path):
+    """Rows that differ in a vowel sign are different; one text composed and decomposed is one text."""
+    texts = ["கல்", "கால்", "பாடம் படித்தான்", "படம் பிடித்தான்", "ราคาอาหารวันนี้", "ราคาอาหารเมื่อวาน", "किताब", "कीताब"]
+    rows = [{"query": text, "document": text} for text in texts]
+    _, kept, _ = clean(tmp_path, rows, CleaningOptions(near=1.0))
+    assert kept == rows
+    # Words and characters are counted in scripts without spaces too: ten or more in each Thai text.
+    _, kept, _ = clean(tmp_path, rows, CleaningOptions(min_words=9))
+    assert kept == rows[4:6]
+    french = "L'élève a répété la leçon à côté de la forêt près du château"
+    forms = [unicodedata.normalize(form, french) for form in ("NFC", "NFD")]
+    rows = [{"query": f"{i}", "document": text} for i, text in enumerate(forms)]
+    summary, _, _ = clean(tmp_path, rows, CleaningOptions(), {"a": EvaluationTexts([forms[1]], [forms[0].upper()])})
+    assert [(line["texts_met"], line["training_rows"]) for line in summary["contamination"]] == [(1, 2), (1, 2)]
+    summary, _, _ = clean(tmp_path, [row | {"query": "é"} for row in rows], CleaningOptions())
+    assert summary["removed"]["exact duplicate"] == 1
 
 
 def test_bad_rows_name_their_line_and_are_not_lost(tmp_path):

@@ -1,6 +1,7 @@
 """Retrieval: metrics against pytrec_eval, exact search against a full sort, task folders, and ``evaluate``."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,21 @@ def test_bm25_finds_words(tmp_path):
     )
     # For a query without a match, documents rank by descending id, so d1 is third.
     assert dict(bm25.run(RetrievalTask.read(folder)))["mrr@10"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
+
+
+def test_bm25_finds_words_of_scripts_without_spaces(tmp_path):
+    pytest.importorskip("bm25s")
+    corpus = {"d1": "猫睡在炉子上", "d2": "ราคาอาหารวันนี้แพง", "d3": "किताब की कीमत", "d4": "कुत्ता तेज़ है"}
+    queries = {"zh": "炉子", "th": "อาหารแพง", "hi": unicodedata.normalize("NFD", "कीमत")}
+    folder = write_task(tmp_path / "a", queries, corpus, {("zh", "d1"): 1, ("th", "d2"): 1, ("hi", "d3"): 1})
+    assert dict(bm25.run(RetrievalTask.read(folder)))["mrr@10"] == 1.0
+
+
+def test_bm25_has_the_words_of_bm25s_for_english():
+    bm25s = pytest.importorskip("bm25s")
+    text = "The cat's a 9-day wonder of GPU_2 and x in 42 U.S. cities"
+    expected = bm25s.tokenize([text], return_ids=False, show_progress=False)
+    assert bm25.tokens([text]) == expected
 
 
 def test_evaluate_goes_on_where_it_stopped(tmp_path, monkeypatch):
