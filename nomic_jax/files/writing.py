@@ -143,8 +143,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file. It appears complete or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    """Writes a JSON file. It appears complete or not at all.
+
+    Raises:
+      ValueError: a number is NaN or infinite, which JSON cannot hold.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n")
 
 
 def append(path: str | os.PathLike) -> IO[str]:

@@ -26,6 +26,9 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert json.loads(path.read_text(encoding="utf-8")) == {"ü": 1}
     assert names(path.parent) == ["f.json"]
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"ü": [float("nan")]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ü": 1}
 
 
 def _umask():
