@@ -21,7 +21,7 @@ setup(
         "datasets>=4.0,<6",  # from 4.0 on it runs no loading scripts
         "faiss-cpu>=1.9,<2",
         "flax>=0.12,<0.14",
-        "fsspec>=2024.6",
+        "fsspec>=2026.6",  # before, reference:// runs templates
         "grain>=0.2.12,<0.3",
         "huggingface_hub>=0.30,<3",
         "jax>=0.10.2,<0.12",
@@ -51,8 +51,8 @@ setup(
         "integrations": ["langchain-core>=0.3,<2", "llama-index-core>=0.12,<1", "mteb>=2.14.5,<3"],
         "clean": ["rensa>=0.5,<1"],
         # File systems behind s3:// and gs://.
-        "s3": ["s3fs>=2024.6"],
-        "gcs": ["gcsfs>=2024.6"],
+        "s3": ["s3fs>=2026.6"],
+        "gcs": ["gcsfs>=2026.6"],
         "ray": ["ray[data]>=2.40,<3"],
         "quickstart": ["bm25s>=0.2,<1", "simple-icd-10-cm>=1.0,<2"],
         # For launch/test_newest.sh; tests that need a package of "dev" skip themselves.

@@ -9,8 +9,16 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from nomic_jax.data.formats import file_systems
+from nomic_jax.data.formats.file_format import MAX_ROW_MIB, set_max_row_mib
 from nomic_jax.train.interruption import EXIT_CODE, Preempted
 
+_ALLOW = flags.DEFINE_list(
+    "allow_protocols",
+    [],
+    "Further file systems of fsspec that URLs may name, such as sftp,abfs. A few can run code: you trust the URLs.",
+)
+_MAX_ROW = flags.DEFINE_integer("max_row_mib", MAX_ROW_MIB, "Size of the largest row that is read, in MiB.", 1, 1 << 16)
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print the traceback.")
 
 
@@ -32,6 +40,9 @@ def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = ()) -> N
         _show_warnings_once()
         sys.unraisablehook = _ignore_closed_event_loop
         try:
+            file_systems.allow_protocols(_ALLOW.value)
+            if _MAX_ROW.present:
+                set_max_row_mib(_MAX_ROW.value)
             given = argv[1:]
             if len(given) > len(arguments):
                 unexpected = given[len(arguments)]

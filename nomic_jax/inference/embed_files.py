@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from nomic_jax.data.formats.file_systems import file_system
 from nomic_jax.data.formats.parquet import read_parquet_footer
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows
@@ -242,7 +242,7 @@ def _exists(output: Path) -> FileExistsError:
 def _file_identity(files: Iterable[str]) -> dict[str, str]:
     identity = {}
     for file in files:
-        fs, path = fsspec.core.url_to_fs(file)
+        fs, path = file_system(file)
         info = fs.info(path)
         # Without a modification time, use the store's own identifier of the content.
         identity[f"input {file}"] = f"{info['size']} bytes, changed {info.get('mtime') or fs.ukey(path)}"

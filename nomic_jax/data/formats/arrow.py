@@ -5,9 +5,8 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import fsspec
-
-from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, sha256_of_file
+from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, sha256_of_file, unreadable_as_bad_row
+from nomic_jax.data.formats.file_systems import file_system, open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow, listed
 
 if TYPE_CHECKING:  # imported where used: most commands read only jsonl
@@ -47,8 +46,8 @@ class ArrowRows(FileRows):
             raise self._broken(error) from error
 
     def _batches(self) -> Iterable["pa.RecordBatch"]:
-        fs, path = fsspec.core.url_to_fs(self.file)
-        return self._mapped if "file" in fs.protocol else self._streamed(fs, path)
+        fs, _ = file_system(self.file)
+        return self._mapped if "file" in fs.protocol else self._streamed()
 
     @functools.cached_property
     def _mapped(self) -> list["pa.RecordBatch"]:
@@ -56,17 +55,19 @@ class ArrowRows(FileRows):
         import pyarrow as pa
 
         try:
-            if os.path.getsize(self.file) == 0:
-                raise BadRow(f"{self.file}: the file is empty; write or fetch it again")
-            return list(self._read(pa.memory_map(self.file)))
+            _, path = file_system(self.file)
+            with unreadable_as_bad_row(self.file), open_stored(self.file) as f:
+                if os.fstat(f.fileno()).st_size == 0:
+                    raise BadRow(f"{self.file}: the file is empty; write or fetch it again")
+            return list(self._read(pa.memory_map(path)))
         except (pa.ArrowException, OSError) as error:
             raise self._broken(error) from error
 
-    def _streamed(self, fs: fsspec.AbstractFileSystem, path: str) -> Iterator["pa.RecordBatch"]:
+    def _streamed(self) -> Iterator["pa.RecordBatch"]:
         import pyarrow as pa
 
         try:
-            with fs.open(path, "rb") as f:
+            with open_stored(self.file) as f:
                 yield from self._read(pa.PythonFile(f, "r"))
         except (pa.ArrowException, OSError) as error:
             raise self._broken(error) from error

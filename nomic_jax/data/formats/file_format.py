@@ -8,12 +8,31 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-import fsspec
-
+from nomic_jax.data.formats.file_systems import open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
+from nomic_jax.files.reading import FileRefused
 
 # Errors of the file itself. Others, such as a network error or too many open files, may be temporary.
 _UNREADABLE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+# Memory holds a row several times over. The longest books have 10 MB.
+MAX_ROW_MIB = 64
+_MAX_ROW = "NOMIC_JAX_MAX_ROW_MIB"
+
+
+def set_max_row_mib(mib: int) -> None:
+    """Sets the size of the largest row in this process and those that it starts (--max_row_mib)."""
+    os.environ[_MAX_ROW] = str(mib)
+
+
+def max_row_bytes() -> int:
+    """Returns the size of the largest row that is read: of a line of jsonl, or of the values of another format."""
+    return int(os.environ.get(_MAX_ROW, MAX_ROW_MIB)) << 20
+
+
+def too_large(where: str) -> BadRow:
+    return BadRow(f"{where}: is larger than {max_row_bytes() >> 20} MiB; set --max_row_mib if it should be read")
 
 
 class Mark(NamedTuple):
@@ -77,9 +96,11 @@ class FileRows(abc.ABC):
 
 @contextlib.contextmanager
 def unreadable_as_bad_row(file: str) -> Iterator[None]:
-    """Raises BadRow in place of the OSError for a path that is a folder, lacks permission or cannot be read."""
+    """Raises BadRow in place of the error for a path that is no regular file, lacks permission or cannot be read."""
     try:
         yield
+    except FileRefused as error:
+        raise BadRow(str(error)) from error
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise
@@ -89,7 +110,7 @@ def unreadable_as_bad_row(file: str) -> Iterator[None]:
 def sha256_of_file(file: str) -> str:
     """Returns the digest of the stored bytes. Raises BadRow if the path is a folder or cannot be read."""
     digest = hashlib.sha256()
-    with unreadable_as_bad_row(file), fsspec.open(file, "rb") as f:
+    with unreadable_as_bad_row(file), open_stored(file) as f:
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -9,17 +9,19 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any
 
-import fsspec
 import fsspec.compression
 import fsspec.utils
 import numpy as np
 
-from nomic_jax.data.formats.file_format import FileRows, Mark, Scan, unreadable_as_bad_row
+from nomic_jax.data.formats.file_format import FileRows, Mark, Scan, max_row_bytes, too_large, unreadable_as_bad_row
+from nomic_jax.data.formats.file_systems import open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
+from nomic_jax.files.reading import FileRefused
 
 CHUNK = 1 << 22  # bytes processed at once
 INDEX_BYTES = 1 << 16  # between two positions where random access can start
 _BLANKS = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
+_COMPRESSIONS = (None, "gzip", "bz2", "xz", "lzma", "zstd")
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
@@ -56,11 +58,14 @@ class JsonlRows(FileRows):
         mark = max((mark for mark in self.marks if mark.row <= start), default=Mark(0))
         row, line = mark.row, mark.line
         found_any = line > 0
-        with self._errors(lambda: line), fsspec.open(self.file, "rb", compression="infer") as f:
+        with self._errors(lambda: line), open_stored(self.file) as stored, decompressed(self.file, stored) as f:
             if mark.byte:
                 f.seek(mark.byte)
-            for raw in f:
+            limit = max_row_bytes()
+            while raw := f.readline(limit + 1):
                 line += 1
+                if len(raw) > limit:
+                    raise too_large(f"{self.file}:{line}")
                 found_any = True
                 if not raw.strip():
                     continue
@@ -78,14 +83,18 @@ class JsonlRows(FileRows):
         row = line = 0
         byte = 0  # offset of the line at the start of ``parts``
         parts: list[bytes] = []  # of an incomplete line; joined only once, so that long lines stay cheap
+        held = 0  # bytes in ``parts``
         broken = ""
-        with unreadable_as_bad_row(self.file), fsspec.open(self.file, "rb") as stored:
+        with unreadable_as_bad_row(self.file), open_stored(self.file) as stored:
             hashing = _HashingReader(stored, sha256)
             chunks = self._chunks(hashing, lambda: line)
             try:
                 for chunk in chunks:
                     parts.append(chunk)
+                    held += len(chunk)
                     if chunk and b"\n" not in chunk:
+                        if held > max_row_bytes():
+                            raise too_large(f"{self.file}:{line + 1}")
                         continue
                     text = b"".join(parts)
                     if not chunk:
@@ -110,6 +119,7 @@ class JsonlRows(FileRows):
                     done = int(ends[-1]) if len(ends) else 0
                     byte += done
                     parts = [text[done:]]
+                    held = len(parts[0])
             except BadRow as error:
                 broken = str(error)
             hashing.drain()
@@ -119,7 +129,7 @@ class JsonlRows(FileRows):
 
     def _chunks(self, stored: io.RawIOBase, lines_read: Callable[[], int]) -> Iterator[bytes]:
         """Yields CHUNK bytes at a time and b"" at the end. Yields a broken file up to the break, then raises BadRow."""
-        with self._errors(lines_read), _decompressed(self.file, stored) as f:
+        with self._errors(lines_read), decompressed(self.file, stored) as f:
             while True:
                 parts, missing = [], CHUNK
                 try:
@@ -138,6 +148,8 @@ class JsonlRows(FileRows):
     def _errors(self, lines_read: Callable[[], int]) -> Iterator[None]:
         try:
             yield
+        except FileRefused as error:
+            raise BadRow(str(error)) from error
         except (*_BROKEN, OSError) as error:
             if isinstance(error, OSError) and (error.errno is not None or not is_compressed(self.file)):
                 with unreadable_as_bad_row(self.file):
@@ -191,10 +203,19 @@ def is_compressed(file: str) -> bool:
 
 
 @contextlib.contextmanager
-def _decompressed(file: str, f: io.RawIOBase) -> Iterator[Any]:
+def decompressed(file: str, f: Any) -> Iterator[Any]:
+    """Yields the open file ``f`` as a file of uncompressed bytes; the name decides how it is compressed."""
     name = fsspec.utils.infer_compression(file)
+    if name not in _COMPRESSIONS or name not in fsspec.compression.compr:
+        advice = "install the package zstandard" if name == "zstd" else "unpack it, or compress it as .gz"
+        raise BadRow(f"{file}: this compression is not read; {advice}")
     buffered = io.BufferedReader(f, 1 << 20)
     try:
-        yield fsspec.compression.compr[name](buffered, mode="rb") if name else buffered
+        if name is None:
+            yield buffered
+        else:
+            plain = fsspec.compression.compr[name](buffered, mode="rb")
+            # zstandard's reader has no lines.
+            yield plain if hasattr(plain, "peek") else io.BufferedReader(plain)
     finally:
         buffered.detach()  # closing it would close the file, which may have more bytes to hash

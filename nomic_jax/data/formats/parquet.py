@@ -4,8 +4,6 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import fsspec
-
 from nomic_jax.data.formats.arrow import check_buffers, check_schema, numbered_rows
 from nomic_jax.data.formats.file_format import (
     FileRows,
@@ -15,6 +13,7 @@ from nomic_jax.data.formats.file_format import (
     sha256_of_file,
     unreadable_as_bad_row,
 )
+from nomic_jax.data.formats.file_systems import open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
 
 if TYPE_CHECKING:  # imported where used: most commands read only jsonl
@@ -72,7 +71,7 @@ def open_parquet(file: str) -> Iterator["pq.ParquetFile"]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with unreadable_as_bad_row(file), fsspec.open(file, "rb") as f:
+    with unreadable_as_bad_row(file), open_stored(file) as f:
         try:
             # Read bytes as they are decoded. By default pyarrow reads ahead a column of a row group, often all columns.
             parquet = pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)

@@ -4,15 +4,21 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from tqdm import tqdm
 
 from nomic_jax.data.formats import hub
+from nomic_jax.data.formats.file_systems import check_protocols, file_system, is_local, open_stored
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.files.reading import LARGEST_JSON
 
-MAX_FILES = 1_000_000
+MAX_FILES = 1_000_000  # that a pattern names, or that a glob looks at
+PATTERN = "*?[{"  # characters that a path of files may have, or a pattern
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet", ".arrow")
 
 
@@ -20,23 +26,28 @@ def expand_files(pattern: str | os.PathLike) -> list[str]:
     """Returns the files that match a pattern, in a fixed order.
 
     The pattern is a path, a glob, a brace range or list, a folder (its files that end in one of SUFFIXES, or the
-    shards that ``datasets`` saved with save_to_disk), an fsspec URL of any of these (s3://, gs://), or a data set of
-    the Hugging Face hub or of TensorFlow Datasets (``nomic_jax.data.formats.hub``). ``shard-{00000..00538}.jsonl.gz``
-    names every file of the range, so a missing file is an error. A glob matches only files that exist.
+    shards that ``datasets`` saved with save_to_disk), a URL of any of these (``file_systems.PROTOCOLS``), or a data set
+    of the Hugging Face hub or of TensorFlow Datasets (``nomic_jax.data.formats.hub``).
+
+    ``shard-{00000..00538}.jsonl.gz`` names every file of the range, so a missing file is an error. A glob matches only
+    files that exist. A path that exists is that path, also if it has the characters of a pattern; so is a folder at the
+    start of a pattern.
 
     Raises:
       FileNotFoundError: nothing matches, or a file of a brace range is missing.
-      ValueError: a file is named twice.
+      ValueError: a file is named twice, the protocol of a URL is not allowed, or a glob would search too many files.
       ModuleNotFoundError: a remote file system needs a package that is not installed.
       OSError: a remote file system cannot be reached.
     """
     pattern = os.fspath(pattern)
-    if hub.is_dataset_name(pattern):
+    if hub.is_dataset_name(pattern) and not os.path.lexists(pattern):
         return hub.files_of(pattern)
     if re.search(r"[\0\ud800-\udb7f]", pattern):
         raise ValueError(f"{pattern!r} is not a path: it contains a null character or an unpaired surrogate")
     try:
-        fs, path = fsspec.core.url_to_fs(pattern)
+        if not is_local(pattern):
+            check_protocols(pattern)
+        fs, path = file_system(pattern)
         return _expand(fs, path, pattern)
     except ImportError as error:
         raise ModuleNotFoundError(f"{pattern}: {error}") from error
@@ -47,19 +58,18 @@ def expand_files(pattern: str | os.PathLike) -> list[str]:
 
 
 def _expand(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[str]:
-    names = expand_braces(path)
+    folder, pattern_in_folder = _existing_folder(fs, path)
+    names = [folder + name for name in expand_braces(pattern_in_folder)] if pattern_in_folder else [folder]
     existing = _existing(fs, names)
     files: list[str] = []
     missing = []
     for name in names:
-        if any(c in name for c in "*?["):
-            found = sorted(fs.glob(name))
-        elif name not in existing:
-            found = []
-        elif not name.endswith(SUFFIXES) and fs.isdir(name):
-            found = _files_of_folder(fs, name)
+        if name in existing:
+            found = _files_of_folder(fs, name) if not name.endswith(SUFFIXES) and fs.isdir(name) else [name]
+        elif any(c in name[len(folder) :] for c in "*?["):
+            found = _glob(fs, folder, name[len(folder) :])
         else:
-            found = [name]
+            found = []
         files += found
         missing += [] if found else [name]
     if missing and len(names) > 1:
@@ -67,9 +77,52 @@ def _expand(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[str]
     if missing:
         raise FileNotFoundError(f"no file matches {pattern}{_hub_hint(pattern)}")
     if len(set(files)) < len(files):
-        twice = next(file for file in files if files.count(file) > 1)
+        twice, _ = Counter(files).most_common(1)[0]
         raise ValueError(f"{pattern}: the file {twice} is named twice; its rows would count double")
     return [fs.unstrip_protocol(f) if "://" in pattern else f for f in files]
+
+
+def _existing_folder(fs: fsspec.AbstractFileSystem, path: str) -> tuple[str, str]:
+    """Splits a path into what exists (all of it, or its first folders, with a slash at the end) and a pattern."""
+    if not any(c in path for c in PATTERN):
+        return path, ""
+    if fs.exists(path):
+        return path, ""
+    end = 0
+    for slash in [match.start() for match in re.finditer("/", path)]:
+        # Only names that could be patterns are looked up: a remote file system takes a request for each.
+        if any(c in path[end:slash] for c in PATTERN) and not fs.exists(path[:slash]):
+            break
+        end = slash + 1
+    return path[:end], path[end:]
+
+
+def _glob(fs: fsspec.AbstractFileSystem, folder: str, pattern: str) -> list[str]:
+    """Returns the files in ``folder``, a path, that match ``pattern``, sorted."""
+    escaped = re.sub(r"[\[*?]", r"[\g<0>]", folder)
+    if "file" not in fs.protocol:
+        return sorted(fs.glob(escaped + pattern))
+    if folder == "/" and pattern.split("/")[0] == "**":
+        raise ValueError(f"/{pattern} would search the whole disk; name a folder")
+    with tqdm(desc=f"listing {folder}{pattern}", unit=" files", delay=2) as bar:
+        return sorted(_Listing(bar).glob(escaped + pattern))
+
+
+class _Listing(LocalFileSystem):
+    """The local file system with a limit on the files and folders that a glob looks at."""
+
+    cachable = False
+
+    def __init__(self, bar: tqdm):
+        super().__init__()
+        self.bar = bar
+
+    def walk(self, path: str, *args: Any, **options: Any) -> Iterator[tuple[str, Any, Any]]:
+        for found, folders, files in super().walk(path, *args, **options):
+            self.bar.update(len(folders) + len(files))
+            if self.bar.n > MAX_FILES:
+                raise ValueError(f"{path} has more than {MAX_FILES:,} files and folders; name a deeper one")
+            yield found, folders, files
 
 
 def expand_braces(text: str) -> list[str]:
@@ -140,7 +193,10 @@ def _files_of_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
 def _listed_names(fs: fsspec.AbstractFileSystem, file: str, names_of: Callable[[Any], list]) -> list[str]:
     """Returns the file names listed in a file that ``datasets`` wrote."""
     try:
-        names = names_of(json.loads(fs.cat_file(file)))
+        if fs.size(file) > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON:,} bytes")
+        with open_stored(file if "file" in fs.protocol else fs.unstrip_protocol(file)) as f:
+            names = names_of(json.loads(f.read(LARGEST_JSON)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadRow(f"{file}: not in the format of `datasets` ({error!r}); save the data set again") from error
     if not names or not all(isinstance(name, str) for name in names):

@@ -7,19 +7,23 @@ Reading does not need the index files. A difference shows that a shard or its in
 """
 
 import hashlib
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from nomic_jax.data.formats.file_format import Scan
+from nomic_jax.data.formats.file_systems import file_system, open_stored
+from nomic_jax.data.formats.jsonl import decompressed
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.files.reading import LARGEST_JSON
 
 COUNTS, OFFSETS = "counts.json", "offsets.json.gz"
+LARGEST_ENTRY = 1 << 28  # characters of one shard's offsets: some 8 million rows
 CHARACTERS = 1 << 22  # read at once: the offsets of a source may be gigabytes
 _ENTRY = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*(\{[^{}]*\})')
 
@@ -44,14 +48,17 @@ def check_shards(files: Sequence[str], scans: Sequence[Scan]) -> None:
 
 
 def _exists(file: str) -> bool:
-    fs, path = fsspec.core.url_to_fs(file)
+    fs, path = file_system(file)
     return fs.exists(path)
 
 
 def _check_counts(file: str, shards: dict[str, tuple[str, Scan]]) -> None:
     try:
-        with fsspec.open(file, "rt", encoding="utf-8") as f:
-            content = json.load(f)
+        with open_stored(file) as stored:
+            text = stored.read(LARGEST_JSON + 1)
+            if len(text) > LARGEST_JSON:
+                raise ValueError(f"more than {LARGEST_JSON:,} bytes")
+            content = json.loads(text)
         counts = {name.rsplit("/", 1)[-1]: n for name, n in content.get("count_per_file", content).items()}
         if wrong := [n for name, n in counts.items() if type(n) is not int and name in shards]:
             raise ValueError(f"{wrong[0]!r} is not a number of rows")
@@ -90,7 +97,8 @@ def _read_offsets(file: str) -> Iterator[tuple[str, np.ndarray]]:
         return BadRow(f'{file}: not of the form {{"file": {{"0": [start, end]}}}} ({why}); make it again, or delete it')
 
     try:
-        with fsspec.open(file, "rt", encoding="utf-8", compression="infer") as f:
+        with open_stored(file) as stored, decompressed(file, stored) as raw:
+            f = io.TextIOWrapper(raw, encoding="utf-8")
             text = f.read(CHARACTERS).lstrip()
             if not text.startswith("{"):
                 raise broken("not an object")
@@ -100,6 +108,8 @@ def _read_offsets(file: str) -> Iterator[tuple[str, np.ndarray]]:
                 if entry is None:
                     more = f.read(CHARACTERS)
                     text, position = text[position:] + more, 0
+                    if len(text) > LARGEST_ENTRY:
+                        raise broken(f"an entry of more than {LARGEST_ENTRY:,} characters")
                     if more:
                         continue
                     if text.strip() != "}":
@@ -117,7 +127,7 @@ def _read_offsets(file: str) -> Iterator[tuple[str, np.ndarray]]:
 
 def _first_difference(shard: str, offsets: np.ndarray) -> str:
     at = row = 0
-    with fsspec.open(shard, "rb", compression="infer") as f:
+    with open_stored(shard) as stored, decompressed(shard, stored) as f:
         for line in f:
             start, at = at, at + len(line)
             if not line.strip():

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 
-import fsspec
 from tqdm import tqdm
 
 from nomic_jax.data.formats.file_format import Mark, Scan
+from nomic_jax.data.formats.file_systems import file_system
 from nomic_jax.data.formats.reading import scan_file
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.files.writing import atomic_file
@@ -94,7 +94,7 @@ class _ScanCache:
 
 def _version(file: str) -> str | None:
     """Returns a text that identifies the file's current version; None if the file system reports no version."""
-    fs, path = fsspec.core.url_to_fs(file)
+    fs, path = file_system(file)
     if "file" in fs.protocol:
         status = os.stat(path)
         found: list = [status.st_size, status.st_mtime_ns, status.st_ino]

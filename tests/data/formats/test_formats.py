@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from nomic_jax.data.formats import file_systems
 from nomic_jax.data.formats.file_format import Mark
 from nomic_jax.data.formats.paths import expand_braces, expand_files
 from nomic_jax.data.formats.reading import Rows, open_file, read_rows
@@ -253,7 +254,10 @@ def test_a_data_set_that_cannot_be_reached_is_named_at_once(monkeypatch):
         expand_files("hf:nobody/nothing")
 
 
-def test_a_remote_file_system_that_is_not_there():
+def test_a_remote_file_system_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(file_systems, "_allowed", set(file_systems.PROTOCOLS))
+    file_systems.allow_protocols(["missing", "unreachable"])
+
     class Unreachable(fsspec.AbstractFileSystem):
         protocol = "unreachable"
 

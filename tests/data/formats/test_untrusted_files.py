@@ -1,16 +1,25 @@
 """Files from an untrusted source: no code runs, nothing outside is read, and work is bounded."""
 
+import bz2
+import gzip
 import itertools
 import json
+import lzma
+import os
 import time
+import tracemalloc
+import zipfile
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from nomic_jax.curate.clean.cleaning import CleaningOptions, clean_rows
+from nomic_jax.data.formats import file_systems, paths
+from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows, scan_file
-from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
 from nomic_jax.data.formats.writing import json_line
 from nomic_jax.data.mixture import MixtureError, read_mixture
 
@@ -108,3 +117,166 @@ def test_yaml_takes_linear_time_and_bounded_memory(tmp_path):
     merges = "".join(f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 10)}]}}\n" for i in range(12))
     with pytest.raises(MixtureError, match="merge keys expand to more than"):
         read_mixture(mixture(tmp_path, "a0: &a0 {k: 1}\n" + merges), "pair")
+
+
+URLS = [
+    "reference://x.jsonl",
+    "reference::x.json",
+    "simplecache::reference://x.jsonl",
+    "zip://a.jsonl::s3://bucket/x.zip",
+    "sftp://host/x.jsonl",
+    "github://x:y@main/x.jsonl",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_only_known_file_systems_are_opened(tmp_path, url, monkeypatch):
+    opened = []
+    monkeypatch.setattr(file_systems.fsspec.core, "url_to_fs", lambda name: opened.append(name))
+    (source,) = read_mixture(mixture(tmp_path, SOURCE.replace("a.jsonl", f'"{url}"') % "rows: 1"), "pair")
+    for name in (url, source.files):
+        if "://" in url or name == url:
+            with pytest.raises(ValueError, match=r"is not allowed, .* add --allow_protocols="):
+                expand_files(name)
+        else:  # relative to the YAML, so a path
+            with pytest.raises(FileNotFoundError):
+                expand_files(name)
+    assert not opened
+
+
+def test_a_flag_allows_further_file_systems(monkeypatch):
+    monkeypatch.setattr(file_systems, "_allowed", set(file_systems.PROTOCOLS))
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/chained/x.jsonl", b'{"text": "a"}\n')
+    assert list(read_rows("memory://chained/x.jsonl", {"text": str})) == [{"text": "a"}]
+    with pytest.raises(ValueError, match="'simplecache' is not allowed"):
+        expand_files("simplecache::memory://chained/x.jsonl")
+    file_systems.allow_protocols(["simplecache"])
+    assert expand_files("simplecache::memory://chained/x.jsonl")
+
+
+def write(file, text):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+
+
+NAMES = ["q[1]", "a {b,c}", "{1..3}", "wh?t", "st*r", "a::b", "reference::x", "s3:", "hf:x", "~", "ü €"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_that_exists_is_that_path(tmp_path, name, monkeypatch):
+    """``q[1]`` as a pattern is ``q1``; each of these names is that of a file, of its folder, and of both."""
+    for other in ("q1", "a b", "a c", "1", "2", "what", "star", "a", "b", "x"):
+        write(tmp_path / other / "p.jsonl", "another folder")
+        write(tmp_path / f"{other}.jsonl", "another file")
+    write(tmp_path / name / "p.jsonl", "right")
+    write(tmp_path / f"{name}.jsonl", "right")
+    write(tmp_path / name / f"{name}.jsonl", "right")
+
+    def texts(pattern):
+        return [row["text"] for row in read_rows(pattern, {"text": str})]
+
+    assert texts(tmp_path / name / "p.jsonl") == texts(tmp_path / f"{name}.jsonl") == ["right"]
+    assert texts(tmp_path / name / "*.jsonl") == texts(tmp_path / name) == ["right", "right"]
+    # What the program puts together: the folder of the YAML, and a bucket in it.
+    folder = tmp_path / name
+    objective = "objective: {type: self, columns: [text]}"
+    (folder / "texts.yaml").write_text(f"datasets:\n- {{name: a, bucket: '*.jsonl', {objective}}}\n")
+    (source,) = read_mixture(str(folder / "texts.yaml"), "text")
+    assert texts(source.files) == ["right", "right"]
+    monkeypatch.chdir(tmp_path)
+    assert texts(f"{name}/p.jsonl") == texts(f"{name}.jsonl") == ["right"]
+
+
+def test_a_pattern_is_still_a_pattern(tmp_path):
+    for name in ("q1", "q2", "q3"):
+        write(tmp_path / name / "p.jsonl", name)
+    expected = {"q[12]": "12", "q?": "123", "q{1..2}": "12", "q{1,3}": "13", "*": "123", "**": "123"}
+    for pattern, names in expected.items():
+        found = expand_files(f"{tmp_path}/{pattern}/p.jsonl")
+        assert found == [f"{tmp_path}/q{i}/p.jsonl" for i in names]
+    # A folder of the pattern's own name holds no such file: nothing of another folder is read in its place.
+    (tmp_path / "q[12]").mkdir()
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        expand_files(f"{tmp_path}/q[12]/p.jsonl")
+
+
+def test_a_glob_does_not_search_a_whole_disk(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"/\*\*/\*\.jsonl would search the whole disk; name a folder"):
+        expand_files("/**/*.jsonl")
+    for i in range(30):
+        write(tmp_path / f"{i % 3}" / f"{i}.jsonl", "a")
+    assert len(expand_files(f"{tmp_path}/**/*.jsonl")) == 30
+    monkeypatch.setattr(paths, "MAX_FILES", 20)
+    with pytest.raises(ValueError, match="has more than 20 files and folders; name a deeper one"):
+        expand_files(f"{tmp_path}/**/*.jsonl")
+
+
+def test_naming_many_files_twice_takes_linear_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "_existing", lambda fs, names: set(names))
+    monkeypatch.setattr(paths.LocalFileSystem, "isdir", lambda *_: False)
+    started = time.process_time()
+    with pytest.raises(ValueError, match="is named twice"):
+        expand_files(f"{tmp_path}/{{0..30000}}.{{jsonl,jsonl}}")
+    assert time.process_time() - started < 3
+
+
+def special_files(folder):
+    os.mkfifo(folder / "pipe.jsonl")
+    os.mkfifo(folder / "pipe.parquet")
+    os.mkfifo(folder / "pipe.arrow")
+    (folder / "zero.jsonl").symlink_to("/dev/zero")
+    (folder / "zero.arrow").symlink_to("/dev/zero")
+    (folder / "null.parquet").symlink_to("/dev/null")
+    return ["pipe.jsonl", "pipe.parquet", "pipe.arrow", "zero.jsonl", "zero.arrow", "null.parquet"]
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    for name in special_files(tmp_path):
+        file = str(tmp_path / name)
+        with pytest.raises(BadRow, match=r"is not a regular file but a (named pipe|device)"):
+            list(read_rows(file, {"text": str}))
+        assert "is not a regular file" in scan_file(file, {"text": str}, (), 1 << 20).broken
+    write(tmp_path / "good.jsonl", "a")
+    rejected = RejectedRows(tmp_path / "rejected")
+    assert len(list(read_rows(tmp_path, {"text": str}, on_bad_row="skip", rejected=rejected))) == 1
+    assert rejected.count == 6
+
+
+def test_other_archives_and_pointers_are_named(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 1234\n"
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(BadRow, match=rf"{name}: is a Git LFS pointer, not the file; run git lfs pull"):
+            list(read_rows(tmp_path / name, {"text": str}))
+    with zipfile.ZipFile(tmp_path / "good.zip", "w") as f:
+        f.writestr("a.jsonl", '{"text": "a"}\n')
+    (tmp_path / "bad.jsonl.zip").write_text("no archive")
+    (tmp_path / "x.jsonl.lz4").write_text("no archive")
+    for name in ("good.zip", "bad.jsonl.zip"):
+        for read in (lambda file: list(read_rows(file, {"text": str})), lambda file: fail(scan_file(file, {}, (), 1))):
+            with pytest.raises(BadRow, match=rf"{name}: this compression is not read; unpack it"):
+                read(str(tmp_path / name))
+
+
+def fail(scan):
+    if scan.broken:
+        raise BadRow(scan.broken)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz"])
+def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path, suffix, monkeypatch):
+    compress = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    file = tmp_path / f"rows.jsonl{suffix}"
+    file.write_bytes(compress(b'{"text": "a"}\n{"text": "' + b" " * (40 << 20) + b'b"}\n{"text": "c"}\n'))
+    columns = {"text": str}
+    assert len(list(read_rows(file, columns))) == 3
+    monkeypatch.setenv("NOMIC_JAX_MAX_ROW_MIB", "2")
+    tracemalloc.start()
+    try:
+        for read in (lambda: list(read_rows(file, columns)), lambda: fail(scan_file(str(file), columns, (), 1 << 20))):
+            with pytest.raises(BadRow, match=r"rows\.jsonl.*:2: is larger than 2 MiB; set --max_row_mib"):
+                read()
+        assert tracemalloc.get_traced_memory()[1] < 30 << 20
+    finally:
+        tracemalloc.stop()
