@@ -4,14 +4,17 @@ import functools
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, sha256_of_file
+from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, sha256_of_file, unreadable_as_bad_row
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
+from nomic_jax.files.reading import FileRefused, check_regular, read_json
 
 ROWS_AT_ONCE = 1024  # decoded in one call
+_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 
 
 class ArrayRecordRows(FileRows):
@@ -29,6 +32,8 @@ class ArrayRecordRows(FileRows):
     def _records(self) -> Any:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        with unreadable_as_bad_row(self.file):
+            check_regular(self.file)
         try:
             return ArrayRecordDataSource([self.file])
         except (ValueError, OSError, RuntimeError) as error:
@@ -77,10 +82,36 @@ def is_array_record(file: str) -> bool:
 def _features(directory: str) -> Any:
     import tensorflow_datasets as tfds
 
+    file = Path(directory) / "features.json"
     try:
-        return tfds.features.FeaturesDict.from_config(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadRow(f"{directory}/features.json: cannot be read ({error}); prepare the data set again") from error
+        content = read_features(file)
+    except (OSError, FileRefused) as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise BadRow(f"{file}: cannot be read ({reason}); prepare the data set again") from error
+    try:
+        return tfds.features.FeatureConnector.from_json(content)
+    except Exception as error:  # protobuf raises several types
+        raise BadRow(f"{file}: cannot be used ({error}); prepare the data set again") from error
+
+
+def read_features(file: Path) -> Any:
+    """Returns the content of a features.json.
+
+    Raises:
+      FileRefused, OSError: it cannot be read, or is a link out of its folder.
+      BadRow: it names a class of another package, which TensorFlow Datasets would import.
+    """
+    content = read_json(file, within=file.parent)
+    pending = [content]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            named = (value.get(key) for key in ("pythonClassName", "python_class_name", "type"))
+            if foreign := [x for x in named if isinstance(x, str) and "." in x and not _CLASS.fullmatch(x)]:
+                raise BadRow(f"{file} names the class {foreign[0]!r}, which is not part of tensorflow_datasets")
+        if isinstance(value, dict | list):
+            pending += value.values() if isinstance(value, dict) else value
+    return content
 
 
 def _python_value(value: Any) -> Any:

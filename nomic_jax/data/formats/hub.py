@@ -13,15 +13,16 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from nomic_jax.data.formats.array_record import ArrayRecordRows, is_array_record
+from nomic_jax.data.formats.array_record import ArrayRecordRows, is_array_record, read_features
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.files.folders import walk_files
+from nomic_jax.files.reading import FileRefused
 
 PREFIXES = ("hf:", "tfds:")
 # The hub's own conversion of data sets whose authors wrote a loading script; `datasets` no longer runs scripts.
 CONVERTED = "refs/convert/parquet"
 # NAMESPACE:NAME is rejected: TensorFlow Datasets would download and execute third-party code.
 _TFDS_NAME = re.compile(r"\w+(/[\w.+=-]+)?(:[\d.*]+)?")
-_TFDS_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 
 
 def is_dataset_name(pattern: str) -> bool:
@@ -106,19 +107,20 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
         raise ModuleNotFoundError(f"{name}: needs pip install tensorflow-datasets importlib_resources") from error
     if not _TFDS_NAME.fullmatch(path):
         raise ValueError(f"{name}: not the name of a prepared data set; write tfds:NAME[/CONFIG][:VERSION]")
-    folder = Path(options.get("data_dir") or "~/tensorflow_datasets").expanduser()
-    _check_features(folder / re.split("[/:]", path)[0], name)
+    data_dir = Path(options.get("data_dir") or tfds.core.constants.DATA_DIR).expanduser()
+    # The folder may be a link: its place is the user's choice. What is in it is the author's.
+    folder = (data_dir / re.split("[/:]", path)[0]).resolve()
+    if folder.is_dir():
+        _check_features(folder, name)
     try:
-        source: Any = tfds.data_source(path, split=options["split"], data_dir=options.get("data_dir"), download=False)
+        source: Any = tfds.data_source(path, split=options["split"], data_dir=str(data_dir), download=False)
         instructions = file_instructions(source.dataset_info, options["split"])
     except json.JSONDecodeError as error:
-        raise BadRow(
-            f"{name}: features.json or dataset_info.json of the prepared data set is broken ({error}); prepare it again"
-        ) from error
+        raise _broken(name, error) from error
     except (ImportError, AssertionError, NotImplementedError, OSError, ValueError) as error:
         # If the data set is not prepared, the error is a long request to install TensorFlow.
         raise FileNotFoundError(
-            f"{name}: {_first_line(error)} (looked for it in {options.get('data_dir') or '~/tensorflow_datasets'}; "
+            f"{name}: {_first_line(error)} (looked for it in {data_dir}; "
             f'it must be prepared there, with file_format="array_record" or "parquet")'
         ) from error
     files = [os.fspath(instruction.filename) for instruction in instructions]
@@ -129,21 +131,28 @@ def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
     return files
 
 
+def _broken(name: str, error: Exception) -> BadRow:
+    return BadRow(
+        f"{name}: features.json or dataset_info.json of the prepared data set is broken ({error}); prepare it again"
+    )
+
+
 def _check_features(folder: Path, name: str) -> None:
-    """Raises BadRow if features.json names a class of another package, which TensorFlow Datasets would import."""
-    for file in folder.rglob("features.json"):
-        classes: list[str] = []
+    """Checks everything that TensorFlow Datasets may open below the folder of a data set.
 
-        def note(content: dict[str, Any], classes: list[str] = classes) -> None:
-            named = (content.get(key) for key in ("pythonClassName", "python_class_name", "type"))
-            classes.extend(x for x in named if isinstance(x, str) and "." in x)
-
-        try:
-            json.loads(file.read_bytes(), object_hook=note)
-        except ValueError:
-            continue  # reported when the data set is opened
-        if foreign := [x for x in classes if not _TFDS_CLASS.fullmatch(x)]:
-            raise BadRow(f"{name}: {file} names the class {foreign[0]!r}, which is not part of tensorflow_datasets")
+    Raises:
+      BadRow: a features.json cannot be used; see ``read_features``. Something below the folder is a link or no file.
+    """
+    try:
+        files = list(walk_files(folder))
+    except FileRefused as error:
+        raise BadRow(f"{name}: {error}") from error
+    for file in files:
+        if file.name == "features.json":
+            try:
+                read_features(folder / file)
+            except (OSError, FileRefused) as error:
+                raise _broken(name, error) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import itertools
 import json
 import lzma
 import os
+import shutil
 import time
 import tracemalloc
 import zipfile
@@ -17,11 +18,13 @@ import pytest
 
 from nomic_jax.curate.clean.cleaning import CleaningOptions, clean_rows
 from nomic_jax.data.formats import file_systems, paths
+from nomic_jax.data.formats.array_record import _features
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows, scan_file
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
 from nomic_jax.data.formats.writing import json_line
 from nomic_jax.data.mixture import MixtureError, read_mixture
+from tests.data.formats.test_formats import write_tfds
 
 
 def clean(file, output, **options):
@@ -280,3 +283,62 @@ def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path, suffix, 
         assert tracemalloc.get_traced_memory()[1] < 30 << 20
     finally:
         tracemalloc.stop()
+
+
+FOREIGN = json.dumps({"pythonClassName": "planted_module.Feature", "text": {}})
+
+
+def versions(folder):
+    """Returns the folder of a prepared data set's version, and a folder outside with hostile features."""
+    name = write_tfds(folder / "data", [{"query": "a", "document": "b"}] * 4, negatives=False)
+    version = folder / "data" / "toy" / "pairs" / "1.0.0"
+    shutil.copytree(version, folder / "outside")
+    (folder / "outside" / "features.json").write_text(FOREIGN)
+    (folder / "planted_module.py").write_text("raise SystemExit('code ran')")
+    return name, version, folder / "outside"
+
+
+def link_version(version, outside):
+    shutil.rmtree(version)
+    version.symlink_to(outside)
+
+
+def link_features(version, outside):
+    (version / "features.json").unlink()
+    (version / "features.json").symlink_to(outside / "features.json")
+
+
+def name_class(version, outside):
+    (version / "features.json").write_text(FOREIGN)
+
+
+def pipe_features(version, outside):
+    (version / "features.json").unlink()
+    os.mkfifo(version / "features.json")
+
+
+@pytest.mark.parametrize("plant", [link_version, link_features, name_class, pipe_features])
+def test_a_tfds_folder_imports_no_class_of_another_package(tmp_path, plant, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    name, version, outside = versions(tmp_path)
+    assert len(list(read_rows(name, {"query": str}, others=()))) == 4
+    _features.cache_clear()
+    plant(version, outside)
+    with pytest.raises(BadRow, match=r"is a link|is a named pipe|names the class 'planted_module\.Feature'"):
+        list(read_rows(name, {"query": str}, others=()))
+    # A shard that is named directly reads the features.json beside it.
+    shard = str(version / "toy-train.array_record-00000-of-00002")
+    with pytest.raises(BadRow, match=r"is a link|not a regular file|names the class 'planted_module\.Feature'"):
+        list(read_rows(shard, {"query": str}, others=()))
+
+
+def test_a_tfds_folder_may_itself_be_a_link(tmp_path):
+    """The user chooses where data lie."""
+    name, _, _ = versions(tmp_path)
+    (tmp_path / "data" / "toy").rename(tmp_path / "elsewhere")
+    (tmp_path / "data" / "toy").symlink_to(tmp_path / "elsewhere")
+    assert len(list(read_rows(name, {"query": str}, others=()))) == 4
+    (tmp_path / "data" / "toy" / "pairs" / "1.0.0" / "toy-train.array_record-00000-of-00002").unlink()
+    os.mkfifo(tmp_path / "elsewhere" / "pairs" / "1.0.0" / "toy-train.array_record-00000-of-00002")
+    with pytest.raises(BadRow, match="is a named pipe"):
+        list(read_rows(name, {"query": str}, others=()))
