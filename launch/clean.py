@@ -25,6 +25,7 @@ def main(argv: list[str]) -> None:
         min_chars=FLAGS.min_chars,
         exact=FLAGS.exact,
         near=FLAGS.near,
+        near_columns=tuple(FLAGS.near_columns),
         ngram=FLAGS.ngram,
         remove_contaminated=FLAGS.remove_contaminated,
     )
@@ -62,8 +63,11 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "near",
         None,
-        "Remove near-duplicates: rows whose texts have at least this Jaccard similarity of word 3-grams to those of an "
-        "earlier row, such as 0.8. [off]",
+        "Remove near-duplicates: rows where each text has at least this Jaccard similarity of word 3-grams to that of "
+        "an earlier row, such as 0.8. [off]",
+    )
+    flags.DEFINE_list(
+        "near_columns", [], "Columns that --near compares; other columns may differ, such as questions. [--columns]"
     )
     flags.DEFINE_multi_string(
         "evaluation",

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nomic_jax.curate.clean.contamination import NGRAM, Contamination, EvaluationTexts
-from nomic_jax.curate.clean.duplicates import NearDuplicates
+from nomic_jax.curate.clean.duplicates import WORK_FILES, Near, NearDuplicates
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.row_blocks import no_usable_row
 from nomic_jax.curate.engine.text_store import text_key
@@ -25,7 +25,7 @@ from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.writing import atomic_file, write_json
 
 ROWS_AT_ONCE = 1024
-OUTPUTS = {"kept.jsonl", "removed.jsonl", "rejected.jsonl", "summary.json", "report.md", ".texts.part"}
+OUTPUTS = {"kept.jsonl", "removed.jsonl", "rejected.jsonl", "summary.json", "report.md", *WORK_FILES}
 REASONS = ("empty", "short", "exact duplicate", "near duplicate", "contaminated")
 
 
@@ -37,8 +37,9 @@ class CleaningOptions:
       min_words, min_chars: remove a row if one of its texts has fewer. A row with an empty text is always removed.
       exact: remove a row if all its texts equal those of an earlier row, ignoring surrounding whitespace and the
         difference between composed and decomposed characters (NFC, NFD).
-      near: remove a row if the similarity of its texts, joined, to those of an earlier kept row is at least this (see
+      near: remove a row if the similarity of each of its texts to that of an earlier kept row is at least this (see
         ``NearDuplicates``); None disables this step.
+      near_columns: the columns whose texts have to be similar; () for all columns with texts.
       ngram: number of words in a run shared with an evaluation text that counts as an overlap (see ``Contamination``).
       remove_contaminated: remove rows that overlap with the "queries" of a task, with "any" text of it, or "none".
         Overlaps are counted in every case.
@@ -48,6 +49,7 @@ class CleaningOptions:
     min_chars: int = 0
     exact: bool = True
     near: float | None = None
+    near_columns: tuple[str, ...] = ()
     ngram: int = NGRAM
     remove_contaminated: str = "none"
 
@@ -87,6 +89,9 @@ def clean_rows(
       ValueError: there is no usable row.
     """
     output = Path(output)
+    near_columns = options.near_columns or tuple(columns)
+    if unknown := [name for name in near_columns if name not in columns]:
+        raise ValueError(f"near_columns names {unknown[0]!r}; the columns with texts are {', '.join(columns)}")
     check_only(output, OUTPUTS.__contains__, "launch.clean")
     with exclusive_lock(output / ".lock"):
         (output / "summary.json").unlink(missing_ok=True)
@@ -103,7 +108,10 @@ def clean_rows(
                     yield row
                     continue
                 counts[reason] += 1
-                samples[reason].add((number, str(of), *(row[column] for column in columns)))
+                texts = [row[column] for column in columns]
+                if isinstance(of, Near):
+                    texts, of = texts + of.texts, of.row
+                samples[reason].add((number, str(of), *texts))
                 line = {"row": number, "reason": reason, "of": of, "removed": row}
                 removed_file.write(json_line(line))
 
@@ -150,7 +158,7 @@ def _judge(
     """Yields (number, row, reason for its removal or "", the row or tasks that it repeats) for every row."""
     judged = _drop_short_and_equal(enumerate(rows), columns, options)
     if options.near is not None:
-        judged = _drop_near(judged, columns, options.near, output / ".texts.part")
+        judged = _drop_near(judged, options.near_columns or columns, options.near, output)
     for number, row, reason, of in judged:
         if not reason:
             overlaps = contamination.check((row[column] for column in columns), number)
@@ -179,11 +187,11 @@ def _drop_short_and_equal(
         yield number, row, reason, of
 
 
-def _drop_near(judged: Iterator[Judged], columns: Sequence[str], threshold: float, file: Path) -> Iterator[Judged]:
-    with NearDuplicates(threshold, file) as seen:
+def _drop_near(judged: Iterator[Judged], columns: Sequence[str], threshold: float, output: Path) -> Iterator[Judged]:
+    with NearDuplicates(threshold, output) as seen:
         while batch := list(itertools.islice(judged, ROWS_AT_ONCE)):
             candidates = [(number, row) for number, row, reason, _ in batch if not reason]
-            texts = ["\n".join(row[column] for column in columns) for _, row in candidates]
+            texts = [[row[column] for column in columns] for _, row in candidates]
             found = dict(
                 zip((number for number, _ in candidates), seen.check(texts, [number for number, _ in candidates]))
             )
@@ -211,5 +219,7 @@ def _report(files: str, columns: Sequence[str], summary: dict[str, Any], samples
         )
     for reason, sample in samples.items():
         if sample.items:
-            text += f"## Removed as {reason}, a sample\n\n{table(('row', 'of', *columns), sorted(sample.items))}\n"
+            compared = (summary["options"]["near_columns"] or columns) if reason == "near duplicate" else ()
+            names = ["row", "of", *columns, *(f"{column} of the kept row" for column in compared)]
+            text += f"## Removed as {reason}, a sample\n\n{table(names, sorted(sample.items))}\n"
     return text

@@ -1,24 +1,46 @@
-"""Near-duplicates: MinHash and locality-sensitive hashing by rensa, with an exact Jaccard check of every candidate."""
+"""Near-duplicates: MinHash by rensa and locality-sensitive hashing, with an exact Jaccard check of the candidates."""
 
+import itertools
 import math
+import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
-from nomic_jax.data.words import word_ngrams, words_of
-from nomic_jax.files.writing import open_new
+import numpy as np
+
+from nomic_jax.data.words import text_form, word_ngrams, words_of
+from nomic_jax.files.writing import named_errors, open_new
 
 SHINGLE = 3  # words; one changed word in 30 leaves a similarity of 0.8
 CERTAINTY = 0.99  # probability of finding a pair at the threshold
 MOST_PERMUTATIONS = 128
+MOST_IN_BUCKET = 64
+WORK_FILES = (".texts.part", ".runs.part")
+MOST_COMPARED = 128
+
+
+class Near(NamedTuple):
+    """A kept near-duplicate: the number of its row and its texts."""
+
+    row: int
+    texts: list[str]
 
 
 class NearDuplicates:
-    """The texts kept so far, which are searched for near-duplicates of new texts.
+    """The rows kept so far, which are searched for near-duplicates of new rows.
 
-    Similarity is the Jaccard index of the sets of SHINGLE-word runs. Memory holds about 2 KB per text (for a threshold
-    of 0.8). The texts themselves are in ``file``, which is deleted at the end.
+    The similarity of two texts is the Jaccard index of their sets of SHINGLE-word runs. Two rows are near-duplicates if
+    the texts of every column are at least as similar as the threshold. Texts without words must be equal.
+
+    Work on a row is bounded, so that rows made from one template do not take quadratic time: a bucket of the hash
+    tables holds the first MOST_IN_BUCKET rows, and of all candidates the MOST_COMPARED with the most similar signatures
+    are compared. A pair at the threshold is found with CERTAINTY, less often among thousands of rows of one template.
+
+    Memory holds about 2 KB per row (for a threshold of 0.8). Texts and runs are in WORK_FILES in ``folder``, which are
+    deleted at the end.
 
     Args:
       threshold: the minimum similarity of near-duplicates, above 0 and at most 1.
@@ -27,7 +49,7 @@ class NearDuplicates:
       ModuleNotFoundError: rensa is not installed.
     """
 
-    def __init__(self, threshold: float, file: Path):
+    def __init__(self, threshold: float, folder: Path):
         try:
             import rensa
         except ModuleNotFoundError as error:
@@ -35,12 +57,12 @@ class NearDuplicates:
         if not 0 < threshold <= 1:
             raise ValueError(f"the threshold of near-duplicates is {threshold}; write a similarity such as 0.8")
         self.threshold = threshold
-        bands, rows = bands_and_rows(threshold)
-        self.permutations = bands * rows
-        self._signatures = rensa.RMinHash.from_token_sets
-        self._lsh = rensa.RMinHashLSH(threshold, self.permutations, bands)
-        self._texts, self._path = open_new(file), file
-        self._ends, self._rows = array("q"), array("q")
+        self._bands, self._rows_per_band = bands_and_rows(threshold)
+        self._digests = rensa.RMinHash.digests_from_token_sets
+        self._buckets: dict[int, int | list[int]] = {}
+        self._signatures = np.empty((1024, self._bands * self._rows_per_band), np.uint32)
+        self._rows = array("q")
+        self._texts, self._runs = (_Records(folder / name) for name in WORK_FILES)
 
     def __enter__(self) -> "NearDuplicates":
         return self
@@ -49,33 +71,128 @@ class NearDuplicates:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._texts.close()
-        self._path.unlink(missing_ok=True)
+        self._runs.close()
 
-    def check(self, texts: Sequence[str], rows: Sequence[int]) -> list[int | None]:
-        """Returns for each text the row of a kept near-duplicate. If there is none, returns None and keeps the text."""
-        shingles = [word_ngrams(words_of(text), SHINGLE) for text in texts]
-        signatures = self._signatures(shingles, self.permutations, 0)
-        return [self._check(*arguments) for arguments in zip(texts, rows, map(frozenset, shingles), signatures)]
+    def check(self, texts: Sequence[Sequence[str]], rows: Sequence[int]) -> list[Near | None]:
+        """Returns for each row a kept near-duplicate. If there is none, returns None and keeps the row.
 
-    def _check(self, text: str, row: int, shingles: frozenset[str], signature) -> int | None:
-        if not shingles:  # no words, for example only a smiley: nothing to compare
+        Args:
+          texts: for each row, the texts of its columns.
+        """
+        runs = [[word_ngrams(words_of(text), SHINGLE) for text in own] for own in texts]
+        # Runs of several columns are one set. Where each column is at least as similar as the threshold, so is the set.
+        sets = [
+            own[0] if len(own) == 1 else [f"{column} {run}" for column, found in enumerate(own) for run in found]
+            for own in runs
+        ]
+        signatures = np.array(self._digests(sets, self._signatures.shape[1], 0), np.uint32)
+        signatures = signatures.reshape(len(texts), self._signatures.shape[1])
+        keys = self._keys(signatures)
+        hashes = [[np.unique(np.array([hash(run) for run in found], np.int64)) for found in own] for own in runs]
+        return [self._check(*arguments) for arguments in zip(texts, rows, hashes, signatures, keys)]
+
+    def _keys(self, signatures: np.ndarray) -> list[list[int]]:
+        """Returns a number for each band of each signature, which is equal for equal bands."""
+        bands = signatures.reshape(len(signatures), self._bands, self._rows_per_band).astype(np.uint64)
+        keys = np.tile(np.arange(1, self._bands + 1, dtype=np.uint64), (len(signatures), 1))
+        for i in range(self._rows_per_band):
+            keys = (keys ^ bands[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
+            keys ^= keys >> np.uint64(29)
+        return keys.tolist()
+
+    def _check(
+        self, texts: Sequence[str], row: int, runs: list[np.ndarray], signature: np.ndarray, keys: list[int]
+    ) -> Near | None:
+        if not any(map(len, runs)):  # no words, for example only a smiley: nothing to compare
             return None
-        for candidate in sorted(self._lsh.query(signature)):
-            other = frozenset(word_ngrams(words_of(self._read(candidate)), SHINGLE))
-            shared = len(shingles & other)
-            if shared >= self.threshold * (len(shingles) + len(other) - shared):
-                return self._rows[candidate]
-        self._lsh.insert(len(self._ends), signature)
-        self._texts.seek(0, 2)
-        self._texts.write(text.encode())
-        self._ends.append(self._texts.tell())
+        if candidates := self._candidates(signature, keys):
+            first = self._first_near(texts, runs, candidates)
+            if first is not None:
+                return Near(self._rows[first], self._texts_of(first))
+        number = len(self._rows)
+        for key in keys:
+            held = self._buckets.get(key)
+            if held is None:
+                self._buckets[key] = number
+            elif isinstance(held, int):
+                self._buckets[key] = [held, number]
+            elif len(held) < MOST_IN_BUCKET:
+                held.append(number)
+        if number == len(self._signatures):
+            self._signatures = np.concatenate([self._signatures, np.empty_like(self._signatures)])
+        self._signatures[number] = signature
+        self._texts.add([text.encode("utf-8", "surrogatepass") for text in texts])
+        self._runs.add([found.tobytes() for found in runs])
         self._rows.append(row)
         return None
 
-    def _read(self, number: int) -> str:
-        start = self._ends[number - 1] if number else 0
-        self._texts.seek(start)
-        return self._texts.read(self._ends[number] - start).decode()
+    def _candidates(self, signature: np.ndarray, keys: list[int]) -> list[int]:
+        found: set[int] = set()
+        for key in keys:
+            held = self._buckets.get(key)
+            if isinstance(held, int):
+                found.add(held)
+            elif held:
+                found.update(held)
+        if len(found) <= MOST_COMPARED:
+            return sorted(found)
+        numbers = np.array(sorted(found))
+        agreeing = (self._signatures[numbers] == signature).sum(axis=1)
+        return sorted(numbers[np.argsort(-agreeing, kind="stable")[:MOST_COMPARED]].tolist())
+
+    def _first_near(self, texts: Sequence[str], runs: list[np.ndarray], candidates: list[int]) -> int | None:
+        """Returns the first of the candidates that is a near-duplicate."""
+        found = [self._runs[candidate] for candidate in candidates]
+        is_near = np.ones(len(candidates), bool)
+        for column, own in enumerate(runs):
+            others = [np.frombuffer(candidate[column], np.int64) for candidate in found]
+            size = np.array([len(other) for other in others])
+            shared = _shared(own, others)
+            is_near &= shared >= self.threshold * (len(own) + size - shared)
+            if not len(own):
+                for i in np.flatnonzero(is_near):
+                    is_near[i] = text_form(texts[column]) == text_form(self._texts_of(candidates[i])[column])
+        return candidates[int(is_near.argmax())] if is_near.any() else None
+
+    def _texts_of(self, candidate: int) -> list[str]:
+        return [text.decode("utf-8", "surrogatepass") for text in self._texts[candidate]]
+
+
+def _shared(own: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+    """Returns how many values each set has in common with ``own``. The sets are sorted arrays."""
+    if not len(own):
+        return np.zeros(len(others), np.int64)
+    joined = np.concatenate(others)
+    is_shared = own[np.minimum(np.searchsorted(own, joined), len(own) - 1)] == joined
+    ends = np.cumsum([0, *map(len, others)])
+    return np.diff(np.concatenate([[0], np.cumsum(is_shared)])[ends])
+
+
+class _Records:
+    """Lists of bytes in a file, read by number. All lists have the same length. The file is deleted on ``close``."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, open_new(path)
+        self._ends = array("q", [0])
+        self._length = 1
+
+    def add(self, values: list[bytes]) -> None:
+        self._length = len(values)
+        with named_errors(self._path):
+            self._file.write(b"".join(values))
+        for value in values:
+            self._ends.append(self._ends[-1] + len(value))
+
+    def __getitem__(self, number: int) -> list[bytes]:
+        ends = self._ends[number * self._length : (number + 1) * self._length + 1]
+        with named_errors(self._path):
+            self._file.flush()
+        content = os.pread(self._file.fileno(), ends[-1] - ends[0], ends[0])
+        return [content[start - ends[0] : end - ends[0]] for start, end in itertools.pairwise(ends)]
+
+    def close(self) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
 
 
 def bands_and_rows(threshold: float) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Cleaning against brute force, which compares every pair of rows and searches for every n-gram in every text."""
 
 import json
+import math
 import random
 import re
 import unicodedata
@@ -9,7 +10,7 @@ import pytest
 
 from nomic_jax.curate.clean.cleaning import REASONS, CleaningOptions, clean_rows
 from nomic_jax.curate.clean.contamination import EvaluationTexts
-from nomic_jax.curate.clean.duplicates import bands_and_rows
+from nomic_jax.curate.clean.duplicates import MOST_COMPARED, NearDuplicates, bands_and_rows
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows
 
@@ -51,6 +52,11 @@ def make_rows(seed: int, count: int = 300) -> list[dict]:
     return rows
 
 
+def runs(text: str) -> set[tuple]:
+    words = text.split()
+    return {tuple(words[i : i + 3]) for i in range(len(words) - 2)} or {tuple(words)}
+
+
 def brute_force(rows: list[dict], options: CleaningOptions) -> list[tuple[str, int | None]]:
     """Returns (reason of removal, number of the row that it repeats) for each row."""
     result: list[tuple[str, int | None]] = []
@@ -68,9 +74,12 @@ def brute_force(rows: list[dict], options: CleaningOptions) -> list[tuple[str, i
             continue
         first_of[tuple(texts)] = number
         if options.near is not None:
-            words = " ".join(texts).split()
-            grams = {tuple(words[i : i + 3]) for i in range(len(words) - 2)} or {tuple(words)}
-            similar = [n for n, other in stayed.items() if len(grams & other) >= options.near * len(grams | other)]
+            grams = [runs(row[column]) for column in options.near_columns or COLUMNS]
+            similar = [
+                n
+                for n, others in stayed.items()
+                if all(len(own & other) >= options.near * len(own | other) for own, other in zip(grams, others))
+            ]
             if similar:
                 result.append(("near duplicate", similar[0]))
                 continue
@@ -87,6 +96,7 @@ def brute_force(rows: list[dict], options: CleaningOptions) -> list[tuple[str, i
         CleaningOptions(min_words=2, min_chars=7),
         CleaningOptions(near=0.7, min_words=2),
         CleaningOptions(near=0.9, exact=False),
+        CleaningOptions(near=0.7, near_columns=("document",)),
     ],
 )
 def test_each_step_is_brute_force(tmp_path, options):
@@ -114,6 +124,83 @@ def test_the_same_bytes_at_every_run(tmp_path):
     for file in ("kept.jsonl", "removed.jsonl", "summary.json", "report.md"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert not list((tmp_path / "a").glob("*.part"))
+
+
+def test_rows_are_near_only_if_every_column_is(tmp_path):
+    """A passage with five different questions is five rows, unless only the passages are compared."""
+    rng = random.Random(0)
+    words = [f"w{i}" for i in range(3000)]
+
+    def text(count):
+        return " ".join(rng.choices(words, k=count))
+
+    rows = [
+        {"query": text(7), "document": passage, "id": (i, j)}
+        for i, passage in enumerate(text(80) for _ in range(60))
+        for j in range(5)
+    ]
+    twice = [row | {"query": row["query"] + "?", "document": row["document"] + " end"} for row in rows[:20:2]]
+    _, kept, removed = clean(tmp_path, rows + twice, CleaningOptions(near=0.8))
+    assert kept == [{**row, "id": [*row["id"]]} for row in rows]
+    assert [(line["row"], line["of"]) for line in removed] == [(300 + i, 2 * i) for i in range(10)]
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| row | of | query | document | query of the kept row | document of the kept row |" in report
+    of = next(line.split(" | ")[1] for line in report.splitlines() if line.startswith("| 30"))
+    assert f" | {rows[int(of)]['query']}? | " in report and f" | {rows[int(of)]['query']} | " in report
+    _, kept, _ = clean(tmp_path, rows, CleaningOptions(near=0.8, near_columns=("document",)))
+    assert [row["id"] for row in kept] == [[i, 0] for i in range(60)]
+    with pytest.raises(ValueError, match="near_columns names 'text'; the columns with texts are query, document"):
+        clean(tmp_path, rows, CleaningOptions(near=0.8, near_columns=("text",)))
+
+
+def test_texts_without_words_are_near_if_they_are_equal(tmp_path):
+    rows = [{"query": query, "document": "a b c d e f"} for query in ("🙂", "🙁", "🙂 ", "🙂\n")]
+    _, kept, removed = clean(tmp_path, rows, CleaningOptions(near=0.8, exact=False))
+    assert kept == rows[:2] and [line["of"] for line in removed] == [0, 0]
+
+
+def pairs_of_similarity(count: int, similarity: float, rng: random.Random) -> list[tuple[str, str]]:
+    """Returns pairs of texts of 62 words (60 runs of three) with this Jaccard index. Their last words differ."""
+    # Of 60 runs each, s are shared: s / (120 - s) = similarity.
+    shared = math.ceil(120 * similarity / (1 + similarity))
+    pairs = []
+    for number in range(count):
+        words = [f"p{number}w{rng.randrange(10**6)}x{i}" for i in range(62)]
+        other = words[: shared + 2] + [f"q{number}x{i}" for i in range(60 - shared)]
+        pairs.append((" ".join(words), " ".join(other)))
+    return pairs
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9])
+def test_recall_at_the_threshold(tmp_path, threshold):
+    pairs = pairs_of_similarity(600, threshold, random.Random(1))
+    for a, b in pairs[:5]:
+        assert threshold <= len(runs(a) & runs(b)) / len(runs(a) | runs(b)) < threshold + 0.03
+    with NearDuplicates(threshold, tmp_path) as seen:
+        assert seen.check([[a] for a, _ in pairs], range(600)) == [None] * 600
+        found = seen.check([[b] for _, b in pairs], range(600, 1200))
+    hits = [number for number, near in enumerate(found) if near and near.row == number]
+    assert len(hits) >= 0.98 * 600
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_a_template_take_linear_time(tmp_path):
+    """Rows of similarity 0.67 or so to each other are candidates of each other, but are not all compared."""
+    rng = random.Random(0)
+    template = [f"t{i}" for i in range(50)]
+    texts = [[" ".join([*template, *(f"v{rng.randrange(10**6)}" for _ in range(12))])] for _ in range(1500)]
+    near = [[f"{text} {text.split()[-1]}"] for (text,) in texts[::50]]
+    assert 0.6 < len(runs(texts[0][0]) & runs(texts[1][0])) / len(runs(texts[0][0]) | runs(texts[1][0])) < 0.75
+    compared = []
+    with NearDuplicates(0.8, tmp_path) as seen:
+        original = seen._first_near
+        seen._first_near = lambda *arguments: compared.append(len(arguments[2])) or original(*arguments)
+        for start in range(0, 1500, 500):
+            assert seen.check(texts[start : start + 500], range(start, start + 500)) == [None] * 500
+        found = seen.check(near, range(1500, 1530))
+    assert max(compared) <= MOST_COMPARED
+    # The similarity to the original is 0.98: all are found in spite of 1,500 others.
+    assert [item.row for item in found] == list(range(0, 1500, 50))
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 1.0])
