@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, sha256_of_file, unreadable_as_bad_row
 from nomic_jax.data.formats.file_systems import file_system, open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow, listed
+from nomic_jax.data.formats.sizes import bounded_slices, check_buffer_sizes
 
 if TYPE_CHECKING:  # imported where used: most commands read only jsonl
     import pyarrow as pa
@@ -31,7 +32,10 @@ class ArrowRows(FileRows):
         try:
             for batch in self._batches():
                 sizes.append((len(batch), batch.get_total_buffer_size()))
-                self._check(batch if self.decoded_columns is None else batch.select(self.decoded_columns))
+                chosen = batch if self.decoded_columns is None else batch.select(self.decoded_columns)
+                self._check(chosen)
+                for _ in bounded_slices(chosen, self.file, sum(rows for rows, _ in sizes[:-1])):
+                    pass
         except BadRow as error:
             broken = str(error)
         rows, marks = marks_of_sizes(iter(sizes), span_bytes)
@@ -59,7 +63,9 @@ class ArrowRows(FileRows):
             with unreadable_as_bad_row(self.file), open_stored(self.file) as f:
                 if os.fstat(f.fileno()).st_size == 0:
                     raise BadRow(f"{self.file}: the file is empty; write or fetch it again")
-            return list(self._read(pa.memory_map(path)))
+            mapped = pa.memory_map(path)
+            check_buffer_sizes(mapped, self.file)
+            return list(self._read(mapped))
         except (pa.ArrowException, OSError) as error:
             raise self._broken(error) from error
 
@@ -120,8 +126,11 @@ def numbered_rows(
             except pa.ArrowInvalid as error:
                 rows = f"{first + skipped} and {first + end - 1} (counted from 0)"
                 raise BadRow(f"{file}: broken between the rows {rows} ({error}); write or fetch it again") from error
-            for number, row in enumerate(_python_rows(chosen), first + skipped):
-                yield f"{file}: row {number} (counted from 0)", row
+            number = first + skipped
+            for part in bounded_slices(chosen, file, number):
+                for row in _python_rows(part):
+                    yield f"{file}: row {number} (counted from 0)", row
+                    number += 1
         first += len(batch)
 
 

@@ -10,17 +10,23 @@ from nomic_jax.data.formats.file_format import (
     Mark,
     Scan,
     marks_of_sizes,
+    max_row_bytes,
     sha256_of_file,
+    too_large,
     unreadable_as_bad_row,
 )
 from nomic_jax.data.formats.file_systems import open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
+from nomic_jax.data.formats.sizes import BATCH_BYTES, bounded_slices
 
 if TYPE_CHECKING:  # imported where used: most commands read only jsonl
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 ROWS_AT_ONCE = 1024  # decoded in one call
+SMALL = 1 << 28  # unpacked bytes of a column of a row group, up to which it may be compressed to any size
+MOST_COMPRESSED = 1000  # times; texts are compressed to a tenth, and gzip reaches this on zeros
+MOST_VALUES = 1 << 28  # of a column of a row group
 
 
 class ParquetRows(FileRows):
@@ -44,11 +50,60 @@ class ParquetRows(FileRows):
     def _batches(self, parquet: "pq.ParquetFile", groups: list[int], expected: int) -> Iterator["pa.RecordBatch"]:
         """Yields the batches. Raises BadRow unless they have the number of rows that the footer gives."""
         rows = 0
-        for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=self.decoded_columns):
-            rows += len(batch)
-            yield batch
+        for group in groups:
+            rows_at_once, names = self._plan(parquet, group)
+            with open_parquet(self.file, names) if names else contextlib.nullcontext(parquet) as opened:
+                for batch in opened.iter_batches(rows_at_once, row_groups=[group], columns=self.decoded_columns):
+                    rows += len(batch)
+                    yield batch
         if rows != expected and self.decoded_columns != []:
             raise BadRow(f"{self.file}: its footer says {expected:,} rows, its columns hold {rows:,}; write it again")
+
+    def _plan(self, parquet: "pq.ParquetFile", group: int) -> tuple[int, list[str]]:
+        """Returns how many rows of a row group to unpack at a time, and the columns to read without repeating values.
+
+        A dictionary holds a value once, however many rows have it. So the longest value is looked up there.
+
+        Raises:
+          BadRow: a column of the row group is out of bounds.
+        """
+        footer = parquet.metadata.row_group(group)
+        chunks = [footer.column(i) for i in range(footer.num_columns)]
+        if self.decoded_columns is not None:
+            chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in self.decoded_columns]
+        row_bytes, lists = 1, []
+        for chunk in chunks:
+            size, values = chunk.total_uncompressed_size, max(1, chunk.num_values)
+            where = f"{self.file}: column {chunk.path_in_schema!r} of row group {group}"
+            if size > SMALL and size > MOST_COMPRESSED * max(1, chunk.total_compressed_size):
+                packed = chunk.total_compressed_size
+                raise BadRow(f"{where}: {packed:,} bytes that unpack to {size:,} are no texts; write it again")
+            if values > MOST_VALUES:
+                raise BadRow(f"{where}: {values:,} values; write row groups of at most {MOST_VALUES:,}")
+            if size // values > max_row_bytes():
+                raise too_large(f"{where}: a value")
+            longest = size // values
+            if chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY" and size * values > BATCH_BYTES:
+                longest = max(longest, self._longest_in_dictionary(chunk.path_in_schema, group) or size)
+                if longest > max_row_bytes():
+                    raise too_large(f"{where}: a value")
+                if "." in chunk.path_in_schema and longest * values > BATCH_BYTES:
+                    lists.append(chunk.path_in_schema)
+                    longest = 8
+            row_bytes += longest * -(-values // max(1, footer.num_rows))
+        return max(1, min(ROWS_AT_ONCE, BATCH_BYTES // row_bytes)), lists
+
+    def _longest_in_dictionary(self, path: str, group: int) -> int:
+        import pyarrow.compute as pc
+        from pyarrow import types
+
+        with open_parquet(self.file, [path]) as parquet:
+            for batch in parquet.iter_batches(1, row_groups=[group], columns=[path]):
+                array = batch.column(0)
+                while types.is_list(array.type) or types.is_large_list(array.type) or types.is_struct(array.type):
+                    array = array.field(0) if types.is_struct(array.type) else array.values
+                return pc.max(pc.binary_length(array.dictionary)).as_py() or 0 if types.is_dictionary(array.type) else 0
+        return 0
 
     def scan(self, span_bytes: int) -> Scan:
         rows, broken = 0, ""
@@ -58,23 +113,37 @@ class ParquetRows(FileRows):
                 groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
                 rows, marks = marks_of_sizes(((group.num_rows, group.total_byte_size) for group in groups), span_bytes)
                 check_schema(parquet.schema_arrow, self.columns, self.others or (), self.file)
+                first = 0
                 for batch in self._batches(parquet, list(range(len(groups))), rows):
                     check_buffers(batch)
+                    for _ in bounded_slices(batch, self.file, first):
+                        pass
+                    first += len(batch)
         except BadRow as error:
             broken = str(error)
         return Scan(sha256_of_file(self.file), rows, marks, broken=broken)
 
 
 @contextlib.contextmanager
-def open_parquet(file: str) -> Iterator["pq.ParquetFile"]:
-    """Yields the open file. Errors of pyarrow, on opening or while reading, become a BadRow that names the file."""
+def open_parquet(file: str, dictionaries: Collection[str] = ()) -> Iterator["pq.ParquetFile"]:
+    """Yields the open file. Errors of pyarrow, on opening or while reading, become a BadRow that names the file.
+
+    Args:
+      dictionaries: columns to read as dictionary arrays, in which a repeated value is in memory once.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with unreadable_as_bad_row(file), open_stored(file) as f:
         try:
             # Read bytes as they are decoded. By default pyarrow reads ahead a column of a row group, often all columns.
-            parquet = pq.ParquetFile(f, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+            parquet = pq.ParquetFile(
+                f,
+                read_dictionary=[*dictionaries],
+                buffer_size=1 << 20,
+                pre_buffer=False,
+                page_checksum_verification=True,
+            )
             _check_footer(parquet.metadata, file)
             yield parquet
         except (pa.ArrowException, OSError) as error:

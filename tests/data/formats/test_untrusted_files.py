@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nomic_jax.curate.clean.cleaning import CleaningOptions, clean_rows
-from nomic_jax.data.formats import file_systems, paths
+from nomic_jax.data.formats import file_systems, parquet, paths, sizes
 from nomic_jax.data.formats.array_record import _features
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows, scan_file
@@ -342,3 +342,90 @@ def test_a_tfds_folder_may_itself_be_a_link(tmp_path):
     os.mkfifo(tmp_path / "elsewhere" / "pairs" / "1.0.0" / "toy-train.array_record-00000-of-00002")
     with pytest.raises(BadRow, match="is a named pipe"):
         list(read_rows(name, {"query": str}, others=()))
+
+
+BIG = "x" * (1 << 20)
+
+
+def repeated(offsets: list[int] | None, first_is_null: bool = False) -> pa.Array:
+    """Returns 400 times one text of 1 MiB, in lists if ``offsets`` is given; on disk the text is there once."""
+    indices = pa.array([None if i == 0 and first_is_null else 0 for i in range(400)], pa.int32())
+    texts = pa.DictionaryArray.from_arrays(indices, pa.array([BIG]))
+    return texts if offsets is None else pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("column", ["text", "lists"])
+def test_a_value_that_is_stored_once_is_not_unpacked_a_thousand_times(tmp_path, form, column, monkeypatch):
+    offsets = None if column == "text" else list(range(0, 401, 4))
+    table = pa.table({"text": repeated(offsets)})
+    file = tmp_path / f"rows.{form}"
+    if form == "parquet":
+        pq.write_table(table, file, compression="zstd", store_schema=False)
+        assert file.stat().st_size < 2000
+    else:
+        with pa.ipc.new_stream(str(file), table.schema) as f:
+            f.write_table(table)
+    for module in (parquet, sizes):
+        monkeypatch.setattr(module, "BATCH_BYTES", 8 << 20)
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        count = 0
+        for row in read_rows(file, {"text": str if offsets is None else list}):
+            assert row["text"] == (BIG if offsets is None else [BIG] * 4)
+            count += 1
+        assert count == (400 if offsets is None else 100)
+        assert not scan_file(str(file), {"text": str if offsets is None else list}, (), 1 << 20).broken
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+        assert pool.max_memory() < 40 << 20
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    "array", [repeated([0] * 3 + [400] * 5), pa.array(["a", "b" * (3 << 20)]), repeated(None, True)]
+)
+def test_a_row_beyond_the_limit_is_named(tmp_path, form, array, monkeypatch):
+    monkeypatch.setenv("NOMIC_JAX_MAX_ROW_MIB", "2" if len(array) == 2 else "300" if len(array) == 7 else "0")
+    file = tmp_path / f"rows.{form}"
+    table = pa.table({"text": array})
+    if form == "parquet":
+        pq.write_table(table, file, compression="zstd", store_schema=False)
+    else:
+        with pa.ipc.new_file(str(file), table.schema) as f:
+            f.write_table(table)
+    kind = list if len(array) == 7 else str
+    with pytest.raises(BadRow, match=r"(row \d \(counted from 0\)|a value): is larger than \d+ MiB; set --max_row_mib"):
+        list(read_rows(file, {"text": kind}, allow_empty=True))
+    assert "is larger than" in scan_file(str(file), {"text": kind}, (), 1 << 20).broken
+
+
+def test_a_column_that_is_compressed_as_no_text_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "SMALL", 1 << 20)
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [BIG] * 20}), file, compression="zstd", use_dictionary=False)
+    with pytest.raises(BadRow, match=r"'text' of row group 0: [0-9,]+ bytes that unpack to 20,9[0-9,]+ are no texts"):
+        list(read_rows(file, {"text": str}))
+    assert parquet.read_parquet_footer(str(file), {"text": str})[0] == 20
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd", None])
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_compressed_buffers_of_arrow_are_bounded(tmp_path, new, codec, monkeypatch):
+    file = tmp_path / "rows.arrow"
+    table = pa.table({"text": pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), pa.array([BIG, "b"]))})
+    with new(str(file), table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as f:
+        f.write_table(table)
+    rows = [{"text": BIG}, {"text": "b"}]
+    assert list(read_rows(file, {"text": str})) == rows
+    monkeypatch.setattr(sizes, "LARGEST_BUFFERS", 1 << 20)
+    if codec is None:
+        assert list(read_rows(file, {"text": str})) == rows
+    else:
+        with pytest.raises(BadRow, match=r"rows\.arrow: a record batch unpacks to more than"):
+            list(read_rows(file, {"text": str}))
