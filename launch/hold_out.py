@@ -15,13 +15,13 @@ the settings. To remove the texts of the tasks from the masked-LM texts, run
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from tqdm import tqdm
 
 from launch.errors import run
-from nomic_jax.curate.hold_out import Split
+from nomic_jax.curate.hold_out import HeldOut, Split
 from nomic_jax.curate.mixtures import replace_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.writing import write_rows
@@ -67,11 +67,13 @@ def hold_out(
                 f"{output} was made with the settings {found.get('settings')}, not {settings}; use another folder"
             )
         return found
-    counts = {}
+    plans = []
     for source in read_mixture(mixture, "pair"):
         query, document = source.columns[:2]
         split = Split((query, document), group or document, seed, labelled_share)
-        counts[source.name] = _divide(source, split, output, queries, documents, most_pairs)
+        plans.append(_plan(source, split, queries, documents, most_pairs))
+    # Everything that may be refused has been read, so that a refused input leaves no files.
+    counts = {plan.source.name: _write(plan, output, queries) for plan in plans}
     for part in ("pairs", "labelled"):
         with atomic_file(output / f"{part}.yaml") as file:
             file.write_text(replace_files(mixture, f"{part}/{{name}}.jsonl"), encoding="utf-8")
@@ -80,47 +82,65 @@ def hold_out(
     return summary
 
 
-def _divide(
-    source: Source, split: Split, output: Path, queries: int, documents: int, most_pairs: int | None
-) -> dict[str, int]:
+class _Plan(NamedTuple):
+    """How the rows of a source are divided. ``share`` is the share of the training pairs to write."""
+
+    source: Source
+    split: Split
+    held: HeldOut
+    rows_found: int
+    share: float
+
+    def rows_of(self, part: str) -> Iterator[dict[str, Any]]:
+        """Yields the rows of "pairs" or "labelled"."""
+        for row in _rows(self.source, self.split):
+            if (
+                self.split.is_labelled(row) == (part == "labelled")
+                and self.split.is_sampled(row, "sample", self.share)
+                and self.split.is_for_training(row, self.held)
+            ):
+                yield row
+
+
+def _rows(source: Source, split: Split) -> Iterator[dict[str, Any]]:
     columns = dict.fromkeys({*split.columns, split.group}, str)
+    yield from tqdm(read_rows(source.files, columns), desc=source.name, unit=" rows")
+
+
+def _plan(source: Source, split: Split, queries: int, documents: int, most_pairs: int | None) -> _Plan:
+    """Reads a source to its end, and checks that pairs for training are left."""
     found = 0
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal found
         found = 0
-        for row in tqdm(read_rows(source.files, columns), desc=source.name, unit=" rows"):
+        for row in _rows(source, split):
             found += 1
             yield row
 
     held = split.hold_out(rows, queries, documents)
-    share = min(1.0, most_pairs / found) if most_pairs else 1.0
-    task = split.write_task(
-        output / "held_out" / source.name,
-        held,
-        queries,
-        source.query_prefix or source.document_prefix,
-        source.document_prefix or source.query_prefix,
-    )
-    written = {}
-    for part in ("pairs", "labelled"):
-        written[part] = write_rows(
-            output / part / f"{source.name}.jsonl",
-            (
-                row
-                for row in rows()
-                if split.is_labelled(row) == (part == "labelled")
-                and split.is_sampled(row, "sample", share)
-                and split.is_for_training(row, held)
-            ),
-        )
-    if not written["pairs"]:
+    plan = _Plan(source, split, held, found, min(1.0, most_pairs / found) if most_pairs else 1.0)
+    if next(plan.rows_of("pairs"), None) is None:
         raise ValueError(
             f"{source.name}: its {found:,} pairs do not exceed what is held out ({queries:,} queries, {documents:,} "
             "documents), so none is left for training; lower --queries and --documents"
         )
+    return plan
+
+
+def _write(plan: _Plan, output: Path, queries: int) -> dict[str, int]:
+    source = plan.source
+    task = plan.split.write_task(
+        output / "held_out" / source.name,
+        plan.held,
+        queries,
+        source.query_prefix or source.document_prefix,
+        source.document_prefix or source.query_prefix,
+    )
+    parts = ("pairs", "labelled")
+    written = {part: write_rows(output / part / f"{source.name}.jsonl", plan.rows_of(part)) for part in parts}
     return {
-        "rows_found": found,
+        "rows_found": plan.rows_found,
         **written,
         "held_out_queries": task[0],
         "held_out_documents": task[1],

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nomic_jax.data.formats.file_systems import file_system
 from nomic_jax.data.formats.parquet import read_parquet_footer
-from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.paths import input_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
 from nomic_jax.files.folders import check_only, is_file, make_folder
@@ -75,7 +75,7 @@ def embed_files(
         raise ValueError(f"--output={output} is a URL; write to a local file and copy it")
     output, keep = Path(output), list(dict.fromkeys(keep_columns))
     _check_options(output, keep, prompt_name, prompt, on_bad_row)
-    files = expand_files(input)
+    files = input_files(input, f"{output}.rejected.jsonl")
     if output.exists() and any(os.path.exists(file) and output.samefile(file) for file in files):
         raise ValueError(f"--output={output} is also a file of --input={input}; write to another file")
     total, declared = _survey(files, text_column, keep, on_bad_row)
@@ -115,7 +115,7 @@ def embed_files(
         before = sum(_shape(shard)[0] for shard in shards)
         rejected = RejectedRows(f"{output}.rejected.jsonl")
         read = read_rows(
-            input, {text_column: str}, others=keep, allow_empty=True, on_bad_row=on_bad_row, rejected=rejected
+            files, {text_column: str}, others=keep, allow_empty=True, on_bad_row=on_bad_row, rejected=rejected
         )
         # When the reader yields a row, `rejected` has counted exactly the bad rows before it.
         numbered = ((number + rejected.count, row) for number, row in enumerate(read))
@@ -141,7 +141,8 @@ def embed_files(
                 if output.suffix == ".parquet":
                     # Build the table before embedding, so that values that parquet cannot hold fail early.
                     kept = _kept_table(chunk, keep, declared, is_first=not shards)
-                    kept_schema = _unify([kept_schema or kept.schema, kept.schema])
+                    before_schema, kept_schema = kept_schema, _unify([kept_schema or kept.schema, kept.schema])
+                    _check_values_fit(kept_schema, shards if kept_schema != before_schema else [], kept)
                 vectors_NE = _embed_texts([row[text_column] for _, row in chunk], encode, batch_size, bar)
                 if len(wrong := np.flatnonzero(~np.isfinite(vectors_NE).all(axis=1))):
                     raise ValueError(f"the model gives row {chunk[wrong[0]][0]} a vector with NaN or infinite values")
@@ -339,6 +340,27 @@ def _unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
         raise ValueError(
             f"--keep_columns: a column has values of several types ({error}); leave it out, or convert it to one type"
         ) from error
+
+
+def _check_values_fit(schema: pa.Schema, shards: list[Path], kept: pa.Table) -> None:
+    """Checks that all values so far can be converted to ``schema``, such as integers to floats.
+
+    Raises:
+      ValueError: a value cannot; the message names the column.
+    """
+    for name in schema.names:
+        wanted = pa.schema([schema.field(name)])
+        tables = (pq.read_table(shard, columns=[name]) for shard in shards)
+        for table in itertools.chain(tables, [kept.select([name])]):
+            if table.schema == wanted:
+                continue
+            try:
+                table.cast(wanted)
+            except pa.ArrowException as error:
+                raise ValueError(
+                    f"--keep_columns: column {name!r} has values of several types, and not all of them fit "
+                    f"{schema.field(name).type} ({error}); leave it out, or convert it to one type"
+                ) from error
 
 
 def _embed_texts(texts: list[str], encode: Callable[[list[str]], np.ndarray], batch_size: int, bar: tqdm) -> np.ndarray:

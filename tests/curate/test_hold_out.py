@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from launch.hold_out import hold_out
+from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.mixture import read_mixture
 from nomic_jax.evals.tasks.retrieval import RetrievalTask
 
@@ -85,6 +86,17 @@ def test_a_held_out_text_in_another_form_is_held_out(mixture, tmp_path):
     assert held and texts("pairs") and texts("labelled")
     assert held.isdisjoint(texts("pairs") | texts("labelled"))
     assert texts("pairs").isdisjoint(texts("labelled"))
+
+
+def test_a_refused_input_leaves_no_files(mixture, tmp_path):
+    """The second source of the mixture is refused: it is too small, or its last row is bad."""
+    with pytest.raises(ValueError, match=r"b: its 150 pairs do not exceed what is held out \(100 queries"):
+        hold_out(str(mixture), tmp_path / "out", **SETTINGS | {"queries": 100, "documents": 1})
+    with mixture.with_name("b.jsonl").open("a") as f:
+        f.write('{"q": "a", "d": ""}\n')
+    with pytest.raises(BadRow, match=r"b\.jsonl:151: column 'd' holds an empty text"):
+        hold_out(str(mixture), tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_and_prefixes_follow_the_mixture(mixture, tmp_path):

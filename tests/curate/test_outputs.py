@@ -47,6 +47,28 @@ def divide(folder, output):
     return hold_out(str(folder / "pairs.yaml"), output, queries=2, **options)
 
 
+@pytest.mark.parametrize("command", [clean, mine])
+def test_a_pattern_that_matches_the_output_does_not_read_it(pairs, command):
+    """``**/*.jsonl`` matches kept.jsonl and rejected.jsonl of an earlier run, too."""
+    with (pairs / "pairs.jsonl").open("a") as f:
+        f.write("broken\n")
+    pattern, output = f"{pairs}/**/*.jsonl", pairs / "out"
+    skip = dict(on_bad_row="skip", progress=False)
+
+    def run():
+        if command is clean:
+            return clean_rows(pattern, output, ["query", "document"], CleaningOptions(), **skip)
+        return mine_negatives(pattern, output, None, MiningOptions(k=3, num_negatives=2), **skip)
+
+    first = run()
+    assert (first["rows"], first["rejected"]) == (20, 1) and (output / "rejected.jsonl").exists()
+    assert run() == first
+    if command is clean:
+        with pytest.raises(FileNotFoundError, match="matches only files of the output"):
+            clean_rows(f"{output}/kept.jsonl", output, ["query"], CleaningOptions(), progress=False)
+        assert (output / "kept.jsonl").stat().st_size
+
+
 COMMANDS = {"launch.clean": clean, "launch.mine": mine, "launch.mine with": mine_each, "launch.hold_out": divide}
 
 

@@ -112,6 +112,33 @@ def test_vectors_are_the_embedders_over_all_kinds_of_files(minilm, tmp_path, nam
         assert table.read()["row"].to_pylist() == list(range(14)) and table.num_row_groups == 4
 
 
+@pytest.mark.parametrize("wide_first", [True, False])
+def test_integers_that_floats_cannot_hold_fail_at_their_shard(fake, tmp_path, wide_first):
+    """A column has integers beyond 2^53 in one shard and floats in another."""
+    values = [2**53 + 1, 0.5] if wide_first else [0.5, 2**53 + 1]
+    rows = [{"text": f"text {i}", "id": values[i >= 2]} for i in range(8)]
+    rows[2:2] = [{"text": "x", "id": 7}] * 2  # integers that fit
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"column 'id' has values of several types, and not all of them fit double"):
+        embed_files("m", tmp_path / "rows.jsonl", tmp_path / "out.parquet", keep_columns=["id"], shard_rows=2)
+    assert len(fake.texts) == 4  # the shard with the other type is not embedded
+
+
+def test_rejected_rows_of_an_earlier_run_are_not_input(fake, tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS[:6]])
+    with (tmp_path / "a.jsonl").open("a") as f:
+        f.write("broken\n")
+    write_rows(tmp_path / "b.jsonl", [{"text": text} for text in TEXTS[6:12]])
+    options = dict(on_bad_row="skip", shard_rows=4, batch_size=4)
+    fake.die_after_texts = 8
+    with pytest.raises(Killed):
+        embed_files("m", f"{tmp_path}/*.jsonl", tmp_path / "out.parquet", **options)
+    assert (tmp_path / "out.parquet.rejected.jsonl").exists()
+    fake.die_after_texts = None
+    done = embed_files("m", f"{tmp_path}/*.jsonl", tmp_path / "out.parquet", **options)
+    assert (done["rows"], done["rows_before"], done["rejected"]) == (12, 8, 1)
+
+
 def start(*flags, **named) -> Command:
     return Command("launch.embed", *flags, *(f"--{name}={value}" for name, value in named.items()))
 

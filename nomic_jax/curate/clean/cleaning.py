@@ -15,7 +15,7 @@ from nomic_jax.curate.clean.duplicates import WORK_FILES, Near, NearDuplicates
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.row_blocks import no_usable_row
 from nomic_jax.curate.engine.text_store import text_key
-from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.paths import input_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import RejectedRows
 from nomic_jax.data.formats.writing import json_line, write_rows
@@ -93,6 +93,7 @@ def clean_rows(
     if unknown := [name for name in near_columns if name not in columns]:
         raise ValueError(f"near_columns names {unknown[0]!r}; the columns with texts are {', '.join(columns)}")
     check_only(output, OUTPUTS.__contains__, "launch.clean")
+    inputs = input_files(files, output)
     with exclusive_lock(output / ".lock"):
         (output / "summary.json").unlink(missing_ok=True)
         rejected = RejectedRows(output / "rejected.jsonl")
@@ -101,7 +102,7 @@ def clean_rows(
         samples = {reason: Sample(5) for reason in REASONS}
 
         def kept(removed_file) -> Iterator[dict[str, Any]]:
-            rows = _read(files, columns, on_bad_row, rejected, progress)
+            rows = _read(inputs, columns, on_bad_row, rejected, progress)
             for number, row, reason, of in _judge(rows, output, columns, options, contamination):
                 counts["rows"] += 1
                 if not reason:
@@ -135,10 +136,10 @@ def clean_rows(
 
 
 def _read(
-    files: str, columns: Sequence[str], on_bad_row: str, rejected: RejectedRows, progress: bool
+    files: list[str], columns: Sequence[str], on_bad_row: str, rejected: RejectedRows, progress: bool
 ) -> Iterator[dict[str, Any]]:
     with tqdm(desc="cleaning", unit=" rows", disable=not progress) as bar:
-        for file in expand_files(files):
+        for file in files:
             checked = dict.fromkeys(columns, str)
             for row in read_rows(file, checked, allow_empty=True, on_bad_row=on_bad_row, rejected=rejected):
                 yield row

@@ -26,11 +26,17 @@ class AlreadyRejected(RejectedRows):
 
 
 def readable_files(
-    files: str, columns: Mapping[str, type], on_bad_row: str, rejected: RejectedRows, *, progress: bool = True
+    files: str | list[str],
+    columns: Mapping[str, type],
+    on_bad_row: str,
+    rejected: RejectedRows,
+    *,
+    progress: bool = True,
 ) -> list[str]:
     """Returns the files; with on_bad_row="skip", files that cannot be read to their end go to ``rejected`` instead."""
-    found = expand_files(files)
-    with tqdm(found, "checking files", unit=" files", disable=not progress or on_bad_row == "raise") as bar:
+    with tqdm(
+        expand_files(files), "checking files", unit=" files", disable=not progress or on_bad_row == "raise"
+    ) as bar:
         return [file for file in bar if is_readable(file, columns, None, on_bad_row, rejected)]
 
 
@@ -136,7 +142,13 @@ class CountedRows:
 
 
 def count_rows(
-    files: str, columns: Mapping[str, type], record: Path, side_file: Path, *, on_bad_row: str, progress: bool = True
+    files: str | list[str],
+    columns: Mapping[str, type],
+    record: Path,
+    side_file: Path,
+    *,
+    on_bad_row: str,
+    progress: bool = True,
 ) -> CountedRows:
     """Counts the usable rows before anything is embedded, to find bad rows early. Saves the counts in ``record``.
 
@@ -166,7 +178,8 @@ def count_rows(
     return CountedRows(counts, rejected.count, columns, rejected.quarantined)
 
 
-def no_usable_row(files: str, rejected: RejectedRows) -> ValueError:
+def no_usable_row(files: str | list[str], rejected: RejectedRows) -> ValueError:
+    files = files if isinstance(files, str) else ", ".join(files[:3])
     reasons = "".join(f"; {entry}" for entry in rejected.quarantined[:3])
     return ValueError(
         f"{files} has no usable row; {rejected.count} rejected rows and files are in {rejected.side_file}{reasons}"

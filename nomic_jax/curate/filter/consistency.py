@@ -14,7 +14,7 @@ from nomic_jax.curate.engine.settings import fingerprints, locked_settings
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.ranking import RankingTask
 from nomic_jax.curate.filter.selection import write_selection
-from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.paths import input_files
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 
@@ -104,12 +104,13 @@ def scoring(
     settings["block_size"] = options.block_size
     if options.approximate_above is not None:
         settings["approximate_above"] = options.approximate_above
-    settings |= {**encoder.identity, **fingerprints("input", expand_files(files), on_bad_row)}
+    inputs = input_files(files, output)
+    settings |= {**encoder.identity, **fingerprints("input", inputs, on_bad_row)}
     with locked_settings(work, settings):
         with exclusive_lock(work / ".rows.lock"):
             checked = dict.fromkeys(columns, str)
             side_file = output / "rejected.jsonl"
-            rows = count_rows(files, checked, work / "rows.json", side_file, on_bad_row=on_bad_row, progress=progress)
+            rows = count_rows(inputs, checked, work / "rows.json", side_file, on_bad_row=on_bad_row, progress=progress)
         yield RankingTask(
             rows,
             work,

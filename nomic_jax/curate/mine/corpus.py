@@ -59,7 +59,7 @@ class Pairs:
         within_M = np.arange(len(position_M)) - np.repeat(np.cumsum(counts) - counts, counts)
         return position_M, np.asarray(self._positives[np.repeat(starts, counts) + within_M])
 
-    def read(self, files: str, query_column: str, document_column: str) -> Iterator[dict[str, Any]]:
+    def read(self, files: str | list[str], query_column: str, document_column: str) -> Iterator[dict[str, Any]]:
         """Yields the pairs in order, as input rows with one text as document."""
         set_aside = {entry.file for entry in self.quarantined}
         readable = [file for file in expand_files(files) if file not in set_aside]
@@ -69,10 +69,10 @@ class Pairs:
 
 
 def collect_pairs(
-    files: str,
+    files: str | list[str],
     query_column: str,
     document_column: str,
-    corpus: str | None,
+    corpus: str | list[str] | None,
     corpus_column: str,
     folder: Path,
     side_file: Path,
@@ -138,13 +138,14 @@ def collect_pairs(
     return Pairs(folder)
 
 
-def _first_document_is_list(files: str, query_column: str, document_column: str) -> bool:
-    """Returns whether the first row has a list of documents. All rows must be of the same kind; others are bad rows."""
+def _first_document_is_list(files: str | list[str], query_column: str, document_column: str) -> bool:
+    """Returns whether the first row with documents has a list of them. Rows of the other kind are bad rows."""
     for file in expand_files(files):
         with contextlib.suppress(BadRow):  # reported when the file is read again
             rows = read_file(file, {query_column: str}, "skip", AlreadyRejected(), others=(document_column,))
             for row in rows:
-                return isinstance(row.get(document_column), list)
+                if row.get(document_column) is not None:
+                    return isinstance(row[document_column], list)
     return False
 
 
@@ -153,7 +154,7 @@ def _kinds(query_column: str, document_column: str, holds_lists: bool) -> dict[s
 
 
 def _rows(
-    files: list[str],
+    files: str | list[str],
     query_column: str,
     document_column: str,
     holds_lists: bool,

@@ -16,7 +16,7 @@ from nomic_jax.curate.engine.settings import fingerprints, locked_settings, matc
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.mine.candidates import EmbeddingTask, SearchTask
 from nomic_jax.curate.mine.corpus import Pairs, collect_pairs
-from nomic_jax.data.formats.paths import expand_files
+from nomic_jax.data.formats.paths import input_files
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
@@ -140,18 +140,20 @@ def mine_negatives(
     check_only(output, OUTPUTS.__contains__, "launch.mine")
     work = output / "work"
     settings = {"query_column": query_column, "document_column": document_column}
-    settings |= fingerprints("input", expand_files(files), on_bad_row)
+    inputs = input_files(files, output)
+    settings |= fingerprints("input", inputs, on_bad_row)
     if encoder:
         settings |= encoder.identity
-    if corpus:
-        settings |= {"corpus_column": corpus_column, **fingerprints("corpus", expand_files(corpus), on_bad_row)}
+    corpus_files = input_files(corpus, output) if corpus else None
+    if corpus_files:
+        settings |= {"corpus_column": corpus_column, **fingerprints("corpus", corpus_files, on_bad_row)}
     with locked_settings(work, settings):
         with exclusive_lock(work / ".pairs.lock"):
             pairs = collect_pairs(
-                files,
+                inputs,
                 query_column,
                 document_column,
-                corpus,
+                corpus_files,
                 corpus_column,
                 work / "pairs",
                 output / "rejected.jsonl",
@@ -172,7 +174,7 @@ def mine_negatives(
         with exclusive_lock(work / ".select.lock"):
             summary = matching_summary(rule, output, ("triplets.jsonl", "report.md"))
             if summary is None:
-                rows = pairs.read(files, query_column, document_column)
+                rows = pairs.read(inputs, query_column, document_column)
                 summary = rule | _write_triplets(
                     rows, output, pairs, search if encoder else None, options, query_column, document_column
                 )

@@ -22,8 +22,8 @@ PATTERN = "*?[{"  # characters that a path of files may have, or a pattern
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet", ".arrow")
 
 
-def expand_files(pattern: str | os.PathLike) -> list[str]:
-    """Returns the files that match a pattern, in a fixed order.
+def expand_files(pattern: str | os.PathLike | list[str]) -> list[str]:
+    """Returns the files that match a pattern, in a fixed order. A list of files is returned as it is.
 
     The pattern is a path, a glob, a brace range or list, a folder (its files that end in one of SUFFIXES, or the
     shards that ``datasets`` saved with save_to_disk), a URL of any of these (``file_systems.PROTOCOLS``), or a data set
@@ -39,6 +39,8 @@ def expand_files(pattern: str | os.PathLike) -> list[str]:
       ModuleNotFoundError: a remote file system needs a package that is not installed.
       OSError: a remote file system cannot be reached.
     """
+    if isinstance(pattern, list):
+        return pattern
     pattern = os.fspath(pattern)
     if hub.is_dataset_name(pattern) and not os.path.lexists(pattern):
         return hub.files_of(pattern)
@@ -55,6 +57,26 @@ def expand_files(pattern: str | os.PathLike) -> list[str]:
         raise
     except Exception as error:  # each remote file system has its own exception types
         raise OSError(f"{pattern}: cannot be reached ({type(error).__name__}: {error})") from error
+
+
+def input_files(pattern: str | os.PathLike, output: str | os.PathLike) -> list[str]:
+    """Returns the files that match a pattern without those of an output folder or file.
+
+    A pattern such as ``data/**/*.jsonl`` also matches what a command wrote to ``data/out`` before it was killed.
+
+    Raises:
+      FileNotFoundError: no other file matches. See ``expand_files`` for further errors.
+    """
+    own = os.path.realpath(output)
+    found = expand_files(pattern)
+    inputs = [file for file in found if not is_local(file) or not _is_in(os.path.realpath(file), own)]
+    if not inputs:
+        raise FileNotFoundError(f"{pattern}: matches only files of the output {output}; name another output")
+    return inputs
+
+
+def _is_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _expand(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[str]:

@@ -82,7 +82,7 @@ class Rows:
 
 
 def read_rows(
-    pattern: str | os.PathLike,
+    pattern: str | os.PathLike | list[str],
     columns: Mapping[str, type],
     *,
     others: Collection[str] | None = None,

@@ -263,6 +263,18 @@ def test_a_list_of_positives_is_as_many_triplets(tmp_path):
     assert (summary["rows"], summary["pairs"]) == (len(listed), 60)
 
 
+def test_a_first_row_of_null_does_not_decide_what_the_rows_hold(tmp_path):
+    file = tmp_path / "lists.jsonl"
+    rows = [{"query": f"topic{i} q", "document": [f"topic{i} d{i}"]} for i in range(12)]
+    write_rows(file, [{"query": "q", "document": None}, *rows])
+    with pytest.raises(BadRow, match=r"lists\.jsonl:1: column 'document' should be a list of texts, found NoneType"):
+        mine(str(file), tmp_path / "out", num_negatives=1, margin=0)
+    output = tmp_path / "skipped"
+    options = MiningOptions(num_negatives=1, margin=0)
+    summary = mine_negatives(str(file), output, FakeTeacher().encoder(), options, on_bad_row="skip", progress=False)
+    assert (summary["rows"], summary["rejected"], summary["written"]) == (12, 1, 12)
+
+
 def test_a_row_without_positives_is_a_bad_row(tmp_path):
     file = tmp_path / "lists.jsonl"
     write_rows(file, [{"query": f"topic{i} q", "document": [f"topic{i} d{i}"] if i != 3 else []} for i in range(12)])
