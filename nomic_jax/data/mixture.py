@@ -18,6 +18,7 @@ Only name, bucket and objective are required. Paths are relative to the YAML fil
 
 import dataclasses
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ import yaml
 
 from nomic_jax.data.formats.hub import is_dataset_name
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.files.reading import FileRefused, read_text
 
 PREFIXES = ("search_query", "search_document", "classification", "clustering")
 Kind = Literal["text", "pair", "triplet"]
@@ -39,6 +41,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
 ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}  # by stage
 _OBJECTIVE_KIND: dict[str, Kind] = {"self": "text", "paired": "pair", "triplet": "triplet"}
 LARGEST_YAML = 1_000_000  # values; aliases of aliases can expand a few lines to billions
+LARGEST_FILE = 1 << 22  # bytes of YAML, which take seconds
 MOST_DIGITS = 100  # of an integer in YAML
 _KIND_OBJECTIVE = {kind: objective for objective, kind in _OBJECTIVE_KIND.items()}
 
@@ -186,7 +189,11 @@ def _fault(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
 
 def _load_yaml(path: str) -> Any:
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        text = read_text(path, limit=LARGEST_FILE)
+    except FileRefused as error:
+        raise MixtureError(f"{error}; a mixture is a YAML file") from error
+    try:
+        content = yaml.load(text, _Loader)
         if _expanded_size(content, {}) > LARGEST_YAML:
             raise ValueError(f"its aliases expand to more than {LARGEST_YAML:,} values")
         return content
@@ -236,7 +243,7 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
         if abs(entry.get(field, 1)) > 2**53 or (field == "rows" and entry.get(field, 0) < 0):
             raise MixtureError(f"{where}: {field} is {entry[field]!r}, which is out of range")
     files = str(entry["bucket"])
-    if "://" not in files and not is_dataset_name(files):
+    if os.path.lexists(folder / files) or ("://" not in files and not is_dataset_name(files)):
         files = str(folder / files)
     try:
         return Source(

@@ -44,6 +44,8 @@ from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.folders import check_no_link, is_folder, remove_folder
 from nomic_jax.files.writing import open_own
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
 
 def pretokenize(
     source: Source,
@@ -75,9 +77,9 @@ def pretokenize(
         return TokenStore(known)
     check_policy(on_bad_row)
     files = expand_files(source.files)
-    scans = scan_files(
-        files, kinds_of_columns(source), cache_dir, on_bad_row=on_bad_row, executor=pool, progress=progress
-    )
+    columns = kinds_of_columns(source)
+    with _explain_disk(cache_dir, source.name):
+        scans = scan_files(files, columns, cache_dir, on_bad_row=on_bad_row, executor=pool, progress=progress)
     settings = {
         "format": FORMAT,
         "source": {
@@ -101,15 +103,15 @@ def pretokenize(
     if not _is_made(directory):
         _report_other_tokenizer(directory, source, tokenizer)
         work = directory.with_name(f".{source.name}-{_sha256(settings | {'pattern': source.files})[:16]}")
-        work.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(work, f"tokenising {source.name}") as spans:
-            if not _is_made(directory):
-                check_shards(files, scans)
-                job = functools.partial(Span, source, on_bad_row, str(spans))
-                with _explain_full_disk(cache_dir, source.name):
+        with _explain_disk(cache_dir, source.name):
+            work.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(work, f"tokenising {source.name}") as spans:
+                if not _is_made(directory):
+                    check_shards(files, scans)
+                    job = functools.partial(Span, source, on_bad_row, str(spans))
                     about = identity | {"fingerprint": found, "paths": [str(file) for file in files]}
                     _make(directory, files, scans, job, tokenizer, about, pool, progress)
-            remove_folder(spans)
+                remove_folder(spans)
     store = TokenStore(directory)
     for file in store.quarantined:  # reported at every start, not only at the first
         tqdm.write(str(file), file=sys.stderr)
@@ -210,11 +212,22 @@ def _lock(work: Path, doing: str) -> Iterator[Path]:
             yield spans
 
 
+def _is_below(path: str, folder: str | Path) -> bool:
+    """Returns whether a path is a folder, or in it, or one of its parents (which could not be made)."""
+    path, folder = os.path.abspath(path), os.path.abspath(folder)
+    return os.path.commonpath([path, folder]) in (path, folder)
+
+
 @contextlib.contextmanager
-def _explain_full_disk(cache_dir: str | Path, name: str) -> Iterator[None]:
+def _explain_disk(cache_dir: str | Path, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in _UNWRITABLE and error.filename and _is_below(os.fsdecode(error.filename), cache_dir):
+            raise OSError(
+                f"the token cache {cache_dir} cannot be written to ({error.strerror}: {error.filename}); name a folder "
+                f"that can, with --config.data.cache_dir (launch.pretokenize: --cache_dir)"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(

@@ -109,6 +109,24 @@ def test_a_number_in_yaml_that_python_cannot_print(tmp_path, field, number):
         read_mixture(mixture(tmp_path, SOURCE % f"{field}: {number}"), "pair")
 
 
+def test_a_mixture_is_a_regular_file_of_bounded_size(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    (tmp_path / "large.yaml").write_bytes(b" " * (1 << 23))
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
+    (tmp_path / "folder.yaml").mkdir()
+    messages = {
+        "pipe": "named pipe",
+        "zero": "device",
+        "large": "exceed the limit",
+        "latin": "UTF-8",
+        "folder": "folder",
+    }
+    for name, message in messages.items():
+        with pytest.raises(MixtureError, match=rf"{name}\.yaml: .*{message}.*; a mixture is a YAML file"):
+            read_mixture(str(tmp_path / f"{name}.yaml"), "pair")
+
+
 def test_yaml_takes_linear_time_and_bounded_memory(tmp_path):
     fields = "\n".join(f"k{i}: 1" for i in range(8000))
     started = time.process_time()
@@ -187,6 +205,9 @@ def test_a_path_that_exists_is_that_path(tmp_path, name, monkeypatch):
     (folder / "texts.yaml").write_text(f"datasets:\n- {{name: a, bucket: '*.jsonl', {objective}}}\n")
     (source,) = read_mixture(str(folder / "texts.yaml"), "text")
     assert texts(source.files) == ["right", "right"]
+    (folder / "texts.yaml").write_text(f"datasets:\n- {{name: a, bucket: '{name}.jsonl', {objective}}}\n")
+    (source,) = read_mixture(str(folder / "texts.yaml"), "text")
+    assert texts(source.files) == ["right"]
     monkeypatch.chdir(tmp_path)
     assert texts(f"{name}/p.jsonl") == texts(f"{name}.jsonl") == ["right"]
 

@@ -110,6 +110,19 @@ def test_a_full_disk_is_explained(shards, tokenizer, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob(".*.pieces/*/counts.json"))) == 5
 
 
+@pytest.mark.parametrize("place", ["file", "file/cache", "denied"])
+def test_a_cache_that_cannot_be_written_is_explained(shards, tokenizer, tmp_path, monkeypatch, place):
+    (tmp_path / "file").touch()
+
+    def denied(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    if place == "denied":
+        monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(OSError, match=rf"the token cache .*/{place} cannot be written to .*--config\.data\.cache_dir"):
+        pretokenize(source_of(shards), tokenizer, tmp_path / place, on_bad_row="skip", progress=False)
+
+
 def test_files_are_read_once_until_they_change(shards, tokenizer, tmp_path, monkeypatch):
     source = source_of(shards)
     first = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
