@@ -29,6 +29,7 @@ from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
 from nomic_jax.files.folders import check_only, is_file, make_folder
 from nomic_jax.files.writing import atomic_file, open_new, open_own, write_json
+from nomic_jax.inference.kept_columns import check_values_fit, kept_schema, kept_table, unify
 
 SUFFIXES = (".npy", ".parquet")
 # Files in the work folder besides the shards: the settings and inputs of the shards, the identity of the output that
@@ -134,15 +135,15 @@ def embed_files(
             truncate_dim=truncate_dim,
         )
         started = time.monotonic()
-        kept_schema = _kept_schema(shards)
+        schema = kept_schema(shards)
         with tqdm(desc="embedding", unit=" texts", total=total, initial=before) as bar:
             while chunk := list(itertools.islice(numbered, shard_rows)):
                 kept = None
                 if output.suffix == ".parquet":
                     # Build the table before embedding, so that values that parquet cannot hold fail early.
-                    kept = _kept_table(chunk, keep, declared, is_first=not shards)
-                    before_schema, kept_schema = kept_schema, _unify([kept_schema or kept.schema, kept.schema])
-                    _check_values_fit(kept_schema, shards if kept_schema != before_schema else [], kept)
+                    kept = kept_table(chunk, keep, declared, is_first=not shards)
+                    earlier, schema = schema, unify([schema or kept.schema, kept.schema])
+                    check_values_fit(schema, shards if schema != earlier else [], kept)
                 vectors_NE = _embed_texts([row[text_column] for _, row in chunk], encode, batch_size, bar)
                 if len(wrong := np.flatnonzero(~np.isfinite(vectors_NE).all(axis=1))):
                     raise ValueError(f"the model gives row {chunk[wrong[0]][0]} a vector with NaN or infinite values")
@@ -193,7 +194,7 @@ def _survey(
                     raise
     if not footers or not all(file.endswith(".parquet") for file in files):
         return None, {}
-    schema = _unify([pa.schema([(name, schema.field(name).type) for name in keep]) for _, schema in footers])
+    schema = unify([pa.schema([(name, schema.field(name).type) for name in keep]) for _, schema in footers])
     return sum(rows for rows, _ in footers), dict(zip(schema.names, schema.types))
 
 
@@ -296,73 +297,6 @@ def _shape(file: Path) -> tuple[int, int]:
     return pq.read_metadata(file).num_rows, pq.read_schema(file).field("embedding").type.list_size
 
 
-def _kept_table(
-    chunk: list[tuple[int, dict[str, Any]]],
-    keep: list[str],
-    declared: dict[str, pa.DataType],
-    *,
-    is_first: bool,
-) -> pa.Table:
-    """Returns `row` and the kept columns of a shard, with the types that the input declares or the values have."""
-    columns = {"row": pa.array([number for number, _ in chunk], pa.int64())}
-    for name in keep:
-        # Some rows of jsonl may lack a column. If the whole first shard lacks it, its name is probably mistyped.
-        if is_first and not any(name in row for _, row in chunk):
-            raise ValueError(f"--keep_columns: none of the first {len(chunk):,} rows has a column {name!r}")
-        values = [row.get(name) for _, row in chunk]
-        try:
-            column = pa.array(values, type=declared.get(name))
-        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-            raise ValueError(
-                f"--keep_columns: column {name!r} of rows {chunk[0][0]} to {chunk[-1][0]} cannot be written to parquet "
-                f"({error}); leave it out"
-            ) from error
-        if pa.types.is_struct(column.type) and column.type.num_fields == 0:
-            # All values are {} or null, and parquet has no records without fields.
-            column = pa.nulls(len(column))
-        columns[name] = column
-    return pa.table(columns)
-
-
-def _kept_schema(shards: list[Path]) -> pa.Schema | None:
-    schemas = [pq.read_schema(shard) for shard in shards if shard.suffix == ".parquet"]
-    return _unify(schema.remove(schema.get_field_index("embedding")) for schema in schemas) if schemas else None
-
-
-def _unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """Returns a schema that fits all: null becomes any type, records get the fields of both, integers become floats.
-
-    So a column may be null in all of the first shards, and fields of records may first appear in later shards.
-    """
-    try:
-        return pa.unify_schemas(list(schemas), promote_options="permissive")
-    except pa.ArrowException as error:
-        raise ValueError(
-            f"--keep_columns: a column has values of several types ({error}); leave it out, or convert it to one type"
-        ) from error
-
-
-def _check_values_fit(schema: pa.Schema, shards: list[Path], kept: pa.Table) -> None:
-    """Checks that all values so far can be converted to ``schema``, such as integers to floats.
-
-    Raises:
-      ValueError: a value cannot; the message names the column.
-    """
-    for name in schema.names:
-        wanted = pa.schema([schema.field(name)])
-        tables = (pq.read_table(shard, columns=[name]) for shard in shards)
-        for table in itertools.chain(tables, [kept.select([name])]):
-            if table.schema == wanted:
-                continue
-            try:
-                table.cast(wanted)
-            except pa.ArrowException as error:
-                raise ValueError(
-                    f"--keep_columns: column {name!r} has values of several types, and not all of them fit "
-                    f"{schema.field(name).type} ({error}); leave it out, or convert it to one type"
-                ) from error
-
-
 def _embed_texts(texts: list[str], encode: Callable[[list[str]], np.ndarray], batch_size: int, bar: tqdm) -> np.ndarray:
     vectors = []
     for start in range(0, len(texts), BATCHES_PER_CALL * batch_size):
@@ -403,7 +337,7 @@ def _publish(shards: list[Path], parts: Path, output: Path) -> None:
     else:
         tables = (pq.ParquetFile(shard).read() for shard in shards)
         open_new(assembled).close()
-        _write_parquet(assembled, _unify(pq.read_schema(shard) for shard in shards), tables)
+        _write_parquet(assembled, unify(pq.read_schema(shard) for shard in shards), tables)
     with assembled.open("rb") as f:
         os.fsync(f.fileno())
     # After a kill, the next run recognizes the output by this record.
