@@ -70,7 +70,7 @@ def clean_rows(
 ) -> dict[str, Any]:
     """Writes the kept rows, and the removed rows with the reasons, in one pass. Of duplicates, the first row is kept.
 
-    Memory: about 150 bytes per row for exact duplicates, 2 KB per row for near-duplicates, and 100 bytes per word of
+    Memory: about 150 bytes per row for exact duplicates, 2.5 KB per row for near-duplicates, and 100 bytes per word of
     the evaluation texts. A killed run starts over. ``output`` receives
 
         kept.jsonl      the kept rows, unchanged, in input order

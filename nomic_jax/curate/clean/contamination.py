@@ -44,7 +44,7 @@ class Contamination:
     def check(self, texts: Iterable[str], row: int) -> set[tuple[str, Part]]:
         """Returns and counts the tasks and parts that the texts of a row overlap with."""
         found = 0
-        for text in texts:
+        for text in texts if self._bits else ():
             for ngram in self._ngrams(text):
                 bits = self._bits.get(hash(ngram), 0)
                 if bits:

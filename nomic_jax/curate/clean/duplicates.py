@@ -37,9 +37,10 @@ class NearDuplicates:
 
     Work on a row is bounded, so that rows made from one template do not take quadratic time: a bucket of the hash
     tables holds the first MOST_IN_BUCKET rows, and of all candidates the MOST_COMPARED with the most similar signatures
-    are compared. A pair at the threshold is found with CERTAINTY, less often among thousands of rows of one template.
+    are compared. A pair at the threshold is found with CERTAINTY. Among rows of one template that are nearly as
+    similar to each other (.67 at a threshold of .8), fewer are found: .97 among 1,500 rows, .92 among 6,000.
 
-    Memory holds about 2 KB per row (for a threshold of 0.8). Texts and runs are in WORK_FILES in ``folder``, which are
+    Memory holds about 2.5 KB per row (for a threshold of 0.8). Texts and runs are in WORK_FILES in ``folder``. They are
     deleted at the end.
 
     Args:
@@ -81,10 +82,8 @@ class NearDuplicates:
         """
         runs = [[word_ngrams(words_of(text), SHINGLE) for text in own] for own in texts]
         # Runs of several columns are one set. Where each column is at least as similar as the threshold, so is the set.
-        sets = [
-            own[0] if len(own) == 1 else [f"{column} {run}" for column, found in enumerate(own) for run in found]
-            for own in runs
-        ]
+        # The last column, usually the longest, goes without its number, which saves time.
+        sets = [[f"{column} {run}" for column, found in enumerate(own[:-1]) for run in found] + own[-1] for own in runs]
         signatures = np.array(self._digests(sets, self._signatures.shape[1], 0), np.uint32)
         signatures = signatures.reshape(len(texts), self._signatures.shape[1])
         keys = self._keys(signatures)

@@ -190,6 +190,11 @@ def test_rows_of_a_template_take_linear_time(tmp_path):
     template = [f"t{i}" for i in range(50)]
     texts = [[" ".join([*template, *(f"v{rng.randrange(10**6)}" for _ in range(12))])] for _ in range(1500)]
     near = [[f"{text} {text.split()[-1]}"] for (text,) in texts[::50]]
+    # At the threshold: half of the words that are not the template's are others, a similarity of 0.82.
+    half = [
+        [" ".join([*text.split()[:-6], *(f"n{rng.randrange(10**6)}" for _ in range(6))])] for (text,) in texts[::10]
+    ]
+    assert 0.8 < len(runs(texts[0][0]) & runs(half[0][0])) / len(runs(texts[0][0]) | runs(half[0][0])) < 0.83
     assert 0.6 < len(runs(texts[0][0]) & runs(texts[1][0])) / len(runs(texts[0][0]) | runs(texts[1][0])) < 0.75
     compared = []
     with NearDuplicates(0.8, tmp_path) as seen:
@@ -198,9 +203,11 @@ def test_rows_of_a_template_take_linear_time(tmp_path):
         for start in range(0, 1500, 500):
             assert seen.check(texts[start : start + 500], range(start, start + 500)) == [None] * 500
         found = seen.check(near, range(1500, 1530))
+        found_half = seen.check(half, range(1530, 1680))
     assert max(compared) <= MOST_COMPARED
     # The similarity to the original is 0.98: all are found in spite of 1,500 others.
     assert [item.row for item in found] == list(range(0, 1500, 50))
+    assert sum(item is not None for item in found_half) >= 0.92 * 150
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 1.0])
