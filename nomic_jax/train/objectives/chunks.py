@@ -68,8 +68,6 @@ def _in_a_loop(
     """
     used = jnp.sum(chunks["shape"] < len(layout.shapes))
     in_largest = functools.partial(compute, layout.shapes[0])
-    # How to put the pullback of a kept chunk together again, known when the forward pass has been traced.
-    pullback_of: list[Callable[[list[jax.Array]], Callable]] = []
 
     def chunk_at(chunks: Chunk, i: jax.Array) -> Chunk:
         return {name: jax.lax.dynamic_index_in_dim(array, i, keepdims=False) for name, array in chunks.items()}
@@ -92,46 +90,38 @@ def _in_a_loop(
     first_chunk = chunk_at(chunks, jnp.zeros((), jnp.int32))
     empty_NSE = zeros(jax.eval_shape(in_largest, params, first_chunk), count)
 
+    residuals_of = _Residuals(in_largest, params, first_chunk) if kept else None
+
     @jax.custom_vjp
     def embeddings(params: dict, chunks: Chunk) -> jax.Array:
         return recomputed(params, chunks, empty_NSE, 0)
 
     def forward(params: dict, chunks: Chunk):
-        if not kept:
+        if residuals_of is None:
             return recomputed(params, chunks, empty_NSE, 0), (params, chunks, [], [])
-
-        def with_residuals(params: dict, chunk: Chunk) -> tuple[jax.Array, list[jax.Array]]:
-            embedding_SE, pullback = jax.vjp(lambda params: in_largest(params, chunk), params)
-            leaves, tree = jax.tree.flatten(pullback)
-            pullback_of[:] = [tree.unflatten]
-            return embedding_SE, leaves
-
-        varies = _depends_on_chunk(with_residuals, params, first_chunk)
-        # Residuals that depend on the parameters alone are computed once. The compiler drops the others here.
-        fixed = [leaf for leaf, own in zip(with_residuals(params, first_chunk)[1], varies) if not own]
-        shapes = jax.eval_shape(with_residuals, params, first_chunk)[1]
-        buffers = [zeros(leaf, kept) for leaf, own in zip(shapes, varies) if own]
 
         def turn(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
             embedding_NSE, buffers = carry
-            embedding_SE, leaves = with_residuals(params, chunk_at(chunks, i))
-            own = [leaf for leaf, own in zip(leaves, varies) if own]
+            embedding_SE, _, own = residuals_of(params, chunk_at(chunks, i))
             buffers = [jax.lax.dynamic_update_index_in_dim(buffer, leaf, i, 0) for buffer, leaf in zip(buffers, own)]
             return embedding_NSE.at[i].set(embedding_SE), buffers
 
+        # The residuals without the chunk are those of any chunk. The compiler drops what else is computed here.
+        _, shared, own = residuals_of(params, first_chunk)
+        buffers = [zeros(leaf, kept) for leaf in own]
         embedding_NSE, buffers = jax.lax.fori_loop(0, jnp.minimum(used, kept), turn, (empty_NSE, buffers))
-        pullback_of[:] = [functools.partial(_put_together, pullback_of[0], varies)]
-        return recomputed(params, chunks, embedding_NSE, kept), (params, chunks, fixed, buffers)
+        return recomputed(params, chunks, embedding_NSE, kept), (params, chunks, shared, buffers)
 
     def backward(residuals: tuple, cotangent_NSE: jax.Array) -> tuple[dict, None]:
-        params, chunks, fixed, buffers = residuals
+        params, chunks, shared, buffers = residuals
 
         def add(gradient: dict, more: dict) -> dict:
             return jax.tree.map(lambda total, x: total + x.astype(total.dtype), gradient, more)
 
         def kept_turn(i: jax.Array, gradient: dict) -> dict:
+            assert residuals_of is not None
             own = [jax.lax.dynamic_index_in_dim(buffer, i, keepdims=False) for buffer in buffers]
-            return add(gradient, pullback_of[0](fixed, own)(cotangent_NSE[i])[0])
+            return add(gradient, residuals_of.pullback(shared, own)(cotangent_NSE[i])[0])
 
         def recomputed_turn(i: jax.Array, gradient: dict) -> dict:
             chunk = chunk_at(chunks, i)
@@ -155,21 +145,40 @@ def _in_a_loop(
     return embeddings(params, chunks)
 
 
-def _put_together(unflatten: Callable, varies: list[bool], fixed: list[jax.Array], own: list[jax.Array]) -> Callable:
-    fixed_leaves, own_leaves = iter(fixed), iter(own)
-    return unflatten([next(own_leaves if is_own else fixed_leaves) for is_own in varies])
+class _Residuals:
+    """What the backward pass of a chunk needs, apart: arrays that all chunks share, and those of the chunk.
 
+    A call returns (embeddings [slots, E], shared, own). Shared are the residuals that depend on the parameters alone,
+    such as the parameters themselves or their casts.
+    """
 
-def _depends_on_chunk(
-    with_residuals: Callable[[dict, Chunk], tuple[jax.Array, list[jax.Array]]], params: dict, chunk: Chunk
-) -> list[bool]:
-    """Returns for each residual whether it depends on the chunk, and not on the parameters alone."""
-    jaxpr = jax.make_jaxpr(with_residuals)(params, chunk).jaxpr
-    depends = set(jaxpr.invars[len(jax.tree.leaves(params)) :])
-    for equation in jaxpr.eqns:
-        if any(isinstance(x, jax.extend.core.Var) and x in depends for x in equation.invars):
-            depends |= set(equation.outvars)
-    return [isinstance(x, jax.extend.core.Var) and x in depends for x in jaxpr.outvars[1:]]
+    def __init__(self, compute: Callable[[dict, Chunk], jax.Array], params: dict, chunk: Chunk):
+        self._compute = compute
+        jaxpr = jax.make_jaxpr(self._flat)(params, chunk).jaxpr
+        depends = set(jaxpr.invars[len(jax.tree.leaves(params)) :])
+        for equation in jaxpr.eqns:
+            if any(isinstance(x, jax.extend.core.Var) and x in depends for x in equation.invars):
+                depends |= set(equation.outvars)
+        self._is_own = [isinstance(x, jax.extend.core.Var) and x in depends for x in jaxpr.outvars[1:]]
+
+    def _flat(self, params: dict, chunk: Chunk) -> list[jax.Array]:
+        embedding_SE, pullback = jax.vjp(lambda params: self._compute(params, chunk), params)
+        leaves, self._structure = jax.tree.flatten(pullback)
+        return [embedding_SE, *leaves]
+
+    def __call__(self, params: dict, chunk: Chunk) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        embedding_SE, *leaves = self._flat(params, chunk)
+        shared, own = (
+            [leaf for leaf, is_own in zip(leaves, self._is_own, strict=True) if is_own is wanted]
+            for wanted in (False, True)
+        )
+        return embedding_SE, shared, own
+
+    def pullback(self, shared: list[jax.Array], own: list[jax.Array]) -> Callable[[jax.Array], tuple[dict]]:
+        """Returns the function (cotangent of the embeddings) -> (gradient of the parameters,)."""
+        shared_leaves, own_leaves = iter(shared), iter(own)
+        leaves = [next(own_leaves if is_own else shared_leaves) for is_own in self._is_own]
+        return jax.tree.unflatten(self._structure, leaves)
 
 
 def _embed_chunk(params: dict, chunk: Chunk, shape: Shape, model: EmbeddingConfig, layout: Layout) -> jax.Array:
