@@ -93,7 +93,7 @@ def test_arrows(file):
         rooms = {inner for part, inner, *_ in used if part == package}
         assert rooms - {room} <= ROOMS[package][room]
     top = {name.split(".")[0] for name in names}
-    allowed_torch = {"torch"} if file == PACKAGE / "hf" / "files.py" else set()
+    allowed_torch = {"torch"} if file == PACKAGE / "hf" / "tensors.py" else set()
     assert not top & (FORBIDDEN_EVERYWHERE - allowed_torch)
     if package in WITHOUT_JAX:
         assert not top & {"jax", "flax"}

@@ -5,6 +5,7 @@ There is one table per naming, used in both directions. ``{n}`` is the layer. We
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ def _table(lines: str) -> dict[str, str]:
 
 
 _NORM_PARTS = {"weight": "scale", "bias": "bias"}
+# Names of TensorFlow, which transformers still accepts; google-bert/bert-base-uncased has them.
+_OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 _LINEAR_PARTS = {"weight": "kernel", "bias": "bias"}
 
 # Checkpoint module -> our module (part/parts if ours is fused).
@@ -132,33 +135,48 @@ def detect_naming(names: set[str]) -> str:
     )
 
 
-def to_params(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract: dict) -> dict:
+def current_name(name: str) -> str:
+    """Returns a tensor's present name. Checkpoints converted from TensorFlow have LayerNorms with gamma and beta."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.{_OLD_LEAVES[leaf]}" if leaf in _OLD_LEAVES else name
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], keymap: dict[str, Slot], abstract: dict) -> None:
+    """Raises ValueError, with the name, for a tensor whose shape is not the one that the configuration requires.
+
+    Args:
+      shapes: tensor name -> shape, for every tensor of the keymap.
+      keymap: see ``encoder_keymap``.
+      abstract: the tree with the shapes that the configuration requires.
+    """
+    leaves = {tuple(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)}
+    for name, slot in keymap.items():
+        *rest, last = leaves[slot.path].shape
+        expected = (*rest, last // slot.parts)
+        expected = expected[::-1] if slot.path[-1] == "kernel" else expected
+        if tuple(shapes[name]) != expected:
+            raise ValueError(
+                f"tensor {name} has the shape {list(shapes[name])}; for {'.'.join(slot.path)} the configuration "
+                f"requires {list(expected)}"
+            )
+
+
+def to_params(tensors: Mapping[str, np.ndarray], keymap: dict[str, Slot], abstract: dict) -> dict:
     """Converts checkpoint tensors to our parameter tree.
 
     Args:
-      tensors: exactly the tensors of the keymap.
+      tensors: exactly the tensors of the keymap, with the shapes that ``check_shapes`` accepts.
       keymap: see ``encoder_keymap``.
       abstract: the tree with the shapes that the configuration requires.
-
-    Raises:
-      ValueError: a tensor has a different shape; the message names it.
     """
     parts: dict[tuple, dict[int, np.ndarray]] = {}
     for name, slot in keymap.items():
         tensor = tensors[name]
         parts.setdefault(slot.path, {})[slot.part] = tensor.T if slot.path[-1] == "kernel" else tensor
-    names = {slot.path: name for name, slot in reversed(keymap.items())}
 
     def leaf(key_path, expected):
         path = tuple(str(key.key) for key in key_path)
-        value = np.concatenate([parts[path][i] for i in sorted(parts[path])], axis=-1)
-        if value.shape != expected.shape:
-            name = names[path]
-            raise ValueError(
-                f"tensor {name} has the shape {list(tensors[name].shape)}; for {'.'.join(path)} the configuration "
-                f"requires {list(expected.shape)}, found {list(value.shape)}"
-            )
-        return value.astype(expected.dtype)
+        return np.concatenate([parts[path][i] for i in sorted(parts[path])], axis=-1).astype(expected.dtype)
 
     return jax.tree.map_with_path(leaf, abstract)
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from nomic_jax.files.writing import write_json
-from nomic_jax.hf.files import CheckpointError, read_json, read_json_list, read_safetensors, write_safetensors
+from nomic_jax.hf.files import CheckpointError, read_json, read_json_list
+from nomic_jax.hf.tensors import open_safetensors, write_safetensors
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
 
 # encode_query and encode_document of sentence-transformers look for "query" and "document".
@@ -30,8 +31,11 @@ _ORDER = ("Transformer", "Pooling", "LayerNorm", "Normalize")
 _MODES = {"cls": "cls", "mean": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 
 
-def read_modules(directory: Path) -> dict[str, dict[str, Any]]:
-    """Returns the last part of each module's type -> its config, in order; {} for a plain transformers directory."""
+def read_modules(directory: Path, width: int) -> dict[str, dict[str, Any]]:
+    """Returns the last part of each module's type -> its config, in order; {} for a plain transformers directory.
+
+    ``width`` is that of the encoder, which the weights of a LayerNorm must have.
+    """
     listing = directory / "modules.json"
     if not listing.exists():
         return {}
@@ -56,16 +60,18 @@ def read_modules(directory: Path) -> dict[str, dict[str, Any]]:
         name = "sentence_bert_config.json" if kind == "Transformer" else "config.json"
         modules[kind] = read_json(folder / name, optional=kind != "Pooling")
         if kind == "LayerNorm":
-            _check_without_weights(folder)
+            _check_without_weights(folder, width)
     if list(modules)[:2] != ["Transformer", "Pooling"] or list(modules) != sorted(modules, key=_ORDER.index):
         raise CheckpointError(f"{listing}: expected {' -> '.join(_ORDER)} in this order, found {' -> '.join(modules)}")
     return modules
 
 
-def _check_without_weights(folder: Path) -> None:
-    tensors = read_safetensors(folder / "model.safetensors")
+def _check_without_weights(folder: Path, width: int) -> None:
+    tensors = open_safetensors(folder / "model.safetensors")
     for name, neutral in (("norm.weight", 1), ("norm.bias", 0)):
-        if name not in tensors or np.any(tensors[name] != neutral):
+        if name not in tensors or tensors[name].shape != (width,):
+            raise CheckpointError(f"{folder}: expected {name} with the shape [{width}]")
+        if np.any(tensors[name].read() != neutral):
             raise CheckpointError(f"{folder}: {name} is trained; only a LayerNorm without weights is implemented")
 
 

@@ -10,17 +10,19 @@ from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.merging import finish_merge, mark
 from nomic_jax.hf.checkpoint import SIMILARITIES, Checkpoint
 from nomic_jax.hf.config import encoder_config
-from nomic_jax.hf.files import (
-    MAIN_FILE,
-    CheckpointError,
-    check_file,
-    is_exported,
-    read_json,
-    read_json_list,
-    read_tensors,
+from nomic_jax.hf.files import MAIN_FILE, CheckpointError, check_file, is_exported, read_json, read_json_list
+from nomic_jax.hf.keymap import (
+    Slot,
+    check_shapes,
+    classifier_keymap,
+    current_name,
+    detect_naming,
+    encoder_keymap,
+    mlm_head_keymap,
+    to_params,
 )
-from nomic_jax.hf.keymap import Slot, classifier_keymap, detect_naming, encoder_keymap, mlm_head_keymap, to_params
 from nomic_jax.hf.modules import NOMIC_PROMPTS, embedding_config, read_modules
+from nomic_jax.hf.tensors import StoredTensor, open_tensors
 from nomic_jax.model import EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 
@@ -72,8 +74,8 @@ def finish_export(directory: Path) -> None:
 def _read(directory: Path) -> Checkpoint:
     content = read_json(directory / "config.json")
     encoder = encoder_config(content, str(directory / "config.json"))
-    modules = read_modules(directory)
-    tensors = _strip_prefix(read_tensors(directory), directory)
+    modules = read_modules(directory, encoder.hidden_size)
+    tensors = _short_names(open_tensors(directory), directory)
     heads = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("cls.", "classifier."))}
     is_classifier = any(name.startswith("classifier.") for name in heads)
     for name in _IGNORED:
@@ -106,17 +108,20 @@ def _read(directory: Path) -> Checkpoint:
     )
 
 
-def _strip_prefix(tensors: dict[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
-    stripped: dict[str, np.ndarray] = {}
-    for name, tensor in tensors.items():
-        short = next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
-        if short in stripped:
-            raise CheckpointError(f"{directory}: tensor {short} appears twice, once with a prefix")
-        stripped[short] = tensor
-    return stripped
+def _short_names(tensors: dict[str, StoredTensor], directory: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors under their present names, without a prefix."""
+    short: dict[str, StoredTensor] = {}
+    for given, tensor in tensors.items():
+        name = current_name(
+            next((given.removeprefix(prefix) for prefix in PREFIXES if given.startswith(prefix)), given)
+        )
+        if name in short:
+            raise CheckpointError(f"{directory}: tensor {name} appears twice, once with a prefix or under its old name")
+        short[name] = tensor
+    return short
 
 
-def _convert(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract: dict, directory: Path) -> dict:
+def _convert(tensors: dict[str, StoredTensor], keymap: dict[str, Slot], abstract: dict, directory: Path) -> dict:
     if missing := keymap.keys() - tensors.keys():
         raise CheckpointError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} of {len(keymap)} in all)")
     if unexpected := tensors.keys() - keymap.keys():
@@ -124,27 +129,36 @@ def _convert(tensors: dict[str, np.ndarray], keymap: dict[str, Slot], abstract: 
             f"{directory}: tensor {min(unexpected)} is not part of this model ({len(unexpected)} unexpected in all)"
         )
     try:
-        return to_params(tensors, keymap, abstract)
+        check_shapes({name: tensor.shape for name, tensor in tensors.items()}, keymap, abstract)
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
+    return to_params({name: tensor.read() for name, tensor in tensors.items()}, keymap, abstract)
 
 
-def _read_mlm_head(heads: dict[str, np.ndarray], params: dict, encoder: EncoderConfig, directory: Path) -> dict | None:
+def _read_mlm_head(
+    heads: dict[str, StoredTensor], params: dict, encoder: EncoderConfig, directory: Path
+) -> dict | None:
     """Returns the head of a nomic-bert checkpoint. The head of a BERT has a decoder bias and is omitted (None)."""
     head = {name: tensor for name, tensor in heads.items() if name.startswith("cls.")}
     decoder = head.pop("cls.predictions.decoder.weight", None)
     if not head or encoder.use_bias:
         return None
     # The decoder is tied to the word embeddings. Only transformers has a decoder bias, which starts and stays at zero.
-    if decoder is not None and not np.array_equal(decoder, params["embeddings"]["word"]["embedding"]):
+    words = params["embeddings"]["word"]["embedding"]
+    if decoder is not None and not (decoder.shape == words.shape and np.array_equal(decoder.read(), words)):
         raise CheckpointError(f"{directory}: cls.predictions.decoder.weight differs from the word embeddings")
     for name in ("cls.predictions.bias", "cls.predictions.decoder.bias", "cls.predictions.transform.dense.bias"):
-        if np.any(head.pop(name, 0) != 0):
+        bias = head.pop(name, None)
+        if bias is None:
+            continue
+        if len(bias.shape) != 1 or bias.shape[0] > len(words):
+            raise CheckpointError(f"{directory}: {name} has the shape {list(bias.shape)}; expected a bias")
+        if np.any(bias.read() != 0):
             raise CheckpointError(f"{directory}: {name} is not zero; the masked-LM head of nomic-bert has no such bias")
     return _convert(head, mlm_head_keymap(encoder), abstract_mlm_head(encoder), directory)
 
 
-def _read_classifier(heads: dict[str, np.ndarray], encoder: EncoderConfig, num_labels: int, directory: Path) -> dict:
+def _read_classifier(heads: dict[str, StoredTensor], encoder: EncoderConfig, num_labels: int, directory: Path) -> dict:
     head = {name: tensor for name, tensor in heads.items() if not name.startswith("cls.")}
     return _convert(head, classifier_keymap(encoder), abstract_classifier(encoder, num_labels), directory)
 

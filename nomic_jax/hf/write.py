@@ -15,10 +15,11 @@ from nomic_jax.files.reading import FileRefused
 from nomic_jax.files.writing import write_json
 from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.config import config_json
-from nomic_jax.hf.files import MAIN_FILE, is_exported, write_safetensors
+from nomic_jax.hf.files import MAIN_FILE, is_exported
 from nomic_jax.hf.keymap import classifier_keymap, encoder_keymap, from_params, mlm_head_keymap
 from nomic_jax.hf.model_card import model_card
 from nomic_jax.hf.modules import NOMIC_PROMPTS, write_modules
+from nomic_jax.hf.tensors import write_safetensors
 from nomic_jax.model import EncoderConfig
 
 _SPECIAL_TOKENS = {

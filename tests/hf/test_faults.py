@@ -1,6 +1,9 @@
 """Invalid checkpoints are refused with an error that names the fault."""
 
 import json
+import struct
+import tracemalloc
+import zipfile
 
 import jax
 import numpy as np
@@ -137,6 +140,54 @@ def test_config(exported, fields, message):
 def test_files_beside_the_weights(exported, file, content, message):
     (exported / file).write_text(content, encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(exported)
+
+
+def write_sparse(file, entries):
+    """Writes a safetensors file of zeros, which takes no space on the disk."""
+    header, end = {}, 0
+    for name, shape in entries.items():
+        size = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with file.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"more.weight": (1 << 19, 1 << 10)}, "more.weight is not part of this model"),
+        ({"emb_ln.weight": (1 << 29,)}, r"emb_ln.weight has the shape \[536870912\]"),
+        ({"cls.predictions.bias": (1 << 29,)}, r"cls.predictions.bias has the shape \[536870912\]; expected a bias"),
+    ],
+)
+def test_sizes_are_checked_before_memory_is_taken(exported, extra, message):
+    """A file of 2 GiB claims a tensor that the model does not have."""
+    shapes = {name: x.shape for name, x in load_file(exported / "model.safetensors").items()} | extra
+    write_sparse(exported / "model.safetensors", shapes)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(exported)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_torch_file_that_is_compressed_is_refused(exported, monkeypatch):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.zeros(1 << 22)}, exported / "a.bin")
+    (exported / "model.safetensors").unlink()
+    deflated = zipfile.ZipFile(exported / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(exported / "a.bin") as plain, deflated:
+        for name in plain.namelist():
+            deflated.writestr(name, plain.read(name))
+    assert (exported / "pytorch_model.bin").stat().st_size < 1 << 16
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("the file was loaded"))
+    with pytest.raises(CheckpointError, match=r"is compressed \("):
         read_checkpoint(exported)
 
 

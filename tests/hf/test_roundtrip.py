@@ -237,6 +237,32 @@ def test_every_prefix_and_naming_is_read(edit, params, prefix, naming):
     assert jax.tree.all(jax.tree.map(np.array_equal, params, read_checkpoint(directory).params["encoder"]))
 
 
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_layer_norms_named_as_in_tensorflow_are_read(tmp_path, prefix, torch):
+    config = transformers.BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    model = transformers.BertModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "LayerNorm" in name:
+                parameter.normal_(1, 0.2)
+    model.save_pretrained(tmp_path)
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = load_file(tmp_path / "model.safetensors")
+    for new, before in old.items():
+        tensors = {name.replace(new, before): tensor for name, tensor in tensors.items()}
+    # What google-bert/bert-base-uncased holds besides the encoder.
+    tensors |= {"cls.predictions.transform.LayerNorm.gamma": np.ones(64, np.float32)}
+    tensors |= {"cls.seq_relationship.weight": np.ones((2, 64), np.float32)}
+    save_file({prefix + k if k[:3] != "cls" else k: v for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    assert any(name.endswith("LayerNorm.beta") for name in load_file(tmp_path / "model.safetensors"))
+    checkpoint = read_checkpoint(tmp_path)
+    ids = np.random.default_rng(0).integers(1, 30000, (2, 20))
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).last_hidden_state.numpy()
+    ours = encode(checkpoint.params["encoder"], ids.astype(np.int32), checkpoint.config.encoder)
+    assert np.abs(theirs - np.asarray(ours)).max() <= 1e-5
+
+
 def test_shards_and_torch_files_are_read(exported, params, torch):
     tensors = load_file(exported / "model.safetensors")
     (exported / "model.safetensors").unlink()
