@@ -124,8 +124,12 @@ def read_bytes(
       FileRefused, FileNotFoundError, OSError: as ``open_regular``.
     """
     with open_regular(path, within=within, limit=limit, accept=accept) as f:
-        content = f.read(limit + 1)
-    if len(content) > limit:  # it grew
+        # read(n) takes n bytes of memory at once, however small the file is.
+        size = os.fstat(f.fileno()).st_size
+        content = f.read(size + 1)
+        if len(content) > size:  # it grew
+            content += f.read(max(0, limit + 1 - len(content)))
+    if len(content) > limit:
         raise FileRefused(f"{path}: exceeds the limit of {limit:,} bytes")
     return content
 
