@@ -24,8 +24,8 @@ def markdown(text: object) -> str:
     """Returns the text so that Markdown shows it as it is, on one line: also in a heading, a list or a table cell."""
     escaped = _MARKDOWN.sub(r"\\\g<0>", printable(text).replace("&", "&amp;"))
     escaped = escaped.replace("<", "&lt;").replace(">", "&gt;")
-    # At the start of a line these begin a list, or make a heading of the line before.
-    return re.sub(r"^(\s*\d*)([-+=.)])", r"\1\\\2", escaped)
+    # At the start of a line these begin a list, or make a heading of the line before. Numbers stay as they are.
+    return re.sub(r"^(\s*)([-+=](?=\s|[-=\s]*$))|^(\s*\d+)([.)](?=\s|$))", r"\1\3\\\2\4", escaped)
 
 
 def code(text: object) -> str:
