@@ -9,11 +9,11 @@ stays.
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from nomic_jax.files.reading import read_json
 from nomic_jax.hf import write_checkpoint
 from nomic_jax.run.pretrained import read_pretrained
 
@@ -85,9 +85,23 @@ def write(args: argparse.Namespace) -> None:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    report = json.loads(file.read_text(encoding="utf-8"))
+    """Returns a report of launch.evaluate: tasks: name -> figures, and average: metric -> figure.
+
+    Raises:
+      ValueError: the file is not such a report; the message names the field.
+    """
+    report = read_json(file)
     if not isinstance(report, dict) or not {"tasks", "average"} <= report.keys():
         raise ValueError(f"{file}: this is not a report of launch.evaluate, which has the fields tasks and average")
+    average, tasks = report["average"], report["tasks"]
+    if not isinstance(average, dict) or not all(type(value) in (int, float) for value in average.values()):
+        raise ValueError(f"{file}: average should map metrics to numbers")
+    if not isinstance(tasks, dict) or not all(isinstance(figures, dict) for figures in tasks.values()):
+        raise ValueError(f"{file}: tasks should map the names of tasks to their figures")
+    for task, figures in tasks.items():
+        for metric in average.keys() & figures.keys():
+            if type(figures[metric]) not in (int, float):
+                raise ValueError(f"{file}: tasks: {task!r}: {metric} is {figures[metric]!r:.100}; expected a number")
     return report
 
 

@@ -16,8 +16,9 @@ A task of the suite local is a folder of jsonl files. The files and their column
     test.jsonl {"text", "label"}                                clustering (V-measure)
     test.jsonl {"sentence1", "sentence2", "score"}              semantic similarity (Spearman, Pearson)
 
-The type of task determines the prompts; task.json in the folder can name others ({"query_prompt", "document_prompt"}
-or {"prompt"}). Scores go to OUTPUT/<name>.json (local) or OUTPUT/<name>-<suite>.json, and mteb's own result files to
+The type of task determines the prompts: the model's prompt for queries, documents, classification or clustering, if it
+has one, else none. task.json in the folder can name others ({"query_prompt", "document_prompt"} or {"prompt"}; null for
+none). Scores go to OUTPUT/<name>.json (local) or OUTPUT/<name>-<suite>.json, and mteb's own result files to
 OUTPUT/results. OUTPUT/report.md shows all results in OUTPUT. Running the command again evaluates only the tasks that
 have no scores yet. If a task fails, the command lists it, runs the others, and exits with code 1.
 """
@@ -33,6 +34,7 @@ from absl import flags
 
 from launch import glue
 from launch.errors import run
+from nomic_jax.data.prompts import prompt_for
 from nomic_jax.evals.report.page import table, write_report
 from nomic_jax.evals.report.record import is_output, model_sha256, run_cells
 from nomic_jax.evals.suites import hub, local, loco, mteb
@@ -83,14 +85,13 @@ class LazyEncoders:
 
 
 def embed_with(embedder: Any, normalize: bool, batch_size: int = 64) -> Embed:
-    """The function with which tasks embed texts under one of the model's prompts."""
+    """The function with which tasks embed texts, by the rule of ``nomic_jax.data.prompts`` for prompts."""
 
     def embed(texts: list[str], prompt: str) -> np.ndarray:
-        if embedder.prompts and prompt not in embedder.prompts:
-            known = ", ".join(embedder.prompts)
-            raise TaskError(f"the model has no prompt {prompt!r}; it has {known}. See task.json in --help")
-        # A model without prompts was trained without prefixes, so texts get none.
-        prefix = embedder.prompts.get(prompt, "")
+        try:
+            prefix = prompt_for(embedder.prompts, prompt)
+        except ValueError as error:
+            raise TaskError(f"{error}. See task.json in --help") from error
         return embedder.encode(texts, prompt=prefix, batch_size=batch_size, normalize_embeddings=normalize)
 
     return embed

@@ -26,6 +26,7 @@ from nomic_jax.curate.mixtures import replace_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.data.mixture import Source, read_mixture
+from nomic_jax.data.prompts import prompt_name
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.writing import atomic_file, write_json
 
@@ -134,8 +135,8 @@ def _write(plan: _Plan, output: Path, queries: int) -> dict[str, int]:
         output / "held_out" / source.name,
         plan.held,
         queries,
-        source.query_prefix or source.document_prefix,
-        source.document_prefix or source.query_prefix,
+        prompt_name(source.query_prefix, "query"),
+        prompt_name(source.document_prefix, "document"),
     )
     parts = ("pairs", "labelled")
     written = {part: write_rows(output / part / f"{source.name}.jsonl", plan.rows_of(part)) for part in parts}

@@ -14,8 +14,8 @@ def main(argv: list[str]) -> None:
     del argv
     embedder = Embedder.from_pretrained(FLAGS.model)
     documents = [row[FLAGS.column] for row in read_rows(FLAGS.corpus, {FLAGS.column: str})]
-    document_NE = embedder.encode(documents, prompt_name=_prompt_name(embedder, FLAGS.document_prompt))
-    query_QE = embedder.encode(FLAGS.query, prompt_name=_prompt_name(embedder, FLAGS.query_prompt))
+    document_NE = embedder.encode_document(documents, **_prompt(FLAGS.document_prompt))
+    query_QE = embedder.encode_query(FLAGS.query, **_prompt(FLAGS.query_prompt))
     places, scores = top_k(query_QE, document_NE, min(FLAGS.k, len(documents)))
     for query, found, score in zip(FLAGS.query, places, scores):
         print(f"\n{query}")
@@ -24,9 +24,9 @@ def main(argv: list[str]) -> None:
             print(f"  {value:.3f}  {text[:110]}{'…' if len(text) > 110 else ''}")
 
 
-def _prompt_name(embedder: Embedder, prompt: str) -> str | None:
-    """The name to encode with: None for a model without prompts, which was trained without prefixes."""
-    return prompt if embedder.prompts and prompt else None
+def _prompt(name: str | None) -> dict[str, str]:
+    """The options of a flag: none for the role's prompt, the named prompt, or no prompt."""
+    return {} if name is None else {"prompt_name": name} if name else {"prompt": ""}
 
 
 if __name__ == "__main__":
@@ -34,7 +34,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("corpus", None, "Files with the texts, given as for --input of launch.filter.", required=True)
     flags.DEFINE_string("column", "text", "Column of the corpus that holds the text.")
     flags.DEFINE_multi_string("query", None, "A query; may be repeated.", required=True)
-    flags.DEFINE_string("query_prompt", "search_query", "Name of the prompt in front of queries.")
-    flags.DEFINE_string("document_prompt", "search_document", "Name of the prompt in front of documents.")
+    flags.DEFINE_string(
+        "query_prompt", None, 'Name of the prompt in front of queries; "" for none. [the model\'s for queries, if any]'
+    )
+    flags.DEFINE_string(
+        "document_prompt", None, 'Name of the prompt in front of documents; "" for none. [the model\'s, if any]'
+    )
     flags.DEFINE_integer("k", 3, "Results shown for each query.", lower_bound=1)
     run(main)

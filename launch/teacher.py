@@ -8,6 +8,7 @@ from absl import flags
 
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.tasks import Engine, local_engine
+from nomic_jax.data.prompts import prompt_for
 
 INPUT = flags.DEFINE_string(
     "input",
@@ -31,12 +32,14 @@ ON_BAD_ROW = flags.DEFINE_enum(
 MODEL = flags.DEFINE_string("model", None, "The teacher: a checkpoint directory, or a name on the Hugging Face hub.")
 PREFIXES = flags.DEFINE_bool(
     "prefixes",
-    False,
-    "Prefix queries and documents with the prompts in the teacher's checkpoint, as nomic-embed needs. gte and MiniLM "
-    "have none.",
+    True,
+    "Put the teacher's own prompts for queries and documents in front of them, if its checkpoint has any (nomic-embed "
+    "has, gte and MiniLM have none). --noprefixes: embed the bare texts.",
 )
 QUERY_PROMPT = flags.DEFINE_string(
-    "query_prompt", None, 'Text put in front of every query, such as "search_query: ", instead of --prefixes.'
+    "query_prompt",
+    None,
+    'Text put in front of every query, such as "search_query: ", instead of the teacher\'s prompts.',
 )
 DOCUMENT_PROMPT = flags.DEFINE_string("document_prompt", None, "Text put in front of every document.")
 MAX_LENGTH = flags.DEFINE_integer(
@@ -90,14 +93,16 @@ def engine() -> Engine:
 def _settings() -> dict[str, Any]:
     if not MODEL.value:
         raise ValueError("no teacher is given; set --model to a checkpoint directory")
-    if PREFIXES.value and (QUERY_PROMPT.value is not None or DOCUMENT_PROMPT.value is not None):
+    is_given = QUERY_PROMPT.value is not None or DOCUMENT_PROMPT.value is not None
+    if PREFIXES.present and PREFIXES.value and is_given:
         raise ValueError("--prefixes takes the teacher's own prompts; give it, or --query_prompt and --document_prompt")
+    own = PREFIXES.value and not is_given
     return {
         "model": MODEL.value,
         "dtype": DTYPE.value,
         "max_length": MAX_LENGTH.value,
         "batch_size": BATCH_SIZE.value,
-        "prompts": None if PREFIXES.value else (QUERY_PROMPT.value or "", DOCUMENT_PROMPT.value or ""),
+        "prompts": None if own else (QUERY_PROMPT.value or "", DOCUMENT_PROMPT.value or ""),
     }
 
 
@@ -108,23 +113,18 @@ def open_teacher(
 
     Args:
       batch_size: texts in a batch on each device; None for 64 on a CPU and 256 elsewhere.
-      prompts: text put in front of queries and of documents; None for the checkpoint's own prompts.
-
-    Raises:
-      ValueError: ``prompts`` is None, but the checkpoint has no prompts for queries and documents.
+      prompts: text put in front of queries and of documents; None for the checkpoint's own prompts, if it has any.
     """
     import jax
 
     from nomic_jax.inference.device_ranks import count_above
-    from nomic_jax.inference.embedder import DOCUMENT_PROMPTS, QUERY_PROMPTS, Embedder
+    from nomic_jax.inference.embedder import Embedder
 
     embedder = Embedder.from_pretrained(model, dtype=dtype, max_length=max_length)
     if prompts is None:
-        roles = (QUERY_PROMPTS, DOCUMENT_PROMPTS)
-        found = [next((embedder.prompts[name] for name in names if name in embedder.prompts), "") for names in roles]
-        if not any(found):
-            raise ValueError(f"{model} has no prompts for queries and documents; leave --prefixes out")
-        prompts = (found[0], found[1])
+        prompts = (prompt_for(embedder.prompts, "query"), prompt_for(embedder.prompts, "document"))
+    if any(prompts):
+        print(f"the teacher reads queries after {prompts[0]!r}, documents after {prompts[1]!r}", file=sys.stderr)
     all_devices = (batch_size or (64 if jax.default_backend() == "cpu" else 256)) * jax.local_device_count()
     encode = functools.partial(embedder.encode, batch_size=all_devices, show_progress_bar=False)
     return Encoder(

@@ -6,8 +6,10 @@ The YAML has the original's format:
       - name: gooaq
         bucket: shards/gooaq/shard-{00000..00007}.jsonl.gz     # file, folder, glob, brace range or URL
         objective: {type: paired, columns: [query, document]}  # self: [text] · triplet: [query, document, negatives]
-        query_prefix: search_query
-        document_prefix: search_document                       # defaults to query_prefix
+        query_prefix: search_query                             # "search_query: " in front of queries; "query: " and
+                                                               # any other text that ends in " ", ":" or a line
+                                                               # break is taken as it is written
+        document_prefix: search_document                       # defaults to query_prefix; "" for none
         query_only: false                                      # true: no prefix on documents
         weight: 1.0                                            # used only with config.data.sampling=weights
         rows: 100000                                           # minimum number of rows; detects missing shards
@@ -20,6 +22,7 @@ import dataclasses
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +32,9 @@ import yaml
 
 from nomic_jax.data.formats.hub import is_dataset_name
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.prompts import likely_prefix, prompt_text, read_prefix
 from nomic_jax.files.reading import FileRefused, read_text
 
-PREFIXES = ("search_query", "search_document", "classification", "clustering")
 Kind = Literal["text", "pair", "triplet"]
 COLUMNS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
@@ -57,8 +60,8 @@ class Source:
     Attributes:
       files: see ``nomic_jax.data.formats.paths.expand_files``.
       columns: the file's column for each of ``COLUMNS[kind]``, in that order.
-      query_prefix, document_prefix: one of PREFIXES, an instruction of several words, or "" for none. Texts get
-        "prefix: " in front.
+      query_prefix, document_prefix: what goes in front of texts, see ``nomic_jax.data.prompts.prompt_text``; "" for
+        nothing.
       weight: relative weight, used if sources are sampled by weights.
       rows: minimum number of rows of its files, bad rows included.
       in_batch_negatives: whether other rows' documents are negatives; false for a source with few different documents.
@@ -77,12 +80,6 @@ class Source:
     def __post_init__(self):
         if len(self.columns) != len(COLUMNS[self.kind]):
             raise MixtureError(f"{self.name}: {self.kind} rows take the columns {COLUMNS[self.kind]}")
-        for prefix in (self.query_prefix, self.document_prefix):
-            # An unknown single word is usually a typing error.
-            if prefix and prefix not in PREFIXES and " " not in prefix:
-                raise MixtureError(
-                    f"{self.name}: unknown prefix {prefix!r}; write one of {', '.join(PREFIXES)}, or an instruction"
-                )
         if not self.name or "/" in self.name or re.search(r"^\.|[\0-\x1f\x7f\ud800-\udfff]", self.name):
             raise MixtureError(f"the source name {self.name!r} cannot be a folder name; use letters and digits")
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -110,11 +107,6 @@ def _lists(value: Any) -> list[list]:
     return [item if isinstance(item, list) else [item] for item in items]
 
 
-def with_prefix(prefix: str, text: str) -> str:
-    """Returns the text after its task prefix, a colon and a space (paper section 3.3.1)."""
-    return f"{prefix}: {text}" if prefix else text
-
-
 def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
     """Returns the sources of a mixture YAML, or one source of the given kind for files (or a data set) named directly.
 
@@ -122,7 +114,7 @@ def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
     rows have no prefix.
 
     Raises:
-      MixtureError: unknown or missing fields, an unknown prefix, or rows of another kind than the stage needs.
+      MixtureError: unknown or missing fields, or rows of another kind than the stage needs.
       FileNotFoundError: the YAML does not exist.
     """
     if not path:
@@ -230,9 +222,8 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
     columns = objective.get("columns") or [] if isinstance(objective, dict) else []
     if kind is None or not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
         raise MixtureError(f"{where}: objective must be {{type: self | paired | triplet, columns: [...]}}")
-    query_prefix, document_prefix = (
-        str(entry.get(field) or "").strip().removesuffix(":") for field in ("query_prefix", "document_prefix")
-    )
+    query_prefix = _prefix(entry, "query_prefix", where) or ""
+    document_prefix = "" if entry.get("query_only") else _prefix(entry, "document_prefix", where)
     if not isinstance(entry.get("in_batch_negatives", True), bool):
         raise MixtureError(f"{where}: in_batch_negatives must be true or false, found {entry['in_batch_negatives']!r}")
     if entry.get("kd_loss"):
@@ -252,10 +243,24 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
             kind=kind,
             columns=tuple(columns or COLUMNS[kind]),
             query_prefix=query_prefix,
-            document_prefix="" if entry.get("query_only") else document_prefix or query_prefix,
+            document_prefix=query_prefix if document_prefix is None else document_prefix,
             in_batch_negatives=entry.get("in_batch_negatives", True),
             weight=float(entry.get("weight", 1.0)),
             rows=entry.get("rows", 0),
         )
     except MixtureError as error:
         raise MixtureError(f"{where}: {error}") from error
+
+
+def _prefix(entry: dict, field: str, where: str) -> str | None:
+    """Returns a prefix of a source; None if the field is missing. Warns of a misspelt prefix of nomic's."""
+    if entry.get(field) is None:
+        return None
+    prefix = read_prefix(str(entry[field]))
+    if likely := likely_prefix(prefix):
+        warnings.warn(
+            f"{where}: {field} puts {prompt_text(prefix)!r} in front of every text; did you mean {likely}, which puts "
+            f"{prompt_text(likely)!r} there?",
+            stacklevel=2,
+        )
+    return prefix

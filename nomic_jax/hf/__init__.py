@@ -1,8 +1,8 @@
 """Converts between Hugging Face checkpoint directories and parameters, with safetensors and without torch."""
 
+from nomic_jax.data.prompts import NOMIC_PROMPTS
 from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.files import CheckpointError
-from nomic_jax.hf.modules import NOMIC_PROMPTS
 from nomic_jax.hf.read import read_checkpoint
 from nomic_jax.hf.write import write_checkpoint
 

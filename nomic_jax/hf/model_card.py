@@ -1,9 +1,15 @@
-"""Writes the README.md of an export: model description, usage, training data and evaluation results."""
+"""Writes the README.md of an export: model description, usage, training data and evaluation results.
 
+Names and values come from files: they are escaped, so that none of them is markup or adds a line.
+"""
+
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from nomic_jax.data.prompts import prompt_for, prompt_text
+from nomic_jax.files.printable import code, markdown, printable
 from nomic_jax.model import EmbeddingConfig
 
 _HEAD = """---
@@ -16,7 +22,7 @@ tags:
 - nomic_jax
 ---
 
-# {name}
+# {title}
 
 A text embedder {made} with nomic_jax, the JAX implementation of [Nomic Embed](https://arxiv.org/abs/2402.01613): an
 encoder of {layers} layers and width {width} ({position}), {pooling} pooling, {dim} dimensions, texts of up to
@@ -27,13 +33,13 @@ encoder of {layers} layers and width {width} ({position}), {pooling} pooling, {d
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{name}")
+model = SentenceTransformer({name})
 queries = model.encode_query(["what is a text embedder?"])
 documents = model.encode_document(["A text embedder maps texts to vectors."])
 print(model.similarity(queries, documents))
 ```
 
-In JAX, use `nomic_jax.Embedder.from_pretrained("{name}")`, which has the same methods.
+In JAX, use {in_jax}, which has the same methods.
 
 {prompts}
 """
@@ -56,8 +62,11 @@ def model_card(
     """
     encoder = config.encoder
     rope = f"RoPE, dynamic NTK beyond {encoder.max_trained_positions} tokens"
+    quoted = json.dumps(printable(name), ensure_ascii=False)
     head = _HEAD.format(
-        name=name,
+        title=markdown(name),
+        name=quoted,
+        in_jax=code(f"nomic_jax.Embedder.from_pretrained({quoted})"),
         made="trained" if training else "converted",
         layers=encoder.num_layers,
         width=encoder.hidden_size,
@@ -72,14 +81,23 @@ def model_card(
 
 
 def _prompts(prompts: Mapping[str, str]) -> str:
-    texts = dict.fromkeys(text for text in prompts.values() if text)
-    if not texts:
+    if not any(prompts.values()):
         return "Texts need no prefix."
-    lines = "".join(f"- `{name}`: `{text}`\n" for name, text in prompts.items() if text)
+    query, document = (prompt_for(prompts, role) for role in ("query", "document"))
+    lines = "".join(f"- {_code(name)}: {_quoted(text)}\n" for name, text in prompts.items())
     return (
-        f"Every text starts with a prefix that names its task. `encode_query` and `encode_document` prepend the prompts"
-        f" of these names, `encode` prepends the prompt `prompt_name`:\n\n{lines}"
+        f"The model was trained with prompts, texts that go before an input. `encode_query` prepends {_quoted(query)}, "
+        f"`encode_document` {_quoted(document)}, and `encode` the prompt that `prompt_name` names:\n\n{lines}"
     )
+
+
+def _quoted(text: str) -> str:
+    return _code(json.dumps(text, ensure_ascii=False)) if text else "nothing"
+
+
+def _code(text: str) -> str:
+    # Only in a table does "|" need its backslash.
+    return code(text).replace("\\|", "|")
 
 
 def _training(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -109,7 +127,7 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
                     name,
                     _field(source, "name"),
                     f"{count:,}" if isinstance(count, int) else count,
-                    _joined(" / ", _field(source, "query_prefix"), _field(source, "document_prefix")),
+                    _prefixes(source),
                     None if fingerprint is None else str(fingerprint)[:16],
                 ]
             )
@@ -134,6 +152,15 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
     return f"{text}\nEvery setting of every stage is in `training.json`.\n"
 
 
+def _prefixes(source: Any) -> str | None:
+    """Returns the texts in front of a source's queries and documents; None if there are none."""
+    texts = [_field(source, f"{role}_prefix") for role in ("query", "document")]
+    if not any(texts):
+        return None
+    shown = [json.dumps(prompt_text(str(text)), ensure_ascii=False) if text else "none" for text in texts]
+    return " / ".join(dict.fromkeys(shown))
+
+
 def _field(record: Any, *path: str) -> Any:
     """Returns a nested value, or None if it is missing: the record may come from another version or program."""
     for name in path:
@@ -153,15 +180,19 @@ def _evaluation(suite: str, report: Mapping[str, Any]) -> str:
         for task, figures in report["tasks"].items()
     ]
     rows.append(["average", *(f"{report['average'][metric]:.4f}" for metric in metrics)])
-    return f"## Evaluation: {suite}\n\n{_table(['task', *metrics], rows)}"
+    return f"## Evaluation: {markdown(suite)}\n\n{_table(['task', *metrics], rows)}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
+    lines = [
+        [_cell(name) for name in header],
+        ["---"] * len(header),
+        *([_cell(value) for value in row] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _cell(value: Any) -> str:
     """Returns any value as one line of text that contains no markup and does not end the cell."""
     text = "" if value is None else f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
-    return text[:200].replace("|", "\\|").replace("<", "&lt;")
+    return markdown(text[:200])

@@ -18,15 +18,6 @@ from nomic_jax.hf.files import CheckpointError, read_json, read_json_list
 from nomic_jax.hf.tensors import open_safetensors, write_safetensors
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
 
-# encode_query and encode_document of sentence-transformers look for "query" and "document".
-NOMIC_PROMPTS = {
-    "search_query": "search_query: ",
-    "search_document": "search_document: ",
-    "classification": "classification: ",
-    "clustering": "clustering: ",
-    "query": "search_query: ",
-    "document": "search_document: ",
-}
 _ORDER = ("Transformer", "Pooling", "LayerNorm", "Normalize")
 _MODES = {"cls": "cls", "mean": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nomic_jax.data.prompts import NOMIC_PROMPTS
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.merging import finish_merge, mark
 from nomic_jax.hf.checkpoint import SIMILARITIES, Checkpoint
@@ -21,7 +22,7 @@ from nomic_jax.hf.keymap import (
     mlm_head_keymap,
     to_params,
 )
-from nomic_jax.hf.modules import NOMIC_PROMPTS, embedding_config, read_modules
+from nomic_jax.hf.modules import embedding_config, read_modules
 from nomic_jax.hf.tensors import StoredTensor, open_tensors
 from nomic_jax.model import EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head

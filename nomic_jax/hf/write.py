@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from nomic_jax.data.prompts import NOMIC_PROMPTS
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.merging import merged_into
 from nomic_jax.files.reading import FileRefused
@@ -18,7 +19,7 @@ from nomic_jax.hf.config import config_json
 from nomic_jax.hf.files import MAIN_FILE, is_exported
 from nomic_jax.hf.keymap import classifier_keymap, encoder_keymap, from_params, mlm_head_keymap
 from nomic_jax.hf.model_card import model_card
-from nomic_jax.hf.modules import NOMIC_PROMPTS, write_modules
+from nomic_jax.hf.modules import write_modules
 from nomic_jax.hf.tensors import write_safetensors
 from nomic_jax.model import EncoderConfig
 

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from nomic_jax.data.batches.shapes import Shape, length_sorted_batches, pad_right
+from nomic_jax.data.prompts import prompt_for
 from nomic_jax.data.tokens.tokenizer import Tokenizer, check_unicode, truncate
 from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, read_checkpoint
 from nomic_jax.hf.hub import download
@@ -28,10 +29,6 @@ from nomic_jax.inference.call_size import texts_per_call
 from nomic_jax.inference.similarity import SIMILARITIES
 from nomic_jax.model import EmbeddingConfig, embed
 from nomic_jax.run.pretrained import read_pretrained
-
-# Names of the prompt for a role: the name of sentence-transformers, then that of nomic. The first match is used.
-QUERY_PROMPTS = ("query", "search_query")
-DOCUMENT_PROMPTS = ("document", "search_document")
 
 
 class Embedder:
@@ -245,26 +242,23 @@ class Embedder:
         self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options
     ) -> np.ndarray:
         """Calls ``encode`` with the query prompt, unless another one is given. Options are those of ``encode``."""
-        return self.encode(inputs, *self._role_prompt(QUERY_PROMPTS, prompt_name, prompt), **options)
+        return self.encode(inputs, *self._role_prompt("query", prompt_name, prompt), **options)
 
     def encode_document(
         self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options
     ) -> np.ndarray:
         """Calls ``encode`` with the document prompt, unless another one is given. Options are those of ``encode``."""
-        return self.encode(inputs, *self._role_prompt(DOCUMENT_PROMPTS, prompt_name, prompt), **options)
+        return self.encode(inputs, *self._role_prompt("document", prompt_name, prompt), **options)
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Returns similarities [len(a), len(b)] by ``similarity_fn_name``. Distances are negated: higher is closer."""
         return SIMILARITIES[self.similarity_fn_name](*(np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b)))
 
-    def _role_prompt(
-        self, names: Sequence[str], prompt_name: str | None, prompt: str | None
-    ) -> tuple[str | None, str | None]:
+    def _role_prompt(self, role: str, prompt_name: str | None, prompt: str | None) -> tuple[str | None, str | None]:
         """Returns (prompt_name, prompt) for ``encode``: the given one, else the role's, else none (not the default)."""
         if prompt_name is not None or prompt is not None:
             return prompt_name, prompt
-        found = next((name for name in names if name in self.prompts), None)
-        return (None, "") if found is None else (found, None)
+        return None, prompt_for(self.prompts, role)
 
     def _prefix(self, prompt_name: str | None, prompt: str | None) -> str:
         if prompt is not None:

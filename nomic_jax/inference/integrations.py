@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from nomic_jax.data.prompts import find_prompt
 from nomic_jax.evals.tasks.contract import PROMPTS
 from nomic_jax.inference.embedder import Embedder
 
@@ -34,8 +35,8 @@ def mteb_encoder(
     """Returns a model for ``mteb.evaluate(model, tasks)``, mteb 2.
 
     A text gets the model's prompt under mteb's own names (task name, task type, "query" and "document"). If there is
-    none, a model with nomic's prompts uses the one of ``nomic_jax.evals.tasks.contract.PROMPTS``. Otherwise the text
-    gets no prompt.
+    none, it gets that of ``nomic_jax.evals.tasks.contract.PROMPTS``, by the rule of ``nomic_jax.data.prompts``.
+    Otherwise it gets no prompt.
 
     Args:
       embedder: its prompts and ``max_length`` apply to the evaluation. The published scores are at 512 tokens:
@@ -57,7 +58,8 @@ def mteb_encoder(
     options = {"normalize_embeddings": normalize_embeddings, "truncate_dim": truncate_dim}
     identity = options | ({"unnormalized_types": sorted(unnormalized_types)} if unnormalized_types else {})
     raw = embedder.with_settings(normalize=False) if unnormalized_types else embedder
-    theirs = {key: embedder.prompts[prompt] for key, prompt in PROMPTS.items() if prompt in embedder.prompts}
+    found = {key: find_prompt(embedder.prompts, name) for key, name in PROMPTS.items()}
+    theirs = {key: text for key, text in found.items() if text is not None}
     prompts = theirs | embedder.prompts
     # mteb requires every field; None stands for unknown values, such as date, licence and training data.
     unknown = {field: None for field, info in ModelMeta.model_fields.items() if info.is_required()}

@@ -16,6 +16,7 @@ import numpy as np
 
 import nomic_jax
 from nomic_jax.data.batches.stream import Stream
+from nomic_jax.data.prompts import prompts_of
 from nomic_jax.data.tokens.store import IDENTITY, TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import NOMIC_PROMPTS
@@ -245,6 +246,5 @@ def check_same_arrays(saved: Any, expected: Any) -> None:
 
 
 def trained_prompts(record: dict[str, Any]) -> dict[str, str] | None:
-    """Returns the prompts of a run's model: None for nomic's; {} if it was trained on pairs without any prefix."""
-    prefixes = [source[side] for source in record["sources"] for side in ("query_prefix", "document_prefix")]
-    return None if record["config"]["stage"] == "mlm" or any(prefixes) else {}
+    """Returns the prompts of a run's model: those of its sources; None (nomic's) for a masked-LM, which has none."""
+    return None if record["config"]["stage"] == "mlm" else prompts_of(record["sources"])

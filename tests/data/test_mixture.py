@@ -240,7 +240,6 @@ def test_fewer_rows_than_the_mixture_expects(tmp_path, tokenizer):
         ("weight: heavy", "weight must be a number"),
         ("weight: -1", "write a positive number"),
         ("rows: 1.5", "rows must be a number"),
-        ("query_prefix: passage", "unknown prefix 'passage'"),
     ],
 )
 def test_fields_that_cannot_work(tmp_path, field, message):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from nomic_jax.data.mixture import with_prefix
+from nomic_jax.data.prompts import prompt_text
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from tests.corpus import find_minilm, pairs_of_words, write_teacher
 from tests.faults import processes, runs
@@ -61,7 +61,7 @@ def damaged_data(counts: dict[str, int], seed: int, folder: Path, results: Resul
 
 def _tokens(rows: list[dict[str, Any]]) -> dict[tuple[int, ...], int]:
     """Maps the token ids of each query to the id of its row."""
-    queries = [with_prefix("search_query", row["query"]) for row in rows]
+    queries = [prompt_text("search_query") + row["query"] for row in rows]
     encoded = Tokenizer.from_directory(find_minilm()).encode(queries)
     return {tuple(ids.tolist()): row["id"] for ids, row in zip(encoded, rows)}
 

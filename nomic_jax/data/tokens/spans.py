@@ -13,7 +13,8 @@ import numpy as np
 from nomic_jax.data.formats.file_format import Mark
 from nomic_jax.data.formats.reading import open_file, usable_rows
 from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RejectedRows
-from nomic_jax.data.mixture import COLUMNS, Source, with_prefix
+from nomic_jax.data.mixture import COLUMNS, Source
+from nomic_jax.data.prompts import prompt_text
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.folders import remove_folder
 from nomic_jax.files.writing import atomic_folder, write_json
@@ -78,7 +79,7 @@ def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any],
                 if negatives is not None and name == "negatives":
                     negatives.write(np.array([len(own) for own in texts], LENGTH).tobytes())
                     texts = [text for own in texts for text in own]
-                encoded = tokenizer.encode([with_prefix(prefixes.get(name, ""), text) for text in texts])
+                encoded = tokenizer.encode([prompt_text(prefixes.get(name, "")) + text for text in texts])
                 if encoded:
                     ids[name].write(np.concatenate(encoded).astype(ids_dtype(tokenizer)).tobytes())
                     lengths[name].write(np.array([len(row) for row in encoded], LENGTH).tobytes())

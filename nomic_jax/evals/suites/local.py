@@ -141,10 +141,13 @@ def _score(
 
 
 def _prompt(file: Path) -> str | None:
+    """Returns the name of the prompt, "" for no prompt; None if the file does not say."""
     try:
         given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise TaskError(f"{file}: broken JSON ({error})") from error
-    if not isinstance(given, dict) or given.keys() - {"prompt"} or not isinstance(given.get("prompt", ""), str):
-        raise TaskError(f'{file}: expected the name of a prompt, such as {{"prompt": "classification"}}')
-    return given.get("prompt")
+    if not isinstance(given, dict) or given.keys() - {"prompt"} or not isinstance(given.get("prompt"), str | None):
+        raise TaskError(
+            f'{file}: expected the name of a prompt (null for none), such as {{"prompt": "classification"}}'
+        )
+    return given["prompt"] or "" if "prompt" in given else None

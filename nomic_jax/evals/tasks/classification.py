@@ -47,7 +47,9 @@ class ClassificationTask:
             )
         if unknown := [label for label in test.labels if label not in known]:
             raise TaskError(f"{folder / 'test.jsonl'}: no row of train.jsonl has the label {unknown[0]!r}")
-        return cls(folder.name, train.texts, train.labels, test.texts, test.labels, prompt or cls.prompt)
+        return cls(
+            folder.name, train.texts, train.labels, test.texts, test.labels, cls.prompt if prompt is None else prompt
+        )
 
     @property
     def counts(self) -> dict[str, int]:

@@ -37,7 +37,7 @@ class ClusteringTask:
         texts, labels = read_labelled(folder / "test.jsonl")
         if len(set(labels)) < 2:
             raise TaskError(f"{folder / 'test.jsonl'}: all rows have the label {labels[0]!r}; at least two are needed")
-        return cls(folder.name, texts, labels, prompt or cls.prompt)
+        return cls(folder.name, texts, labels, cls.prompt if prompt is None else prompt)
 
     @property
     def counts(self) -> dict[str, int]:

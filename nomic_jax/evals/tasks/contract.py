@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# (texts, name of a prompt) -> embeddings [N, E]. Retrieval compares them by inner product; classification and
-# clustering use them unchanged.
+# (texts, name of a prompt or role, "" for no prompt) -> embeddings [N, E]. Retrieval compares them by inner product;
+# classification and clustering use them unchanged.
 Embed = Callable[[list[str], str], np.ndarray]
 
 # mteb's task type, or the side of a text -> nomic's prompt. The task type has priority, so that both sides of a

@@ -5,7 +5,8 @@ A task is a folder in BEIR's format:
     queries.jsonl   {"_id", "text"}
     corpus.jsonl    {"_id", "text"} and, optionally, "title", which is put before the text
     qrels.jsonl     {"query_id", "document_id", "score"}; a score above 0 means relevant and is the gain
-    task.json       optional, {"query_prompt", "document_prompt"}: names of the model's prompts (PROMPTS by default)
+    task.json       optional, {"query_prompt", "document_prompt"}: names of the model's prompts (PROMPTS by
+                    default), or null for no prompt
 """
 
 import dataclasses
@@ -171,8 +172,10 @@ def _prompts(file: Path) -> dict[str, str]:
         given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise TaskError(f"{file}: broken JSON ({error})") from error
-    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
-        raise TaskError(f"{file}: expected an object with the names of prompts, such as {json.dumps(PROMPTS)}")
+    if not isinstance(given, dict) or not all(isinstance(value, str | None) for value in given.values()):
+        raise TaskError(
+            f"{file}: expected an object with the names of prompts (null for none), such as {json.dumps(PROMPTS)}"
+        )
     if unknown := given.keys() - PROMPTS.keys():
         raise TaskError(f"{file}: unknown field {sorted(unknown)[0]!r}; the fields are {', '.join(PROMPTS)}")
-    return PROMPTS | given
+    return PROMPTS | {field: name or "" for field, name in given.items()}

@@ -41,7 +41,7 @@ class StsTask:
         if len(set(scores)) < 2:
             raise TaskError(f"{file}: every pair has the same score, so that no correlation is defined")
         first, second = (tuple(row[column] for row in rows) for column in ("sentence1", "sentence2"))
-        return cls(folder.name, first, second, tuple(map(float, scores)), prompt or cls.prompt)
+        return cls(folder.name, first, second, tuple(map(float, scores)), cls.prompt if prompt is None else prompt)
 
     @property
     def counts(self) -> dict[str, int]:

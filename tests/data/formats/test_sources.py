@@ -17,7 +17,8 @@ from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import open_file, read_rows
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
 from nomic_jax.data.formats.writing import write_rows
-from nomic_jax.data.mixture import MixtureError, read_mixture, with_prefix
+from nomic_jax.data.mixture import MixtureError, read_mixture
+from nomic_jax.data.prompts import prompt_text
 
 GOOD = {"query": "q", "document": "d"}
 FAULTS = {
@@ -284,7 +285,7 @@ def test_prefixes_of_a_mixture(tmp_path):
     )
     assert (b.query_prefix, b.document_prefix, b.files) == ("clustering", "clustering", "/b.jsonl")
     assert (c.query_prefix, c.document_prefix, c.files) == ("classification", "", "s3://c/x.jsonl")
-    assert with_prefix(b.query_prefix, "text") == "clustering: text"
+    assert prompt_text(b.query_prefix) == "clustering: "
     assert [source.columns for source in read_mixture(str(path), "pair")] == [("query", "document")] * 3
 
 
