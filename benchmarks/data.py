@@ -148,7 +148,7 @@ def load(file: Path, folder: Path, tokenizer: Tokenizer, options: argparse.Names
 
     def theirs(processes: int) -> Iterator[Any]:
         rows = datasets.load_from_disk(folder / "mapped")
-        pad = tokenizer.special_id("[PAD]")
+        pad = tokenizer.special_id("pad")
 
         def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
             arrays = {}

@@ -2,8 +2,10 @@
 
 A and B are checkpoints in any format: training runs, published or transformers-saved directories, sharded or 16-bit
 files. The command compares the tensors, the embeddings of texts, and the logits of a masked-LM head or a classifier
-that both have. With --torch, sentence-transformers computes the embeddings of B. The command prints the largest
-differences and exits with code 1 if embeddings or logits differ by more than the tolerance.
+that both have. Where transformers is installed, it compares the tokens of the texts with those of transformers for each
+Hugging Face directory, because clients follow tokenizer_config.json. With --torch, sentence-transformers computes the
+embeddings of B. The command prints the largest differences and exits with code 1 if embeddings or logits differ by more
+than the tolerance, or tokens differ.
 """
 
 import argparse
@@ -49,19 +51,19 @@ def main() -> None:
         if vectors_a.shape != vectors_b.shape:
             raise ValueError(f"the vectors have {vectors_a.shape[1]} and {vectors_b.shape[1]} dimensions")
         print_tensors(a.params, b.params)
+        is_same = all([same_tokens(args.a, a, texts), same_tokens(args.b, b, texts)])
         differences = {"vectors": np.abs(vectors_a - vectors_b).max(axis=1)}
         for head in ("mlm_head", "classifier"):
             if head in a.params and head in b.params:
                 differences[f"logits of the {head}"] = logit_differences(a, b, head, texts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    is_same = True
     for name, by_text in differences.items():
         print(f"{name}: largest difference {by_text.max():.2e} over {len(texts)} texts (text {by_text.argmax() + 1})")
         # The comparison is also False for NaN.
         is_same &= bool(by_text.max() <= args.tolerance)
     if not is_same:
-        sys.exit(f"above the tolerance {args.tolerance:.0e}")
+        sys.exit(f"above the tolerance {args.tolerance:.0e}, or other tokens")
 
 
 def read_texts(file: str | None) -> list[str]:
@@ -74,6 +76,37 @@ def read_texts(file: str | None) -> list[str]:
 def embed(path: str, texts: list[str], max_length: int | None) -> np.ndarray:
     # No default prompt: the texts in the file may have their own prefixes.
     return Embedder.from_pretrained(path, max_length=max_length).encode(texts, prompt="")
+
+
+def same_tokens(path: str, checkpoint: Checkpoint, texts: list[str]) -> bool:
+    """Prints whether transformers makes our tokens of the texts; True where there is nothing to compare.
+
+    Runs have no files of transformers.
+    """
+    if not (Path(path) / "config.json").exists() or (Path(path) / "checkpoints").exists() or not checkpoint.tokenizer:
+        return True
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        print(f"tokens of {path}: not compared, transformers is not installed")
+        return True
+    try:
+        client = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        theirs = [client(text, truncation=False)["input_ids"] for text in texts]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers package panics with a BaseException
+        reason = " ".join(str(error).split())[:200]
+        print(f"tokens of {path}: transformers cannot open the tokenizer ({type(error).__name__}: {reason})")
+        return False
+    for i, (ours, ids) in enumerate(zip(checkpoint.tokenizer.encode(texts), theirs), 1):
+        if ours.tolist() != ids:
+            pieces = [checkpoint.tokenizer.backend.id_to_token(int(x)) for x in ours[:12]]
+            print(f"tokens of {path}: transformers makes others of text {i}: {client.convert_ids_to_tokens(ids[:12])}")
+            print(f"  instead of {pieces}; compare tokenizer_config.json with tokenizer.json")
+            return False
+    print(f"tokens of {path}: as in transformers, over {len(texts)} texts")
+    return True
 
 
 def torch_vectors(directory: str, texts: list[str]) -> np.ndarray:

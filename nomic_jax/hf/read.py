@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nomic_jax.data.prompts import NOMIC_PROMPTS
-from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.data.tokens.tokenizer import LARGEST_FILE, Tokenizer
 from nomic_jax.files.merging import finish_merge, mark
 from nomic_jax.hf.checkpoint import SIMILARITIES, Checkpoint
 from nomic_jax.hf.config import encoder_config
@@ -205,9 +205,9 @@ def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: dict[str, 
     if not (directory / "tokenizer.json").exists() and not (directory / "vocab.txt").exists():
         return None
     try:
-        for name in ("tokenizer.json", "vocab.txt"):
+        for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"):
             if (directory / name).exists():
-                check_file(directory / name)
+                check_file(directory / name, limit=LARGEST_FILE)
         tokenizer = Tokenizer.from_directory(directory)
         if modules.get("Transformer", {}).get("do_lower_case"):
             tokenizer = tokenizer.lowercased()

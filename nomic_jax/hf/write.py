@@ -23,14 +23,6 @@ from nomic_jax.hf.modules import write_modules
 from nomic_jax.hf.tensors import write_safetensors
 from nomic_jax.model import EncoderConfig
 
-_SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
-
 
 def write_checkpoint(
     directory: str | Path,
@@ -155,20 +147,19 @@ def _label_fields(labels: Sequence[str], count: int) -> dict[str, Any]:
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> None:
+    """Writes what the tokenizer is: a BertTokenizer with vocab.txt, or the class that takes tokenizer.json as it is."""
     tokenizer.save(directory)
-    definition = json.loads(tokenizer.backend.to_str())
-    normalizer = definition.get("normalizer") or {}
-    vocabulary = sorted(tokenizer.backend.get_vocab().items(), key=lambda item: item[1])
-    (directory / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in vocabulary), encoding="utf-8")
-    write_json(directory / "special_tokens_map.json", _SPECIAL_TOKENS)
-    write_json(
-        directory / "tokenizer_config.json",
-        _SPECIAL_TOKENS
-        | {
+    names = tokenizer.token_names
+    write_json(directory / "special_tokens_map.json", names)
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if tokenizer.is_bert:
+        normalizer = json.loads(tokenizer.backend.to_str())["normalizer"]
+        vocabulary = sorted(tokenizer.vocabulary.items(), key=lambda item: item[1])
+        (directory / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in vocabulary), encoding="utf-8")
+        config = {
             "tokenizer_class": "BertTokenizer",
-            "do_lower_case": normalizer.get("lowercase", True),
-            "strip_accents": normalizer.get("strip_accents"),
-            "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
-            "model_max_length": max_length,
-        },
-    )
+            "do_lower_case": normalizer["lowercase"],
+            "strip_accents": normalizer["strip_accents"],
+            "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+        }
+    write_json(directory / "tokenizer_config.json", names | config | {"model_max_length": max_length})

@@ -299,7 +299,7 @@ class Embedder:
         """Returns the token ids of each text, and the number of texts that were cut."""
         whole = self.tokenizer.encode([prefix + text for text in texts])
         cut = sum(len(ids) > self.max_length for ids in whole)
-        return [truncate(ids, self.max_length) for ids in whole], cut
+        return [truncate(ids, self.max_length, self.tokenizer.suffix) for ids in whole], cut
 
     def _encode_ids(self, ids: list[np.ndarray], batch_size: int, show_progress_bar: bool | None) -> np.ndarray:
         """Returns the output of the model's modules for token ids, at full width."""

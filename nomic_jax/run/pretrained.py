@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.data.tokens.tokenizer import LARGEST_FILE, Tokenizer
 from nomic_jax.files.folders import make_folder
 from nomic_jax.files.merging import READY
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
@@ -113,8 +113,9 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
         params = ocp.load_checkpointables(path, {"params": abstract})["params"]
     try:
-        if (workdir / "tokenizer.json").exists():
-            check_file(workdir / "tokenizer.json")
+        for name in ("tokenizer.json", "special_tokens_map.json"):
+            if (workdir / name).exists():
+                check_file(workdir / name, limit=LARGEST_FILE)
         tokenizer = Tokenizer.from_directory(workdir)
     except (KeyboardInterrupt, SystemExit, FileNotFoundError, CheckpointError):
         raise

@@ -71,7 +71,7 @@ class LabelledStream:
         self.stores: Sequence[TokenStore] = [rows]
         self.labelled, self.rows = rows, len(rows)
         self.lengths = np.array([len(ids) for ids in rows.ids], np.int32)
-        self.pad_id = tokenizer.special_id("[PAD]")
+        self.pad_id = tokenizer.special_id("pad")
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.steps_per_epoch = len(rows) // batch_size
         self.fingerprint = hashlib.sha256(repr((batch_size, seq_len, seed, rows.fingerprint)).encode()).hexdigest()

@@ -55,7 +55,7 @@ class MlmStream:
         self.steps_per_epoch = self.rows // batch_size
         settings = (batch_size, seq_len, mask_rate, document_mask, seed, *(store.fingerprint for store in stores))
         self.fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()
-        self._mask_id, self._cls_id = tokenizer.special_id("[MASK]"), tokenizer.special_id("[CLS]")
+        self._mask_id, self._cls_id = tokenizer.special_id("mask"), tokenizer.special_id("cls")
         self._special_ids = tokenizer.special_ids
 
     def rows_of_step(self, step: int, shard: int = 0, shard_count: int = 1) -> np.ndarray:

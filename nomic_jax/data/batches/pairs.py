@@ -106,7 +106,7 @@ class PairStream:
         check_tokenizer(self.stores, tokenizer)
         self.batch_size, self.seed, self.num_negatives = batch_size, seed, num_negatives
         self.query_length, self.document_length = query_length, document_length
-        self.pad_id = tokenizer.special_id("[PAD]")
+        self.pad_id = tokenizer.special_id("pad")
         if num_negatives and too_few_negatives == "error":
             for store in self.stores:
                 _check_negatives(store, num_negatives)

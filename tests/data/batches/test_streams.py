@@ -93,7 +93,7 @@ class TestMlm:
     def test_masking_is_80_10_10_of_30_percent_and_never_of_specials(self, stores, tokenizer):
         stream = self.stream(stores, tokenizer)
         masked = random = kept = maskable = 0
-        mask_id = tokenizer.special_id("[MASK]")
+        mask_id = tokenizer.special_id("mask")
         for step in range(40):
             arrays, before = stream.batch(step).arrays, self.original(stores, stream, step)
             maskable += (~np.isin(before, tokenizer.special_ids)).sum()
