@@ -16,11 +16,11 @@ NOMIC_PROMPTS = {
     "query": "search_query: ",
     "document": "search_document: ",
 }
-# Role -> the names under which models hold its prompt, the first that is there counts: those of sentence-transformers,
-# then nomic's.
+# Role -> the names under which models hold its prompt, the first that is there counts: that of sentence-transformers, then
+# nomic's. (A "passage" is no role: sentence-transformers gives every model an empty "document", which comes before it.)
 ROLES = {
     "query": ("query", "search_query"),
-    "document": ("document", "passage", "corpus", "search_document"),
+    "document": ("document", "search_document"),
     "classification": ("classification",),
     "clustering": ("clustering",),
 }

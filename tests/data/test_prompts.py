@@ -97,7 +97,7 @@ def test_prompts_of_sources():
         ({"query": "q: "}, "search_query", "q: "),
         ({"query": "q: "}, "search_document", ""),
         ({"query": "q: "}, "classification", ""),
-        ({"query": "q: ", "passage": "p: "}, "document", "p: "),
+        ({"query": "q: ", "passage": "p: "}, "document", ""),
         ({"query": "q: ", "search_query": "s: "}, "search_query", "s: "),
         (NOMIC_PROMPTS, "document", "search_document: "),
         ({"query": "q: ", "own": "o: "}, "own", "o: "),
