@@ -1,10 +1,14 @@
 """Trains a stage again from the record in one of its checkpoints and compares the results bit by bit.
 
-    python -m launch.reproduce RUN/checkpoints/STEP [--workdir=DIR] [--mixture=...] [--init_from=...]
+    python -m launch.reproduce RUN/checkpoints/STEP --recorded_paths [--workdir=DIR]
+    python -m launch.reproduce RUN/checkpoints/STEP --mixture=... [--init_from=...] [--guide=...] [--workdir=DIR]
 
 It trains from the start to that step, with the recorded settings, data (verified by their hashes) and number of
-devices. Exit code 0: the results are identical. Exit code 1: they differ; the command prints how many arrays differ,
-the largest difference, and how this environment differs from the recorded one.
+devices. A record names files outside of the run: its data, and the models that it started from. They are opened only
+with --recorded_paths, for a run of your own or one that you trust, or where you say where your copies are.
+
+Exit code 0: the results are identical. Exit code 1: they differ; the command prints how many arrays differ, the largest
+difference, and how this environment differs from the recorded one.
 """
 
 import sys
@@ -13,6 +17,7 @@ import tempfile
 from absl import flags
 
 from launch.errors import run
+from nomic_jax.files.printable import printable
 from nomic_jax.train.reproduce import reproduce
 
 FLAGS = flags.FLAGS
@@ -20,11 +25,19 @@ FLAGS = flags.FLAGS
 
 def main(arguments: list[str]) -> None:
     workdir = FLAGS.workdir or tempfile.mkdtemp(prefix="reproduce-")
-    result = reproduce(arguments[0], workdir, mixture=FLAGS.mixture, init_from=FLAGS.init_from)
+    result = reproduce(
+        arguments[0],
+        workdir,
+        mixture=FLAGS.mixture,
+        init_from=FLAGS.init_from,
+        guide=FLAGS.guide,
+        cache_dir=FLAGS.cache_dir,
+        recorded_paths=FLAGS.recorded_paths,
+    )
     print(f"step {result.step} of the checkpoint  {result.expected}")
     print(f"step {result.step} of the repetition  {result.found}  ({workdir})")
     for difference in result.environment_changes:
-        print(f"different here: {difference}")
+        print(printable(f"different here: {difference}"))
     if result.identical:
         print("identical: every array, to the bit")
         return
@@ -38,8 +51,11 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Working directory of the repetition. [a temporary one]")
-    flags.DEFINE_string("mixture", "", "Current path of the data, if it differs from the record.")
+    flags.DEFINE_bool("recorded_paths", False, "Open the files that the record names, wherever they are.")
+    flags.DEFINE_string("mixture", "", "Path of the data. [the record's, with --recorded_paths]")
     flags.DEFINE_string(
-        "init_from", "", "Current path of the checkpoint that the stage started from, if it differs from the record."
+        "init_from", "", "Path of the checkpoint that the stage started from. [the record's, with --recorded_paths]"
     )
+    flags.DEFINE_string("guide", "", "Path of the guide of the loss. [the record's, with --recorded_paths]")
+    flags.DEFINE_string("cache_dir", "", "Folder for the tokenised data. [token_cache in --workdir]")
     run(main, ("RUN/checkpoints/STEP",))

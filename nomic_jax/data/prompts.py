@@ -16,7 +16,7 @@ NOMIC_PROMPTS = {
     "query": "search_query: ",
     "document": "search_document: ",
 }
-# Role -> the names under which models hold its prompt, the first that is there counts: that of sentence-transformers, then
+# Role -> the names under which models hold its prompt; the first that is there counts: sentence-transformers' name, or
 # nomic's. (A "passage" is no role: sentence-transformers gives every model an empty "document", which comes before it.)
 ROLES = {
     "query": ("query", "search_query"),

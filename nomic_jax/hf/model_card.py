@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from nomic_jax.data.prompts import prompt_for, prompt_text
-from nomic_jax.files.printable import code, markdown, printable
+from nomic_jax.files import printable
 from nomic_jax.model import EmbeddingConfig
 
 _HEAD = """---
@@ -62,11 +62,11 @@ def model_card(
     """
     encoder = config.encoder
     rope = f"RoPE, dynamic NTK beyond {encoder.max_trained_positions} tokens"
-    quoted = json.dumps(printable(name), ensure_ascii=False)
+    quoted = json.dumps(printable.printable(name), ensure_ascii=False)
     head = _HEAD.format(
-        title=markdown(name),
+        title=printable.markdown(name),
         name=quoted,
-        in_jax=code(f"nomic_jax.Embedder.from_pretrained({quoted})"),
+        in_jax=printable.code(f"nomic_jax.Embedder.from_pretrained({quoted})"),
         made="trained" if training else "converted",
         layers=encoder.num_layers,
         width=encoder.hidden_size,
@@ -97,7 +97,7 @@ def _quoted(text: str) -> str:
 
 def _code(text: str) -> str:
     # Only in a table does "|" need its backslash.
-    return code(text).replace("\\|", "|")
+    return printable.code(text).replace("\\|", "|")
 
 
 def _training(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -180,7 +180,7 @@ def _evaluation(suite: str, report: Mapping[str, Any]) -> str:
         for task, figures in report["tasks"].items()
     ]
     rows.append(["average", *(f"{report['average'][metric]:.4f}" for metric in metrics)])
-    return f"## Evaluation: {markdown(suite)}\n\n{_table(['task', *metrics], rows)}"
+    return f"## Evaluation: {printable.markdown(suite)}\n\n{_table(['task', *metrics], rows)}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -195,4 +195,4 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _cell(value: Any) -> str:
     """Returns any value as one line of text that contains no markup and does not end the cell."""
     text = "" if value is None else f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
-    return markdown(text[:200])
+    return printable.markdown(text[:200])

@@ -17,7 +17,7 @@ from nomic_jax.files.folders import make_folder
 from nomic_jax.files.merging import READY
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
 from nomic_jax.hf.files import MAIN_FILE, check_file
-from nomic_jax.model import abstract_encoder
+from nomic_jax.model import EmbeddingConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, weight_files
 from nomic_jax.run.record import FORMAT, check_format, check_same_arrays, parse_import, parse_model, trained_prompts
@@ -92,23 +92,16 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         raise FileNotFoundError(f"{directory} holds no finished checkpoint")
     path = directory / str(step)
     # The hashes match. Any fault found from here on was written that way, by another program or with intent.
-    with _explained(path, "metadata"):
+    with explained(path, "metadata"):
         saved = ocp.checkpointables_metadata(path)
         record = dict(saved.custom_metadata or {})
         json.dumps(record, ensure_ascii=False).encode()  # rejects unpaired surrogates, which are not text
     check_format(record, path)
-    with _explained(path, "record"):
+    with explained(path, "record"):
         model = parse_model(record)
-        abstract = {"encoder": abstract_encoder(model.encoder)}
-        if record["has_mlm_head"]:
-            abstract["mlm_head"] = abstract_mlm_head(model.encoder)
-        if record.get("config", {}).get("loss", {}).get("learn_temperature"):
-            abstract["temperature"] = {"log_scale": jax.ShapeDtypeStruct((), jnp.float32)}
-        if num_labels := record.get("num_labels", 0):
-            abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
-    with _explained(path, "arrays"):
+    with explained(path, "arrays"):
         # Check before reading the arrays, because memory is allocated for the sizes that the record states.
-        check_same_arrays({"params": saved.metadata["params"]}, {"params": abstract})
+        abstract = check_sizes(record, model, saved.metadata["params"])
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
         params = ocp.load_checkpointables(path, {"params": abstract})["params"]
@@ -131,7 +124,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
             f"{workdir / 'tokenizer.json'} produces ids up to {tokenizer.vocab_size - 1}, but the embedding table of "
             f"step {step} has {model.encoder.vocab_size} rows; restore the right file"
         )
-    with _explained(path, "record"):
+    with explained(path, "record"):
         earlier = record.pop("earlier")
         if not isinstance(earlier, list) or not all(isinstance(stage, dict) for stage in earlier):
             raise ValueError("earlier should be a list of records")
@@ -141,8 +134,30 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
 
 
+def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any) -> dict[str, Any]:
+    """Returns the parameters that a record describes, as shapes and types.
+
+    Args:
+      record: the record of a checkpoint.
+      model: see ``parse_model``.
+      saved: the parameters in the checkpoint's metadata.
+
+    Raises:
+      ResumeError: the checkpoint's arrays are others. Other exceptions: the record has fields of another type.
+    """
+    abstract: dict[str, Any] = {"encoder": abstract_encoder(model.encoder)}
+    if record["has_mlm_head"]:
+        abstract["mlm_head"] = abstract_mlm_head(model.encoder)
+    if record.get("config", {}).get("loss", {}).get("learn_temperature"):
+        abstract["temperature"] = {"log_scale": jax.ShapeDtypeStruct((), jnp.float32)}
+    if num_labels := record.get("num_labels", 0):
+        abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
+    check_same_arrays({"params": saved}, {"params": abstract})
+    return abstract
+
+
 @contextlib.contextmanager
-def _explained(path: Path, what: str) -> Iterator[None]:
+def explained(path: Path, what: str) -> Iterator[None]:
     """Reports errors caused by invalid content as DamagedCheckpoint. They occur if another program wrote the files."""
     try:
         yield

@@ -12,7 +12,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.run.manifest import find_damage
-from nomic_jax.run.record import check_format, describe_environment
+from nomic_jax.run.pretrained import check_sizes, explained
+from nomic_jax.run.record import check_format, describe_environment, parse_model
 from nomic_jax.run.workdir import DamagedCheckpoint
 from nomic_jax.train.config import CheckpointConfig, ConfigurationError, EvaluationConfig, TrainConfig
 from nomic_jax.train.loop import train
@@ -38,14 +39,28 @@ class Reproduction(NamedTuple):
         return self.expected == self.found
 
 
-def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "", init_from: str = "") -> Reproduction:
+def reproduce(
+    checkpoint: str | Path,
+    workdir: str | Path,
+    *,
+    mixture: str = "",
+    init_from: str = "",
+    guide: str = "",
+    cache_dir: str = "",
+    recorded_paths: bool = False,
+) -> Reproduction:
     """Trains from the start to the step of a checkpoint of a run, in another working directory.
+
+    The tokenizer is the one in the run. The record of a stranger's run may name any file of this machine, so its other
+    paths are opened only where the caller asks for it.
 
     Args:
       checkpoint: <workdir of the run>/checkpoints/<step>, or a link to it.
       workdir: working directory of the repetition; an interrupted repetition is resumed.
-      mixture, init_from: where the data and the initial model are now, if they were moved. Data with other content are
-        refused, because the record holds their fingerprint.
+      mixture, init_from, guide: where the data, the initial model and the guide of the loss are. Data with other
+        content are refused, because the record holds their fingerprint.
+      cache_dir: folder for the tokenised data; by default one in ``workdir``, never that of the record.
+      recorded_paths: open the paths that the record names, where an argument does not replace them.
 
     Raises:
       DamagedCheckpoint, ConfigurationError, ResumeError: the checkpoint cannot be reproduced; the message says why.
@@ -55,14 +70,21 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
         raise ConfigurationError(f"{checkpoint} is not a checkpoint; give RUN/checkpoints/STEP, or RUN/best")
     if problem := find_damage(path):
         raise DamagedCheckpoint(f"{path}: {problem}")
-    record = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
-    check_format(record, path)
-    if "config" not in record:
-        raise ConfigurationError(f"{path} was imported, not trained")
-    config = TrainConfig.from_mapping(record["config"])
-    there = init_from or config.init_from
-    if config.init_from and not Path(there).exists():
-        raise ConfigurationError(f"the run started from {there}, which is not here; say where it is with --init_from")
+    record, config = _read_record(path)
+    given = {"mixture": mixture, "init_from": init_from, "guide": guide}
+    named = {"mixture": config.data.mixture, "init_from": config.init_from, "guide": config.loss.guide}
+    places = {what: given[what] or named[what] for what in named}
+    foreign = [what for what in named if named[what] and not given[what]]
+    if foreign and not recorded_paths:
+        raise ConfigurationError(
+            f"the record names files outside of the run: {', '.join(f'{what} {named[what]!r}' for what in foreign)}. "
+            f"If the run is yours, or you trust it, write --recorded_paths to open them; or say where your copies are "
+            f"with {', '.join(f'--{what}' for what in foreign)}"
+        )
+    if places["init_from"] and not Path(places["init_from"]).exists():
+        raise ConfigurationError(
+            f"the run started from {places['init_from']}, which is not here; say where it is with --init_from"
+        )
     devices = jax.devices()
     if len(devices) < record["device_count"]:
         raise ConfigurationError(
@@ -70,10 +92,14 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
             f"their number. On a CPU, JAX_NUM_CPU_DEVICES={record['device_count']} provides them"
         )
     step = record["step"]
+    data: dict[str, Any] = {"mixture": places["mixture"], "tokenizer": str(path.parent.parent)}
+    if hasattr(config.data, "cache_dir"):
+        data["cache_dir"] = cache_dir or str(Path(workdir).absolute() / "token_cache")
     config = dataclasses.replace(
         config,
-        init_from=there,
-        data=dataclasses.replace(config.data, mixture=mixture or config.data.mixture),
+        init_from=places["init_from"],
+        loss=dataclasses.replace(config.loss, guide=places["guide"]),
+        data=dataclasses.replace(config.data, **data),
         # Saving, logging and evaluating do not change the steps.
         checkpoint=CheckpointConfig(every=config.checkpoint.every, keep=1),
         evaluation=EvaluationConfig(),
@@ -104,6 +130,41 @@ def reproduce(checkpoint: str | Path, workdir: str | Path, *, mixture: str = "",
         + [f"config.deterministic is off, so a {devices[0].device_kind} computes other last bits in every run"]
         * (devices[0].platform == "gpu" and not config.deterministic),
     )
+
+
+def _read_record(path: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """Returns the record of a checkpoint and its settings, with the types that a repetition needs.
+
+    Raises:
+      DamagedCheckpoint: the record has other types, or does not describe the arrays of the checkpoint.
+      ConfigurationError: the checkpoint was imported, or its settings cannot be used.
+    """
+    with explained(path, "record"):
+        saved = ocp.checkpointables_metadata(path)
+        record = dict(saved.custom_metadata or {})
+    check_format(record, path)
+    if "config" not in record:
+        raise ConfigurationError(f"{path} was imported, not trained")
+    for field, least, most in (("step", 0, 1 << 53), ("device_count", 1, 1 << 20)):
+        value = record.get(field)
+        if type(value) is not int or not least <= value <= most:
+            raise DamagedCheckpoint(f"{path}: its record has the {field} {value!r:.100}; expected a whole number")
+    if record["step"] != int(path.name):
+        raise DamagedCheckpoint(f"{path}: its record is that of step {record['step']}")
+    if not isinstance(record.get("data_fingerprint"), str):
+        raise DamagedCheckpoint(f"{path}: its record has no data_fingerprint")
+    config = TrainConfig.from_mapping(record["config"])
+    with explained(path, "record"):
+        model = parse_model(record)
+        check_sizes(record, model, saved.metadata["params"])
+    trained = dataclasses.replace(model.encoder, **{name: getattr(config.model, name) for name in _FREE_OF_MODEL})
+    if not config.init_from and trained != config.model:
+        raise DamagedCheckpoint(f"{path}: config.model of its record is another model than that of its arrays")
+    return record, config
+
+
+# Fields of the model that a stage takes from its settings, also where its weights come from another model.
+_FREE_OF_MODEL = ("dtype", "attention", "recompute")
 
 
 def hash_state(checkpoint: str | Path) -> str:
