@@ -19,6 +19,7 @@ import numpy as np
 
 from nomic_jax import Embedder
 from nomic_jax.data.batches.shapes import pad_right
+from nomic_jax.files.printable import printable
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import classifier_logits, encode, mlm_logits
 from nomic_jax.run.pretrained import read_pretrained
@@ -57,7 +58,7 @@ def main() -> None:
             if head in a.params and head in b.params:
                 differences[f"logits of the {head}"] = logit_differences(a, b, head, texts)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     for name, by_text in differences.items():
         print(f"{name}: largest difference {by_text.max():.2e} over {len(texts)} texts (text {by_text.argmax() + 1})")
         # The comparison is also False for NaN.

@@ -6,6 +6,7 @@ To start training from a Hugging Face directory, no conversion is needed: `--con
 import argparse
 import sys
 
+from nomic_jax.files.printable import printable
 from nomic_jax.run.pretrained import read_pretrained, write_pretrained
 
 
@@ -17,7 +18,7 @@ def main() -> None:
     try:
         write_pretrained(args.out_dir, read_pretrained(args.hf_dir))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     print(f"wrote {args.out_dir}")
 
 

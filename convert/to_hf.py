@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nomic_jax.files.printable import printable
 from nomic_jax.files.reading import read_json
 from nomic_jax.hf import write_checkpoint
 from nomic_jax.run.pretrained import read_pretrained
@@ -54,7 +55,7 @@ def main() -> None:
     try:
         write(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
     print(f"wrote {args.out_dir}")
 
 

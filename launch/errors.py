@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from nomic_jax.data.formats import file_systems
 from nomic_jax.data.formats.file_format import MAX_ROW_MIB, set_max_row_mib
+from nomic_jax.files.printable import printable
 from nomic_jax.train.interruption import EXIT_CODE, Preempted
 
 _ALLOW = flags.DEFINE_list(
@@ -74,7 +75,7 @@ def _show_warnings_once() -> None:
         kind = re.sub(r"\d+", "", str(message))
         if kind not in shown:
             shown.add(kind)
-            tqdm.write(f"warning: {message}", file=sys.stderr)
+            tqdm.write(printable(f"warning: {message}"), file=sys.stderr)
 
     warnings.showwarning = show
 
@@ -104,5 +105,5 @@ def _exit(error: Exception) -> NoReturn:
     if "Traceback" in message:
         # An error inside a configuration file: the last line of the traceback is its message.
         message = "--config: " + message.strip().splitlines()[-1]
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"error: {' '.join(message.split())}"), file=sys.stderr)
     sys.exit(2)

@@ -1,6 +1,6 @@
 """Verifies the lineage of a checkpoint, back to the bytes of its data. Needs only Python, no JAX.
 
-    python -m launch.lineage CHECKPOINT [--at=FOLDER ...] [--json]
+    python -m launch.lineage CHECKPOINT [--recorded_paths] [--at=FOLDER ...] [--json]
 
 CHECKPOINT is RUN, RUN/best, RUN/checkpoints/STEP, or an exported model with its training.json. The command prints one
 line for each part of the lineage: the checkpoint's files, its tokenizer, the data files of each stage, and the earlier
@@ -8,7 +8,7 @@ checkpoints that it started from.
 
     verified      the recomputed SHA-256 equals the recorded one
     changed       the recomputed SHA-256 differs from the recorded one
-    not found   the part is neither at its recorded path nor below a FOLDER
+    not found     the part is not below a FOLDER, nor at its recorded path (which is opened with --recorded_paths only)
     not recorded  the checkpoint's record does not contain this part
 
 Exit code 0: nothing has changed; 1: a part has changed; 2: there is no checkpoint.
@@ -19,6 +19,7 @@ import json
 import sys
 from collections import Counter
 
+from nomic_jax.files.printable import printable
 from nomic_jax.run.lineage import trace
 
 
@@ -32,23 +33,30 @@ def main() -> None:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="folder that now holds moved data or earlier runs; may be repeated",
+        help="folder that holds data or earlier runs; may be repeated",
+    )
+    parser.add_argument(
+        "--recorded_paths",
+        action="store_true",
+        help="open the files that the record names, wherever they are: for a run of your own, or one that you trust",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     options = parser.parse_args()
     counts: Counter[str] = Counter()
     try:
-        for finding in trace(options.checkpoint, options.at):
+        for finding in trace(options.checkpoint, options.at, recorded_paths=options.recorded_paths):
             counts[finding.status] += 1
             text = f"{finding.status:12}  {finding.what}" + (f"  ({finding.detail})" if finding.detail else "")
-            print(json.dumps(finding._asdict()) if options.json else text, flush=True)
+            print(json.dumps(finding._asdict()) if options.json else printable(text), flush=True)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     if not options.json:
         print(
             ", ".join(f"{counts[status]} {status}" for status in ("verified", "changed", "not found", "not recorded"))
         )
+    if counts["not found"] and not options.recorded_paths:
+        print("the paths of the record were not opened; --recorded_paths opens them", file=sys.stderr)
     sys.exit(1 if counts["changed"] else 0)
 
 

@@ -4,8 +4,11 @@ It writes DIR/report.md with its plots, and the scores as DIR/report.json. Timin
 other sections are the same when the same work is repeated.
 """
 
+import contextlib
 import json
+import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from absl import flags
 
 from launch.errors import run
 from nomic_jax.curate.engine.report import table
+from nomic_jax.evals.report.pictures import plain
+from nomic_jax.files import printable, reading
 from nomic_jax.files.writing import atomic_file, write_json
 from nomic_jax.train.evaluation import read_evaluations
 from nomic_jax.train.watch.goodput import KINDS, read_goodput, share
@@ -28,6 +33,8 @@ FLAGS = flags.FLAGS
 BASELINES = ("bm25", "teacher")
 ORDER = (*BASELINES, "random", "mlm", "contrastive", "finetune")
 METRIC = "ndcg@10"
+# Numbers that every line of metrics.jsonl has.
+LOGGED = ["step", "loss", "grad_norm", "lr", "real_tokens", "padded_tokens", "seconds_per_step", "tokens_per_second"]
 COLLECTED = ("rows_found", "duplicates_dropped", "pairs", "labelled", "held_out_queries", "held_out_documents")
 
 
@@ -38,8 +45,18 @@ def main(arguments: list[str]) -> None:
     scores = read_scores(folder)
     if not runs and not scores:
         raise ValueError(f"{folder} holds neither a training run (metrics.jsonl) nor evaluations (eval/*.json)")
+    for workdir in runs.values():
+        check_metrics(workdir)
+    with readable(folder):
+        write(folder, runs, scores)
+    print(printable.printable(f"wrote {folder / 'report.md'}"))
+    if FLAGS.min_gain is not None:
+        check_gain(scores, FLAGS.min_gain)
+
+
+def write(folder: Path, runs: dict[str, Path], scores: dict[str, dict[str, Any]]) -> None:
     sections = [
-        f"# Report of {folder.resolve().name}\n",
+        f"# Report of {printable.markdown(folder.resolve().name)}\n",
         quality(folder, scores),
         data(folder),
         training(folder, runs),
@@ -48,9 +65,29 @@ def main(arguments: list[str]) -> None:
     with atomic_file(folder / "report.md") as part:
         part.write_text("\n".join(section for section in sections if section), encoding="utf-8")
     write_json(folder / "report.json", {name: score["average"] for name, score in scores.items()})
-    print(f"wrote {folder / 'report.md'}")
-    if FLAGS.min_gain is not None:
-        check_gain(scores, FLAGS.min_gain)
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turns the errors of values of other types into ValueErrors that name the folder and the field."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{folder}: a config.json or summary.json does not have the fields of this version "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def check_metrics(workdir: Path) -> None:
+    """Raises ValueError, with the line and the field, if metrics.jsonl has values of other types."""
+    for number, line in enumerate(read_metrics(workdir), 1):
+        for field in LOGGED:
+            value = line.get(field)
+            if not isinstance(value, int | float) or (field == "padded_tokens" and value <= 0):
+                raise ValueError(f"{workdir / 'metrics.jsonl'}:{number}: {field} is {value!r:.100}; expected a number")
+        if not isinstance(line.get("source"), str):
+            raise ValueError(f"{workdir / 'metrics.jsonl'}:{number}: source should be a text")
 
 
 def rank(name: str) -> tuple[int, str]:
@@ -58,16 +95,32 @@ def rank(name: str) -> tuple[int, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    content = reading.read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object")
+    return content
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
     """The evaluations of local retrieval tasks; launch.evaluate reports the other suites."""
     scores = {path.stem: read_json(path) for path in (folder / "eval").glob("*.json")}
     scores = {name: score for name, score in scores.items() if score.get("suite", "local") == "local"}
-    for score in scores.values():
+    for name, score in scores.items():
+        check_score(folder / "eval" / f"{name}.json", score)
         score["tasks"] = {task: figures for task, figures in score["tasks"].items() if METRIC in figures}
     return {name: scores[name] for name in sorted(scores, key=rank) if METRIC in scores[name]["average"]}
+
+
+def check_score(path: Path, score: dict[str, Any]) -> None:
+    """Raises ValueError, with the field, if a report of launch.evaluate has values of other types."""
+    tasks, average = score.get("tasks"), score.get("average")
+    if not isinstance(tasks, dict) or not all(isinstance(figures, dict) for figures in tasks.values()):
+        raise ValueError(f"{path}: tasks should map the names of tasks to their figures")
+    if not isinstance(average, dict):
+        raise ValueError(f"{path}: average should map metrics to numbers")
+    for where, figures in (("average", average), *tasks.items()):
+        if METRIC in figures and type(figures[METRIC]) not in (int, float):
+            raise ValueError(f"{path}: {where}: {METRIC} is {figures[METRIC]!r:.100}; expected a number")
 
 
 def check_gain(scores: dict[str, dict[str, Any]], least: float) -> None:
@@ -95,8 +148,9 @@ def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
     stages = [name for name in scores if name not in BASELINES]
     for task in tasks:
         values = [task_score(scores[name], task, float("nan")) for name in stages]
-        axes.plot(stages, values, "o--", label=task, alpha=0.6)
-    axes.plot(stages, [scores[name]["average"][METRIC] for name in stages], "ko-", label="average")
+        axes.plot([plain(name) for name in stages], values, "o--", label=plain(task), alpha=0.6)
+    averages = [scores[name]["average"][METRIC] for name in stages]
+    axes.plot([plain(name) for name in stages], averages, "ko-", label="average")
     for baseline, style in zip(BASELINES, ("dotted", "dashdot")):
         if baseline in scores:
             axes.axhline(scores[baseline]["average"][METRIC], color="gray", ls=style, label=f"{baseline}, average")
@@ -106,7 +160,9 @@ def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
     save(figure, folder / "ndcg.png")
     sizes = {task: figures for score in scores.values() for task, figures in score["tasks"].items()}
     pools = ", ".join(
-        f"{task}: {sizes[task]['queries']} queries, {sizes[task]['documents']} documents" for task in tasks
+        f"{printable.markdown(task)}: {sizes[task].get('queries', '?')} queries, "
+        f"{sizes[task].get('documents', '?')} documents"
+        for task in tasks
     )
     return (
         f"## Quality\n\n{METRIC} on held-out queries ({pools}).\n\n{table(['', *tasks, 'average'], rows)}"
@@ -160,8 +216,8 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
     for name, workdir in runs.items():
         lines = read_metrics(workdir)
         config = read_json(workdir / "config.json")
-        details += f"<details><summary>configuration of {name}</summary>\n\n"
-        details += f"```json\n{config_text(config, folder)}\n```\n</details>\n"
+        details += f"<details><summary>configuration of {printable.html(name)}</summary>\n\n"
+        details += f"{fenced(config_text(config, folder))}</details>\n"
         if not lines:
             continue
         curves[name] = lines
@@ -214,7 +270,7 @@ def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]
     named: dict[str, Any] = {}
     for column, (name, lines) in enumerate(curves.items()):
         lines = [line | {"real/padded": line["real_tokens"] / line["padded_tokens"]} for line in lines]
-        axes[0][column].set_title(name)
+        axes[0][column].set_title(plain(name))
         axes[-1][column].set_xlabel("step")
         for axis, panel in zip(axes[:, column], panels):
             axis.set_ylabel(panel)
@@ -229,7 +285,7 @@ def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]
                 axis.plot(steps, [line["figure"] for line in evaluations[name]], "ko-", label="mean")
                 for task in dict.fromkeys(task for line in evaluations[name] for task in line["tasks"]):
                     values = [next(iter(line["tasks"].get(task, {}).values()), None) for line in evaluations[name]]
-                    axis.plot(steps, values, "o--", alpha=0.5, label=task)
+                    axis.plot(steps, values, "o--", alpha=0.5, label=plain(task))
             else:
                 axis.plot([line["step"] for line in lines], [line[panel] for line in lines], "k", linewidth=1)
         # A longer legend would hide the curves.
@@ -237,7 +293,7 @@ def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]
             axes[-1][column].legend()
     if len(named) <= 20:
         columns = min(len(named), 3 * len(curves))
-        figure.legend(named.values(), named.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
+        figure.legend(named.values(), map(plain, named), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
     return figure
 
 
@@ -263,6 +319,12 @@ def timing(runs: dict[str, Path]) -> str:
         header = ["run", "goodput", "all", *KINDS]
         text += f"\nGoodput over all restarts, and seconds by kind of time:\n\n{table(header, rows)}"
     return text
+
+
+def fenced(text: str) -> str:
+    """Returns a code block of JSON, whose fence is longer than any in the text."""
+    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", text))])
+    return f"{fence}json\n{printable.printable(text, keep=chr(10))}\n{fence}\n"
 
 
 def config_text(config: dict[str, Any], folder: Path) -> str:

@@ -11,6 +11,7 @@ Exit code 0: the results are identical. Exit code 1: they differ; the command pr
 difference, and how this environment differs from the recorded one.
 """
 
+import contextlib
 import sys
 import tempfile
 
@@ -24,18 +25,20 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]) -> None:
-    workdir = FLAGS.workdir or tempfile.mkdtemp(prefix="reproduce-")
-    result = reproduce(
-        arguments[0],
-        workdir,
-        mixture=FLAGS.mixture,
-        init_from=FLAGS.init_from,
-        guide=FLAGS.guide,
-        cache_dir=FLAGS.cache_dir,
-        recorded_paths=FLAGS.recorded_paths,
-    )
+    with contextlib.ExitStack() as stack:
+        # Without --workdir, nothing of the repetition stays.
+        temporary = None if FLAGS.workdir else stack.enter_context(tempfile.TemporaryDirectory(prefix="reproduce-"))
+        result = reproduce(
+            arguments[0],
+            FLAGS.workdir or f"{temporary}/run",
+            mixture=FLAGS.mixture,
+            init_from=FLAGS.init_from,
+            guide=FLAGS.guide,
+            cache_dir=FLAGS.cache_dir or (f"{temporary}/tokens" if temporary else ""),
+            recorded_paths=FLAGS.recorded_paths,
+        )
     print(f"step {result.step} of the checkpoint  {result.expected}")
-    print(f"step {result.step} of the repetition  {result.found}  ({workdir})")
+    print(f"step {result.step} of the repetition  {result.found}" + (f"  ({FLAGS.workdir})" if FLAGS.workdir else ""))
     for difference in result.environment_changes:
         print(printable(f"different here: {difference}"))
     if result.identical:
@@ -57,5 +60,5 @@ if __name__ == "__main__":
         "init_from", "", "Path of the checkpoint that the stage started from. [the record's, with --recorded_paths]"
     )
     flags.DEFINE_string("guide", "", "Path of the guide of the loss. [the record's, with --recorded_paths]")
-    flags.DEFINE_string("cache_dir", "", "Folder for the tokenised data. [token_cache in --workdir]")
+    flags.DEFINE_string("cache_dir", "", "Folder for the tokenised data. [WORKDIR-tokens beside --workdir]")
     run(main, ("RUN/checkpoints/STEP",))

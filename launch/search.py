@@ -5,6 +5,7 @@ from absl import flags
 from launch.errors import run
 from nomic_jax.curate.engine.index import top_k
 from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.files.printable import printable
 from nomic_jax.inference.embedder import Embedder
 
 FLAGS = flags.FLAGS
@@ -18,10 +19,10 @@ def main(argv: list[str]) -> None:
     query_QE = embedder.encode_query(FLAGS.query, **_prompt(FLAGS.query_prompt))
     places, scores = top_k(query_QE, document_NE, min(FLAGS.k, len(documents)))
     for query, found, score in zip(FLAGS.query, places, scores):
-        print(f"\n{query}")
+        print(f"\n{printable(query)}")
         for place, value in zip(found, score):
             text = " ".join(documents[place].split())
-            print(f"  {value:.3f}  {text[:110]}{'…' if len(text) > 110 else ''}")
+            print(f"  {value:.3f}  {printable(text[:110])}{'…' if len(text) > 110 else ''}")
 
 
 def _prompt(name: str | None) -> dict[str, str]:

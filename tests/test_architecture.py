@@ -25,8 +25,9 @@ ROOMS = {
     "data": {
         "words": set(),
         "formats": set(),
-        "mixture": {"formats"},
-        "tokens": {"formats", "mixture"},
+        "prompts": set(),
+        "mixture": {"formats", "prompts"},
+        "tokens": {"formats", "prompts", "mixture"},
         "batches": {"formats", "mixture", "tokens"},
     },
     "curate": {

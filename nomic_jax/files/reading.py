@@ -1,11 +1,12 @@
 """Opens files for reading: regular files only, within a folder and a size where the caller states them."""
 
+import io
 import json
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nomic_jax.files.printable import printable
 
@@ -87,7 +88,7 @@ def open_regular(
     within: Path | None = None,
     limit: int | None = None,
     accept: Callable[[Path], bool] = _nowhere,
-) -> BinaryIO:
+) -> io.BufferedReader:
     """Opens a file for reading bytes after the checks of ``check_regular``; the open file is the one that was checked.
 
     Raises:

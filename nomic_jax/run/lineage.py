@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from nomic_jax.files.reading import read_json
 from nomic_jax.run.manifest import (
     MANIFEST,
     find_damage,
@@ -39,12 +40,14 @@ class Finding(NamedTuple):
     detail: str = ""
 
 
-def trace(path: str | Path, folders: Sequence[str | Path] = ()) -> Iterator[Finding]:
+def trace(path: str | Path, folders: Sequence[str | Path] = (), *, recorded_paths: bool = False) -> Iterator[Finding]:
     """Yields a finding for every part of the lineage of a run's checkpoint, a run's latest checkpoint, or an export.
 
     Args:
       path: RUN, RUN/best, RUN/checkpoints/STEP, or a Hugging Face directory with training.json.
-      folders: folders to search for data files and earlier runs that have moved. They are found by name and by hash.
+      folders: folders to search for data files and earlier runs. They are found by name and by hash.
+      recorded_paths: open the files at the paths in the record, too. A stranger's record may name any file of this
+        machine, of which the findings would tell the hash.
 
     Raises:
       FileNotFoundError: ``path`` is none of these.
@@ -52,7 +55,7 @@ def trace(path: str | Path, folders: Sequence[str | Path] = ()) -> Iterator[Find
     """
     path = follow(path)
     try:
-        yield from _trace(path, _Files(folders))
+        yield from _trace(path, _Files(folders, recorded_paths))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: the training record does not have the format of this version ({type(error).__name__}: {error})"
@@ -171,9 +174,10 @@ def _parent(record: dict[str, Any], earlier: list[dict[str, Any]], files: "_File
 
 
 class _Files:
-    """Finds moved files below some folders, by name or hash."""
+    """Finds files below some folders, by name or hash, and at the paths of the record if these may be opened."""
 
-    def __init__(self, folders: Sequence[str | Path]):
+    def __init__(self, folders: Sequence[str | Path], recorded_paths: bool):
+        self._recorded_paths = recorded_paths
         self._by_name: dict[str, list[Path]] = {}
         self._hashes: dict[Path, str] = {}
         for folder in folders:
@@ -185,7 +189,7 @@ class _Files:
                     self._by_name.setdefault(path.name, []).append(path)
 
     def find(self, what: str, path: str, sha256: str) -> Finding:
-        candidates = [Path(path)] if Path(path).is_file() else []
+        candidates = [Path(path)] if self._recorded_paths and Path(path).is_file() else []
         candidates += self._by_name.get(Path(path).name, [])
         for candidate in candidates:
             if candidate not in self._hashes:
@@ -199,9 +203,9 @@ class _Files:
     def checkpoint(self, origin: dict[str, Any]) -> tuple[Path, str] | None:
         """Returns (path, hash) of a checkpoint or Hugging Face directory; None if it is not found."""
         path = Path(origin["path"])
-        if (path / MANIFEST).exists():
+        if self._recorded_paths and (path / MANIFEST).exists():
             return path, _manifest_hash(path)
-        if path.is_dir() and "step" not in origin:
+        if self._recorded_paths and path.is_dir() and "step" not in origin:
             return path, hash_files(path, weight_files(path))
         for manifest in self._by_name.get(MANIFEST, []):
             if _manifest_hash(manifest.parent) == origin["sha256"]:
@@ -217,4 +221,4 @@ def _manifest_hash(checkpoint: Path) -> str:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

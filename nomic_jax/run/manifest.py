@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nomic_jax.files.folders import check_no_link
-from nomic_jax.files.reading import FileRefused
+from nomic_jax.files.folders import check_no_link, walk_files
+from nomic_jax.files.reading import LARGEST_JSON, FileRefused, open_regular, read_json
 from nomic_jax.files.writing import write_json
 
 MANIFEST = "manifest.sha256.json"
@@ -70,17 +70,17 @@ def find_damage(directory: Path) -> str | None:
         if folder.is_symlink():
             return f"{folder.name} is a link; checkpoints are written without links"
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(directory / MANIFEST, within=directory)
         files = manifest["files"]
         if sha256_of_json(files) != manifest["sha256"]:
             return f"{MANIFEST} is damaged"
         entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         return f"there is no {MANIFEST}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{MANIFEST} is damaged"
-    if link := next((path for path in sorted(directory.rglob("*")) if path.is_symlink()), None):
-        return f"{link.relative_to(directory)} is a link; checkpoints are written without links"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} is damaged" + (f" ({error})" if isinstance(error, FileRefused) else "")
+    if problem := _find_foreign(directory):
+        return problem
     for name, size, expected in entries:
         path = directory / name
         try:
@@ -105,6 +105,24 @@ def find_damage(directory: Path) -> str | None:
     return None
 
 
+def _find_foreign(directory: Path) -> str | None:
+    """Returns what is below a checkpoint and was not written there, whether or not its manifest lists it: links, pipes
+    and devices, and metadata too large to be parsed. Other packages open files without asking."""
+    try:
+        for name in walk_files(directory):
+            # orbax keeps its metadata as JSON in files of such names.
+            if name.name.startswith("_") and (size := (directory / name).stat().st_size) > LARGEST_JSON:
+                return f"{name} has {size:,} bytes; metadata has at most {LARGEST_JSON:,}"
+    except FileRefused as error:
+        return str(error)
+    return None
+
+
+def stored_bytes(directory: Path) -> int:
+    """Returns the size of all files below a checkpoint that ``find_damage`` has found sound."""
+    return sum((directory / name).stat().st_size for name in walk_files(directory))
+
+
 def weight_files(directory: Path) -> list[Path]:
     """Returns the configuration, tokenizer and weight files of a Hugging Face directory."""
     return sorted(file for pattern in ("*.json", "*.safetensors", "*.bin", "*.txt") for file in directory.glob(pattern))
@@ -115,5 +133,5 @@ def sha256_of_json(value: object) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as f:
+    with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from nomic_jax.data.tokens.tokenizer import LARGEST_FILE, Tokenizer
 from nomic_jax.files.folders import make_folder
 from nomic_jax.files.merging import READY
+from nomic_jax.files.reading import read_json
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
 from nomic_jax.hf.files import MAIN_FILE, check_file
 from nomic_jax.model import EmbeddingConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
-from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, weight_files
+from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, stored_bytes, weight_files
 from nomic_jax.run.record import FORMAT, check_format, check_same_arrays, parse_import, parse_model, trained_prompts
 from nomic_jax.run.workdir import (
     DamagedCheckpoint,
@@ -30,6 +33,9 @@ from nomic_jax.run.workdir import (
     remove_parts,
     used_workdir,
 )
+
+# Arrays of real checkpoints are up to four times as large as their files: the optimizer's start as zeros.
+LARGEST_RATIO = 32
 
 
 def read_pretrained(path: str | Path) -> Checkpoint:
@@ -68,7 +74,7 @@ def identify(path: str | Path) -> dict[str, Any]:
         step, _ = latest_intact(path / "checkpoints")
         path = path / "checkpoints" / str(step)
     if path.parent.name == "checkpoints":
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST, within=path)
         return {"path": str(path), "step": int(path.name), "sha256": manifest["sha256"]}
     return {"path": str(path), "sha256": hash_files(path, weight_files(path))}
 
@@ -101,7 +107,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         model = parse_model(record)
     with explained(path, "arrays"):
         # Check before reading the arrays, because memory is allocated for the sizes that the record states.
-        abstract = check_sizes(record, model, saved.metadata["params"])
+        abstract = check_sizes(record, model, saved.metadata, stored_bytes(path))
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
         params = ocp.load_checkpointables(path, {"params": abstract})["params"]
@@ -134,16 +140,18 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
 
 
-def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any) -> dict[str, Any]:
+def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any, stored: int) -> dict[str, Any]:
     """Returns the parameters that a record describes, as shapes and types.
 
     Args:
       record: the record of a checkpoint.
       model: see ``parse_model``.
-      saved: the parameters in the checkpoint's metadata.
+      saved: the checkpoint's metadata: trees of shapes and types.
+      stored: size of its files in bytes.
 
     Raises:
-      ResumeError: the checkpoint's arrays are others. Other exceptions: the record has fields of another type.
+      ResumeError: the checkpoint's arrays are others.
+      ValueError: they are far larger than its files. Other exceptions: the record has fields of another type.
     """
     abstract: dict[str, Any] = {"encoder": abstract_encoder(model.encoder)}
     if record["has_mlm_head"]:
@@ -152,7 +160,11 @@ def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any) -> d
         abstract["temperature"] = {"log_scale": jax.ShapeDtypeStruct((), jnp.float32)}
     if num_labels := record.get("num_labels", 0):
         abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
-    check_same_arrays({"params": saved}, {"params": abstract})
+    check_same_arrays({"params": saved["params"]}, {"params": abstract})
+    # Missing parts of an array are read as zeros, so that a few bytes can stand for an array of any size.
+    size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(dict(saved)))
+    if size > LARGEST_RATIO * stored + 2**20:
+        raise ValueError(f"its arrays would take {size:,} bytes, its files have {stored:,}")
     return abstract
 
 

@@ -1,7 +1,7 @@
 """The files in the working directory of a run, and the search for sound checkpoints.
 
     config.json          the resolved configuration
-    tokenizer.json       the tokenizer that made the tokens
+    tokenizer.json       the tokenizer that made the tokens, and special_tokens_map.json if these have their own names
     metrics.jsonl        one line every config.log_every steps
     goodput.json         how the time was spent, over all restarts
     evaluation.jsonl     the scores of each evaluation
@@ -35,6 +35,7 @@ LOCK = "lock"
 _FILES = (
     "config.json",
     "tokenizer.json",
+    "special_tokens_map.json",
     "metrics.jsonl",
     "goodput.json",
     "evaluation.jsonl",

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from nomic_jax.run.manifest import find_damage
+from nomic_jax.hf.files import check_file
+from nomic_jax.run.manifest import find_damage, stored_bytes
 from nomic_jax.run.pretrained import check_sizes, explained
 from nomic_jax.run.record import check_format, describe_environment, parse_model
 from nomic_jax.run.workdir import DamagedCheckpoint
@@ -59,7 +60,7 @@ def reproduce(
       workdir: working directory of the repetition; an interrupted repetition is resumed.
       mixture, init_from, guide: where the data, the initial model and the guide of the loss are. Data with other
         content are refused, because the record holds their fingerprint.
-      cache_dir: folder for the tokenised data; by default one in ``workdir``, never that of the record.
+      cache_dir: folder for the tokenised data; by default one beside ``workdir``, never that of the record.
       recorded_paths: open the paths that the record names, where an argument does not replace them.
 
     Raises:
@@ -94,7 +95,7 @@ def reproduce(
     step = record["step"]
     data: dict[str, Any] = {"mixture": places["mixture"], "tokenizer": str(path.parent.parent)}
     if hasattr(config.data, "cache_dir"):
-        data["cache_dir"] = cache_dir or str(Path(workdir).absolute() / "token_cache")
+        data["cache_dir"] = cache_dir or f"{Path(workdir).absolute()}-tokens"
     config = dataclasses.replace(
         config,
         init_from=places["init_from"],
@@ -107,14 +108,11 @@ def reproduce(
         trackio="",
         profile="",
     )
-    if step:
-        train(
-            config,
-            workdir,
-            devices[: record["device_count"]],
-            stop=step,
-            expected_data=record["data_fingerprint"],
-        )
+    if not step and config.steps:
+        raise DamagedCheckpoint(f"{path}: a run of {config.steps} steps does not save step 0")
+    train(
+        config, workdir, devices[: record["device_count"]], stop=step or None, expected_data=record["data_fingerprint"]
+    )
     again = Path(workdir).absolute() / "checkpoints" / str(step)
     expected, found = _arrays(path), _arrays(again)
     return Reproduction(
@@ -153,10 +151,13 @@ def _read_record(path: Path) -> tuple[dict[str, Any], TrainConfig]:
         raise DamagedCheckpoint(f"{path}: its record is that of step {record['step']}")
     if not isinstance(record.get("data_fingerprint"), str):
         raise DamagedCheckpoint(f"{path}: its record has no data_fingerprint")
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        if (path.parent.parent / name).exists():
+            check_file(path.parent.parent / name)
     config = TrainConfig.from_mapping(record["config"])
     with explained(path, "record"):
         model = parse_model(record)
-        check_sizes(record, model, saved.metadata["params"])
+        check_sizes(record, model, saved.metadata, stored_bytes(path))
     trained = dataclasses.replace(model.encoder, **{name: getattr(config.model, name) for name in _FREE_OF_MODEL})
     if not config.init_from and trained != config.model:
         raise DamagedCheckpoint(f"{path}: config.model of its record is another model than that of its arrays")

@@ -169,7 +169,10 @@ def reproduce_and_lineage(counts: dict[str, int], seed: int, folder: Path, resul
         step = rng.choice(runs.steps_in(workdir))
         checkpoint = f"{workdir}/checkpoints/{step}"
         process = processes.command(
-            "launch.reproduce", [checkpoint, f"--workdir={folder}/{stage}-again"], folder / f"{stage}-again.txt", 2
+            "launch.reproduce",
+            [checkpoint, "--recorded_paths", f"--workdir={folder}/{stage}-again"],
+            folder / f"{stage}-again.txt",
+            2,
         )
         code = process.wait()
         results.add(code == 0 and "identical: every array" in process.text(), f"{stage}: step {step}", process.text())
@@ -179,7 +182,9 @@ def reproduce_and_lineage(counts: dict[str, int], seed: int, folder: Path, resul
         sources = {line["step"]: line["source"] for line in read_metrics(workdir)}
         for step in rng.sample(range(1, runs.STEPS + 1), counts["steps"]):
             output = folder / f"{stage}-{step}.txt"
-            process = processes.command("launch.data_order", [str(workdir), f"--step={step}"], output)
+            process = processes.command(
+                "launch.data_order", [str(workdir), "--recorded_paths", f"--step={step}"], output
+            )
             code = process.wait()
             lines = [json.loads(line) for line in process.text().splitlines() if line.startswith("{")]
             found = {line["source"]: line["rows"] for line in lines}
@@ -191,7 +196,7 @@ def reproduce_and_lineage(counts: dict[str, int], seed: int, folder: Path, resul
 
 def _lineage(checkpoint: str, stage: str, folder: Path, results: Results) -> None:
     """Runs launch.lineage in a Python that cannot import jax, then again with a flipped bit in a data file."""
-    command = [sys.executable, "-c", WITHOUT_JAX, checkpoint]
+    command = [sys.executable, "-c", WITHOUT_JAX, checkpoint, "--recorded_paths"]
 
     def run() -> tuple[int, str]:
         done = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, check=False)

@@ -77,3 +77,42 @@ def test_too_little_gain_fails(folder):
 def test_an_empty_folder_is_explained(tmp_path):
     done = report(tmp_path, 0.1)
     assert done.returncode == 2 and "holds neither a training run" in done.stderr
+
+
+def test_names_are_no_markup_and_no_line(folder):
+    """A run's name with a line break once wrote a file of its own choice into the report's place."""
+    hostile = "a\n# b <img src=x> ![c](d) $e^ \x1b[31m|"
+    (folder / "runs" / "mlm").rename(folder / "runs" / hostile)
+    (folder / "runs" / hostile / "config.json").write_text(json.dumps(RUN | {"note": "```\n# f"}))
+    metrics = folder / "runs" / hostile / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"source": "a"', f'"source": {json.dumps(hostile)}'))
+    scores = json.loads((folder / "eval" / "mlm.json").read_text())
+    scores["tasks"][hostile] = scores["tasks"]["t"]
+    (folder / "eval" / "mlm.json").write_text(json.dumps(scores))
+    done = report(folder, 0.1)
+    assert done.returncode == 0, done.stderr
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert all(line.isprintable() for line in text.splitlines())
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [f"# Report of {folder.name}"]
+    # Within <summary>, text is HTML and no Markdown.
+    shown = [line for line in text.splitlines() if not line.startswith("<details><summary>")]
+    assert "<img" not in text and not any(" ![c]" in line or line.startswith("# b") for line in shown)
+    # The configuration holds a fence; that of its block is longer.
+    assert "````json\n" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("runs/mlm/metrics.jsonl", "[1, 2]\n", "metrics.jsonl:1: expected an object"),
+        ("runs/mlm/metrics.jsonl", '{"step": "one"}\n', "metrics.jsonl:1: step is 'one'; expected a number"),
+        ("runs/mlm/config.json", "[]", "config.json: expected an object"),
+        ("runs/mlm/config.json", '{"model": 3}', "does not have the fields of this version"),
+        ("eval/mlm.json", '{"tasks": {"t": 1}, "average": {"ndcg@10": 1}}', "mlm.json: tasks should map"),
+    ],
+)
+@pytest.mark.exhaustive(reason="tests/train/test_hostile_runs.py calls the functions that read these files")
+def test_values_of_other_types_are_named(folder, file, content, message):
+    (folder / file).write_text(content)
+    done = report(folder, 0.1)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -46,7 +46,7 @@ def test_the_record_leads_back_to_the_stage_before(runs):
 
 
 def findings(path, *folders):
-    found = list(trace(path, folders))
+    found = list(trace(path, folders, recorded_paths=True))
     return found, {status: sum(finding.status == status for finding in found) for status in {f.status for f in found}}
 
 
@@ -95,16 +95,26 @@ def test_other_data_are_refused(runs, corpus, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(text.replace("query_prefix: clustering", "query_prefix: classification"))
     with pytest.raises(ConfigurationError, match="these are not the rows and tokens of the run"):
-        reproduce(runs / "contrastive" / "checkpoints" / "4", tmp_path / "again", mixture=str(other))
+        reproduce(
+            runs / "contrastive" / "checkpoints" / "4", tmp_path / "again", recorded_paths=True, mixture=str(other)
+        )
 
 
-def test_an_earlier_model_that_was_moved(runs, tmp_path):
+def test_an_earlier_model_that_was_moved(runs, corpus, tmp_path):
     moved = tmp_path / "elsewhere"
     (runs / "mlm").rename(moved)
     try:
         with pytest.raises(ConfigurationError, match="say where it is with --init_from"):
-            reproduce(runs / "contrastive" / "checkpoints" / "4", tmp_path / "again")
-        assert reproduce(runs / "contrastive" / "checkpoints" / "2", tmp_path / "b", init_from=str(moved)).identical
+            reproduce(runs / "contrastive" / "checkpoints" / "4", tmp_path / "again", recorded_paths=True)
+        # With the paths given, nothing else that the record names is opened.
+        again = reproduce(
+            runs / "contrastive" / "checkpoints" / "2",
+            tmp_path / "b",
+            mixture=str(corpus / "pairs.yaml"),
+            init_from=str(moved),
+        )
+        assert again.identical
+        assert (tmp_path / "b-tokens").is_dir()
     finally:
         moved.rename(runs / "mlm")
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nomic_jax.data.formats.row_checks import Quarantined
+from nomic_jax.files.printable import markdown
 
 
 class Sample:
@@ -25,8 +26,9 @@ class Sample:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a Markdown table; long texts are truncated."""
-    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
+    """Returns a Markdown table. Texts are no markup, and long ones are truncated."""
+    first, *others = [[_cell(value) for value in row] for row in (header, *rows)]
+    lines = [first, ["---"] * len(first), *others]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -46,4 +48,4 @@ def quarantine_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _cell(value: Any, width: int = 200) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())
-    return (text if len(text) <= width else text[: width - 1] + "…").replace("|", "\\|")
+    return markdown(text if len(text) <= width else text[: width - 1] + "…")

@@ -1,6 +1,5 @@
 """Writes OUTPUT/report.md: all scores of the folder beside published ones, with charts. Formats a terminal table."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,8 @@ from typing import Any, NamedTuple
 from nomic_jax.evals.report import pictures, published
 from nomic_jax.evals.report.published import MTEB_TYPES, Published
 from nomic_jax.evals.report.record import label, main_score
+from nomic_jax.files import printable
+from nomic_jax.files.reading import read_json
 from nomic_jax.files.writing import atomic_file
 
 MTEB_TASKS = 56  # of MTEB(eng, v1)
@@ -74,7 +75,7 @@ def table(report: dict[str, Any]) -> str:
             lines.append((f"all tasks{setting}", [f"{mean(map(main_score, group)):16.4f}", "  (main scores)"]))
     width = max(len(name) for name in [*(name for name, _ in lines), *report["failed"], ""])
     failed = [f"{name:{width}}  FAILED: {error}" for name, error in report["failed"].items()]
-    return "\n".join([f"{name:{width}}{''.join(cells)}" for name, cells in lines] + failed)
+    return "\n".join(map(printable.printable, [f"{name:{width}}{''.join(cells)}" for name, cells in lines] + failed))
 
 
 def _sort_key(item: tuple[str, dict[str, Any]]) -> tuple[str, int, int]:
@@ -110,7 +111,7 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns file name without suffix -> report, for all reports in the folder."""
     reports = {}
     for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if isinstance(content, dict) and {"suite", "tasks"} <= content.keys():
             reports[path.stem] = content
     return reports
@@ -230,7 +231,8 @@ def _local(folder: Path, runs: list[Run]) -> str:
             ]
             for run, tasks in own
         ]
-        text += f"{kind}, {metric}:\n\n{markdown(['model', 'tokens', 'average', *names], rows, digits=4)}\n"
+        title = f"{printable.markdown(kind)}, {printable.markdown(metric)}"
+        text += f"{title}:\n\n{markdown(['model', 'tokens', 'average', *names], rows, digits=4)}\n"
     groups = {_legend_label(run, runs): average_by_type(run.tasks) for run in runs if run.dim is None}
     if groups:
         pictures.bars(folder / "local.png", groups, tuple(types), "average of the main metric")
@@ -290,7 +292,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], digits: int =
         # Learning rates in scientific notation, scores with ``digits`` decimals.
         text = f"{value:g}" if isinstance(value, float) and 0 < abs(value) < 1e-3 else None
         text = text or (f"{value:.{digits}f}" if isinstance(value, float) else " ".join(str(value).split()))
-        return text.replace("|", "\\|")
+        return printable.markdown(text)
 
-    lines = [list(header), ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
+    first, *others = [[cell(value) for value in row] for row in (header, *rows)]
+    lines = [first, ["---"] * len(first), *others]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

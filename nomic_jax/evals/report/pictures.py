@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nomic_jax.files.printable import printable
 from nomic_jax.files.writing import atomic_file
 
 
@@ -14,8 +15,8 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, float]], names: Sequence[
     for i, (label, values) in enumerate(groups.items()):
         points = [(x, values[name]) for x, name in enumerate(shown) if name in values]
         offset = (i - (len(groups) - 1) / 2) * width
-        axes.bar([x + offset for x, _ in points], [value for _, value in points], width, label=label)
-    axes.set_xticks(range(len(shown)), shown, rotation=20, ha="right")
+        axes.bar([x + offset for x, _ in points], [value for _, value in points], width, label=plain(label))
+    axes.set_xticks(range(len(shown)), [plain(name) for name in shown], rotation=20, ha="right")
     _finish(figure, axes, path, ylabel)
 
 
@@ -24,13 +25,18 @@ def lines(path: Path, curves: Mapping[str, Mapping[int, float]], xlabel: str, yl
     figure, axes = _figure(width=9.0)
     for label, points in curves.items():
         xs = sorted(points)
-        axes.plot(xs, [points[x] for x in xs], "o-", label=label)
+        axes.plot(xs, [points[x] for x in xs], "o-", label=plain(label))
     ticks = sorted({x for points in curves.values() for x in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(xlabel)
     _finish(figure, axes, path, ylabel)
+
+
+def plain(text: str) -> str:
+    """Returns a name as matplotlib shows it to the letter: "$" would begin a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _figure(width: float):

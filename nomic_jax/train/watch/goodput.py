@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from jax import monitoring
 
+from nomic_jax.files.reading import read_json
 from nomic_jax.files.writing import atomic_file
 
 KINDS = ("productive", "start", "compile", "data", "checkpoint", "evaluation", "lost")
@@ -160,8 +161,10 @@ def _with_loss(part: dict[str, Any], start: int) -> dict[str, Any]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["parts"]
-    except (OSError, ValueError, KeyError):
+        parts = read_json(path)["parts"]
+        spent = [seconds for part in parts for seconds in part["seconds"].values()]
+        return parts if all(isinstance(seconds, float | int) for seconds in spent) else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # missing, or cut by a power failure: nothing but this measurement depends on it
 
 

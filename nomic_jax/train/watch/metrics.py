@@ -15,9 +15,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from nomic_jax.files.folders import make_folder
+from nomic_jax.files.reading import FileRefused, read_text
 from nomic_jax.files.writing import append, write_text
 from nomic_jax.train.config import TrainConfig
 
+LARGEST_LOG = 1 << 30  # a million steps
 FLUSH_SECONDS = 30  # the largest delay of TensorBoard
 
 
@@ -103,14 +105,21 @@ def _open_trackers(config: TrainConfig, workdir: Path) -> list[ModuleType]:
 
 
 def read_metrics(workdir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order, without a last line that a kill has cut off."""
+    """The lines of metrics.jsonl in order, without a last line that a kill has cut off.
+
+    Raises:
+      FileRefused: it is no regular file, larger than LARGEST_LOG, or has a line that is no JSON object.
+    """
     path = Path(workdir) / name
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(read_text(path, limit=LARGEST_LOG).splitlines() if path.exists() else (), 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            content = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
             break
+        if not isinstance(content, dict):
+            raise FileRefused(f"{path}:{number}: expected an object with the figures of a step")
+        lines.append(content)
     return lines
 
 
