@@ -278,7 +278,7 @@ def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]
             if panel in by_source:
                 for source in sorted({line["source"] for line in lines}):
                     own = [line for line in lines if line["source"] == source]
-                    steps, values = [line["step"] for line in own], [line[panel] for line in own]
+                    steps, values = [line["step"] for line in own], [line.get(panel, float("nan")) for line in own]
                     (named[source],) = axis.plot(steps, values, color=color[source], linewidth=1)
             elif panel == "evaluation":
                 steps = [line["step"] for line in evaluations[name]]
