@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from launch.evaluate import embed_with
+from launch.teacher import open_teacher
 from nomic_jax import Embedder
 from nomic_jax.data.mixture import read_mixture
 from nomic_jax.data.prompts import NOMIC_PROMPTS, prompt_for, prompt_text, prompts_of
@@ -123,6 +124,9 @@ def test_a_model_with_few_prompts_is_searched_and_evaluated(minilm, tmp_path, pr
     query = prompts.get("query", "")
     np.testing.assert_allclose(embedder.encode_query("a"), plain.encode(query + "a"), atol=1e-6)
     np.testing.assert_allclose(embedder.encode_document("a"), plain.encode("a"), atol=1e-6)
+    teacher = open_teacher(str(tmp_path / "model"), "float32", 32, None, None)
+    assert (teacher.identity["query_prompt"], teacher.identity["document_prompt"]) == (query, "")
+    np.testing.assert_allclose(teacher.query(["a"]), plain.encode([query + "a"]), atol=1e-6)
     task = tmp_path / "task"
     task.mkdir()
     (task / "queries.jsonl").write_text('{"_id": "1", "text": "a"}\n')
