@@ -37,9 +37,8 @@ def embed_chunks(
     count = len(chunks["shape"])
     kept = round(kept_chunks * count)
     stacked = {name: array for name, array in chunks.items() if name != "place"}
-    # A zero that varies over devices like the chunks do. Without it, each turn of a loop would add up over devices.
-    zero = jnp.sum(chunks["ids"][:0]).astype(jnp.float32)
-    params = jax.tree.map(lambda x: x + zero.astype(x.dtype), params)
+    # Parameters that do not vary over devices would make each turn of the backward pass add up over devices.
+    params = jax.tree.map(lambda x: x + _zero(chunks).astype(x.dtype), params)
 
     def compute(shape: Shape, params: dict, chunk: Chunk) -> jax.Array:
         embedding_SE = _embed_chunk(params, chunk, shape, model, layout)
@@ -48,9 +47,14 @@ def embed_chunks(
     if count == kept == 1:
         embedding_NSE = compute(layout.shapes[0], params, jax.tree.map(lambda x: x[0], stacked))[None]
     else:
-        embedding_NSE = _in_a_loop(compute, params, stacked, layout, kept, zero)
+        embedding_NSE = _in_a_loop(compute, params, stacked, layout, kept)
     embedding_SE = embedding_NSE.reshape(-1, model.output_dim)
     return embedding_SE.at[chunks["place"]].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def _zero(chunks: Chunk) -> jax.Array:
+    """Returns a zero that varies over devices like the chunks do."""
+    return jnp.sum(chunks["ids"][:0]).astype(jnp.float32)
 
 
 def _in_a_loop(
@@ -59,14 +63,13 @@ def _in_a_loop(
     chunks: Chunk,
     layout: Layout,
     kept: int,
-    zero: jax.Array,
 ) -> jax.Array:
     """Returns the embeddings [N, slots, E] of N chunks; 0 for empty chunks, which come last.
 
     ``jax.lax.map`` would keep a copy of the parameters for every chunk, and compute empty chunks or branch around them.
     Here a kept chunk stores what its backward pass needs besides the parameters, once, in its place.
     """
-    used = jnp.sum(chunks["shape"] < len(layout.shapes))
+    count = len(chunks["shape"])
     in_largest = functools.partial(compute, layout.shapes[0])
 
     def chunk_at(chunks: Chunk, i: jax.Array) -> Chunk:
@@ -75,41 +78,44 @@ def _in_a_loop(
     def by_shape(function: Callable[[Shape], Callable], chunk: Chunk, *arguments: Any) -> Any:
         return jax.lax.switch(chunk["shape"], [function(shape) for shape in layout.shapes], *arguments)
 
-    def zeros(like: Any, *leading: int) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype) + zero.astype(x.dtype), like)
+    # The backward pass may belong to another trace. It must get all arrays as arguments.
+    def with_text(chunks: Chunk) -> jax.Array:
+        return jnp.sum(chunks["shape"] < len(layout.shapes))
+
+    def zeros(chunks: Chunk, like: Any, *leading: int) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype) + _zero(chunks).astype(x.dtype), like)
 
     def recomputed(params: dict, chunks: Chunk, embedding_NSE: jax.Array, first: int) -> jax.Array:
         def turn(i: jax.Array, embedding_NSE: jax.Array) -> jax.Array:
             chunk = chunk_at(chunks, i)
-            embedding_SE = by_shape(lambda shape: functools.partial(compute, shape), chunk, params, chunk)
-            return embedding_NSE.at[i].set(embedding_SE)
+            here_SE = by_shape(lambda shape: functools.partial(compute, shape), chunk, params, chunk)
+            return embedding_NSE.at[i].set(here_SE)
 
-        return jax.lax.fori_loop(first, used, turn, embedding_NSE) if first < count else embedding_NSE
+        return jax.lax.fori_loop(first, with_text(chunks), turn, embedding_NSE) if first < count else embedding_NSE
 
-    count = len(chunks["shape"])
     first_chunk = chunk_at(chunks, jnp.zeros((), jnp.int32))
-    empty_NSE = zeros(jax.eval_shape(in_largest, params, first_chunk), count)
-
+    embedding_SE = jax.eval_shape(in_largest, params, first_chunk)
     residuals_of = _Residuals(in_largest, params, first_chunk) if kept else None
 
     @jax.custom_vjp
     def embeddings(params: dict, chunks: Chunk) -> jax.Array:
-        return recomputed(params, chunks, empty_NSE, 0)
+        return recomputed(params, chunks, zeros(chunks, embedding_SE, count), 0)
 
     def forward(params: dict, chunks: Chunk):
+        embedding_NSE = zeros(chunks, embedding_SE, count)
         if residuals_of is None:
-            return recomputed(params, chunks, empty_NSE, 0), (params, chunks, [], [])
+            return recomputed(params, chunks, embedding_NSE, 0), (params, chunks, [], [])
 
         def turn(i: jax.Array, carry: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
             embedding_NSE, buffers = carry
-            embedding_SE, _, own = residuals_of(params, chunk_at(chunks, i))
+            here_SE, _, own = residuals_of(params, chunk_at(chunks, i))
             buffers = [jax.lax.dynamic_update_index_in_dim(buffer, leaf, i, 0) for buffer, leaf in zip(buffers, own)]
-            return embedding_NSE.at[i].set(embedding_SE), buffers
+            return embedding_NSE.at[i].set(here_SE), buffers
 
         # The residuals without the chunk are those of any chunk. The compiler drops what else is computed here.
-        _, shared, own = residuals_of(params, first_chunk)
-        buffers = [zeros(leaf, kept) for leaf in own]
-        embedding_NSE, buffers = jax.lax.fori_loop(0, jnp.minimum(used, kept), turn, (empty_NSE, buffers))
+        _, shared, own = residuals_of(params, chunk_at(chunks, jnp.zeros((), jnp.int32)))
+        carry = embedding_NSE, [zeros(chunks, leaf, kept) for leaf in own]
+        embedding_NSE, buffers = jax.lax.fori_loop(0, jnp.minimum(with_text(chunks), kept), turn, carry)
         return recomputed(params, chunks, embedding_NSE, kept), (params, chunks, shared, buffers)
 
     def backward(residuals: tuple, cotangent_NSE: jax.Array) -> tuple[dict, None]:
@@ -134,11 +140,11 @@ def _in_a_loop(
 
             return add(gradient, by_shape(of_shape, chunk, params, chunk, cotangent_NSE[i]))
 
-        gradient = zeros(params)
+        gradient = zeros(chunks, params)
         if kept:
-            gradient = jax.lax.fori_loop(0, jnp.minimum(used, kept), kept_turn, gradient)
+            gradient = jax.lax.fori_loop(0, jnp.minimum(with_text(chunks), kept), kept_turn, gradient)
         if kept < count:
-            gradient = jax.lax.fori_loop(kept, used, recomputed_turn, gradient)
+            gradient = jax.lax.fori_loop(kept, with_text(chunks), recomputed_turn, gradient)
         return gradient, None
 
     embeddings.defvjp(forward, backward)
