@@ -64,7 +64,7 @@ class Classifier:
         for i, row in enumerate(rows):
             for text in row:
                 check_unicode(text, "input", i)
-        ids = encode_rows(self.tokenizer, rows, self.max_length)
+        ids, first_length = encode_rows(self.tokenizer, rows, self.max_length)
         out = np.zeros((len(ids), len(self.labels)), np.float32)
         lengths = np.array([len(x) for x in ids], np.int32)
         for indices, shape in length_sorted_batches(
@@ -77,13 +77,24 @@ class Classifier:
             # Filler rows have one token. Their outputs are discarded.
             ids_BL, length_B = np.zeros(shape, np.int32), np.ones(shape.rows, np.int32)
             ids_BL[: len(indices)] = pad_right([ids[i] for i in indices], shape.length, self.config.pad_token_id)
-            length_B[: len(indices)] = lengths[indices]
-            out[indices] = np.asarray(_logits(self.params, ids_BL, length_B, self.config))[: len(indices)]
+            first_length_B = np.ones(shape.rows, np.int32)
+            length_B[: len(indices)], first_length_B[: len(indices)] = lengths[indices], first_length[indices]
+            logits = _logits(self.params, ids_BL, length_B, first_length_B, self.config)
+            out[indices] = np.asarray(logits)[: len(indices)]
         return out
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _logits(params: dict, ids_BL: jax.Array, length_B: jax.Array, config: EncoderConfig) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=4)
+def _logits(
+    params: dict, ids_BL: jax.Array, length_B: jax.Array, first_length_B: jax.Array, config: EncoderConfig
+) -> jax.Array:
     first_B1 = jnp.zeros((len(ids_BL), 1), jnp.int32)
-    hidden_B1D = encode(params["encoder"], ids_BL, config, length_B=length_B, output_position_BP=first_B1)
+    hidden_B1D = encode(
+        params["encoder"],
+        ids_BL,
+        config,
+        length_B=length_B,
+        first_length_B=first_length_B,
+        output_position_BP=first_B1,
+    )
     return classifier_logits(params["classifier"], hidden_B1D, config)

@@ -20,7 +20,7 @@ class EncoderConfig:
 
     Attributes:
       vocab_size: rows of the word embedding table (30522 word pieces, padded to a multiple of 64).
-      type_vocab_size: rows of the token type table; 0 for none. Token types are always 0 here.
+      type_vocab_size: rows of the token type table; 0 for none. The second text of a pair has type 1, other texts 0.
       max_positions: the longest text accepted, in tokens.
       max_trained_positions: up to this length RoPE is used as trained; beyond it, dynamic NTK applies (paper eq. 5).
       rope_base: theta of RoPE.

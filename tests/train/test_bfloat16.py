@@ -104,7 +104,8 @@ def test_gradient_of_every_leaf(stage, layout, recompute, model, corpus, minilm)
         own = texts(100, rng)
         # The vectors of random weights are much alike. With labels of equal frequency their gradients would cancel.
         label = rng.choice(3, len(own), p=[0.7, 0.2, 0.1])
-        rows = {"ids": pad_right(own, LONGEST, 0), "length": lengths_of(own), "label": label}
+        length = lengths_of(own)
+        rows = {"ids": pad_right(own, LONGEST, 0), "length": length, "first_length": length // 2, "label": label}
         config, chunks = dataclasses.replace(config, stage="classify", data=LABELLED), None
     else:
         return check_embeddings(encoder, LAYOUTS[layout], DOCUMENTS[stage], rng)

@@ -23,5 +23,6 @@ def load_config(stage, corpus, minilm, **changes) -> TrainConfig:
     )
     config.batch_size = 16
     config.steps = 3
-    config.update_from_flattened_dict(changes)
+    config.update({name: value for name, value in changes.items() if "." not in name})
+    config.update_from_flattened_dict({name: value for name, value in changes.items() if "." in name})
     return TrainConfig.from_mapping(config.to_dict())

@@ -27,6 +27,7 @@ class LabelledRows(TokenStore):
 
     Attributes:
       ids: token ids of each row, cut to ``seq_len``: [CLS] text [SEP], or [CLS] first [SEP] second [SEP].
+      first_length: int32, tokens of each row that have token type 0: all, or those up to the first [SEP] of a pair.
       labels: int32 in 0 ... num_labels - 1, or float32 where num_labels is 1.
     """
 
@@ -44,14 +45,16 @@ class LabelledRows(TokenStore):
         rows = list(read_rows(files, kinds, others=("label",), allow_empty=True, further_check=check))
         if not rows:
             raise BadRow(f"{files}: no rows")
-        self.ids = encode_rows(tokenizer, [[row[column] for column in columns] for row in rows], seq_len)
+        self.ids, self.first_length = encode_rows(
+            tokenizer, [[row[column] for column in columns] for row in rows], seq_len
+        )
         kind = np.float32 if num_labels == 1 else np.int32
         self.labels = np.array([row["label"] for row in rows], kind)
         self.name, self.rows = name or "labelled", len(rows)
         content = hashlib.sha256(repr((num_labels, seq_len, tokenizer.sha256)).encode())
         for ids in self.ids:
             content.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-        content.update(self.labels.tobytes())
+        content.update(self.first_length.tobytes() + self.labels.tobytes())
         self.fingerprint = content.hexdigest()
         self.columns = {}
         self.manifest = {"source": {"query_prefix": "", "document_prefix": ""}, "tokenizer": tokenizer.sha256}
@@ -60,7 +63,8 @@ class LabelledRows(TokenStore):
 class LabelledStream:
     """All rows, in a new order every epoch; rows that do not fill a last batch are dropped.
 
-    Arrays of a batch: ``ids`` [B, L], padded on the right to a length of a short menu; ``length`` [B]; ``label`` [B].
+    Arrays of a batch: ``ids`` [B, L], padded on the right to a length of a short menu; ``length`` [B]; ``first_length``
+    [B], the tokens of token type 0; ``label`` [B].
     """
 
     layout: Layout | None = None
@@ -93,21 +97,30 @@ class LabelledStream:
         arrays = {
             "ids": pad_right([self.labelled.ids[row] for row in own], L, self.pad_id),
             "length": self.lengths[own],
+            "first_length": self.labelled.first_length[own],
             "label": self.labelled.labels[own],
         }
         lengths = self.lengths[rows].astype(np.int64)
         return Batch(arrays, self.labelled.name, int(lengths.sum()), self.batch_size * L, int((lengths**2).sum()))
 
 
-def encode_rows(tokenizer: Tokenizer, rows: Sequence[Sequence[str]], max_length: int) -> list[np.ndarray]:
-    """Returns the int32 ids of texts or pairs, truncated as in transformers: always from the longer text of a pair."""
+def encode_rows(
+    tokenizer: Tokenizer, rows: Sequence[Sequence[str]], max_length: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Returns the int32 ids of texts or pairs, and the number of tokens of each that have token type 0.
+
+    They are truncated as in transformers: always from the longer text of a pair.
+    """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())  # truncation is a setting of the backend
     backend.enable_truncation(max_length, strategy="longest_first")
     inputs: Iterator[Any] = iter([row[0] if len(row) == 1 else tuple(row) for row in rows])
     ids: list[np.ndarray] = []
+    first_length: list[int] = []
     while group := list(islice(inputs, ROWS_PER_CALL)):
-        ids += [np.array(encoding.ids, np.int32) for encoding in backend.encode_batch_fast(group)]
-    return ids
+        for encoding in backend.encode_batch_fast(group):
+            ids.append(np.array(encoding.ids, np.int32))
+            first_length.append(encoding.type_ids.count(0))
+    return ids, np.array(first_length, np.int32)
 
 
 def _check_label(row: Mapping[str, Any], where: str, num_labels: int) -> None:

@@ -55,7 +55,7 @@ class MlmStream:
         self.steps_per_epoch = self.rows // batch_size
         settings = (batch_size, seq_len, mask_rate, document_mask, seed, *(store.fingerprint for store in stores))
         self.fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()
-        self._mask_id, self._cls_id = tokenizer.special_id("mask"), tokenizer.special_id("cls")
+        self._mask_id = tokenizer.special_id("mask")
         self._special_ids = tokenizer.special_ids
 
     def rows_of_step(self, step: int, shard: int = 0, shard_count: int = 1) -> np.ndarray:
@@ -104,8 +104,12 @@ class MlmStream:
         target_P[: len(chosen)] = ids_L[chosen]
         out = {"position": position_P, "target": target_P}
         if self.document_mask:
-            # Every document starts with [CLS]; a row may start inside one.
-            out["segment"] = np.cumsum(ids_L == self._cls_id, dtype=np.int32) + np.int32(ids_L[0] != self._cls_id)
+            offsets = self.texts[source].offsets
+            first = int(np.searchsorted(offsets, start, side="right"))
+            end = int(np.searchsorted(offsets, start + self.seq_len, side="left"))
+            # A document without tokens has no number.
+            starts = np.unique(np.asarray(offsets[first:end])) - start
+            out["segment"] = 1 + np.searchsorted(starts, np.arange(self.seq_len), side="right").astype(np.int32)
         uniform = rng.random(len(chosen))
         replacement = np.where(uniform < 0.8, self._mask_id, rng.integers(0, self.tokenizer.vocab_size, len(chosen)))
         ids_L[chosen] = np.where(uniform < 0.9, replacement, ids_L[chosen])

@@ -79,7 +79,9 @@ def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any],
                 if negatives is not None and name == "negatives":
                     negatives.write(np.array([len(own) for own in texts], LENGTH).tobytes())
                     texts = [text for own in texts for text in own]
-                encoded = tokenizer.encode([prompt_text(prefixes.get(name, "")) + text for text in texts])
+                texts = [prompt_text(prefixes.get(name, "")) + text for text in texts]
+                # A document's text must not end the document, or hide from masking.
+                encoded = tokenizer.encode(texts, spelled_as_text=True)
                 if encoded:
                     ids[name].write(np.concatenate(encoded).astype(ids_dtype(tokenizer)).tobytes())
                     lengths[name].write(np.array([len(row) for row in encoded], LENGTH).tobytes())

@@ -151,16 +151,30 @@ class Tokenizer:
         ids |= {i for token in self.special_tokens.values() if (i := self.backend.token_to_id(token)) is not None}
         return np.array(sorted(ids), np.int32)
 
-    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[np.ndarray]:
-        """Returns the int32 ids of each text with special tokens, cut to ``max_length`` ids; the last [SEP] is kept."""
+    def encode(
+        self, texts: Sequence[str], max_length: int | None = None, *, spelled_as_text: bool = False
+    ) -> list[np.ndarray]:
+        """Returns the int32 ids of each text with special tokens, cut to ``max_length`` ids; the last [SEP] is kept.
+
+        Args:
+          spelled_as_text: "[SEP]" in a text is these letters. By default it becomes the special token, as in
+            transformers and sentence-transformers.
+        """
+        backend = self._spelled_as_text if spelled_as_text else self.backend
         ids = []
         for group in _groups(texts, CHARACTERS_PER_CALL):
             try:
-                encodings = self.backend.encode_batch_fast(group)
+                encodings = backend.encode_batch_fast(group)
             except BaseException as error:
                 raise _explained(error) from error
             ids += [truncate(np.array(encoding.ids, np.int32), max_length, self.suffix) for encoding in encodings]
         return ids
+
+    @functools.cached_property
+    def _spelled_as_text(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and, if the roles of its tokens do not follow from it, special_tokens_map.json."""

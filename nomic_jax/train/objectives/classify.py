@@ -40,7 +40,12 @@ def make_stage(
     def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
         first_B1 = jnp.zeros_like(rows["length"])[:, None]
         hidden_B1D = encode(
-            params["encoder"], rows["ids"], encoder, length_B=rows["length"], output_position_BP=first_B1
+            params["encoder"],
+            rows["ids"],
+            encoder,
+            length_B=rows["length"],
+            first_length_B=rows["first_length"],
+            output_position_BP=first_B1,
         )
         logits = classifier_logits(params["classifier"], hidden_B1D, encoder)
         weight = jnp.sum(jnp.ones_like(rows["length"], jnp.float32))

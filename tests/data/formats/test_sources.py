@@ -250,7 +250,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 MIXTURES = {
-    "unknown prefix": ("{name: a, bucket: a, objective: {type: paired}, query_prefix: serach}", "unknown prefix"),
     "unknown field": ("{name: a, bucket: a, objective: {type: paired}, prefix: x}", "unknown field 'prefix'"),
     "no bucket": ("{name: a, objective: {type: paired}}", "needs the fields"),
     "unknown objective": ("{name: a, bucket: a, objective: {type: pairs}}", "objective must be"),

@@ -62,10 +62,11 @@ def test_rows_are_those_of_transformers(minilm, tokenizer, words):
     theirs = AutoTokenizer.from_pretrained(minilm)
     rng = random.Random(3)
     pairs = [[" ".join(rng.choices(words, k=rng.randint(0, 30))) for _ in range(2)] for _ in range(60)]
-    expected = theirs([a for a, _ in pairs], [b for _, b in pairs], truncation=True, max_length=32)["input_ids"]
-    assert [ids.tolist() for ids in encode_rows(tokenizer, pairs, 32)] == expected
-    expected = theirs([a for a, _ in pairs], truncation=True, max_length=16)["input_ids"]
-    assert [ids.tolist() for ids in encode_rows(tokenizer, [pair[:1] for pair in pairs], 16)] == expected
+    for columns, max_length in ((list(zip(*pairs)), 32), ([[a for a, _ in pairs]], 16)):
+        expected = theirs(*map(list, columns), truncation=True, max_length=max_length)
+        ids, first_length = encode_rows(tokenizer, list(zip(*columns)), max_length)
+        assert [row.tolist() for row in ids] == expected["input_ids"]
+        assert first_length.tolist() == [types.count(0) for types in expected["token_type_ids"]]
     # ``encode_rows`` does not enable truncation in the tokenizer itself.
     assert len(tokenizer.encode([" ".join(words[:300])])[0]) > 300
 
@@ -113,9 +114,12 @@ def test_the_loss_is_the_formula(num_labels):
     length = np.array([3, 7, 5, 4], np.int32)
     ids = np.where(np.arange(8) < length[:, None], rng.integers(1, 64, (4, 8)), 0).astype(np.int32)
     label = rng.normal(size=4).astype(np.float32) if num_labels == 1 else np.array([0, 2, 1, 1], np.int32)
-    sums = jax.jit(stage.loss)(params, {"ids": ids, "length": length, "label": label})
+    # Rows 1 and 2 are pairs of texts.
+    first_length = np.array([3, 4, 2, 4], np.int32)
+    rows = {"ids": ids, "length": length, "first_length": first_length, "label": label}
+    sums = jax.jit(stage.loss)(params, rows)
 
-    hidden = jax.jit(lambda ids, length: encode(params["encoder"], ids, encoder, length_B=length))(ids, length)
+    hidden = jax.jit(lambda: encode(params["encoder"], ids, encoder, length_B=length, first_length_B=first_length))()
     # Compute the loss row by row, in float64 from the hidden states on.
     head = jax.tree.map(lambda x: np.asarray(x, np.float64), params["classifier"])
     losses, correct = [], 0
@@ -198,7 +202,7 @@ def test_medians_over_the_seeds_at_the_best_settings():
     ],
 )
 def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path, monkeypatch, with_regression):
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     options = {"learning_rates": [1e-2], "batch_sizes": [16], "variant": "debug"}
 
     def run(tasks, seeds, **more):
@@ -229,7 +233,7 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     batch = tokenizer(*map(list, zip(*pairs)), truncation=True, max_length=32, padding=True, return_tensors="pt")
-    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])  # all 0, as in nomic_jax
+    assert batch["token_type_ids"].any()
     np.testing.assert_allclose(ours, theirs(**batch).logits.detach().numpy(), atol=1e-5)
 
     done = []
