@@ -16,8 +16,10 @@ from typing import Any
 from absl import flags
 
 from launch.errors import run
+from nomic_jax.data.batches.permutation import VERSION
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.reading import read_json
+from nomic_jax.run.checkpoints import recorded_shuffle
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.objectives import make_stream
 
@@ -39,7 +41,8 @@ def main(arguments: list[str]) -> None:
         if hasattr(config.data, "cache_dir") and (FLAGS.cache_dir or not FLAGS.recorded_paths):
             data["cache_dir"] = FLAGS.cache_dir or own
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
-        stream = make_stream(config, Tokenizer.from_directory(workdir))
+        shuffle = recorded_shuffle(workdir) or VERSION
+        stream = make_stream(config, Tokenizer.from_directory(workdir), shuffle=shuffle)
         for source, rows in stream.row_numbers(FLAGS.step - 1).items():
             print(json.dumps({"source": source, "rows": rows}))
 

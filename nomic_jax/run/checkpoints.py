@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.files.folders import make_folder, remove_folder
 from nomic_jax.files.writing import atomic_link
-from nomic_jax.run.record import check_same_arrays, check_same_run
+from nomic_jax.run.record import check_same_arrays, check_same_run, shuffle_of
 from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_intact, list_damage, remove_parts
 
 
@@ -182,6 +182,24 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         check_same_arrays(ocp.checkpointables_metadata(path).metadata, abstract)
         return ocp.load_checkpointables(path, abstract)
+
+
+def recorded_shuffle(workdir: Path) -> int | None:
+    """Returns the version of the permutation that the run in ``workdir`` began with; None if it has no checkpoint.
+
+    Raises:
+      ResumeError: this version of nomic_jax does not have it.
+    """
+    directory = (workdir / "checkpoints").absolute()
+    for step in reversed(finished_steps(directory) if directory.is_dir() else []):
+        # All checkpoints of a run have the same version. One that cannot be read raises various exceptions; it is
+        # reported when the checkpoints are opened.
+        with contextlib.suppress(Exception):
+            if record := ocp.checkpointables_metadata(directory / str(step)).custom_metadata:
+                break
+    else:
+        return None
+    return shuffle_of(dict(record))
 
 
 def _is_first() -> bool:

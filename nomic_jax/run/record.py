@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 import nomic_jax
+from nomic_jax.data.batches.permutation import VERSION
 from nomic_jax.data.batches.stream import Stream
 from nomic_jax.data.prompts import prompts_of
 from nomic_jax.data.tokens.store import IDENTITY, TokenStore
@@ -64,6 +65,7 @@ def make_record(
         "earlier": earlier or [],
         "sources": [_describe(store) for store in stream.stores],
         "data_fingerprint": stream.fingerprint,
+        "shuffle": stream.shuffle,
         "tokenizer_sha256": tokenizer.sha256,
         "device_count": device_count,
         **describe_environment(),
@@ -140,6 +142,21 @@ def check_format(record: dict[str, Any], path: Path) -> None:
         newer = isinstance(found, int) and found > FORMAT
         advice = "update nomic_jax" if newer else "use the version of nomic_jax that wrote it"
         raise ResumeError(f"{path} has format {found!r:.100}; this version reads {FORMAT}: {advice}")
+
+
+def shuffle_of(record: dict[str, Any]) -> int:
+    """Returns the version of the permutation that ordered the rows of a run (``Stream.shuffle``).
+
+    Raises:
+      ResumeError: this version of nomic_jax does not have it.
+    """
+    version = record.get("shuffle", 1)  # records of before version 2 do not have the field
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ResumeError(
+            f"the run orders its rows with shuffle {version!r:.100}; this version of nomic_jax has 1 to {VERSION}: "
+            f"update nomic_jax"
+        )
+    return version
 
 
 def parse_model(record: dict[str, Any]) -> EmbeddingConfig:

@@ -3,17 +3,19 @@
 import contextlib
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from nomic_jax.data.batches.loader import read_ahead
+from nomic_jax.data.batches.permutation import VERSION
 from nomic_jax.files.writing import write_json
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EncoderConfig
 from nomic_jax.model.attention import FUSED_DTYPES
-from nomic_jax.run.checkpoints import Checkpoints
+from nomic_jax.run.checkpoints import Checkpoints, recorded_shuffle
 from nomic_jax.run.pretrained import identify, read_pretrained
-from nomic_jax.run.record import make_record, trained_prompts
+from nomic_jax.run.record import make_record, shuffle_of, trained_prompts
 from nomic_jax.run.workdir import used_workdir
 from nomic_jax.train import hosts
 from nomic_jax.train.config import ConfigurationError, TrainConfig
@@ -36,7 +38,7 @@ def train(
     devices: list[jax.Device] | None = None,
     evaluate: Evaluate | None = None,
     stop: int | None = None,
-    expected_data: str = "",
+    repeated: dict[str, Any] | None = None,
     began: float | None = None,
 ) -> dict[str, float]:
     """Runs a stage to its last step. Resumes from the latest checkpoint of ``workdir`` if there is one.
@@ -46,7 +48,7 @@ def train(
       workdir: see ``nomic_jax.run.workdir``.
       devices: the devices to use; all by default.
       evaluate: computes the scores that ``config.evaluation`` requests.
-      expected_data: the fingerprint that the stream must have.
+      repeated: the record of the run that this one repeats: its data have the same fingerprint and order.
       began: start of the command on the clock of ``time.monotonic``, for the goodput; now by default.
       stop: stop after this step, like an interruption but without an error.
 
@@ -68,7 +70,7 @@ def train(
     with contextlib.ExitStack() as stack:
         # One process holds the directory for all.
         hosts.on_first_process(lambda: stack.enter_context(used_workdir(workdir)))
-        return _train(config, workdir, devices, evaluate, stop, expected_data, goodput)
+        return _train(config, workdir, devices, evaluate, stop, repeated, goodput)
 
 
 def _train(
@@ -77,7 +79,7 @@ def _train(
     devices: list[jax.Device] | None,
     evaluate: Evaluate | None,
     stop: int | None,
-    expected_data: str,
+    repeated: dict[str, Any] | None,
     goodput: Goodput,
 ) -> dict[str, float]:
     """Trains in a working directory that is held."""
@@ -87,11 +89,12 @@ def _train(
     model = make_model(config, pretrained)
     config.check_lengths(model.encoder)
     tokenizer = find_tokenizer(config, pretrained, model)
-    stream = make_stream(config, tokenizer, mesh.size)
-    if expected_data and stream.fingerprint != expected_data:
+    shuffle = shuffle_of(repeated) if repeated else hosts.on_first_process(lambda: recorded_shuffle(workdir))
+    stream = make_stream(config, tokenizer, mesh.size, shuffle or VERSION)
+    if repeated and stream.fingerprint != repeated["data_fingerprint"]:
         raise ConfigurationError(
             f"{config.data.mixture}: these are not the rows and tokens of the run (their fingerprint is "
-            f"{stream.fingerprint[:16]}, it had {expected_data[:16]}); give the same files, unchanged"
+            f"{stream.fingerprint[:16]}, it had {repeated['data_fingerprint'][:16]}); give the same files, unchanged"
         )
     steps = config.steps if config.steps >= 0 else round(config.epochs * stream.steps_per_epoch)
     end = steps if stop is None else min(stop, steps)

@@ -110,9 +110,7 @@ def reproduce(
     )
     if not step and config.steps:
         raise DamagedCheckpoint(f"{path}: a run of {config.steps} steps does not save step 0")
-    train(
-        config, workdir, devices[: record["device_count"]], stop=step or None, expected_data=record["data_fingerprint"]
-    )
+    train(config, workdir, devices[: record["device_count"]], stop=step or None, repeated=record)
     again = Path(workdir).absolute() / "checkpoints" / str(step)
     expected, found = _arrays(path), _arrays(again)
     return Reproduction(

@@ -9,14 +9,21 @@ import shutil
 
 import jax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import write_checkpoint
+from nomic_jax.run.checkpoints import recorded_shuffle
 from nomic_jax.run.lineage import trace
 from nomic_jax.run.pretrained import identify, read_pretrained
+from nomic_jax.run.record import ResumeError, shuffle_of
 from nomic_jax.run.workdir import DamagedCheckpoint
+from nomic_jax.train import loop
 from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.loop import train
-from nomic_jax.train.reproduce import reproduce
+from nomic_jax.train.objectives import make_stream
+from nomic_jax.train.reproduce import hash_state, reproduce
+from tests.commands import run as run_command
 from tests.train.tiny_configs import load_config
 
 pytestmark = pytest.mark.slow(reason="the set-up trains two stages, and most tests train again")
@@ -37,8 +44,6 @@ def runs(corpus, minilm, tmp_path_factory):
 def test_the_record_leads_back_to_the_stage_before(runs):
     record = json.loads((runs / "contrastive" / "checkpoints" / "6" / "manifest.sha256.json").read_text())
     assert record["sha256"] == identify(runs / "contrastive")["sha256"]
-    from orbax.checkpoint import v1 as ocp
-
     metadata = ocp.checkpointables_metadata(runs / "contrastive" / "checkpoints" / "6").custom_metadata
     assert metadata["parent"] == identify(runs / "mlm") and metadata["parent"]["step"] == 2
     assert metadata["earlier"][0]["config"]["stage"] == "mlm" and metadata["device_count"] == 2
@@ -133,3 +138,44 @@ def test_a_damaged_checkpoint(runs, tmp_path):
             reproduce(runs / "mlm" / "checkpoints" / "2", tmp_path / "again")
     finally:
         largest.write_bytes(content)
+
+
+def test_a_run_of_the_old_shuffle_keeps_it(corpus, minilm, tmp_path, monkeypatch):
+    """Records of before version 2 do not name a version: resuming, repeating and listing its rows follow version 1."""
+    config = load_config("mlm", corpus, minilm, steps=4, checkpoint=dict(every=2, keep=9))
+    tokenizer = Tokenizer.from_directory(minilm)
+    old, new = (make_stream(config, tokenizer, 2, shuffle=version) for version in (1, 2))
+    assert old.row_numbers(3) != new.row_numbers(3) and old.fingerprint != new.fingerprint
+    # As an earlier version of nomic_jax wrote it.
+    with monkeypatch.context() as earlier:
+        earlier.setattr(loop, "VERSION", 1)
+        written = loop.make_record
+        earlier.setattr(loop, "make_record", lambda *args, **named: without(written(*args, **named), "shuffle"))
+        train(config, tmp_path / "whole", jax.devices()[:2])
+        train(config, tmp_path / "run", jax.devices()[:2], stop=2)
+    train(config, tmp_path / "run", jax.devices()[:2])
+    last = tmp_path / "run" / "checkpoints" / "4"
+    assert hash_state(last) == hash_state(tmp_path / "whole" / "checkpoints" / "4")
+    assert reproduce(last, tmp_path / "again").identical
+    assert dict(ocp.checkpointables_metadata(last).custom_metadata)["data_fingerprint"] == old.fingerprint
+    assert recorded_shuffle(tmp_path / "run") == recorded_shuffle(tmp_path / "again") == 1
+    assert rows_printed(tmp_path / "run", 4) == old.row_numbers(3)
+    train(config, tmp_path / "new", jax.devices()[:2], stop=0)
+    assert recorded_shuffle(tmp_path / "new") == 2 and recorded_shuffle(tmp_path / "none") is None
+
+
+def test_an_order_of_a_later_version_is_refused():
+    assert [shuffle_of(record) for record in ({}, {"shuffle": 1}, {"shuffle": 2})] == [1, 1, 2]
+    with pytest.raises(ResumeError, match="shuffle 3; this version of nomic_jax has 1 to 2: update nomic_jax"):
+        shuffle_of({"shuffle": 3})
+
+
+def without(record: dict, name: str) -> dict:
+    return {key: value for key, value in record.items() if key != name}
+
+
+def rows_printed(workdir, step) -> dict[str, list[int]]:
+    out = run_command("launch.data_order", workdir, f"--step={step}")
+    assert out.returncode == 0, out.stderr
+    lines = map(json.loads, out.stdout.splitlines())
+    return {line["source"]: line["rows"] for line in lines}

@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from nomic_jax.data.batches.packing import Layout
-from nomic_jax.data.batches.permutation import shuffled
+from nomic_jax.data.batches.permutation import VERSION, fingerprinted, shuffled
 from nomic_jax.data.batches.shapes import pad_right, padded_length
 from nomic_jax.data.batches.stream import Batch, share
 from nomic_jax.data.formats.reading import read_rows
@@ -69,22 +69,32 @@ class LabelledStream:
 
     layout: Layout | None = None
 
-    def __init__(self, rows: LabelledRows, tokenizer: Tokenizer, *, batch_size: int, seq_len: int, seed: int = 0):
+    def __init__(
+        self,
+        rows: LabelledRows,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        shuffle: int = VERSION,
+    ):
         if len(rows) < batch_size:
             raise ValueError(f"{rows.name} has {len(rows)} rows, fewer than config.batch_size {batch_size}")
         self.stores: Sequence[TokenStore] = [rows]
         self.labelled, self.rows = rows, len(rows)
         self.lengths = np.array([len(ids) for ids in rows.ids], np.int32)
         self.pad_id = tokenizer.special_id("pad")
-        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.batch_size, self.seq_len, self.seed, self.shuffle = batch_size, seq_len, seed, shuffle
         self.steps_per_epoch = len(rows) // batch_size
-        self.fingerprint = hashlib.sha256(repr((batch_size, seq_len, seed, rows.fingerprint)).encode()).hexdigest()
+        settings = (batch_size, seq_len, seed, rows.fingerprint, *fingerprinted(shuffle))
+        self.fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def rows_of_step(self, step: int) -> np.ndarray:
         """Returns the row numbers [batch_size] of a step."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         first = slot * self.batch_size
-        return shuffled(range(first, first + self.batch_size), self.rows, self.seed, epoch)
+        return shuffled(range(first, first + self.batch_size), self.rows, self.seed, epoch, self.shuffle)
 
     def row_numbers(self, step: int) -> dict[str, list[int]]:
         return {self.labelled.name: self.rows_of_step(step).tolist()}

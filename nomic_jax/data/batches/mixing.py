@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from nomic_jax.data.batches.permutation import shuffled
+from nomic_jax.data.batches.permutation import VERSION, shuffled
 from nomic_jax.data.tokens.store import TokenStore
 
 
@@ -65,14 +65,16 @@ class Mixing:
       steps_per_epoch: steps of the first epoch; with carried remainders, later epochs may have a few more.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], batch_size: int, seed: int, sampling: Sampling):
+    def __init__(
+        self, stores: Sequence[TokenStore], batch_size: int, seed: int, sampling: Sampling, shuffle: int = VERSION
+    ):
         """Computes the number of batches of each unit.
 
         Raises:
           ValueError: a source has fewer rows than a batch; with by="shards", no file of a source has enough rows or,
             with a carried remainder, some file has too few; a weight or the temperature is not positive.
         """
-        self.batch_size, self.seed, self.sampling = batch_size, seed, sampling
+        self.batch_size, self.seed, self.sampling, self.shuffle = batch_size, seed, sampling, shuffle
         self.units = _units(stores, batch_size, sampling)
         self._rows = np.array([unit.rows for unit in self.units], np.int64)
         whole = self._rows // batch_size if sampling.remainder == "drop" else self._rows / batch_size
@@ -97,7 +99,8 @@ class Mixing:
             order, rank = self._schedule(epoch)
             index = int(order[slot])
             return index, int(epoch.first[index] + rank[slot])
-        slot = int(shuffled(range(slot, slot + 1), int(epoch.counts.sum()), self.seed, epoch.number)[0])
+        steps = int(epoch.counts.sum())
+        slot = int(shuffled(range(slot, slot + 1), steps, self.seed, epoch.number, self.shuffle)[0])
         ends = np.cumsum(epoch.counts)
         index = int(np.searchsorted(ends, slot, side="right"))
         return index, int(epoch.first[index] + slot - (ends[index] - epoch.counts[index]))
@@ -105,15 +108,15 @@ class Mixing:
     def rows_of_batch(self, index: int, batch: int) -> np.ndarray:
         """Returns the row numbers [batch_size] within the unit's source."""
         unit, B = self.units[index], self.batch_size
-        seed = self.seed + 1 + index
+        seed, version = self.seed + 1 + index, self.shuffle
         if self.sampling.remainder == "drop":
             epoch, slot = divmod(batch, unit.rows // B)
-            return unit.start + shuffled(range(slot * B, (slot + 1) * B), unit.rows, seed, epoch)
+            return unit.start + shuffled(range(slot * B, (slot + 1) * B), unit.rows, seed, epoch, version)
         epoch, first = divmod(batch * B, unit.rows)
         # The rest of this pass comes first. The next pass fills the batch, because no unit is smaller than a batch.
         left, beyond = range(first, min(first + B, unit.rows)), range(first + B - unit.rows)
-        parts = [shuffled(left, unit.rows, seed, epoch), shuffled(beyond, unit.rows, seed, epoch + 1)]
-        return unit.start + np.concatenate(parts)
+        rest = shuffled(left, unit.rows, seed, epoch, version)
+        return unit.start + np.concatenate([rest, shuffled(beyond, unit.rows, seed, epoch + 1, version)])
 
     def _shares(self, sources: int) -> np.ndarray:
         if self.sampling.by == "temperature":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nomic_jax.data.batches.packing import Layout
-from nomic_jax.data.batches.permutation import shuffled
+from nomic_jax.data.batches.permutation import VERSION, fingerprinted, shuffled
 from nomic_jax.data.batches.shapes import Shape
 from nomic_jax.data.batches.stream import Batch, share
 from nomic_jax.data.tokens.store import TokenStore, check_tokenizer
@@ -36,6 +36,7 @@ class MlmStream:
         mask_rate: float = 0.3,
         document_mask: bool = False,
         seed: int = 0,
+        shuffle: int = VERSION,
     ):
         self.stores: Sequence[TokenStore] = list(stores)
         check_tokenizer(self.stores, tokenizer)
@@ -50,11 +51,12 @@ class MlmStream:
                 f"add text, or lower config.batch_size or config.data.seq_len"
             )
         self.tokenizer = tokenizer
-        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.batch_size, self.seq_len, self.seed, self.shuffle = batch_size, seq_len, seed, shuffle
         self.mask_rate, self.document_mask = mask_rate, document_mask
         self.steps_per_epoch = self.rows // batch_size
-        settings = (batch_size, seq_len, mask_rate, document_mask, seed, *(store.fingerprint for store in stores))
-        self.fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()
+        settings = (batch_size, seq_len, mask_rate, document_mask, seed)
+        rest = (*(store.fingerprint for store in stores), *fingerprinted(shuffle))
+        self.fingerprint = hashlib.sha256(repr(settings + rest).encode()).hexdigest()
         self._mask_id = tokenizer.special_id("mask")
         self._special_ids = tokenizer.special_ids
 
@@ -62,7 +64,7 @@ class MlmStream:
         """Returns the row numbers of a shard of a step's batch, counted over all sources."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         first, own = slot * self.batch_size, share(self.batch_size, shard, shard_count)
-        return shuffled(range(first + own.start, first + own.stop), self.rows, self.seed, epoch)
+        return shuffled(range(first + own.start, first + own.stop), self.rows, self.seed, epoch, self.shuffle)
 
     def row_numbers(self, step: int) -> dict[str, list[int]]:
         numbers: dict[str, list[int]] = {}

@@ -15,6 +15,7 @@ from nomic_jax.data.batches.packing import (
     plan_chunks,
     segments_for,
 )
+from nomic_jax.data.batches.permutation import VERSION, fingerprinted
 from nomic_jax.data.batches.shapes import hash_texts, pad_flat, padded_length
 from nomic_jax.data.batches.stream import Batch, share
 from nomic_jax.data.tokens.store import TokenStore, check_tokenizer, flat_indices
@@ -100,6 +101,7 @@ class PairStream:
         layout: Layout | None = None,
         devices: int = 1,
         seed: int = 0,
+        shuffle: int = VERSION,
     ):
         sampling = sampling or Sampling()
         self.stores: Sequence[TokenStore] = list(stores)
@@ -110,15 +112,16 @@ class PairStream:
         if num_negatives and too_few_negatives == "error":
             for store in self.stores:
                 _check_negatives(store, num_negatives)
-        self.mixing = Mixing(self.stores, batch_size, seed, sampling)
+        self.shuffle = shuffle
+        self.mixing = Mixing(self.stores, batch_size, seed, sampling, shuffle)
         self.steps_per_epoch = self.mixing.steps_per_epoch
         self.rows = sum(len(store) for store in self.stores)
         self.own_candidates_only = own_candidates_only
         self.layout, self.devices = layout, devices
         apart = tuple(sorted(own_candidates_only))
         settings = (batch_size, query_length, document_length, num_negatives, too_few_negatives, seed, sampling, *apart)
-        fingerprints = tuple(store.fingerprint for store in self.stores)
-        self.fingerprint = hashlib.sha256(repr(settings + fingerprints).encode()).hexdigest()
+        rest = (*(store.fingerprint for store in self.stores), *fingerprinted(shuffle))
+        self.fingerprint = hashlib.sha256(repr(settings + rest).encode()).hexdigest()
 
     def rows_of_step(self, step: int) -> tuple[int, np.ndarray]:
         """Returns (index of the source, its row numbers [batch_size]) of a step."""

@@ -40,6 +40,7 @@ class Stream(Protocol):
         resume on a stream with another fingerprint.
       steps_per_epoch: number of steps after which the rows repeat, in another order.
       rows: number of rows of all sources.
+      shuffle: version of the permutation that orders the rows (``nomic_jax.data.batches.permutation``).
       stores: token store of each source.
       layout: the chunks that hold the texts, or the rows of documents separated by segment ids; otherwise None.
     """
@@ -49,6 +50,7 @@ class Stream(Protocol):
     fingerprint: str
     steps_per_epoch: int
     rows: int
+    shuffle: int
 
     def batch(self, step: int, shard: int, shard_count: int) -> Batch:
         """Returns part ``shard``, from 0, of ``shard_count`` equal parts of a step's batch."""

@@ -1,6 +1,7 @@
 """The objectives by name of the stage. A new objective is a new file and one line of ``OBJECTIVES``."""
 
 from nomic_jax.data.batches.packing import Layout
+from nomic_jax.data.batches.permutation import VERSION
 from nomic_jax.data.batches.stream import Stream
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
@@ -17,9 +18,9 @@ OBJECTIVES = {
 }
 
 
-def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1) -> Stream:
+def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1, shuffle: int = VERSION) -> Stream:
     """See ``MakeStream``."""
-    return OBJECTIVES[config.stage].make_stream(config, tokenizer, devices)
+    return OBJECTIVES[config.stage].make_stream(config, tokenizer, devices, shuffle)
 
 
 def make_stage(

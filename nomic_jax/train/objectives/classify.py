@@ -16,12 +16,14 @@ from nomic_jax.train.objectives.loss import masked_cross_entropy
 from nomic_jax.train.objectives.stage import LossSums, Stage
 
 
-def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int) -> LabelledStream:
+def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle: int) -> LabelledStream:
     data = config.data
     assert isinstance(data, LabelledData)
     name = Path(data.mixture).parent.name
     rows = LabelledRows(data.mixture, data.columns, data.num_labels, tokenizer, data.seq_len, name)
-    return LabelledStream(rows, tokenizer, batch_size=config.batch_size, seq_len=data.seq_len, seed=config.seed)
+    return LabelledStream(
+        rows, tokenizer, batch_size=config.batch_size, seq_len=data.seq_len, seed=config.seed, shuffle=shuffle
+    )
 
 
 def make_stage(

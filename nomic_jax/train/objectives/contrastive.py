@@ -22,7 +22,7 @@ from nomic_jax.train.sharding import DATA
 CHUNK_ARRAYS = ("ids", "shape", "place", "segment", "length")
 
 
-def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int) -> PairStream:
+def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle: int) -> PairStream:
     data = config.data
     assert isinstance(data, PairData)
     sources, stores = open_sources(config, tokenizer)
@@ -52,6 +52,7 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int) -> Pair
         ),
         devices=devices,
         seed=config.seed,
+        shuffle=shuffle,
     )
 
 

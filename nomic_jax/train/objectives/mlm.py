@@ -14,7 +14,7 @@ from nomic_jax.train.objectives.stage import LossSums, Stage
 from nomic_jax.train.objectives.vocabulary_loss import vocabulary_cross_entropy
 
 
-def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int) -> MlmStream:
+def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle: int) -> MlmStream:
     data = config.data
     assert isinstance(data, MlmData)
     _, stores = open_sources(config, tokenizer)
@@ -26,6 +26,7 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int) -> MlmS
         mask_rate=data.mask_rate,
         document_mask=data.document_mask,
         seed=config.seed,
+        shuffle=shuffle,
     )
 
 

@@ -40,8 +40,14 @@ class Stage(NamedTuple):
 
 
 class MakeStream(Protocol):
-    def __call__(self, config: TrainConfig, tokenizer: Tokenizer, devices: int) -> Stream:
-        """The batches of a run. Sources that are not in the token cache are tokenised first."""
+    def __call__(self, config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle: int) -> Stream:
+        """The batches of a run. Sources that are not in the token cache are tokenised first.
+
+        Args:
+          config, tokenizer: those of the run.
+          devices: number of devices of the run.
+          shuffle: version of the permutation, see ``Stream.shuffle``.
+        """
         ...
 
 
