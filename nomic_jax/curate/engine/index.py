@@ -1,12 +1,12 @@
 """Inner-product search with faiss. Results depend only on the vectors: neither ties nor batch sizes change them.
 
-Vectors are arrays, or a ``ShardedArray`` on disk, of which at most DOCUMENTS_PER_BATCH rows are in memory at once.
+Vectors are arrays, or a ``ShardedArray`` on disk, of which at most one batch of documents is in memory at once.
 """
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -16,9 +16,6 @@ from nomic_jax.curate.engine.sharded_array import Matrix
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.writing import atomic_file
 
-QUERIES_PER_BATCH = 4096
-DOCUMENTS_PER_BATCH = 8192
-PAIRS_PER_BATCH = 4096
 MAX_GPU_RESULTS = 2048  # maximum number of results per query that faiss finds on a GPU
 RECALL, RECALL_AT = 0.95, 20  # target of an approximate index: share found of the 20 nearest documents
 RANK_DEPTH = 100  # number of ranks that an approximate search distinguishes
@@ -26,22 +23,46 @@ RANK_DEPTH = 100  # number of ranks that an approximate search distinguishes
 # In a float32 matrix product, the dot product of the same two unit vectors varies by about 1e-7 with its position in
 # the matrix. Scores that differ by less than this count as equal.
 ROUNDING = 1e-6
+# In float64, it varies by less than this.
+ROUNDING_64 = 1e-12
 
 
-def pair_scores(queries_QE: Matrix, query_P: np.ndarray, documents_NE: Matrix, document_P: np.ndarray) -> np.ndarray:
+class Batches(NamedTuple):
+    """How many rows are compared at once. Results do not depend on it.
+
+    Attributes:
+      queries, documents: rows of a matrix product.
+      pairs: rows of ``pair_scores``.
+      exact: queries whose scores in float64 are computed at once.
+    """
+
+    queries: int = 4096
+    documents: int = 8192
+    pairs: int = 4096
+    exact: int = 256
+
+
+DEFAULT = Batches()
+
+
+def pair_scores(
+    queries_QE: Matrix, query_P: np.ndarray, documents_NE: Matrix, document_P: np.ndarray, batches: Batches = DEFAULT
+) -> np.ndarray:
     """Returns the inner products, float32 [P], of pairs of a query and a document, given as two lists of row numbers.
 
     The sums are in float64, so that equal vectors have equal scores at any position.
     """
     score_P = np.empty(len(query_P), np.float32)
-    for start in range(0, len(query_P), PAIRS_PER_BATCH):
-        pairs = slice(start, start + PAIRS_PER_BATCH)
+    for start in range(0, len(query_P), batches.pairs):
+        pairs = slice(start, start + batches.pairs)
         # Not einsum: its buffer may end within a row, so the last bits depend on the row's position.
         score_P[pairs] = (queries_QE[query_P[pairs]].astype(np.float64) * documents_NE[document_P[pairs]]).sum(axis=1)
     return score_P
 
 
-def top_k(queries_QE: Matrix, documents_NE: Matrix, k: int, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def top_k(
+    queries_QE: Matrix, documents_NE: Matrix, k: int, *, batches: Batches = DEFAULT, progress: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k documents with the highest scores for each query, exactly. Ties are in order of document number.
 
     faiss searches on a GPU if its GPU build is installed and finds one.
@@ -57,30 +78,80 @@ def top_k(queries_QE: Matrix, documents_NE: Matrix, k: int, *, progress: bool = 
     id_QK = np.empty((len(queries_QE), k), np.int64)
     score_QK = np.empty((len(queries_QE), k), np.float32)
     with tqdm(total=len(queries_QE), desc="searching", unit=" queries", leave=False, disable=not progress) as bar:
-        for start in range(0, len(queries_QE), QUERIES_PER_BATCH):
-            batch = slice(start, start + QUERIES_PER_BATCH)
-            id_QK[batch], score_QK[batch] = _search(queries_QE[batch], documents_NE, k, fetch=k + 8)
+        for start in range(0, len(queries_QE), batches.queries):
+            batch = slice(start, start + batches.queries)
+            id_QK[batch], score_QK[batch] = _search(queries_QE[batch], documents_NE, k, (k + 8, 4 * k + 32), batches)
             bar.update(len(id_QK[batch]))
     return id_QK, score_QK
 
 
-def _search(queries_QE: np.ndarray, documents_NE: Matrix, k: int, fetch: int) -> tuple[np.ndarray, np.ndarray]:
-    fetch = min(fetch, len(documents_NE))
-    rough_QF, id_QF = _rough_search(queries_QE, documents_NE, fetch)
-    id_QK, score_QK = _best_of(queries_QE, documents_NE, id_QF, k)
+def _search(
+    queries_QE: np.ndarray, documents_NE: Matrix, k: int, fetches: tuple[int, ...], batches: Batches
+) -> tuple[np.ndarray, np.ndarray]:
+    """Searches for ``fetches[0]`` documents, and again, for the next number, where ties may hide a better one."""
+    if not fetches:
+        return _exact_search(queries_QE, documents_NE, k, batches)
+    fetch = min(fetches[0], len(documents_NE))
+    rough_QF, id_QF = _rough_search(queries_QE, documents_NE, fetch, batches)
+    id_QK, score_QK = _best_of(queries_QE, documents_NE, id_QF, k, batches)
     # faiss returns equal scores in any order. If the k-th may tie with documents that were not fetched, fetch more.
     undecided = rough_QF[:, -1] > score_QK[:, -1] - ROUNDING
     if fetch < len(documents_NE) and undecided.any():
-        id_QK[undecided], score_QK[undecided] = _search(queries_QE[undecided], documents_NE, k, 4 * fetch)
+        id_QK[undecided], score_QK[undecided] = _search(queries_QE[undecided], documents_NE, k, fetches[1:], batches)
     return id_QK, score_QK
 
 
-def _rough_search(queries_QE: np.ndarray, documents_NE: Matrix, fetch: int) -> tuple[np.ndarray, np.ndarray]:
+def _exact_search(
+    queries_QE: np.ndarray, documents_NE: Matrix, k: int, batches: Batches
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compares all documents in float64, so that its time does not depend on how many documents share a vector."""
+    id_QK = np.empty((len(queries_QE), k), np.int64)
+    score_QK = np.empty((len(queries_QE), k), np.float32)
+    for start in range(0, len(queries_QE), batches.exact):
+        queries = queries_QE[start : start + batches.exact]
+        id_BK: np.ndarray = np.empty((len(queries), 0), np.int64)
+        score_BK: np.ndarray = np.empty((len(queries), 0), np.float32)
+        for first in range(0, len(documents_NE), batches.documents):
+            score_BN = _exact_scores(queries, documents_NE[first : first + batches.documents], batches)
+            number_N = np.arange(first, first + score_BN.shape[1])
+            score_BM = np.concatenate([score_BK, score_BN], axis=1)
+            id_BM = np.concatenate([id_BK, np.broadcast_to(number_N, score_BN.shape)], axis=1)
+            best_BK = _first_of_the_best(score_BM, min(k, score_BM.shape[1]))
+            id_BK, score_BK = (np.take_along_axis(x, best_BK, axis=1) for x in (id_BM, score_BM))
+        order_BK = np.lexsort((id_BK, -score_BK), axis=1)
+        batch = slice(start, start + len(queries))
+        id_QK[batch], score_QK[batch] = (np.take_along_axis(x, order_BK, axis=1) for x in (id_BK, score_BK))
+    return id_QK, score_QK
+
+
+def _exact_scores(queries_QE: np.ndarray, documents_NE: np.ndarray, batches: Batches) -> np.ndarray:
+    """Returns the scores of all pairs, float32 [Q, N], equal to those of ``pair_scores``."""
+    score_QN = queries_QE.astype(np.float64) @ documents_NE.astype(np.float64).T
+    rounded_QN = score_QN.astype(np.float32)
+    # A sum in another order may round to the next float32 only where the sum lies between two of them.
+    unsure_QN = (score_QN - ROUNDING_64).astype(np.float32) != (score_QN + ROUNDING_64).astype(np.float32)
+    query_P, document_P = np.nonzero(unsure_QN)
+    rounded_QN[query_P, document_P] = pair_scores(queries_QE, query_P, documents_NE, document_P, batches)
+    return rounded_QN
+
+
+def _first_of_the_best(score_QN: np.ndarray, k: int) -> np.ndarray:
+    """Returns the columns [Q, k] of the k highest scores, in order of column; of equal scores, the first ones."""
+    lowest_Q1 = np.partition(score_QN, -k, axis=1)[:, -k, None]
+    above_QN, equal_QN = score_QN > lowest_Q1, score_QN == lowest_Q1
+    missing_Q1 = k - np.count_nonzero(above_QN, axis=1, keepdims=True)
+    _, column_P = np.nonzero(above_QN | equal_QN & (np.cumsum(equal_QN, axis=1) <= missing_Q1))
+    return column_P.reshape(len(score_QN), k)
+
+
+def _rough_search(
+    queries_QE: np.ndarray, documents_NE: Matrix, fetch: int, batches: Batches
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns scores as faiss computes them, float32 [Q, fetch], and ids: the best of all batches of documents."""
     best_QF: np.ndarray = np.empty((len(queries_QE), 0), np.float32)
     id_QF: np.ndarray = np.empty((len(queries_QE), 0), np.int64)
-    for first in range(0, len(documents_NE), DOCUMENTS_PER_BATCH):
-        documents = np.ascontiguousarray(documents_NE[first : first + DOCUMENTS_PER_BATCH])
+    for first in range(0, len(documents_NE), batches.documents):
+        documents = np.ascontiguousarray(documents_NE[first : first + batches.documents])
         score_QF, local_QF = _knn(np.ascontiguousarray(queries_QE), documents, min(fetch, len(documents)))
         best_QF = np.concatenate([best_QF, score_QF], axis=1)
         id_QF = np.concatenate([id_QF, local_QF + first], axis=1)
@@ -105,10 +176,13 @@ def _gpu():
     return faiss.StandardGpuResources() if has_gpu else None
 
 
-def _best_of(queries_QE: np.ndarray, documents_NE: Matrix, id_QF: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _best_of(
+    queries_QE: np.ndarray, documents_NE: Matrix, id_QF: np.ndarray, k: int, batches: Batches
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the k best of the candidate documents (-1 for none), ordered by exact score, then by number."""
     query_P = np.repeat(np.arange(len(queries_QE)), id_QF.shape[1])
-    score_QF = pair_scores(queries_QE, query_P, documents_NE, np.maximum(id_QF, 0).ravel()).reshape(id_QF.shape)
+    document_P = np.maximum(id_QF, 0).ravel()
+    score_QF = pair_scores(queries_QE, query_P, documents_NE, document_P, batches).reshape(id_QF.shape)
     score_QF = np.where(id_QF < 0, -np.inf, score_QF)
     order_QK = np.lexsort((id_QF, -score_QF), axis=1)[:, :k]
     return np.take_along_axis(id_QF, order_QK, axis=1), np.take_along_axis(score_QF, order_QK, axis=1)
@@ -126,8 +200,8 @@ class ApproximateIndex:
       file: where the index is saved. An existing file is loaded, so a search after a restart has the same results.
     """
 
-    def __init__(self, queries_QE: Matrix, documents_NE: Matrix, file: Path):
-        self.documents_NE = documents_NE
+    def __init__(self, queries_QE: Matrix, documents_NE: Matrix, file: Path, batches: Batches = DEFAULT):
+        self.documents_NE, self.batches = documents_NE, batches
         self.index: Any = None
         with exclusive_lock(file.with_name(f".{file.name}.lock")):
             if not file.exists():
@@ -147,8 +221,8 @@ class ApproximateIndex:
         index.cp.min_points_per_centroid = 1  # faiss warns below 39, and a sample may have fewer
         sample = np.random.default_rng(0).choice(count, min(count, 64 * nlist), replace=False)
         index.train(self.documents_NE[np.sort(sample)])
-        for first in range(0, count, DOCUMENTS_PER_BATCH):
-            index.add(np.ascontiguousarray(self.documents_NE[first : first + DOCUMENTS_PER_BATCH]))
+        for first in range(0, count, self.batches.documents):
+            index.add(np.ascontiguousarray(self.documents_NE[first : first + self.batches.documents]))
         index.nprobe = min(nlist, 16)
         return index
 
@@ -157,12 +231,12 @@ class ApproximateIndex:
         id_QK = np.full((len(queries_QE), k), -1, np.int64)
         score_QK = np.full((len(queries_QE), k), -np.inf, np.float32)
         with tqdm(total=len(queries_QE), desc="searching", unit=" queries", leave=False, disable=not progress) as bar:
-            for start in range(0, len(queries_QE), QUERIES_PER_BATCH):
-                queries = np.ascontiguousarray(queries_QE[start : start + QUERIES_PER_BATCH])
+            for start in range(0, len(queries_QE), self.batches.queries):
+                queries = np.ascontiguousarray(queries_QE[start : start + self.batches.queries])
                 # Fetch twice as many: 8 bits may misorder neighbours with nearly equal scores.
                 _, found = self.index.search(queries, 2 * k)
                 batch = slice(start, start + len(queries))
-                id_QK[batch], score_QK[batch] = _best_of(queries, self.documents_NE, found, k)
+                id_QK[batch], score_QK[batch] = _best_of(queries, self.documents_NE, found, k, self.batches)
                 bar.update(len(queries))
         return id_QK, score_QK
 
@@ -170,7 +244,7 @@ class ApproximateIndex:
         """Returns the share of the k exact best that the index finds, over a fixed sample of queries, with settings."""
         chosen = np.random.default_rng(0).permutation(len(queries_QE))[:sample]
         queries = queries_QE[np.sort(chosen)]
-        exact_QK, _ = top_k(queries, self.documents_NE, k)
+        exact_QK, _ = top_k(queries, self.documents_NE, k, batches=self.batches)
         found_QK, _ = self.top_k(queries, k)
         hits = sum(len(set(exact) & set(found)) for exact, found in zip(exact_QK.tolist(), found_QK.tolist()))
         return {
@@ -189,6 +263,7 @@ def own_ranks(
     *,
     index: ApproximateIndex | None = None,
     count: Callable[[Matrix, Matrix, np.ndarray], np.ndarray] | None = None,
+    batches: Batches = DEFAULT,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks each query's own document among all documents.
@@ -204,27 +279,35 @@ def own_ranks(
       rank, int32 [Q]: 1 + the number of documents that score higher by more than ROUNDING, so that neither the document
       itself nor one with an equal score counts; and the score of the own document, float32 [Q].
     """
-    score_Q = pair_scores(queries_QE, np.arange(len(queries_QE)), documents_NE, own_Q)
+    score_Q = pair_scores(queries_QE, np.arange(len(queries_QE)), documents_NE, own_Q, batches)
     limit_Q = score_Q + np.float32(ROUNDING)
     if index is not None:
         _, near_QK = index.top_k(queries_QE, min(RANK_DEPTH, len(documents_NE)), progress=progress)
         return (1 + np.count_nonzero(near_QK > limit_Q[:, None], axis=1)).astype(np.int32), score_Q
-    above_Q = (count or functools.partial(count_above, progress=progress))(queries_QE, documents_NE, limit_Q)
+    count = count or functools.partial(count_above, batches=batches, progress=progress)
+    above_Q = count(queries_QE, documents_NE, limit_Q)
     return (1 + above_Q).astype(np.int32), score_Q
 
 
-def count_above(queries_QE: Matrix, documents_NE: Matrix, limit_Q: np.ndarray, *, progress: bool = False) -> np.ndarray:
+def count_above(
+    queries_QE: Matrix,
+    documents_NE: Matrix,
+    limit_Q: np.ndarray,
+    *,
+    batches: Batches = DEFAULT,
+    progress: bool = False,
+) -> np.ndarray:
     """Returns how many documents score above each query's limit, int64 [Q].
 
     This is a matrix product and not a search, because the rank of every row is required, however low.
     """
     count_Q = np.zeros(len(queries_QE), np.int64)
     with tqdm(total=len(queries_QE), desc="ranking", unit=" queries", leave=False, disable=not progress) as bar:
-        for start in range(0, len(queries_QE), QUERIES_PER_BATCH):
-            batch = slice(start, start + QUERIES_PER_BATCH)
+        for start in range(0, len(queries_QE), batches.queries):
+            batch = slice(start, start + batches.queries)
             queries = queries_QE[batch]
-            for first in range(0, len(documents_NE), DOCUMENTS_PER_BATCH):
-                score_QN = queries @ documents_NE[first : first + DOCUMENTS_PER_BATCH].T
+            for first in range(0, len(documents_NE), batches.documents):
+                score_QN = queries @ documents_NE[first : first + batches.documents].T
                 count_Q[batch] += np.count_nonzero(score_QN > limit_Q[batch, None], axis=1)
             bar.update(len(queries))
     return count_Q

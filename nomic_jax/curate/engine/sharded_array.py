@@ -25,14 +25,16 @@ def cached_array(file: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
 class ShardedArray:
     """An array whose rows are stored in files of ``per_file`` rows each, memory-mapped.
 
+    At most ``most_open`` files are open. A map holds a file open, and a process may open 1,024 by default.
+
     Attributes:
       shape, dtype: those of the whole array.
     """
 
-    def __init__(self, folder: Path, rows: int, per_file: int):
+    def __init__(self, folder: Path, rows: int, per_file: int, most_open: int = 128):
         if rows < 1:
             raise ValueError(f"{folder}: an array needs at least one row")
-        self.folder, self.per_file = folder, per_file
+        self.folder, self.per_file, self.most_open = folder, per_file, most_open
         self._maps: dict[int, np.ndarray] = {}
         first = self._shard(0)
         self.dtype = first.dtype
@@ -68,9 +70,13 @@ class ShardedArray:
         return out
 
     def _shard(self, number: int) -> np.ndarray:
-        if number not in self._maps:
-            self._maps[number] = np.load(self.file(self.folder, number), mmap_mode="r")
-        return self._maps[number]
+        shard = self._maps.pop(number, None)
+        if shard is None:
+            if len(self._maps) >= self.most_open:
+                del self._maps[next(iter(self._maps))]  # the one that was used the longest time ago
+            shard = np.load(self.file(self.folder, number), mmap_mode="r")
+        self._maps[number] = shard
+        return shard
 
 
 Matrix: TypeAlias = np.ndarray | ShardedArray

@@ -14,7 +14,6 @@ from nomic_jax.curate.engine.text_store import TextFile
 from nomic_jax.curate.mine.corpus import Pairs
 from nomic_jax.files.writing import write_json
 
-QUERIES_PER_FILE = 4096  # queries per shard of the search
 NEAR = np.dtype([("document", np.int64), ("score", np.float32)])
 
 
@@ -43,20 +42,28 @@ class EmbeddingTask:
 
 
 class SearchTask:
-    """A task that finds the k nearest documents of each query. Each shard is a file of NEAR [QUERIES_PER_FILE, k].
+    """A task that finds the k nearest documents of each query. Each shard is a file of NEAR [``per_file``, k].
 
     Document -1 means that an approximate search found fewer documents.
     """
 
-    def __init__(self, pairs: Pairs, work: Path, k: int, approximate_above: int | None, progress: bool):
-        self.label, self.progress = "searching", progress
+    def __init__(
+        self,
+        pairs: Pairs,
+        work: Path,
+        k: int,
+        approximate_above: int | None,
+        progress: bool,
+        per_file: int = 4096,
+    ):
+        self.label, self.progress, self.per_file = "searching", progress, per_file
         self.queries, self.documents, self.work = len(pairs.queries), len(pairs.documents), work
         self.k = min(k, self.documents)
         self.is_approximate = approximate_above is not None and self.documents > approximate_above
         self.folder = work / f"near-{self.k}-{'approximate' if self.is_approximate else 'exact'}"
 
     def __len__(self) -> int:
-        return -(-self.queries // QUERIES_PER_FILE)
+        return -(-self.queries // self.per_file)
 
     def __getstate__(self) -> dict[str, Any]:
         cached = ("query_QE", "document_DE", "index", "near")
@@ -76,15 +83,15 @@ class SearchTask:
     @functools.cached_property
     def near(self) -> ShardedArray:
         """The nearest documents of all queries, NEAR [Q, k]."""
-        return ShardedArray(self.folder, self.queries, QUERIES_PER_FILE)
+        return ShardedArray(self.folder, self.queries, self.per_file)
 
     @functools.cached_property
     def index(self) -> ApproximateIndex:
         return ApproximateIndex(self.query_QE, self.document_DE, self.work / "index.faiss")
 
     def make(self, shard: int, encoder: Encoder | None) -> np.ndarray:
-        start = shard * QUERIES_PER_FILE
-        queries = self.query_QE[start : start + QUERIES_PER_FILE]
+        start = shard * self.per_file
+        queries = self.query_QE[start : start + self.per_file]
         if self.is_approximate:
             found = self.index.top_k(queries, self.k, progress=self.progress)
         else:

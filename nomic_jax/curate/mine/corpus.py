@@ -25,6 +25,8 @@ from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
 from nomic_jax.files.writing import write_json
 
+MOST_UNRELATED = 64  # lists that are kept for the next pairs of the same queries
+
 
 class Pairs:
     """The pairs of a query and a positive. A row whose document column has a list gives one pair per text of the list.
@@ -47,17 +49,37 @@ class Pairs:
         self.query_P, self.document_P, self.own_Q, self._positives, self._ends_Q = (
             load(folder / f"{name}.npy") for name in ("query", "document", "own", "positives", "positives_end")
         )
+        self._unrelated: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.query_P)
 
-    def positives(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (position in ``queries``, document) of all documents of the queries, ordered by position."""
-        starts = np.where(queries > 0, self._ends_Q[queries - 1], 0)
-        counts = self._ends_Q[queries] - starts
-        position_M = np.repeat(np.arange(len(queries)), counts)
-        within_M = np.arange(len(position_M)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return position_M, np.asarray(self._positives[np.repeat(starts, counts) + within_M])
+    def positives_of(self, query: int) -> np.ndarray:
+        """Returns the distinct documents of all pairs of a query, in ascending order, as a view of the file."""
+        start = int(self._ends_Q[query - 1]) if query else 0
+        return self._positives[start : int(self._ends_Q[query])]
+
+    def can_be_negative(self, document_N: np.ndarray, query: int) -> np.ndarray:
+        """Returns, bool [N], which documents are neither positives of the query nor equal to it."""
+        positive_M = self.positives_of(query)
+        place_N = np.minimum(np.searchsorted(positive_M, document_N), len(positive_M) - 1)
+        return (positive_M[place_N] != document_N) & (document_N != self.own_Q[query])
+
+    def unrelated(self, query: int) -> np.ndarray:
+        """Returns all documents that can be negatives of a query, in ascending order."""
+        if query not in self._unrelated:
+            if len(self._unrelated) == MOST_UNRELATED:
+                self._unrelated.clear()
+            document_N = np.arange(len(self.documents))
+            self._unrelated[query] = document_N[self.can_be_negative(document_N, query)]
+        return self._unrelated[query]
+
+    def distinct_pairs(self, at_once: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (query_P, document_P) of all distinct pairs, at most ``at_once`` at a time, in order of query."""
+        for start in range(0, len(self._positives), at_once):
+            document_P = np.asarray(self._positives[start : start + at_once])
+            numbers_P = np.arange(start, start + len(document_P))
+            yield np.searchsorted(self._ends_Q, numbers_P, side="right"), document_P
 
     def read(self, files: str | list[str], query_column: str, document_column: str) -> Iterator[dict[str, Any]]:
         """Yields the pairs in order, as input rows with one text as document."""

@@ -84,16 +84,16 @@ class Candidates:
     Attributes:
       number: number of the pair.
       query: number of its query.
-      excluded: documents that cannot be negatives: the query's positives, and a document that equals the query.
       near: the query's nearest documents with their scores, best first; None without a teacher.
+      ranked: those of ``near`` that can be negatives: neither positives of the query, nor equal to it.
       score: score of the pair's document.
       lowest: lowest score of the query's positives.
     """
 
     number: int
     query: int
-    excluded: set[int]
     near: list[tuple[int, float]] | None
+    ranked: list[tuple[int, float]]
     score: float
     lowest: float
 
@@ -200,7 +200,7 @@ def _write_triplets(
     written, dropped = Sample(), Sample()
 
     def triplets() -> Iterator[dict[str, Any]]:
-        for row, candidates in zip(rows, _candidates(pairs, search), strict=True):
+        for row, candidates in zip(rows, find_candidates(pairs, search), strict=True):
             number, query = candidates.number, row[query_column]
             negatives, row_counts = _choose(candidates, pairs, search, options)
             counts.update(row_counts)
@@ -242,36 +242,47 @@ def _declare(row: dict[str, Any], columns: list[str]) -> None:
         row["metadata"] = metadata | {"objective": metadata["objective"] | {"triplet": [columns]}}
 
 
-def _candidates(pairs: Pairs, search: SearchTask | None) -> Iterator[Candidates]:
-    for start in range(0, len(pairs), PAIRS_AT_ONCE):
-        chunk = slice(start, start + PAIRS_AT_ONCE)
+def find_candidates(pairs: Pairs, search: SearchTask | None, at_once: int = PAIRS_AT_ONCE) -> Iterator[Candidates]:
+    """Yields the candidates of all pairs, in order, computed for ``at_once`` pairs at a time.
+
+    A query's positives are looked up, and never listed for each of its pairs: a label that serves as a query may have
+    100,000 of both.
+    """
+    lowest_Q = _lowest_scores(pairs, search, at_once) if search else np.zeros(0, np.float32)
+    for start in range(0, len(pairs), at_once):
+        chunk = slice(start, start + at_once)
         query_P, document_P = np.asarray(pairs.query_P[chunk]), np.asarray(pairs.document_P[chunk])
-        position_M, document_M = pairs.positives(query_P)
-        excluded: list[set[int]] = [set() if own < 0 else {own} for own in pairs.own_Q[query_P].tolist()]
-        for position, document in zip(position_M.tolist(), document_M.tolist()):
-            excluded[position].add(document)
-        score_P, lowest_P = np.zeros(len(query_P)), np.zeros(len(query_P))
-        near: list[list[tuple[int, float]] | None] = [None] * len(query_P)
-        if search:
-            score_P = pair_scores(search.query_QE, query_P, search.document_DE, document_P)
-            score_M = pair_scores(search.query_QE, query_P[position_M], search.document_DE, document_M)
-            lowest_P = np.full(len(query_P), np.inf, np.float32)
-            np.minimum.at(lowest_P, position_M, score_M)
-            near = [[item for item in items if item[0] >= 0] for items in search.near[query_P].tolist()]
-        for i, values in enumerate(zip(query_P.tolist(), excluded, near, score_P.tolist(), lowest_P.tolist())):
-            yield Candidates(start + i, *values)
+        if not search:
+            for i, query in enumerate(query_P.tolist(), start):
+                yield Candidates(i, query, None, [], 0.0, 0.0)
+            continue
+        query_U, at_P = np.unique(query_P, return_inverse=True)
+        score_P = pair_scores(search.query_QE, query_P, search.document_DE, document_P)
+        near_U = [[item for item in items if item[0] >= 0] for items in search.near[query_U].tolist()]
+        ranked_U = []
+        for query, near in zip(query_U.tolist(), near_U):
+            allowed = pairs.can_be_negative(np.array([document for document, _ in near], np.int64), query)
+            ranked_U.append([item for item, is_allowed in zip(near, allowed.tolist()) if is_allowed])
+        for i, (at, query, score) in enumerate(zip(at_P.tolist(), query_P.tolist(), score_P.tolist()), start):
+            yield Candidates(i, query, near_U[at], ranked_U[at], score, float(lowest_Q[query]))
+
+
+def _lowest_scores(pairs: Pairs, search: SearchTask, at_once: int) -> np.ndarray:
+    """Returns the lowest score of each query's positives, float32 [Q]."""
+    lowest_Q = np.full(len(pairs.queries), np.inf, np.float32)
+    for query_P, document_P in pairs.distinct_pairs(at_once):
+        score_P = pair_scores(search.query_QE, query_P, search.document_DE, document_P)
+        np.minimum.at(lowest_Q, query_P, score_P)
+    return lowest_Q
 
 
 def _choose(
     candidates: Candidates, pairs: Pairs, search: SearchTask | None, options: MiningOptions
 ) -> tuple[list[tuple[int, float]], dict[str, int]]:
     """Returns the negatives of a pair with their scores, and counts for the summary."""
-    excluded = candidates.excluded
     if candidates.near is None:
-        sampled = _random_documents(candidates.number, options.k, pairs, excluded, options)
-        return [(document, 0.0) for document in sampled], {}
-    ranked = [(document, score) for document, score in candidates.near if document not in excluded]
-    ranked = ranked[options.range_min : options.range_max]
+        return [(document, 0.0) for document in _random_documents(candidates, options.k, pairs, options)], {}
+    ranked = candidates.ranked[options.range_min : options.range_max]
     limit = candidates.lowest - (1 - options.margin) * abs(candidates.lowest) if options.margin else float("inf")
     chosen = [(document, score) for document, score in ranked if score < limit]
     counts = {"beyond_margin": len(ranked) - len(chosen)}
@@ -279,19 +290,29 @@ def _choose(
     if missing > 0 and options.too_few == "random":
         assert search is not None
         counts["filled"] = 1
-        near = {document for document, _ in candidates.near}
-        sampled = _random_documents(candidates.number, missing, pairs, excluded | near, options)
+        sampled = _random_documents(candidates, missing, pairs, options)
         query_P = np.full(len(sampled), candidates.query)
         scores = pair_scores(search.query_QE, query_P, search.document_DE, np.array(sampled, np.int64))
         chosen += zip(sampled, scores.tolist())
     return chosen, counts
 
 
-def _random_documents(number: int, count: int, pairs: Pairs, excluded: set[int], options: MiningOptions) -> list[int]:
-    """Returns ``count`` distinct documents that are not excluded, or all of them if there are fewer."""
-    random = np.random.default_rng((options.seed, number))
-    sampled = random.choice(len(pairs.documents), min(count + len(excluded), len(pairs.documents)), replace=False)
-    return [document for document in sampled.tolist() if document not in excluded][:count]
+def _random_documents(candidates: Candidates, count: int, pairs: Pairs, options: MiningOptions) -> list[int]:
+    """Returns ``count`` distinct documents that can be negatives and are not near, or all there are."""
+    random = np.random.default_rng((options.seed, candidates.number))
+    query, total = candidates.query, len(pairs.documents)
+    near = {document for document, _ in candidates.near or ()}
+    free = total - len(pairs.positives_of(query)) - (int(pairs.own_Q[query]) >= 0) - len(near)  # at least so many
+    if free < max(count * 4, total // 8):
+        # Few are left: list them. The list is short, and shared by the pairs of the query, if there are many documents.
+        left = [document for document in pairs.unrelated(query).tolist() if document not in near]
+        return random.permutation(left)[:count].tolist()
+    chosen: dict[int, None] = {}
+    while len(chosen) < count:
+        sampled_N = random.integers(0, total, 2 * count)
+        allowed_N = pairs.can_be_negative(sampled_N, query)
+        chosen |= dict.fromkeys(document for document in sampled_N[allowed_N].tolist() if document not in near)
+    return list(chosen)[:count]
 
 
 def _too_few(number: int, query: str, found: int, pairs: Pairs, options: MiningOptions) -> str:

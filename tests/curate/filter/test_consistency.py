@@ -95,28 +95,6 @@ def brute_force(rows: list[dict], block_size: int) -> list[int]:
     return ranks
 
 
-@pytest.mark.parametrize(("documents", "k"), [(700, 10), (7, 10), (40, 1)])
-def test_top_k_is_brute_force_by_score_then_number(documents, k):
-    rng = np.random.default_rng(1)
-    # There are few distinct vectors and each repeats many times, so every top-k cut falls within a tie.
-    document_DE = unit(rng, 12, 24)[rng.integers(0, 12, documents)]
-    query_QE = unit(rng, 50, 24)
-    ids, scores = top_k(query_QE, document_DE, k)
-    exact = (query_QE[:, None].astype(np.float64) * document_DE).sum(-1).astype(np.float32)
-    expected = np.lexsort((np.broadcast_to(np.arange(documents), exact.shape), -exact), axis=1)[:, :k]
-    np.testing.assert_array_equal(ids, expected)
-    np.testing.assert_array_equal(scores, np.take_along_axis(exact, expected, 1))
-
-
-def test_top_k_does_not_depend_on_the_batch():
-    rng = np.random.default_rng(2)
-    query_QE, document_DE = unit(rng, 1500, 16), unit(rng, 300, 16)
-    ids, scores = top_k(query_QE, document_DE, 5)
-    alone_ids, alone_scores = top_k(query_QE[1300:1301], document_DE, 5)
-    np.testing.assert_array_equal(ids[1300:1301], alone_ids)
-    np.testing.assert_array_equal(scores[1300:1301], alone_scores)
-
-
 def test_a_document_of_equal_score_does_not_push_out():
     rng = np.random.default_rng(3)
     query_QE = unit(rng, 1, 768).repeat(3000, 0)

@@ -4,14 +4,18 @@ import gzip
 import json
 import pickle
 import shutil
+import time
 
 import numpy as np
 import pytest
 
 from nomic_jax.curate.engine import embedding as embed
 from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.tasks import local_engine
 from nomic_jax.curate.engine.text_store import TextFile, TextFileWriter
-from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
+from nomic_jax.curate.mine.candidates import SearchTask
+from nomic_jax.curate.mine.corpus import Pairs
+from nomic_jax.curate.mine.negatives import MiningOptions, find_candidates, mine_negatives
 from nomic_jax.curate.mixtures import mine_mixture
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow
@@ -291,8 +295,9 @@ def test_a_row_without_positives_is_a_bad_row(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_adversarial_rows_are_brute_force(tmp_path, seed):
+def test_adversarial_rows_are_brute_force(tmp_path, seed, monkeypatch):
     """Texts repeat in queries, documents and corpus, with surrounding whitespace; queries have several positives."""
+    monkeypatch.setattr(embed, "TEXTS_PER_FILE", 7 if seed % 2 else 2048)
     rng = np.random.default_rng(seed)
     texts = [f"topic{i % 5} word{i % 11} text{i}" for i in range(40)]
 
@@ -315,6 +320,77 @@ def test_adversarial_rows_are_brute_force(tmp_path, seed):
     found = {triplet["id"]: [text.strip() for text in triplet["negatives"]] for triplet in triplets}
     assert found == {i: negatives for i, negatives in enumerate(brute_force(rows, corpus, **options)) if negatives}
     assert len(found) > (0 if options["margin"] else 50)
+
+
+@pytest.mark.parametrize(("per_file", "at_once"), [(7, 13), (13, 7), (4096, 1)])
+def test_candidates_do_not_depend_on_the_sizes_of_batches(files, tmp_path, per_file, at_once):
+    mine(files, tmp_path / "out", corpus=str(tmp_path / "corpus.jsonl"))
+    work, rows = tmp_path / "out" / "work", make_rows()
+    pairs = Pairs(work / "pairs")
+    shutil.rmtree(work / "near-20-exact")
+    search = SearchTask(pairs, work, 20, None, False, per_file)
+    local_engine(search, None, True)
+    assert [candidates.number for candidates in find_candidates(pairs, None, at_once)] == list(range(60))
+    documents = list(dict.fromkeys(row["document"].strip() for row in [*rows, *CORPUS]))
+    vectors = np.stack([vector(text) for text in documents])
+    for number, (row, candidates) in enumerate(zip(rows, find_candidates(pairs, search, at_once), strict=True)):
+        score_N = vectors @ vector(row["query"])
+        near = np.argsort(-score_N)[:20].tolist()
+        positives = {documents.index(other["document"].strip()) for other in rows if other["query"] == row["query"]}
+        excluded = positives | {documents.index(row["query"]) if row["query"] in documents else -1}
+        assert candidates.number == number
+        assert [document for document, _ in candidates.near] == near
+        assert [document for document, _ in candidates.ranked] == [x for x in near if x not in excluded]
+        found = [score for _, score in candidates.near] + [candidates.score, candidates.lowest]
+        expected = [*score_N[near], score_N[documents.index(row["document"].strip())], min(score_N[list(positives)])]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("too_few", ["drop", "random"])
+def test_queries_of_many_rows_take_no_longer(tmp_path, too_few):
+    """Labels as queries: each of three has 4,000 rows. The time once grew with the square: 17 s for half as many."""
+    table = np.random.default_rng(0).normal(size=(12_300, 4)).astype(np.float32)
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    encode = Encoder(*[lambda texts: table[[int(text) for text in texts]]] * 2, identity={"model": "table"})
+    rows = [{"query": str(12_000 + i % 3), "document": str(i)} for i in range(12_000)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "corpus.jsonl", [{"document": str(i)} for i in range(12_003, 12_300)])
+    options = MiningOptions(k=12, margin=0, num_negatives=9 if too_few == "random" else 1, too_few=too_few)
+    began = time.process_time()
+    files, corpus = str(tmp_path / "rows.jsonl"), str(tmp_path / "corpus.jsonl")
+    mine_negatives(files, tmp_path / "out", encode, options, corpus=corpus, progress=False)
+    assert time.process_time() - began < 8
+    triplets = read(tmp_path / "out" / "triplets.jsonl")
+    assert len(triplets) == 12_000
+    documents = np.array([*range(12_000), *range(12_003, 12_300)])
+    for label in range(3):
+        nearest = documents[np.argsort(-(table[documents] @ table[12_000 + label]))[:12]].tolist()
+        expected = [str(x) for x in nearest if x >= 12_000 or x % 3 != label]
+        for triplet in triplets[label::3]:
+            negatives = triplet["negatives"]
+            assert negatives[: len(expected)] == expected and len(set(negatives)) == len(negatives)
+            assert not any(int(x) < 12_000 and int(x) % 3 == label for x in negatives)
+    filled = {tuple(triplet["negatives"]) for triplet in triplets[::3]}
+    assert (len(filled) > 1000) == (too_few == "random")
+
+
+@pytest.mark.parametrize("others", [0, 3, 5, 40])
+def test_random_negatives_are_all_equally_likely(tmp_path, others):
+    """Of 50 documents, a query's own 50 - others are excluded; all of the others are drawn if there are only 5."""
+    rows = [{"query": f"q{i}", "document": f"d{i}"} for i in range(others)]
+    rows += [{"query": "label", "document": f"d{i}"} for i in range(others, 50)]
+    write_rows(tmp_path / "rows.jsonl", rows * 8)
+    options = MiningOptions(k=5, num_negatives=1)
+    mine_negatives(str(tmp_path / "rows.jsonl"), tmp_path / "out", None, options, progress=False)
+    triplets = [triplet for triplet in read(tmp_path / "out" / "triplets.jsonl") if triplet["query"] == "label"]
+    assert len(triplets) == (8 * (50 - others) if others else 0)
+    counts = dict.fromkeys((f"d{i}" for i in range(others)), 0)
+    for triplet in triplets:
+        assert len(set(triplet["negatives"])) == len(triplet["negatives"]) == min(5, others)
+        for text in triplet["negatives"]:
+            counts[text] += 1
+    expected = len(triplets) * min(5, others) / max(others, 1)
+    assert all(abs(count - expected) <= 4.5 * expected**0.5 for count in counts.values())
 
 
 def test_approximate_search_reports_its_recall_and_keeps_the_rules(files, tmp_path):
