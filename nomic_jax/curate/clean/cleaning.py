@@ -66,6 +66,7 @@ def clean_rows(
     evaluation: Mapping[str, EvaluationTexts] | None = None,
     *,
     on_bad_row: str = "raise",
+    rows_at_once: int = ROWS_AT_ONCE,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes the kept rows, and the removed rows with the reasons, in one pass. Of duplicates, the first row is kept.
@@ -83,6 +84,7 @@ def clean_rows(
     Args:
       columns: the columns with the texts. A row with an empty text is removed, a row without the column is a bad row.
       evaluation: the texts of each task to compare the rows with.
+      rows_at_once: rows whose near-duplicates are searched in one call; the result does not depend on it.
 
     Raises:
       BadRow: a row cannot be used, with on_bad_row="raise".
@@ -103,7 +105,7 @@ def clean_rows(
 
         def kept(removed_file) -> Iterator[dict[str, Any]]:
             rows = _read(inputs, columns, on_bad_row, rejected, progress)
-            for number, row, reason, of in _judge(rows, output, columns, options, contamination):
+            for number, row, reason, of in _judge(rows, output, columns, options, contamination, rows_at_once):
                 counts["rows"] += 1
                 if not reason:
                     yield row
@@ -155,11 +157,12 @@ def _judge(
     columns: Sequence[str],
     options: CleaningOptions,
     contamination: Contamination,
+    rows_at_once: int,
 ) -> Iterator[Judged]:
     """Yields (number, row, reason for its removal or "", the row or tasks that it repeats) for every row."""
     judged = _drop_short_and_equal(enumerate(rows), columns, options)
     if options.near is not None:
-        judged = _drop_near(judged, options.near_columns or columns, options.near, output)
+        judged = _drop_near(judged, options.near_columns or columns, options.near, output, rows_at_once)
     for number, row, reason, of in judged:
         if not reason:
             overlaps = contamination.check((row[column] for column in columns), number)
@@ -188,9 +191,11 @@ def _drop_short_and_equal(
         yield number, row, reason, of
 
 
-def _drop_near(judged: Iterator[Judged], columns: Sequence[str], threshold: float, output: Path) -> Iterator[Judged]:
+def _drop_near(
+    judged: Iterator[Judged], columns: Sequence[str], threshold: float, output: Path, rows_at_once: int
+) -> Iterator[Judged]:
     with NearDuplicates(threshold, output) as seen:
-        while batch := list(itertools.islice(judged, ROWS_AT_ONCE)):
+        while batch := list(itertools.islice(judged, rows_at_once)):
             candidates = [(number, row) for number, row, reason, _ in batch if not reason]
             texts = [[row[column] for column in columns] for _, row in candidates]
             found = dict(

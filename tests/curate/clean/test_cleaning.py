@@ -21,9 +21,10 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def clean(tmp_path, rows, options, evaluation=None, name="out"):
+def clean(tmp_path, rows, options, evaluation=None, name="out", **sizes):
     write_rows(tmp_path / "rows.jsonl", rows)
-    summary = clean_rows(str(tmp_path / "rows.jsonl"), tmp_path / name, COLUMNS, options, evaluation, progress=False)
+    files, columns = str(tmp_path / "rows.jsonl"), COLUMNS
+    summary = clean_rows(files, tmp_path / name, columns, options, evaluation, progress=False, **sizes)
     return summary, read(tmp_path / name / "kept.jsonl"), read(tmp_path / name / "removed.jsonl")
 
 
@@ -99,10 +100,11 @@ def brute_force(rows: list[dict], options: CleaningOptions) -> list[tuple[str, i
         CleaningOptions(near=0.7, near_columns=("document",)),
     ],
 )
-def test_each_step_is_brute_force(tmp_path, options):
+@pytest.mark.parametrize("sizes", [{}, {"rows_at_once": 13}])
+def test_each_step_is_brute_force(tmp_path, options, sizes):
     rows = make_rows(1)
     expected = brute_force(rows, options)
-    summary, kept, removed = clean(tmp_path, rows, options)
+    summary, kept, removed = clean(tmp_path, rows, options, **sizes)
     assert kept == [row for row, (reason, _) in zip(rows, expected) if not reason]
     assert [(line["row"], line["reason"], line["of"]) for line in removed] == [
         (number, reason, of) for number, (reason, of) in enumerate(expected) if reason
