@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import mteb
+import numpy as np
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
@@ -62,11 +63,15 @@ def main() -> None:
         folder = Path(name)
         write_tasks(folder, args.scale)
         encode = embedder.encode
+
+        def unit_vectors(texts: list[str], prompt: str) -> np.ndarray:
+            return embedder.encode(texts, normalize_embeddings=True)
+
         for kind in KINDS:
             task = read_task(folder / kind)
             for _ in range(2):  # the first round compiles
                 embedder.encode = clock = Clock(encode)
-                ours = timed(lambda task=task: list(task.run(lambda texts, prompt: embedder.encode(texts))))
+                ours = timed(lambda task=task: list(task.run(unit_vectors)))
                 local = clock.seconds
                 embedder.encode = clock = Clock(encode)
                 through = timed(lambda kind=kind: score(encoder, folder, kind))

@@ -21,6 +21,7 @@ from nomic_jax import Embedder
 from nomic_jax.data.batches.shapes import pad_right
 from nomic_jax.files.printable import printable
 from nomic_jax.hf import Checkpoint
+from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.model import classifier_logits, encode, mlm_logits
 from nomic_jax.run.pretrained import read_pretrained
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, help="tokens kept of a text; each checkpoint's setting by default")
     parser.add_argument("--torch", action="store_true", help="embed B with sentence-transformers")
     args = parser.parse_args()
+    use_compilation_cache()
     try:
         texts = read_texts(args.texts)
         a, b = read_pretrained(args.a), read_pretrained(args.b)
@@ -76,7 +78,7 @@ def read_texts(file: str | None) -> list[str]:
 
 def embed(path: str, texts: list[str], max_length: int | None) -> np.ndarray:
     # No default prompt: the texts in the file may have their own prefixes.
-    return Embedder.from_pretrained(path, max_length=max_length).encode(texts, prompt="")
+    return Embedder.from_pretrained(path, max_length=max_length).encode(texts, prompt="", normalize_embeddings=True)
 
 
 def same_tokens(path: str, checkpoint: Checkpoint, texts: list[str]) -> bool:

@@ -11,6 +11,7 @@ interruption, the same command continues after the last finished shard.
 from absl import flags
 
 from launch.errors import run
+from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.inference.embed_files import embed_files
 
 FLAGS = flags.FLAGS
@@ -18,6 +19,7 @@ FLAGS = flags.FLAGS
 
 def main(argv: list[str]) -> None:
     del argv
+    use_compilation_cache()
     done = embed_files(
         FLAGS.model,
         FLAGS.input,
@@ -71,7 +73,9 @@ if __name__ == "__main__":
         lower_bound=1,
     )
     flags.DEFINE_list("keep_columns", [], "Input columns to copy into a .parquet output.")
-    flags.DEFINE_bool("normalize", True, "Scale vectors to length 1.")
+    flags.DEFINE_bool(
+        "normalize", None, "Scale vectors to length 1. [if the model's similarity is the cosine; not for dot products]"
+    )
     flags.DEFINE_enum(
         "on_bad_row",
         "raise",

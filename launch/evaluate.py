@@ -57,10 +57,11 @@ class LazyEncoders:
     def at(self, max_length: int | None) -> Any:
         """The Embedder with this limit of tokens. Raises ValueError if it exceeds the maximum of the model."""
         if None not in self._by_length:
-            from nomic_jax.inference.embedder import (
-                Embedder,  # loads jax: not needed for --help, BM25 or a wrong --data
-            )
+            # These load jax: not needed for --help, BM25 or a wrong --data.
+            from nomic_jax.inference.compilation_cache import use_compilation_cache
+            from nomic_jax.inference.embedder import Embedder
 
+            use_compilation_cache()
             self._by_length[None] = Embedder.from_pretrained(self.model, dtype=self.dtype)
         embedder = self._by_length[None]
         maximum = embedder.config.encoder.max_positions

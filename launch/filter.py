@@ -19,7 +19,9 @@ from nomic_jax.data.formats.paths import expand_files
 
 flags.adopt_module_key_flags(teacher)  # so that --help lists them
 _K = flags.DEFINE_integer("k", 2, "Keep a pair if its document is among the k nearest to its query.")
-_MIN_SCORE = flags.DEFINE_float("min_score", None, "Also require a cosine similarity of at least this. [no minimum]")
+_MIN_SCORE = flags.DEFINE_float(
+    "min_score", None, "Also require a similarity of at least this: the teacher's, cosine or dot. [no minimum]"
+)
 _BLOCK_SIZE = flags.DEFINE_integer(
     "block_size",
     1_000_000,

@@ -3,9 +3,10 @@
 from absl import flags
 
 from launch.errors import run
-from nomic_jax.curate.engine.index import top_k
 from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.evals.tasks.retrieval import search
 from nomic_jax.files.printable import printable
+from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.inference.embedder import Embedder
 
 FLAGS = flags.FLAGS
@@ -13,11 +14,14 @@ FLAGS = flags.FLAGS
 
 def main(argv: list[str]) -> None:
     del argv
+    use_compilation_cache()
     embedder = Embedder.from_pretrained(FLAGS.model)
     documents = [row[FLAGS.column] for row in read_rows(FLAGS.corpus, {FLAGS.column: str})]
     document_NE = embedder.encode_document(documents, **_prompt(FLAGS.document_prompt))
     query_QE = embedder.encode_query(FLAGS.query, **_prompt(FLAGS.query_prompt))
-    places, scores = top_k(query_QE, document_NE, min(FLAGS.k, len(documents)))
+    # The vectors are as the model gives them, and compared as the model says.
+    places = search(query_QE, document_NE, FLAGS.k, embedder.similarity)
+    scores = [embedder.similarity(query_E, document_NE[found])[0] for query_E, found in zip(query_QE, places)]
     for query, found, score in zip(FLAGS.query, places, scores):
         print(f"\n{printable(query)}")
         for place, value in zip(found, score):

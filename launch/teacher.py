@@ -117,16 +117,28 @@ def open_teacher(
     """
     import jax
 
+    from nomic_jax.inference.compilation_cache import use_compilation_cache
     from nomic_jax.inference.device_ranks import count_above
     from nomic_jax.inference.embedder import Embedder
 
+    use_compilation_cache()
     embedder = Embedder.from_pretrained(model, dtype=dtype, max_length=max_length)
     if prompts is None:
         prompts = (prompt_for(embedder.prompts, "query"), prompt_for(embedder.prompts, "document"))
     if any(prompts):
         print(f"the teacher reads queries after {prompts[0]!r}, documents after {prompts[1]!r}", file=sys.stderr)
     all_devices = (batch_size or (64 if jax.default_backend() == "cpu" else 256)) * jax.local_device_count()
-    encode = functools.partial(embedder.encode, batch_size=all_devices, show_progress_bar=False)
+    similarity = embedder.similarity_fn_name
+    if similarity not in ("cosine", "dot"):
+        raise ValueError(
+            f"--model: {model} compares vectors by {similarity} distance; a teacher's similarity is cosine or dot"
+        )
+    encode = functools.partial(
+        embedder.encode,
+        batch_size=all_devices,
+        show_progress_bar=False,
+        normalize_embeddings=similarity == "cosine",
+    )
     return Encoder(
         query=functools.partial(encode, prompt=prompts[0]),
         document=functools.partial(encode, prompt=prompts[1]),
@@ -134,6 +146,9 @@ def open_teacher(
             **{f"{part} of --model": value for part, value in embedder.identity.items()},
             "query_prompt": prompts[0],
             "document_prompt": prompts[1],
+            # Earlier versions took the cosine of every teacher.
+            **({} if similarity == "cosine" else {"similarity of --model": similarity}),
         },
+        has_unit_length=similarity == "cosine",
         count_above=None if jax.default_backend() == "cpu" else count_above,
     )

@@ -10,14 +10,15 @@ with --coordinator_address=HOST:PORT --num_processes=N --process_id=I. The worki
 that all hosts share. A shared token cache is written once; otherwise each host writes its own.
 """
 
+import functools
+
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from launch.errors import run
 from launch.evaluate import embed_with
-from nomic_jax.evals.suites.local import find_tasks, read_task
-from nomic_jax.evals.tasks.retrieval import RetrievalTask
+from nomic_jax.evals.suites.local import find_tasks, read_task, run_task
 from nomic_jax.hf import Checkpoint
 from nomic_jax.inference.embedder import Embedder
 from nomic_jax.train import hosts
@@ -72,10 +73,8 @@ def make_evaluation(config: EvaluationConfig) -> Evaluate:
 
     def evaluate(model: Checkpoint) -> dict[str, dict[str, float]]:
         embedder = Embedder.from_checkpoint(model, dtype=model.config.encoder.dtype)
-        return {
-            name: dict(task.run(embed_with(embedder, normalize=isinstance(task, RetrievalTask))))
-            for name, task in read.items()
-        }
+        embed = functools.partial(embed_with, embedder)
+        return {name: dict(run_task(task, embedder, embed)) for name, task in read.items()}
 
     return evaluate
 

@@ -56,7 +56,7 @@ def embed_files(
     dtype: str = "float32",
     shard_rows: int = 50_000,
     keep_columns: Sequence[str] = (),
-    normalize: bool = True,
+    normalize: bool | None = None,
     on_bad_row: str = "raise",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -87,6 +87,8 @@ def embed_files(
         from nomic_jax.inference.embedder import Embedder  # jax and a model: not for --help or a mistyped path
 
         embedder = Embedder.from_pretrained(model, dtype=dtype, max_length=max_length)
+        if normalize is None:
+            normalize = embedder.similarity_fn_name == "cosine"
         plan = {
             "text_column": text_column,
             "prompt_name": prompt_name,

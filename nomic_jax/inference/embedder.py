@@ -7,32 +7,34 @@ and devices, with the names and semantics of sentence-transformers.
 import dataclasses
 import functools
 import hashlib
-import os
-import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
-from nomic_jax.data.batches.shapes import Shape, length_sorted_batches, pad_right
 from nomic_jax.data.prompts import prompt_for
-from nomic_jax.data.tokens.tokenizer import Tokenizer, check_unicode, truncate
+from nomic_jax.data.tokens.tokenizer import Tokenizer, truncate
 from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, read_checkpoint
 from nomic_jax.hf.hub import download
-from nomic_jax.inference.call_size import texts_per_call
+from nomic_jax.inference.batches import encode_ids
+from nomic_jax.inference.forks import check_not_forked
+from nomic_jax.inference.inputs import as_texts, check_texts
 from nomic_jax.inference.similarity import SIMILARITIES
-from nomic_jax.model import EmbeddingConfig, embed
+from nomic_jax.model import EmbeddingConfig
 from nomic_jax.run.pretrained import read_pretrained
 
 
 class Embedder:
     """A text embedder read from a checkpoint.
+
+    Attributes can be set; a value that cannot be used is refused, and so is a name that does not exist. An embedder can
+    be pickled, for example to pass it to a process that was spawned.
 
     Attributes:
       params: encoder parameters, on the devices; the first argument of ``nomic_jax.embed``.
@@ -41,7 +43,8 @@ class Embedder:
       prompts: name -> text prepended to an input.
       default_prompt_name: the prompt of ``encode`` if none is named.
       similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan".
-      max_length: maximum number of tokens per text; longer texts are cut.
+      max_length: maximum number of tokens per text; longer texts are cut. ``max_seq_length`` is the same.
+      truncate_dim: number of leading components that ``encode`` returns (Matryoshka); None for all.
     """
 
     def __init__(
@@ -61,18 +64,40 @@ class Embedder:
         self.default_prompt_name = default_prompt_name
         self.similarity_fn_name = similarity_fn_name
         self.max_length = max_length or config.encoder.max_positions
-        if not 2 <= self.max_length <= config.encoder.max_positions:
-            raise ValueError(f"max_length {max_length} is not within 2..{config.encoder.max_positions}")
-        if default_prompt_name is not None:
-            self._prefix(default_prompt_name, None)
-        if similarity_fn_name not in SIMILARITIES:
-            raise ValueError(f"similarity {similarity_fn_name!r}; write one of {', '.join(SIMILARITIES)}")
+        self._put_on_devices(params)
+        self._warned: set[str] = set()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "max_length":
+            maximum = self.config.encoder.max_positions
+            if not isinstance(value, int) or not 2 <= value <= maximum:
+                raise ValueError(f"max_length {value!r} is not within 2..{maximum}")
+        elif name == "default_prompt_name" and value is not None:
+            self._prefix(value, None)
+        elif name == "similarity_fn_name" and value not in SIMILARITIES:
+            raise ValueError(f"similarity {value!r}; write one of {', '.join(SIMILARITIES)}")
+        elif name == "params":
+            vars(self).pop("_weights_sha256", None)
+        elif type(self) is Embedder and name not in _ATTRIBUTES and not hasattr(Embedder, name):
+            known = ", ".join(sorted(known for known in _ATTRIBUTES if not known.startswith("_")))
+            raise AttributeError(f"Embedder has no attribute {name!r} that can be set; it has {known}")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Devices cannot be pickled. The receiving process puts the parameters on its own.
+        return vars(self) | {"params": jax.tree.map(np.asarray, self.params), "_rows": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._put_on_devices(state["params"])
+
+    def _put_on_devices(self, params: dict) -> None:
+        check_not_forked()
         mesh = jax.make_mesh(
             (jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices()
         )
         self._rows = NamedSharding(mesh, P("data"))
         self.params = jax.device_put(params, NamedSharding(mesh, P()))
-        self._warned: set[str] = set()
 
     @classmethod
     def from_pretrained(
@@ -104,7 +129,7 @@ class Embedder:
           CheckpointError, ConfigError: this encoder does not implement the checkpoint, or the checkpoint is invalid.
           FileNotFoundError: there is no such directory, and the hub has no such model or cannot be reached.
         """
-        _use_compilation_cache()
+        check_not_forked()
         directory = Path(path_or_hub_id)
         checkpoint = (
             read_pretrained(directory)
@@ -174,14 +199,38 @@ class Embedder:
         """The number of components of a vector."""
         return self.config.output_dim
 
+    @property
+    def max_seq_length(self) -> int:
+        """``max_length`` under the name of sentence-transformers. It can be set."""
+        return self.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.max_length = value
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """The number of leading components that ``encode`` returns; None for all. It can be set."""
+        return self.config.dim
+
+    @truncate_dim.setter
+    def truncate_dim(self, value: int | None) -> None:
+        if value is not None:
+            self._check_dim(value)
+        self.config = dataclasses.replace(self.config, dim=value)
+
     @functools.cached_property
-    def identity(self) -> dict[str, str | int]:
-        """Everything that a vector depends on besides its text and prompt. It identifies stored vectors and scores."""
+    def _weights_sha256(self) -> str:
         weights = hashlib.sha256()
         for leaf in jax.tree.leaves(self.params):
             weights.update(np.ascontiguousarray(leaf).data)
+        return weights.hexdigest()
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """Everything that a vector depends on besides its text and prompt. It identifies stored vectors and scores."""
         return {
-            "weights": weights.hexdigest(),
+            "weights": self._weights_sha256,
             "configuration": repr(self.config),
             "tokenizer": self.tokenizer.sha256,
             "max_length": self.max_length,
@@ -194,7 +243,7 @@ class Embedder:
         prompt: str | None = None,
         batch_size: int = 64,
         show_progress_bar: bool | None = None,
-        normalize_embeddings: bool = True,
+        normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
     ) -> np.ndarray:
         """Returns the embeddings of texts, float32 [N, dim], in the order of the texts; [dim] for a single string.
@@ -209,22 +258,22 @@ class Embedder:
           show_progress_bar: None shows one only if the work takes more than 3 seconds.
           normalize_embeddings: scale to length 1, after truncation. False returns the output of the model's modules; if
             they include Normalize, this output has length 1 before truncation.
-          truncate_dim: return the first components only; None for ``config.dim``.
+          truncate_dim: return the first components only; None for the attribute ``truncate_dim``.
 
         Raises:
-          TypeError: an input is not a string; the message names its index.
+          TypeError: ``inputs`` is not a sequence, or an input is not a string; the message names its index.
           ValueError: an input is not valid Unicode, a prompt name is unknown, or a dimension is out of range.
+          RuntimeError: this process was forked after its parent had used JAX.
         """
+        check_not_forked()
         is_single = isinstance(inputs, str)
-        texts = [inputs] if isinstance(inputs, str) else _as_list(inputs)
+        texts = as_texts([inputs] if isinstance(inputs, str) else inputs)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         dim = self.config.output_dim if truncate_dim is None else truncate_dim
-        if not 1 <= dim <= self.config.encoder.hidden_size:
-            raise ValueError(f"truncate_dim {dim} is not within 1..{self.config.encoder.hidden_size}")
-        _check_texts(texts)
+        self._check_dim(dim)
         prefix = self._prefix(prompt_name, prompt)
-        _check_texts([prefix], "prompt")
+        check_texts([prefix], "prompt")
         self._warn_of_prefixes(texts, prefix, is_chosen=prompt is not None or prompt_name is not None)
         ids, cut = self._tokenize(texts, prefix)
         if cut:
@@ -253,6 +302,10 @@ class Embedder:
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Returns similarities [len(a), len(b)] by ``similarity_fn_name``. Distances are negated: higher is closer."""
         return SIMILARITIES[self.similarity_fn_name](*(np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b)))
+
+    def _check_dim(self, dim: int) -> None:
+        if not isinstance(dim, int) or not 1 <= dim <= self.config.encoder.hidden_size:
+            raise ValueError(f"truncate_dim {dim!r} is not within 1..{self.config.encoder.hidden_size}")
 
     def _role_prompt(self, role: str, prompt_name: str | None, prompt: str | None) -> tuple[str | None, str | None]:
         """Returns (prompt_name, prompt) for ``encode``: the given one, else the role's, else none (not the default)."""
@@ -304,82 +357,11 @@ class Embedder:
     def _encode_ids(self, ids: list[np.ndarray], batch_size: int, show_progress_bar: bool | None) -> np.ndarray:
         """Returns the output of the model's modules for token ids, at full width."""
         config = dataclasses.replace(self.config, dim=None)
-        out = np.zeros((len(ids), config.output_dim), np.float32)
-        bar = tqdm(
-            total=len(ids),
-            desc="encoding",
-            unit=" texts",
-            # With this delay, tqdm shows no bar for short work.
-            delay=3 if show_progress_bar is None else 0,
-            disable=show_progress_bar is False,
-        )
-
-        def collect(rows: np.ndarray, embeddings: jax.Array) -> None:
-            out[rows] = np.asarray(embeddings)[: len(rows)]
-            bar.update(len(rows))
-
-        in_flight: list[tuple[np.ndarray, jax.Array]] = []
-        lengths = np.array([len(x) for x in ids], np.int32)
-        for rows, shape in length_sorted_batches(
-            lengths,
-            max_length=self.max_length,
-            batch_size=batch_size,
-            texts_per_device=functools.partial(texts_per_call, config.encoder),
-            devices=self._rows.mesh.size,
-        ):
-            # Filler rows have no tokens. Their outputs are discarded.
-            batch = {"ids": np.zeros(shape, np.int32), "length": np.zeros(shape.rows, np.int32)}
-            batch["ids"][: len(rows)] = pad_right([ids[row] for row in rows], shape.length, config.encoder.pad_token_id)
-            batch["length"][: len(rows)] = lengths[rows]
-            if (shape, config) not in _compiled:
-                _describe(bar, f"compiling for {shape.rows} x {shape.length} tokens")
-            in_flight.append((rows, _embed(self.params, jax.device_put(batch, self._rows), config)))
-            _compiled.add((shape, config))
-            bar.set_description_str("encoding", refresh=False)
-            # Keep one batch in flight: the host prepares the next batch while the device computes.
-            if len(in_flight) > 1:
-                collect(*in_flight.pop(0))
-        while in_flight:
-            collect(*in_flight.pop(0))
-        bar.close()
-        return out
+        return encode_ids(self.params, ids, config, self._rows, self.max_length, batch_size, show_progress_bar)
 
 
-# Shapes and configurations compiled in this process. They are used only to report a compilation.
-_compiled: set[tuple[Shape, EmbeddingConfig]] = set()
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _embed(params: dict, batch: dict, config: EmbeddingConfig) -> jax.Array:
-    return embed(params, batch, config).astype(jnp.float32)
-
-
-def _describe(bar: tqdm, text: str) -> None:
-    """Sets the description of a bar. A visible bar is redrawn; tqdm alone would also show a bar before its delay."""
-    if not bar.disable:
-        bar.set_description_str(text, refresh=time.time() - bar.start_t >= bar.delay)
-
-
-def _use_compilation_cache() -> None:
-    """Stores compiled programs on disk for later processes, unless JAX's own settings say otherwise.
-
-    (JAX_COMPILATION_CACHE_DIR names another directory, JAX_ENABLE_COMPILATION_CACHE=false disables the cache.)
-    """
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "nomic_jax" / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def _as_list(inputs: Iterable[str]) -> list[str]:
-    # Iterating over a mapping or a set would give its keys, iterating over bytes would give numbers.
-    if isinstance(inputs, (bytes, bytearray, dict, set)) or not isinstance(inputs, Iterable):
-        raise TypeError(f"inputs is {type(inputs).__name__}, expected a string or a sequence of strings")
-    return list(inputs)
-
-
-def _check_texts(texts: list[str], what: str = "input") -> None:
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{what} {i} is {type(text).__name__}, expected a string")
-        check_unicode(text, what, i)
+# What ``Embedder`` sets, besides its properties.
+_ATTRIBUTES = {
+    *("params", "config", "tokenizer", "prompts", "default_prompt_name", "similarity_fn_name", "max_length"),
+    *("_rows", "_warned"),
+}

@@ -28,7 +28,7 @@ def mteb_encoder(
     embedder: Embedder,
     name: str | None = None,
     *,
-    normalize_embeddings: bool = True,
+    normalize_embeddings: bool | None = None,
     unnormalized_types: Collection[str] = (),
     truncate_dim: int | None = None,
 ) -> "AbsEncoder":
@@ -43,7 +43,8 @@ def mteb_encoder(
         ``Embedder.from_pretrained(..., max_length=512)``.
       name: the name under which mteb stores the results, "organisation/model"; "nomic_jax/embedder" if None. A name
         without a "/" is prefixed with "nomic_jax/".
-      normalize_embeddings: see ``Embedder.encode``; applies to all tasks except those of ``unnormalized_types``.
+      normalize_embeddings: see ``Embedder.encode``; applies to all tasks except those of ``unnormalized_types``. None
+        for True if the model's similarity, which mteb uses, is the cosine.
       unnormalized_types: mteb's task types whose embeddings are not normalised, even if the model has a Normalize
         module. The published scores for "Classification" are without normalisation.
       truncate_dim: see ``Embedder.encode``.
@@ -55,8 +56,11 @@ def mteb_encoder(
         from mteb.models import ModelMeta
         from mteb.models.abs_encoder import AbsEncoder
 
+    if normalize_embeddings is None:
+        normalize_embeddings = _normalizes(embedder)
     options = {"normalize_embeddings": normalize_embeddings, "truncate_dim": truncate_dim}
-    identity = options | ({"unnormalized_types": sorted(unnormalized_types)} if unnormalized_types else {})
+    identity = options | ({} if _normalizes(embedder) else {"similarity": embedder.similarity_fn_name})
+    identity |= {"unnormalized_types": sorted(unnormalized_types)} if unnormalized_types else {}
     raw = embedder.with_settings(normalize=False) if unnormalized_types else embedder
     found = {key: find_prompt(embedder.prompts, name) for key, name in PROMPTS.items()}
     theirs = {key: text for key, text in found.items() if text is not None}
@@ -70,7 +74,7 @@ def mteb_encoder(
         "max_tokens": embedder.max_length,
         "embed_dim": truncate_dim or embedder.config.output_dim,
         "framework": ["JAX"],
-        "similarity_fn_name": "cosine",
+        "similarity_fn_name": embedder.similarity_fn_name,
         "use_instructions": any(prompts.values()),
     }
 
@@ -107,13 +111,16 @@ def langchain_embeddings(embedder: Embedder, **encode_options: Any) -> "Embeddin
 
     Args:
       embedder: computes the embeddings.
-      encode_options: options of ``Embedder.encode``, for every call: batch_size, truncate_dim, ...
+      encode_options: options of ``Embedder.encode``, for every call: batch_size, truncate_dim, ...; vectors have length
+        1 if the model's similarity is the cosine, unless ``normalize_embeddings`` is given.
 
     Raises:
       ModuleNotFoundError: langchain-core is not installed.
     """
     with _extra("langchain_embeddings"):
         from langchain_core.embeddings import Embeddings
+
+    encode_options = {"normalize_embeddings": _normalizes(embedder)} | encode_options
 
     class NomicJaxEmbeddings(Embeddings):
         def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -131,13 +138,16 @@ def llama_index_embedding(embedder: Embedder, name: str | None = None, **encode_
     Args:
       embedder: computes the embeddings.
       name: start of ``model_name``, as in ``mteb_encoder``.
-      encode_options: options of ``Embedder.encode``, for every call: batch_size, truncate_dim, ...
+      encode_options: options of ``Embedder.encode``, for every call: batch_size, truncate_dim, ...; vectors have length
+        1 if the model's similarity is the cosine, unless ``normalize_embeddings`` is given.
 
     Raises:
       ModuleNotFoundError: llama-index-core is not installed.
     """
     with _extra("llama_index_embedding"):
         from llama_index.core.embeddings import BaseEmbedding
+
+    encode_options = {"normalize_embeddings": _normalizes(embedder)} | encode_options
 
     class NomicJaxEmbedding(BaseEmbedding):
         @classmethod
@@ -179,6 +189,11 @@ def _extra(function: str) -> Iterator[None]:
             f"{function} needs {error.name}, which is not installed: pip install 'nomic_jax[integrations]'",
             name=error.name,
         ) from error
+
+
+def _normalizes(embedder: Embedder) -> bool:
+    """Whether vectors are scaled to length 1. Vector stores compare by inner product or cosine alike."""
+    return embedder.similarity_fn_name == "cosine"
 
 
 def _full_name(name: str | None) -> str:

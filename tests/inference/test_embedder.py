@@ -1,19 +1,27 @@
 """The Embedder against sentence-transformers with real weights, and its guarantees about inputs."""
 
+import collections
+import copy
 import dataclasses
 import json
+import multiprocessing
+import pickle
 import shutil
 import warnings
 
 import jax
 import numpy as np
+import pandas
+import pyarrow
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nomic_jax
-from nomic_jax import Embedder
+from nomic_jax import Classifier, Embedder
 from nomic_jax.hf import Checkpoint, write_checkpoint
+from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
+from nomic_jax.model.heads import init_classifier
 
 TEXTS = [
     "A man is eating food.",
@@ -119,11 +127,11 @@ def test_shapes_of_one_text_and_of_none(embedder):
 
 def test_truncated_vectors_are_normalised_again(embedder, vectors, minilm):
     full = vectors[: len(SHORT), :64]
-    short = embedder.encode(SHORT, truncate_dim=64)
+    short = embedder.encode(SHORT, truncate_dim=64, normalize_embeddings=True)
     np.testing.assert_allclose(short, full / np.linalg.norm(full, axis=1, keepdims=True), atol=1e-6)
     opened = Embedder.from_pretrained(minilm, truncate_dim=64)
     assert opened.dim == 64
-    np.testing.assert_array_equal(opened.encode(SHORT), short)
+    np.testing.assert_array_equal(opened.encode(SHORT, normalize_embeddings=True), short)
     theirs = reference(minilm, truncate_dim=64)
     for normalize in (True, False):
         np.testing.assert_allclose(
@@ -140,7 +148,7 @@ def test_matryoshka_of_v1_5(nomic_dir, tmp_path, nomic):
     expected = (hidden - hidden.mean(1, keepdims=True)) / np.sqrt(hidden.var(1, keepdims=True) + 1e-5)
     expected = expected[:, :16] / np.linalg.norm(expected[:, :16], axis=1, keepdims=True)
     opened = Embedder.from_pretrained(nomic_dir, layer_norm=True, truncate_dim=16)
-    np.testing.assert_allclose(opened.encode(SHORT, prompt=""), expected, atol=1e-6)
+    np.testing.assert_allclose(opened.encode(SHORT, prompt="", normalize_embeddings=True), expected, atol=1e-6)
     ids = opened.tokenizer.encode([SHORT[0]])[0]
     pure = nomic_jax.embed(opened.params, {"ids": ids[None], "length": np.array([len(ids)])}, opened.config)
     np.testing.assert_allclose(pure[0], expected[0], atol=1e-6)
@@ -151,7 +159,7 @@ def test_matryoshka_of_v1_5(nomic_dir, tmp_path, nomic):
     np.testing.assert_allclose(theirs.encode(SHORT, normalize_embeddings=True), expected, atol=1e-5)
     again = Embedder.from_pretrained(tmp_path / "v1.5")
     assert (again.config.layer_norm, again.dim) == (True, 16)
-    np.testing.assert_allclose(again.encode(SHORT, prompt=""), expected, atol=1e-6)
+    np.testing.assert_allclose(again.encode(SHORT, prompt="", normalize_embeddings=True), expected, atol=1e-6)
 
 
 def test_prompts(embedder):
@@ -274,3 +282,117 @@ def test_a_name_that_is_nowhere_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="is not a directory and could not be fetched"):
         Embedder.from_pretrained(str(tmp_path / "nothing"))
+
+
+def test_length_and_dimensions_can_be_set_as_in_sentence_transformers(minilm, theirs):
+    embedder = Embedder.from_pretrained(minilm)
+    before = embedder.identity
+    embedder.max_seq_length, embedder.truncate_dim = 8, 64
+    assert (embedder.max_length, embedder.max_seq_length, embedder.dim, embedder.truncate_dim) == (8, 8, 64, 64)
+    length = theirs.max_seq_length
+    theirs.max_seq_length = 8
+    want = theirs.encode(TEXTS, truncate_dim=64, show_progress_bar=False)
+    theirs.max_seq_length = length
+    np.testing.assert_allclose(embedder.encode(TEXTS), want, atol=2e-6)
+    assert 0.1 < np.linalg.norm(want[0]) < 0.9  # the model's Normalize comes before the truncation
+    assert embedder.identity != before and embedder.identity["weights"] == before["weights"]
+    embedder.truncate_dim = None
+    assert embedder.encode("one").shape == (384,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_seq_length", 513, r"not within 2\.\.512"),
+        ("max_length", 1, r"not within 2\.\.512"),
+        ("max_length", None, r"not within 2\.\.512"),
+        ("truncate_dim", 0, r"not within 1\.\.384"),
+        ("similarity_fn_name", "cos", "write one of cosine, dot"),
+        ("default_prompt_name", "query", "unknown prompt_name"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_not_set(embedder, name, value, message):
+    before = getattr(embedder, name)
+    with pytest.raises(ValueError, match=message):
+        setattr(embedder, name, value)
+    assert getattr(embedder, name) == before
+
+
+def test_an_attribute_that_does_not_exist_cannot_be_set(embedder):
+    with pytest.raises(AttributeError, match=r"'max_seq_len' that can be set; it has config, .*max_length"):
+        embedder.max_seq_len = 8
+
+    class Own(Embedder):
+        """A user's subclass may have attributes of its own."""
+
+    own = Own(embedder.params, embedder.config, embedder.tokenizer)
+    own.note = "mine"
+
+
+def test_tables_and_mappings_are_refused_and_columns_are_taken(embedder):
+    rows = {"id": ["1", "2"], "text": ["one", "two"]}
+    for table in (pandas.DataFrame(rows), pyarrow.table(rows)):
+        with pytest.raises(TypeError, match="a table with the columns id, text; pass the column"):
+            embedder.encode(table)
+    for inputs in (collections.UserDict(text="one"), rows.keys(), frozenset({"one"}), memoryview(b"one")):
+        with pytest.raises(TypeError, match=r"inputs is .*, expected a string or a sequence"):
+            embedder.encode(inputs)
+    want = embedder.encode(["one", "two"])
+    for column in (pandas.Series(rows["text"]), pandas.Index(rows["text"]), np.array(rows["text"]), iter(rows["text"])):
+        np.testing.assert_array_equal(embedder.encode(column), want)
+
+
+def test_pickled_and_copied_embedders_give_the_same_vectors(nomic, tmp_path):
+    nomic.max_length, nomic.truncate_dim, nomic.default_prompt_name = 16, 32, "search_query"
+    want = nomic.encode(SHORT)
+    for made in (pickle.loads(pickle.dumps(nomic)), copy.deepcopy(nomic)):
+        np.testing.assert_array_equal(made.encode(SHORT), want)
+        assert made.identity == nomic.identity and made.prompts == nomic.prompts
+    config = dataclasses.replace(NOMIC.encoder, num_layers=1)
+    params = {
+        "encoder": init_encoder(jax.random.key(0), config),
+        "classifier": init_classifier(jax.random.key(1), config, 2),
+    }
+    classifier = Classifier(params, config, nomic.tokenizer, max_length=16)
+    again = pickle.loads(pickle.dumps(classifier))
+    np.testing.assert_array_equal(again.logits(SHORT[:2]), classifier.logits(SHORT[:2]))
+
+
+def test_a_forked_child_gets_an_error_instead_of_waiting_for_ever(nomic):
+    nomic.encode("one")  # JAX is in use
+
+    def child(answers):
+        def error_of(call):
+            try:
+                call()
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+
+        made = (lambda: nomic.encode("one"), lambda: Embedder(nomic.params, nomic.config, nomic.tokenizer))
+        answers.put([error_of(call) for call in made])
+
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    process = context.Process(target=child, args=(answers,), daemon=True)
+    with warnings.catch_warnings(action="ignore"):
+        process.start()
+    process.join(20)
+    assert process.exitcode == 0
+    for error in answers.get():
+        assert error.startswith("RuntimeError: process ") and 'get_context("spawn")' in error
+
+
+def test_jaxs_settings_stay_as_they_are(minilm, tmp_path, monkeypatch):
+    cache = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        before = jax.config.values.copy()
+        Embedder.from_pretrained(minilm, max_length=8)
+        assert jax.config.values == before
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        use_compilation_cache()  # what commands do
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "nomic_jax" / "jax")
+    finally:
+        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
+            jax.config.update(name, before[name])
+        jax.config.update("jax_compilation_cache_dir", cache)

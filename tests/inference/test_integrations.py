@@ -1,6 +1,7 @@
 """Each adapter runs in its library, with real weights and without network access."""
 
 import asyncio
+import dataclasses
 import random
 import socket
 import subprocess
@@ -277,6 +278,12 @@ def test_mteb_options_and_what_the_results_are_filed_under(embedder, prompted):
     assert len({model.mteb_model_meta.revision for model in models}) == 4
     assert mteb_encoder(again).mteb_model_meta.revision == models[0].mteb_model_meta.revision
     assert mteb_encoder(again).mteb_model_meta.name == "nomic_jax/embedder"
+    again.config = dataclasses.replace(again.config, normalize=False)
+    again.similarity_fn_name = "dot"
+    dot = mteb_encoder(again)
+    vectors = dot.encode([{"text": TEXTS}], **given)
+    assert np.linalg.norm(vectors, axis=1).min() > 2
+    np.testing.assert_allclose(dot.similarity(vectors, vectors), vectors @ vectors.T, rtol=1e-5)
 
 
 # --- LangChain ------------------------------------------------------------------------------------------------------
@@ -290,9 +297,10 @@ def test_langchain(embedder, prompted):
     adapter = langchain_embeddings(prompted, truncate_dim=128)
     assert isinstance(adapter, Embeddings)
     query, documents = adapter.embed_query(QUERY), adapter.embed_documents(TEXTS)
-    expected = embedder.encode([f"search_document: {text}" for text in TEXTS], truncate_dim=128)
+    options = {"truncate_dim": 128, "normalize_embeddings": True}
+    expected = embedder.encode([f"search_document: {text}" for text in TEXTS], **options)
     np.testing.assert_allclose(documents, expected, atol=1e-6)
-    np.testing.assert_allclose(query, embedder.encode(f"search_query: {QUERY}", truncate_dim=128), atol=1e-6)
+    np.testing.assert_allclose(query, embedder.encode(f"search_query: {QUERY}", **options), atol=1e-6)
     assert type(query[0]) is type(documents[0][0]) is float
     assert adapter.embed_documents([]) == []
     assert asyncio.run(adapter.aembed_query(QUERY)) == query
@@ -315,10 +323,11 @@ def test_llama_index(embedder, prompted):
     adapter = llama_index_embedding(prompted, truncate_dim=128)
     assert isinstance(adapter, BaseEmbedding)
     query, documents = adapter.get_query_embedding(QUERY), adapter.get_text_embedding_batch(TEXTS)
-    expected = embedder.encode([f"search_document: {text}" for text in TEXTS], truncate_dim=128)
+    options = {"truncate_dim": 128, "normalize_embeddings": True}
+    expected = embedder.encode([f"search_document: {text}" for text in TEXTS], **options)
     np.testing.assert_allclose(documents, expected, atol=1e-6)
     np.testing.assert_allclose(adapter.get_text_embedding(TEXTS[0]), expected[0], atol=1e-6)
-    np.testing.assert_allclose(query, embedder.encode(f"search_query: {QUERY}", truncate_dim=128), atol=1e-6)
+    np.testing.assert_allclose(query, embedder.encode(f"search_query: {QUERY}", **options), atol=1e-6)
     assert type(query[0]) is type(documents[0][0]) is float
 
     async def asynchronous():

@@ -42,9 +42,15 @@ class FakeEmbedder:
         self.tokenizer = SimpleNamespace(sha256="0")
         self.prompts, self.default_prompt_name, self.max_length = {"search_document": "search_document: "}, None, 512
 
+        self.similarity_fn_name = "cosine"
+
+    @property
+    def _weights_sha256(self):
+        return Embedder._weights_sha256.func(self)
+
     @property
     def identity(self):
-        return Embedder.identity.func(self)
+        return Embedder.identity.fget(self)
 
     def from_pretrained(self, model, *, dtype, max_length):
         self.config = dataclasses.replace(self.config, encoder=dataclasses.replace(self.config.encoder, dtype=dtype))
@@ -102,7 +108,9 @@ def test_vectors_are_the_embedders_over_all_kinds_of_files(minilm, tmp_path, nam
     pq.write_table(pa.table({"other": range(5), "body": texts[9:]}), folder / "c.parquet")
     options = {"text_column": "body", "prompt": "passage: ", "shard_rows": 4, "max_length": 16}
     done = embed_files(minilm, folder, tmp_path / name, **options, truncate_dim=32, batch_size=8)
-    wanted = Embedder.from_pretrained(minilm, max_length=16).encode(texts, prompt="passage: ", truncate_dim=32)
+    wanted = Embedder.from_pretrained(minilm, max_length=16).encode(
+        texts, prompt="passage: ", truncate_dim=32, normalize_embeddings=True
+    )
     assert np.abs(read(tmp_path / name) - wanted).max() <= 1e-5
     assert (done["rows"], done["dim"], done["rows_before"], done["rejected"]) == (14, 32, 0, 0)
     assert not work_folder(tmp_path / name).exists()

@@ -21,16 +21,19 @@ class Encoder:
     """The teacher.
 
     Attributes:
-      query, document: texts -> float32 [N, E], each row of length 1.
+      query, document: texts -> float32 [N, E]. They are compared by inner product.
       identity: the settings that the embeddings depend on, such as weights and prompts; see ``locked_settings``.
       count_above: (queries, documents, limits [Q]) -> the number of documents that score above each query's limit,
         int [Q], computed on the encoder's devices; None if those are the CPUs that numpy uses.
+      has_unit_length: whether every vector has length 1, so that the inner product is the cosine. False for a model
+        that was trained for the inner product of vectors of any length.
     """
 
     query: Encode
     document: Encode
     identity: Mapping[str, Any]
     count_above: Callable[[Matrix, Matrix, np.ndarray], np.ndarray] | None = None
+    has_unit_length: bool = True
 
 
 def texts_per_file(count: int) -> int:
@@ -43,35 +46,45 @@ def texts_per_file(count: int) -> int:
 
 
 def embed_texts(
-    texts: Sequence[str], encode: Encode, folder: Path, *, label: str, progress: bool = True
+    texts: Sequence[str],
+    encode: Encode,
+    folder: Path,
+    *,
+    label: str,
+    has_unit_length: bool = True,
+    progress: bool = True,
 ) -> ShardedArray:
     """Embeds texts into files of ``texts_per_file`` rows in ``folder``, float32 [N, E]. Existing files are reused.
 
     Raises:
-      ValueError: the encoder does not return a vector of length 1 for every text.
+      ValueError: see ``encode_checked``.
     """
     per_file = texts_per_file(len(texts))
     with tqdm(total=len(texts), desc=label, unit=" texts", leave=False, disable=not progress) as bar:
         for number, start in enumerate(range(0, len(texts), per_file)):
             shard = list(texts[start : start + per_file])
-            cached_array(ShardedArray.file(folder, number), functools.partial(encode_checked, encode, shard))
+            cached_array(
+                ShardedArray.file(folder, number), functools.partial(encode_checked, encode, shard, has_unit_length)
+            )
             bar.update(len(shard))
     return ShardedArray(folder, len(texts), per_file)
 
 
-def encode_checked(encode: Encode, texts: list[str]) -> np.ndarray:
+def encode_checked(encode: Encode, texts: list[str], has_unit_length: bool = True) -> np.ndarray:
     """Returns the embeddings of the texts, float32 [N, E].
 
     Raises:
-      ValueError: the encoder does not return a vector of length 1 for every text.
+      ValueError: the encoder does not return a vector of length 1 (or of any length above 0) for every text.
     """
     vectors = np.asarray(encode(texts), np.float32)
     if vectors.ndim != 2 or len(vectors) != len(texts):
         raise ValueError(f"the encoder returned an array of shape {vectors.shape} for {len(texts)} texts")
     # A NaN or zero vector ties with every document, so its row would pass every filter.
     lengths = np.linalg.norm(vectors, axis=1)
-    wrong = np.flatnonzero(~(np.abs(lengths - 1) < 1e-3))
+    is_right = np.abs(lengths - 1) < 1e-3 if has_unit_length else (lengths > 0) & np.isfinite(lengths)
+    wrong = np.flatnonzero(~is_right)
     if len(wrong):
         text, length = texts[wrong[0]], lengths[wrong[0]]
-        raise ValueError(f"the encoder gave the text {text[:80]!r} a vector of length {length}; expected 1")
+        expected = "1" if has_unit_length else "a finite length above 0"
+        raise ValueError(f"the encoder gave the text {text[:80]!r} a vector of length {length}; expected {expected}")
     return vectors

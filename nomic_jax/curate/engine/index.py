@@ -21,7 +21,7 @@ RECALL, RECALL_AT = 0.95, 20  # target of an approximate index: share found of t
 RANK_DEPTH = 100  # number of ranks that an approximate search distinguishes
 
 # In a float32 matrix product, the dot product of the same two unit vectors varies by about 1e-7 with its position in
-# the matrix. Scores that differ by less than this count as equal.
+# the matrix. Scores that differ by less than this count as equal; for longer vectors, times the product of lengths.
 ROUNDING = 1e-6
 # In float64, it varies by less than this.
 ROUNDING_64 = 1e-12
@@ -68,51 +68,78 @@ def top_k(
     faiss searches on a GPU if its GPU build is installed and finds one.
 
     Args:
-      queries_QE, documents_NE: float32, rows of length 1.
+      queries_QE, documents_NE: float32, rows of any length.
       k: reduced to the number of documents if there are fewer.
 
     Returns:
       Document numbers, int64 [Q, k], and scores, float32 [Q, k].
     """
     k = min(k, len(documents_NE))
+    longest = longest_vector(documents_NE, batches)
     id_QK = np.empty((len(queries_QE), k), np.int64)
     score_QK = np.empty((len(queries_QE), k), np.float32)
     with tqdm(total=len(queries_QE), desc="searching", unit=" queries", leave=False, disable=not progress) as bar:
         for start in range(0, len(queries_QE), batches.queries):
             batch = slice(start, start + batches.queries)
-            id_QK[batch], score_QK[batch] = _search(queries_QE[batch], documents_NE, k, (k + 8, 4 * k + 32), batches)
+            queries = queries_QE[batch]
+            fetches, near_Q = (k + 8, 4 * k + 32), rounding(queries, longest)
+            id_QK[batch], score_QK[batch] = _search(queries, documents_NE, k, fetches, near_Q, batches)
             bar.update(len(id_QK[batch]))
     return id_QK, score_QK
 
 
+def longest_vector(vectors_NE: Matrix, batches: Batches = DEFAULT) -> float:
+    """Returns the largest length of a row; 0 for none."""
+    starts = range(0, len(vectors_NE), batches.documents)
+    lengths = (np.linalg.norm(vectors_NE[first : first + batches.documents], axis=1).max() for first in starts)
+    return float(max(lengths, default=0.0))
+
+
+def rounding(queries_QE: np.ndarray, longest: float) -> np.ndarray:
+    """Returns, for each query, the difference below which scores count as equal, float32 [Q].
+
+    Args:
+      longest: length of the longest document.
+    """
+    scale_Q = np.linalg.norm(queries_QE, axis=1) * longest
+    # The lengths of unit vectors are themselves rounded: these have ROUNDING exactly.
+    return np.where(np.abs(scale_Q - 1) < 1e-3, 1, scale_Q).astype(np.float32) * np.float32(ROUNDING)
+
+
 def _search(
-    queries_QE: np.ndarray, documents_NE: Matrix, k: int, fetches: tuple[int, ...], batches: Batches
+    queries_QE: np.ndarray,
+    documents_NE: Matrix,
+    k: int,
+    fetches: tuple[int, ...],
+    rounding_Q: np.ndarray,
+    batches: Batches,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Searches for ``fetches[0]`` documents, and again, for the next number, where ties may hide a better one."""
     if not fetches:
-        return _exact_search(queries_QE, documents_NE, k, batches)
+        return _exact_search(queries_QE, documents_NE, k, rounding_Q, batches)
     fetch = min(fetches[0], len(documents_NE))
     rough_QF, id_QF = _rough_search(queries_QE, documents_NE, fetch, batches)
     id_QK, score_QK = _best_of(queries_QE, documents_NE, id_QF, k, batches)
     # faiss returns equal scores in any order. If the k-th may tie with documents that were not fetched, fetch more.
-    undecided = rough_QF[:, -1] > score_QK[:, -1] - ROUNDING
+    undecided = rough_QF[:, -1] > score_QK[:, -1] - rounding_Q
     if fetch < len(documents_NE) and undecided.any():
-        id_QK[undecided], score_QK[undecided] = _search(queries_QE[undecided], documents_NE, k, fetches[1:], batches)
+        more = _search(queries_QE[undecided], documents_NE, k, fetches[1:], rounding_Q[undecided], batches)
+        id_QK[undecided], score_QK[undecided] = more
     return id_QK, score_QK
 
 
 def _exact_search(
-    queries_QE: np.ndarray, documents_NE: Matrix, k: int, batches: Batches
+    queries_QE: np.ndarray, documents_NE: Matrix, k: int, rounding_Q: np.ndarray, batches: Batches
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compares all documents in float64, so that its time does not depend on how many documents share a vector."""
     id_QK = np.empty((len(queries_QE), k), np.int64)
     score_QK = np.empty((len(queries_QE), k), np.float32)
     for start in range(0, len(queries_QE), batches.exact):
-        queries = queries_QE[start : start + batches.exact]
+        queries, near_B = queries_QE[start : start + batches.exact], rounding_Q[start : start + batches.exact]
         id_BK: np.ndarray = np.empty((len(queries), 0), np.int64)
         score_BK: np.ndarray = np.empty((len(queries), 0), np.float32)
         for first in range(0, len(documents_NE), batches.documents):
-            score_BN = _exact_scores(queries, documents_NE[first : first + batches.documents], batches)
+            score_BN = _exact_scores(queries, documents_NE[first : first + batches.documents], near_B, batches)
             number_N = np.arange(first, first + score_BN.shape[1])
             score_BM = np.concatenate([score_BK, score_BN], axis=1)
             id_BM = np.concatenate([id_BK, np.broadcast_to(number_N, score_BN.shape)], axis=1)
@@ -124,12 +151,15 @@ def _exact_search(
     return id_QK, score_QK
 
 
-def _exact_scores(queries_QE: np.ndarray, documents_NE: np.ndarray, batches: Batches) -> np.ndarray:
+def _exact_scores(
+    queries_QE: np.ndarray, documents_NE: np.ndarray, rounding_Q: np.ndarray, batches: Batches
+) -> np.ndarray:
     """Returns the scores of all pairs, float32 [Q, N], equal to those of ``pair_scores``."""
     score_QN = queries_QE.astype(np.float64) @ documents_NE.astype(np.float64).T
     rounded_QN = score_QN.astype(np.float32)
     # A sum in another order may round to the next float32 only where the sum lies between two of them.
-    unsure_QN = (score_QN - ROUNDING_64).astype(np.float32) != (score_QN + ROUNDING_64).astype(np.float32)
+    near_Q1 = rounding_Q[:, None].astype(np.float64) * (ROUNDING_64 / ROUNDING)
+    unsure_QN = (score_QN - near_Q1).astype(np.float32) != (score_QN + near_Q1).astype(np.float32)
     query_P, document_P = np.nonzero(unsure_QN)
     rounded_QN[query_P, document_P] = pair_scores(queries_QE, query_P, documents_NE, document_P, batches)
     return rounded_QN
@@ -196,7 +226,7 @@ class ApproximateIndex:
     documents, over a sample of the queries. Candidates are scored and ordered exactly; only the choice is approximate.
 
     Args:
-      queries_QE, documents_NE: float32, rows of length 1. The index refers to the documents and reads them in batches.
+      queries_QE, documents_NE: float32. The index refers to the documents and reads them in batches.
       file: where the index is saved. An existing file is loaded, so a search after a restart has the same results.
     """
 
@@ -269,18 +299,20 @@ def own_ranks(
     """Ranks each query's own document among all documents.
 
     Args:
-      queries_QE, documents_NE: float32, rows of length 1; the documents are distinct.
+      queries_QE, documents_NE: float32, rows of any length; the documents are distinct.
       own_Q: int64, the number of each query's own document.
       index: an index of the documents. Only the RANK_DEPTH documents that it finds are compared; rank RANK_DEPTH + 1
         means that all of them score higher.
       count: a function to use instead of ``count_above`` of this module, which uses numpy.
 
     Returns:
-      rank, int32 [Q]: 1 + the number of documents that score higher by more than ROUNDING, so that neither the document
-      itself nor one with an equal score counts; and the score of the own document, float32 [Q].
+      rank, int32 [Q]: 1 + the number of documents that score higher by more than ``rounding``, so that neither the
+      document itself nor one with an equal score counts; and the score of the own document, float32 [Q].
     """
     score_Q = pair_scores(queries_QE, np.arange(len(queries_QE)), documents_NE, own_Q, batches)
-    limit_Q = score_Q + np.float32(ROUNDING)
+    longest, starts = longest_vector(documents_NE, batches), range(0, len(queries_QE), batches.queries)
+    near_Q = [rounding(queries_QE[first : first + batches.queries], longest) for first in starts]
+    limit_Q = score_Q + np.concatenate(near_Q)
     if index is not None:
         _, near_QK = index.top_k(queries_QE, min(RANK_DEPTH, len(documents_NE)), progress=progress)
         return (1 + np.count_nonzero(near_QK > limit_Q[:, None], axis=1)).astype(np.int32), score_Q

@@ -55,11 +55,12 @@ class RankingTask:
             documents.append(row[self.columns[1]])
         texts, own_N = distinct_texts(documents)
         del documents
+        options = {"has_unit_length": encoder.has_unit_length, "progress": self.progress}
         query_NE = embed_texts(
-            queries, encoder.query, folder / "queries", label=f"{label}: embedding queries", progress=self.progress
+            queries, encoder.query, folder / "queries", label=f"{label}: embedding queries", **options
         )
         document_DE = embed_texts(
-            texts, encoder.document, folder / "documents", label=f"{label}: embedding documents", progress=self.progress
+            texts, encoder.document, folder / "documents", label=f"{label}: embedding documents", **options
         )
         index = None
         if self.approximate_above is not None and len(texts) > self.approximate_above:

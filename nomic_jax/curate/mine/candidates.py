@@ -35,7 +35,7 @@ class EmbeddingTask:
         assert encoder is not None
         start = shard * self.per_file
         texts = [self.texts[i] for i in range(start, min(start + self.per_file, len(self.texts)))]
-        return encode_checked(getattr(encoder, self.role), texts)
+        return encode_checked(getattr(encoder, self.role), texts, encoder.has_unit_length)
 
     def tidy(self, shard: int) -> None:
         pass

@@ -13,7 +13,7 @@ An optional task.json names the prompts, if they differ from those of the type o
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from nomic_jax.evals.tasks import bm25
 from nomic_jax.evals.tasks.classification import FILES as LABELLED_FILES
 from nomic_jax.evals.tasks.classification import ClassificationTask
 from nomic_jax.evals.tasks.clustering import ClusteringTask
-from nomic_jax.evals.tasks.contract import Encoders, TaskError, TruncatedEmbeddings
+from nomic_jax.evals.tasks.contract import Embed, Encoders, TaskError, TruncatedEmbeddings
 from nomic_jax.evals.tasks.retrieval import FILES as RETRIEVAL_FILES
 from nomic_jax.evals.tasks.retrieval import RetrievalTask
 from nomic_jax.evals.tasks.sts import StsTask
@@ -56,6 +56,21 @@ def read_task(folder: str | Path) -> LocalTask:
         )
     kind = ClassificationTask if (folder / "train.jsonl").is_file() else ClusteringTask
     return kind.read(folder, prompt)
+
+
+def run_task(task: LocalTask, embedder: Any, embed: Callable[[bool], Embed]) -> Iterable[tuple[str, float]]:
+    """Yields (metric, value) of a task; retrieval ranks documents by the similarity of the model.
+
+    Args:
+      embedder: the model; its ``similarity_fn_name`` and ``similarity`` are those of ``Embedder``.
+      embed: whether vectors are scaled to length 1 -> the function that embeds texts. Classifiers and k-means get the
+        vectors that users of the model get, and so does every similarity but the cosine.
+    """
+    if not isinstance(task, RetrievalTask):
+        return task.run(embed(False))
+    if embedder.similarity_fn_name == "cosine":
+        return task.run(embed(True))
+    return task.run(embed(False), embedder.similarity)
 
 
 def find_tasks(data: Iterable[str], names: Sequence[str] = ()) -> dict[str, Path]:
@@ -105,7 +120,6 @@ def cells(
     all_lengths: list[int | None] = [*lengths] or [None]
     for name, folder in folders.items():
         for length in all_lengths:
-            # Compared embeddings have length 1. Classifiers and k-means get the embeddings that users of the model get.
             truncated = {normalize: TruncatedEmbeddings(normalize) for normalize in (True, False)}
             for dim in dims:
                 found.append(
@@ -131,13 +145,18 @@ def _score(
         if not isinstance(task, RetrievalTask):
             raise TaskError(f"{folder}: BM25 ranks documents; {task.type} needs embeddings")
         return figures(task, bm25.run(task), None, None)
-    normalize = isinstance(task, RetrievalTask)
-    embed = encoders.embed(length, normalize and dim is None)
+
+    def embed(normalize: bool) -> Embed:
+        if dim is None:
+            return encoders.embed(length, normalize)
+        return truncated[normalize].to(dim, encoders.embed(length, False))
+
     try:
-        return figures(task, task.run(truncated[normalize].to(dim, embed) if dim else embed), length, dim)
+        return figures(task, run_task(task, encoders.at(length), embed), length, dim)
     finally:
         if is_last:
-            truncated[normalize].forget()
+            for kept in truncated.values():
+                kept.forget()
 
 
 def _prompt(file: Path) -> str | None:

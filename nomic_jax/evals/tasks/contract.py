@@ -11,6 +11,8 @@ import numpy as np
 # (texts, name of a prompt or role, "" for no prompt) -> embeddings [N, E]. Retrieval compares them by inner product;
 # classification and clustering use them unchanged.
 Embed = Callable[[list[str], str], np.ndarray]
+# (a [A, E], b [B, E]) -> similarities [A, B]; higher is closer.
+Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # mteb's task type, or the side of a text -> nomic's prompt. The task type has priority, so that both sides of a
 # reranking task are "classification", as in the paper. All retrieval tasks use the prompts of the sides.
@@ -80,6 +82,11 @@ def embedded(embed: Embed, texts: list[str], prompt: str) -> np.ndarray:
     if not np.isfinite(x_NE).all():
         raise ValueError(f"embed returned NaN or infinity under the prompt {prompt!r}")
     return x_NE
+
+
+def inner_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The similarity of "dot", and of "cosine" between vectors of length 1."""
+    return a @ b.T
 
 
 def unit_length(x_NE: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.evals.tasks import contract
-from nomic_jax.evals.tasks.contract import Embed, TaskError, embedded
+from nomic_jax.evals.tasks.contract import Embed, Similarity, TaskError, embedded, inner_product
 
 PROMPTS = {f"{side}_prompt": contract.PROMPTS[side] for side in ("query", "document")}
 FILES = ("queries.jsonl", "corpus.jsonl", "qrels.jsonl")
@@ -92,11 +92,11 @@ class RetrievalTask:
     def counts(self) -> dict[str, int]:
         return {"queries": len(self.queries), "documents": len(self.documents)}
 
-    def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
-        """Returns (metric, mean over the queries), with the vectors of ``embed`` compared by inner product."""
+    def run(self, embed: Embed, similarity: Similarity = inner_product) -> Iterator[tuple[str, float]]:
+        """Returns (metric, mean over the queries), with the vectors of ``embed`` compared by ``similarity``."""
         query_QE = embedded(embed, list(self.queries), self.query_prompt)
         document_NE = embedded(embed, list(self.documents), self.document_prompt)
-        return self.score(search(query_QE, document_NE, DEPTH))
+        return self.score(search(query_QE, document_NE, DEPTH, similarity))
 
     def score(self, ranking_QK: np.ndarray) -> Iterator[tuple[str, float]]:
         """Yields (metric, mean over the queries) of document indices [Q, K], best first, K = DEPTH or all documents."""
@@ -117,13 +117,13 @@ class RetrievalTask:
         yield "mrr@10", float(np.mean(hit_QK[:, :10].any(axis=1) / (first_Q + 1)))
 
 
-def search(query_QE: np.ndarray, document_NE: np.ndarray, k: int) -> np.ndarray:
-    """Returns the k best documents by inner product, exactly: indices int64 [Q, min(k, N)]. For ties, see ``top_k``."""
+def search(query_QE: np.ndarray, document_NE: np.ndarray, k: int, similarity: Similarity = inner_product) -> np.ndarray:
+    """Returns the k most similar documents, exactly: indices int64 [Q, min(k, N)]. For ties, see ``top_k``."""
     found = [np.zeros((0, min(k, len(document_NE))), np.int64)]
     for start in range(0, len(query_QE), QUERY_BLOCK):
         query_BE = query_QE[start : start + QUERY_BLOCK]
         blocks = range(0, len(document_NE), DOCUMENT_BLOCK)
-        found.append(top_k((query_BE @ document_NE[i : i + DOCUMENT_BLOCK].T for i in blocks), k))
+        found.append(top_k((similarity(query_BE, document_NE[i : i + DOCUMENT_BLOCK]) for i in blocks), k))
     return np.concatenate(found)
 
 
