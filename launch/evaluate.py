@@ -11,16 +11,19 @@
 A task of the suite local is a folder of jsonl files. The files and their columns determine the kind of task:
 
     queries.jsonl {"_id", "text"}, corpus.jsonl {"_id", "title", "text"} and
-      qrels.jsonl {"query_id", "document_id", "score"}          retrieval (nDCG@10, recall, MRR)
+      qrels.jsonl {"query_id", "document_id", "score"}          retrieval (nDCG@10, recall, MRR); BEIR's names too
     train.jsonl and test.jsonl {"text", "label"}                classification (accuracy, F1)
     test.jsonl {"text", "label"}                                clustering (V-measure)
     test.jsonl {"sentence1", "sentence2", "score"}              semantic similarity (Spearman, Pearson)
 
 The type of task determines the prompts: the model's prompt for queries, documents, classification or clustering, if it
 has one, else none. task.json in the folder can name others ({"query_prompt", "document_prompt"} or {"prompt"}; null for
-none). Scores go to OUTPUT/<name>.json (local) or OUTPUT/<name>-<suite>.json, and mteb's own result files to
-OUTPUT/results. OUTPUT/report.md shows all results in OUTPUT. Running the command again evaluates only the tasks that
-have no scores yet. If a task fails, the command lists it, runs the others, and exits with code 1.
+none). {"ignore_identical_ids": true} there leaves a document out of the ranking for the query of the same _id, as mteb
+does for ArguAna and Quora.
+
+Scores go to OUTPUT/<name>.json (local) or OUTPUT/<name>-<suite>.json, and mteb's own result files to OUTPUT/results.
+OUTPUT/report.md shows all results in OUTPUT. Running the command again evaluates only the tasks that have no scores
+yet. If a task fails, the command lists it, runs the others, and exits with code 1.
 """
 
 import sys

@@ -59,7 +59,7 @@ def mteb_encoder(
     if normalize_embeddings is None:
         normalize_embeddings = _normalizes(embedder)
     options = {"normalize_embeddings": normalize_embeddings, "truncate_dim": truncate_dim}
-    identity = options | ({} if _normalizes(embedder) else {"similarity": embedder.similarity_fn_name})
+    identity: dict[str, Any] = options | ({} if _normalizes(embedder) else {"similarity": embedder.similarity_fn_name})
     identity |= {"unnormalized_types": sorted(unnormalized_types)} if unnormalized_types else {}
     raw = embedder.with_settings(normalize=False) if unnormalized_types else embedder
     found = {key: find_prompt(embedder.prompts, name) for key, name in PROMPTS.items()}

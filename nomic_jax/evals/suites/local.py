@@ -7,13 +7,14 @@
     test.jsonl {"sentence1", "sentence2", "score"}                   STS: spearman
 
 An optional task.json names the prompts, if they differ from those of the type of task:
-{"query_prompt", "document_prompt"} for retrieval, {"prompt"} for the others.
+{"query_prompt", "document_prompt"} for retrieval, {"prompt"} for the others. For retrieval, {"ignore_identical_ids":
+true} leaves a document out for the query of the same _id.
 """
 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,30 @@ def find_tasks(data: Iterable[str], names: Sequence[str] = ()) -> dict[str, Path
     for given in map(Path, data):
         if not given.is_dir():
             raise FileNotFoundError(f"--data: there is no folder {given}")
-        folders = [
-            folder
-            for folder in (given, *sorted(given.iterdir()))
-            # One of the files is enough, so that missing files are reported later.
-            if any((folder / file).is_file() for file in (*RETRIEVAL_FILES, *LABELLED_FILES))
-        ]
+        folders = [*([given] if _is_task(given) else []), *_tasks_inside(given)]
         if not folders:
             raise FileNotFoundError(f"--data: neither {given} nor a folder in it is a task ({FORMS})")
         for folder in folders:
             name = folder.resolve().name
-            if tasks.setdefault(name, folder) != folder:
+            if tasks.setdefault(name, folder).resolve() != folder.resolve():
                 raise ValueError(f"--data: {tasks[name]} and {folder} are both named {name!r}; rename one")
     if unknown := [name for name in names if name not in tasks]:
         raise ValueError(f"--tasks: there is no task {unknown[0]!r} in --data; there are {', '.join(tasks)}")
     return {name: folder for name, folder in tasks.items() if not names or name in names}
+
+
+def _is_task(folder: Path) -> bool:
+    # One of the files is enough, so that missing files are reported later.
+    return any((folder / file).is_file() for file in (*RETRIEVAL_FILES, *LABELLED_FILES))
+
+
+def _tasks_inside(folder: Path) -> Iterator[Path]:
+    """Yields the tasks in a folder, and those in the folder of a task. Links are not followed twice."""
+    for inner in sorted(folder.iterdir()):
+        if _is_task(inner):
+            yield inner
+            if not inner.is_symlink():
+                yield from _tasks_inside(inner)
 
 
 def task_sha256(folder: str | Path) -> str:

@@ -4,14 +4,17 @@ A task is a folder in BEIR's format:
 
     queries.jsonl   {"_id", "text"}
     corpus.jsonl    {"_id", "text"} and, optionally, "title", which is put before the text
-    qrels.jsonl     {"query_id", "document_id", "score"}; a score above 0 means relevant and is the gain
+    qrels.jsonl     {"query_id", "document_id", "score"}, or BEIR's "query-id" and "corpus-id"; a score above 0 means
+                    relevant and is the gain
     task.json       optional, {"query_prompt", "document_prompt"}: names of the model's prompts (PROMPTS by
-                    default), or null for no prompt
+                    default), or null for no prompt; {"ignore_identical_ids": true}: leave a document out of the ranking
+                    for the query of the same _id, as mteb does for ArguAna and Quora, whose queries are documents
 """
 
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,11 @@ from nomic_jax.evals.tasks import contract
 from nomic_jax.evals.tasks.contract import Embed, Similarity, TaskError, embedded, inner_product
 
 PROMPTS = {f"{side}_prompt": contract.PROMPTS[side] for side in ("query", "document")}
+QUERY_ID, DOCUMENT_ID = ("query_id", "query-id"), ("document_id", "corpus-id", "corpus_id")
+IGNORE = "ignore_identical_ids"
 FILES = ("queries.jsonl", "corpus.jsonl", "qrels.jsonl")
 RECALL_AT = (1, 10, 100)
-DEPTH = max(RECALL_AT)
+DEPTH = max(RECALL_AT) + 1  # the query's own document may be left out
 QUERY_BLOCK, DOCUMENT_BLOCK = 256, 16384  # 50 MB of scores and keys at a time
 
 
@@ -38,6 +43,7 @@ class RetrievalTask:
       documents: in descending order of id, the order in which trec_eval ranks documents of equal score.
       relevance: for every query, the indices of its relevant documents -> gain (> 0).
       query_prompt, document_prompt: names of the model's prompts.
+      ignored: for every query, the index of the document that is left out of its ranking, or -1; () for none at all.
     """
 
     name: str
@@ -46,6 +52,7 @@ class RetrievalTask:
     relevance: tuple[dict[int, int], ...]
     query_prompt: str = PROMPTS["query_prompt"]
     document_prompt: str = PROMPTS["document_prompt"]
+    ignored: tuple[int, ...] = ()
     type = "Retrieval"
     metrics = ("ndcg@10", *(f"recall@{k}" for k in RECALL_AT), "mrr@10")
 
@@ -54,30 +61,39 @@ class RetrievalTask:
         """Reads a task folder.
 
         Raises:
-          TaskError: a file is missing, an id is unknown or given twice, or no query has a relevant document.
+          TaskError: a file is missing, an id is unknown or given twice, a document is judged twice with two scores, or
+            no query has a relevant document.
           BadRow: a row cannot be used; the message names file and line.
         """
         folder = Path(folder)
         for name in FILES:
             if not (folder / name).is_file():
                 raise TaskError(f"{folder} has no {name}; a retrieval task needs {', '.join(FILES)}")
+        settings = _settings(folder / "task.json")
+        ignores_identical_ids = settings.pop(IGNORE)
         queries = _texts(folder / "queries.jsonl")
         corpus = dict(sorted(_texts(folder / "corpus.jsonl").items(), reverse=True))
         index = {document_id: i for i, document_id in enumerate(corpus)}
-        relevance: dict[str, dict[int, int]] = {}
+        judged: dict[str, dict[int, int]] = {}
         qrels = folder / "qrels.jsonl"
-        for row in read_rows(qrels, {"query_id": str, "document_id": str}):
-            query_id, document_id, score = row["query_id"], row["document_id"], row.get("score")
+        query_column, document_column = _id_columns(qrels)
+        for row in read_rows(qrels, {query_column: str, document_column: str}):
+            query_id, document_id, score = row[query_column], row[document_column], row.get("score")
             where = f"{qrels}: query {query_id!r}, document {document_id!r}"
             if query_id not in queries:
                 raise TaskError(f"{where}: queries.jsonl has no such query")
             if document_id not in index:
                 raise TaskError(f"{where}: corpus.jsonl has no such document")
+            if isinstance(score, float) and score.is_integer():
+                score = int(score)
             if not isinstance(score, int):
                 raise TaskError(f"{where}: score is {score!r}; write an integer, 0 for not relevant")
-            gains = relevance.setdefault(query_id, {})
-            if score > 0:
-                gains[index[document_id]] = score
+            scores = judged.setdefault(query_id, {})
+            if (earlier := scores.setdefault(index[document_id], score)) != score:
+                raise TaskError(f"{where}: is judged twice, with {earlier} and {score}; keep one row")
+        relevance = {
+            query_id: {i: score for i, score in scores.items() if score > 0} for query_id, scores in judged.items()
+        }
         if not any(relevance.values()):
             raise TaskError(f"{qrels}: no query has a relevant document (a score above 0)")
         return cls(
@@ -85,7 +101,8 @@ class RetrievalTask:
             queries=tuple(queries[query_id] for query_id in relevance),
             documents=tuple(corpus.values()),
             relevance=tuple(relevance.values()),
-            **_prompts(folder / "task.json"),
+            ignored=tuple(index.get(query_id, -1) for query_id in relevance) if ignores_identical_ids else (),
+            **settings,
         )
 
     @property
@@ -99,10 +116,15 @@ class RetrievalTask:
         return self.score(search(query_QE, document_NE, DEPTH, similarity))
 
     def score(self, ranking_QK: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Yields (metric, mean over the queries) of document indices [Q, K], best first, K = DEPTH or all documents."""
-        gain_QK = np.array(
-            [[gains.get(i, 0) for i in row] for gains, row in zip(self.relevance, ranking_QK.tolist())], np.float64
-        )
+        """Yields (metric, mean over the queries) of document indices [Q, K], best first, K = DEPTH or all documents.
+
+        The documents of ``ignored`` are left out here.
+        """
+        gain_QK = np.zeros(ranking_QK.shape)
+        ignored = self.ignored or (-1,) * len(self.queries)
+        for gain_K, gains, own, row in zip(gain_QK, self.relevance, ignored, ranking_QK.tolist()):
+            kept = [gains.get(i, 0) for i in row if i != own]
+            gain_K[: len(kept)] = kept
         best_QK = np.zeros((len(gain_QK), 10))
         for best_K, gains in zip(best_QK, self.relevance):
             top = sorted(gains.values(), reverse=True)[:10]
@@ -167,15 +189,31 @@ def _texts(file: Path) -> dict[str, str]:
     return texts
 
 
-def _prompts(file: Path) -> dict[str, str]:
+def _id_columns(qrels: Path) -> tuple[str, str]:
+    """Returns the names of the columns with the ids of queries and of documents, as the first row has them."""
+    columns = set(next(islice(read_rows(qrels, {}), 1), {}))
+    found = [next((name for name in names if name in columns), None) for names in (QUERY_ID, DOCUMENT_ID)]
+    if columns and None in found:
+        raise TaskError(
+            f"{qrels} has the columns {', '.join(sorted(columns))}; write query_id, document_id and score, or BEIR's "
+            f"query-id, corpus-id and score"
+        )
+    return found[0] or QUERY_ID[0], found[1] or DOCUMENT_ID[0]
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Returns the prompts, and whether IGNORE is set."""
     try:
         given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise TaskError(f"{file}: broken JSON ({error})") from error
+    ignore = given.pop(IGNORE, False) if isinstance(given, dict) else False
+    if not isinstance(ignore, bool):
+        raise TaskError(f"{file}: {IGNORE} is {ignore!r}; write true or false")
     if not isinstance(given, dict) or not all(isinstance(value, str | None) for value in given.values()):
         raise TaskError(
             f"{file}: expected an object with the names of prompts (null for none), such as {json.dumps(PROMPTS)}"
         )
     if unknown := given.keys() - PROMPTS.keys():
-        raise TaskError(f"{file}: unknown field {sorted(unknown)[0]!r}; the fields are {', '.join(PROMPTS)}")
-    return PROMPTS | {field: name or "" for field, name in given.items()}
+        raise TaskError(f"{file}: unknown field {sorted(unknown)[0]!r}; the fields are {', '.join((*PROMPTS, IGNORE))}")
+    return PROMPTS | {field: name or "" for field, name in given.items()} | {IGNORE: ignore}

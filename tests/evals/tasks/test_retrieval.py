@@ -10,7 +10,7 @@ import pytest
 from launch.evaluate import evaluate, table
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows
-from nomic_jax.evals.suites.local import task_sha256
+from nomic_jax.evals.suites.local import find_tasks, task_sha256
 from nomic_jax.evals.tasks import bm25, retrieval
 from nomic_jax.evals.tasks.contract import TaskError
 from nomic_jax.evals.tasks.retrieval import RetrievalTask, search, top_k
@@ -21,6 +21,11 @@ def write_task(folder: Path, queries: dict, corpus: dict, qrels: dict[tuple[str,
     write_rows(folder / "corpus.jsonl", ({"_id": i, "text": text} for i, text in corpus.items()))
     rows = ({"query_id": q, "document_id": d, "score": score} for (q, d), score in qrels.items())
     write_rows(folder / "qrels.jsonl", rows)
+    return folder
+
+
+def write_settings(folder: Path, **settings) -> Path:
+    (folder / "task.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -207,3 +212,71 @@ def test_evaluate_says_what_it_cannot_do(tmp_path):
         evaluate("bm25", [str(tmp_path / "nowhere")], tmp_path / "out")
     with pytest.raises(ValueError, match="both named 'animals'"):
         evaluate("bm25", [str(folder), str(animals(tmp_path / "b" / "animals"))], tmp_path / "out")
+
+
+def test_a_querys_own_document_can_be_left_out(tmp_path):
+    """As in ArguAna: queries are documents of the corpus, under the same id, and their answers are other documents."""
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    rng = np.random.default_rng(0)
+    corpus = {f"d{i}": f"text {i}" for i in range(120)}
+    queries = {f"d{i}": corpus[f"d{i}"] for i in range(0, 30, 2)} | {"q": "no document has this id"}
+    qrels = {(q, f"d{d}"): 1 + int(d) % 2 for q in queries for d in rng.choice(np.arange(31, 120), 3, replace=False)}
+    vectors = {text: rng.normal(size=8) for text in [*corpus.values(), *queries.values()]}
+    folder = write_settings(write_task(tmp_path / "own", queries, corpus, qrels), ignore_identical_ids=True)
+    task = RetrievalTask.read(folder)
+    got = dict(task.run(lambda texts, prompt: np.array([vectors[text] for text in texts])))
+    judged: dict[str, dict[str, int]] = {}
+    for (q, d), score in qrels.items():
+        judged.setdefault(q, {})[d] = score
+    run = {
+        q: {d: float(np.float32(vectors[queries[q]] @ vectors[corpus[d]])) for d in corpus if d != q} for q in queries
+    }
+    want = list(pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run).values())
+    assert got["ndcg@10"] == pytest.approx(np.mean([w["ndcg_cut_10"] for w in want]), abs=1e-9)
+    assert got["recall@100"] == pytest.approx(np.mean([w["recall_100"] for w in want]), abs=1e-9)
+    ranked_with = dict(RetrievalTask.read(write_settings(folder)).run(lambda x, _: np.array([vectors[t] for t in x])))
+    assert got["ndcg@10"] > ranked_with["ndcg@10"]
+    # BM25 ranks a text first for itself.
+    answers = {"a": "homework should be abolished", "b": "homework should stay, as it is good", "c": "free museums"}
+    task = write_task(tmp_path / "bm25", {"a": answers["a"]}, answers, {("a", "b"): 1})
+    assert dict(bm25.run(RetrievalTask.read(task)))["ndcg@10"] == pytest.approx(1 / np.log2(3))
+    assert dict(bm25.run(RetrievalTask.read(write_settings(task, ignore_identical_ids=True))))["ndcg@10"] == 1
+    with pytest.raises(TaskError, match=r"ignore_identical_ids is 'yes'; write true or false"):
+        RetrievalTask.read(write_settings(task, ignore_identical_ids="yes"))
+
+
+def test_column_names_of_beir(tmp_path):
+    folder = animals(tmp_path / "animals")
+    want = RetrievalTask.read(folder)
+    rows = [json.loads(line) for line in (folder / "qrels.jsonl").read_text().splitlines()]
+    for query_id, document_id in (("query-id", "corpus-id"), ("query_id", "corpus_id")):
+        beir = [
+            {query_id: row["query_id"], document_id: row["document_id"], "score": 1.0 * row["score"]} for row in rows
+        ]
+        write_rows(folder / "qrels.jsonl", beir)
+        assert RetrievalTask.read(folder) == want
+    write_rows(folder / "qrels.jsonl", [{"qid": "q1", "docid": "d1", "score": 1}])
+    with pytest.raises(TaskError, match=r"the columns docid, qid, score; write query_id, document_id and score, or"):
+        RetrievalTask.read(folder)
+
+
+def test_two_judgements_of_a_document_must_agree(tmp_path):
+    folder = animals(tmp_path / "animals")
+    want = RetrievalTask.read(folder)
+    rows = [json.loads(line) for line in (folder / "qrels.jsonl").read_text().splitlines()]
+    write_rows(folder / "qrels.jsonl", rows + rows[:1])
+    assert RetrievalTask.read(folder) == want
+    for score in (0, 2):
+        write_rows(folder / "qrels.jsonl", [*rows, rows[0] | {"score": score}])
+        with pytest.raises(TaskError, match=rf"query 'q1', document 'd1': is judged twice, with 1 and {score}"):
+            RetrievalTask.read(folder)
+
+
+def test_tasks_inside_of_a_task_are_found(tmp_path):
+    outer = animals(tmp_path / "data" / "outer")
+    inner = animals(outer / "inner")
+    animals(outer / "notes" / "elsewhere")  # in a folder that is no task
+    (inner / "again").symlink_to(outer)
+    found = {"outer": outer, "inner": inner}
+    assert find_tasks([tmp_path / "data"], ["outer", "inner"]) == found
+    assert find_tasks([outer], ["outer", "inner"]) == found
