@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.errors import fail
 from nomic_jax import Embedder
 from nomic_jax.data.batches.shapes import pad_right
-from nomic_jax.files.printable import printable
 from nomic_jax.hf import Checkpoint
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.model import classifier_logits, encode, mlm_logits
@@ -42,15 +42,22 @@ def main() -> None:
     parser.add_argument("b", help="the checkpoint to compare with it")
     parser.add_argument("--texts", help="file with one text a line; a few built-in texts by default")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest accepted difference; 1e-5 by default")
-    parser.add_argument("--max_length", type=int, help="tokens kept of a text; each checkpoint's setting by default")
+    parser.add_argument(
+        "--max_length", type=int, help="tokens kept of a text; the shorter of the checkpoints' settings by default"
+    )
     parser.add_argument("--torch", action="store_true", help="embed B with sentence-transformers")
     args = parser.parse_args()
     use_compilation_cache()
     try:
         texts = read_texts(args.texts)
         a, b = read_pretrained(args.a), read_pretrained(args.b)
-        vectors_a = embed(args.a, texts, args.max_length)
-        vectors_b = torch_vectors(args.b, texts) if args.torch else embed(args.b, texts, args.max_length)
+        embedders = [Embedder.from_pretrained(path, max_length=args.max_length) for path in (args.a, args.b)]
+        length = min(embedder.max_length for embedder in embedders)
+        if len({embedder.max_length for embedder in embedders}) > 1:
+            lengths = " and ".join(str(embedder.max_length) for embedder in embedders)
+            print(f"tokens kept of a text: {lengths} by the checkpoints' settings; compared at {length}")
+        vectors_a = embed(embedders[0], texts, length)
+        vectors_b = torch_vectors(args.b, texts, length) if args.torch else embed(embedders[1], texts, length)
         if vectors_a.shape != vectors_b.shape:
             raise ValueError(f"the vectors have {vectors_a.shape[1]} and {vectors_b.shape[1]} dimensions")
         print_tensors(a.params, b.params)
@@ -59,8 +66,8 @@ def main() -> None:
         for head in ("mlm_head", "classifier"):
             if head in a.params and head in b.params:
                 differences[f"logits of the {head}"] = logit_differences(a, b, head, texts)
-    except (ValueError, OSError) as error:
-        sys.exit(printable(f"error: {error}"))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        fail(error)
     for name, by_text in differences.items():
         print(f"{name}: largest difference {by_text.max():.2e} over {len(texts)} texts (text {by_text.argmax() + 1})")
         # The comparison is also False for NaN.
@@ -76,9 +83,10 @@ def read_texts(file: str | None) -> list[str]:
     return texts
 
 
-def embed(path: str, texts: list[str], max_length: int | None) -> np.ndarray:
+def embed(embedder: Embedder, texts: list[str], max_length: int) -> np.ndarray:
+    embedder.max_length = max_length
     # No default prompt: the texts in the file may have their own prefixes.
-    return Embedder.from_pretrained(path, max_length=max_length).encode(texts, prompt="", normalize_embeddings=True)
+    return embedder.encode(texts, prompt="", normalize_embeddings=True)
 
 
 def same_tokens(path: str, checkpoint: Checkpoint, texts: list[str]) -> bool:
@@ -112,10 +120,16 @@ def same_tokens(path: str, checkpoint: Checkpoint, texts: list[str]) -> bool:
     return True
 
 
-def torch_vectors(directory: str, texts: list[str]) -> np.ndarray:
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(directory, device="cpu").encode(texts, prompt="", normalize_embeddings=True)
+def torch_vectors(directory: str, texts: list[str], max_length: int) -> np.ndarray:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"--torch needs {error.name}, which is not installed: pip install sentence-transformers", name=error.name
+        ) from error
+    model = SentenceTransformer(directory, device="cpu")
+    model.max_seq_length = max_length
+    return model.encode(texts, prompt="", normalize_embeddings=True)
 
 
 def print_tensors(a: dict[str, Any], b: dict[str, Any]) -> None:

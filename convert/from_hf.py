@@ -4,9 +4,8 @@ To start training from a Hugging Face directory, no conversion is needed: `--con
 """
 
 import argparse
-import sys
 
-from nomic_jax.files.printable import printable
+from convert.errors import fail
 from nomic_jax.run.pretrained import read_pretrained, write_pretrained
 
 
@@ -18,7 +17,7 @@ def main() -> None:
     try:
         write_pretrained(args.out_dir, read_pretrained(args.hf_dir))
     except (ValueError, OSError) as error:
-        sys.exit(printable(f"error: {error}"))
+        fail(error)
     print(f"wrote {args.out_dir}")
 
 

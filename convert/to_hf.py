@@ -9,11 +9,10 @@ stays.
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
-from nomic_jax.files.printable import printable
+from convert.errors import fail
 from nomic_jax.files.reading import read_json
 from nomic_jax.hf import write_checkpoint
 from nomic_jax.run.pretrained import read_pretrained
@@ -55,7 +54,7 @@ def main() -> None:
     try:
         write(args)
     except (ValueError, OSError) as error:
-        sys.exit(printable(f"error: {error}"))
+        fail(error)
     print(f"wrote {args.out_dir}")
 
 
@@ -81,8 +80,22 @@ def write(args: argparse.Namespace) -> None:
         naming=args.format,
         dtype=args.dtype,
         overwrite=args.overwrite,
-        evaluations={Path(file).stem: read_report(Path(file)) for file in args.evaluation},
+        evaluations={name: read_report(file) for name, file in names_of(args.evaluation).items()},
     )
+
+
+def names_of(files: list[str]) -> dict[str, Path]:
+    """Returns the shortest ends of the paths that tell the reports apart: model, or first/model and second/model."""
+    paths = list(dict.fromkeys(Path(file).resolve().with_suffix("") for file in files))
+    named = {}
+    for path in paths:
+        parts = path.parts
+        length = next(
+            n for n in range(1, len(parts) + 1) if all(p == path or p.parts[-n:] != parts[-n:] for p in paths)
+        )
+        named["/".join(parts[-length:])] = path
+    by_path = {Path(file).resolve().with_suffix(""): Path(file) for file in files}
+    return {name: by_path[path] for name, path in named.items()}
 
 
 def read_report(file: Path) -> dict[str, Any]:

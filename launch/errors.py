@@ -1,5 +1,6 @@
 """Runs a command: a user error prints one line on stderr and exits with code 2; a preemption exits with code 75."""
 
+import difflib
 import re
 import sys
 import warnings
@@ -64,6 +65,12 @@ def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = ()) -> N
     app.run(guarded, flags_parser=_parse_flags)
 
 
+def refer(module: str, doc: str | None, command: str) -> NoReturn:
+    """Ends a module of this folder that is not a command: names the command whose part it is."""
+    print(f"{doc}\nlaunch.{module} is a part of other commands: see python -m {command} --help")
+    sys.exit(0 if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv) else 2)
+
+
 def _show_warnings_once() -> None:
     """Prints a warning in one line, and warnings that differ only in numbers once.
 
@@ -89,9 +96,46 @@ def _ignore_closed_event_loop(unraisable: Any) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
+    except SystemExit:
+        sys.exit(0)  # only --help and its like end here; absl would exit with 1
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # absl raises flags.Error; ml_collections raises the others for an unknown field of --config.
         _exit(error)
+
+
+# Names of fields in other libraries.
+_SYNONYMS = {
+    "learning_rate": "optim.lr",
+    "optimizer": "optim",
+    "warmup_steps": "optim.warmup",
+    "warmup_ratio": "optim.warmup",
+    "adam_beta1": "optim.b1",
+    "adam_beta2": "optim.b2",
+    "max_grad_norm": "optim.clip_norm",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "gradient_accumulation_steps": "accumulate",
+    "per_device_train_batch_size": "batch_size",
+    "max_length": "data.seq_len",
+    "max_seq_length": "data.seq_len",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "evaluation.every",
+    "logging_steps": "log_every",
+    "model_name_or_path": "init_from",
+}
+
+
+def _meant(name: str) -> str:
+    """Returns ", did you mean ...?" for the field that a name probably stands for; "" if there is none."""
+    from nomic_jax.train.config import TrainConfig
+    from nomic_jax.train.typed_fields import paths_of
+
+    paths = paths_of(TrainConfig)
+    by_last = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    close = difflib.get_close_matches(name, by_last, n=1)
+    found = _SYNONYMS.get(name) or (by_last[close[0]] if close else None)
+    return f" there; did you mean --config.{found}?" if found else ""
 
 
 def _exit(error: Exception) -> NoReturn:
@@ -100,7 +144,7 @@ def _exit(error: Exception) -> NoReturn:
         # The text of a KeyError is quoted and escaped.
         name = message.strip("'\"")
         if name.isidentifier():
-            message = f"there is no field {name!r}; nomic_jax/train/config.py explains the fields"
+            message = f"there is no field {name!r}{_meant(name)}; nomic_jax/train/config.py explains the fields"
         message = "--config: " + message.strip("'").replace("\\n", ". ").replace("\\'", "'")
     if "Traceback" in message:
         # An error inside a configuration file: the last line of the traceback is its message.

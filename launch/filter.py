@@ -52,6 +52,10 @@ def main(argv: list[str]) -> None:
     )
     for line in quarantine_lines(summary):
         print(line)
+    if not summary["kept"]:
+        raise ValueError(
+            "no pair is left, so there is nothing to train on: see the report, raise --k or lower --min_score"
+        )
 
 
 if __name__ == "__main__":

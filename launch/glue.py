@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.glue import get_config
+from launch.errors import refer
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.evals.report.record import average
 from nomic_jax.evals.suites import glue, hub
@@ -162,3 +163,7 @@ def _check_settings(result: Path, settings: dict[str, Any]) -> None:
                 f"{result} was made with {field} {found[field]!r}, this is {value!r}; give another --name, or delete "
                 f"{result.parent.parent}"
             )
+
+
+if __name__ == "__main__":
+    refer("glue", __doc__, "launch.evaluate")

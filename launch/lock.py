@@ -52,7 +52,8 @@ def find_python(version: str) -> str:
     script = f"source launch/venv.sh && find_python {version}"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.exit(f"error: there is no python{version} on the PATH or in pyenv")
+        print(f"error: there is no python{version} on the PATH or in pyenv", file=sys.stderr)
+        sys.exit(2)
     return done.stdout.strip()
 
 
@@ -73,7 +74,8 @@ def _freeze() -> str:
 def _pip(python: str, *arguments: str) -> str:
     done = subprocess.run([python, "-m", "pip", *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.exit(f"error: pip {arguments[0]} of {python} ended with {done.returncode}")
+        print(f"error: pip {arguments[0]} of {python} ended with {done.returncode}", file=sys.stderr)
+        sys.exit(2)
     return done.stdout
 
 

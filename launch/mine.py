@@ -50,6 +50,13 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of random negatives.")
 
 def main(argv: list[str]) -> None:
     del argv
+    given = [
+        flag.name
+        for flag in (_MARGIN, _RANGE_MIN, _RANGE_MAX, teacher.MODEL, teacher.APPROXIMATE_ABOVE)
+        if flag.present
+    ]
+    if _RANDOM.value and given:
+        raise ValueError(f"--random has neither a teacher nor ranks nor scores: leave --{given[0]} out")
     # Usually one of the k candidates is the positive.
     end = _K.value - (not _RANDOM.value)
     ranks = (end if _RANGE_MAX.value is None else min(end, _RANGE_MAX.value)) - _RANGE_MIN.value
@@ -91,6 +98,11 @@ def main(argv: list[str]) -> None:
     )
     for line in quarantine_lines(summary):
         print(line)
+    if not summary["written"]:
+        raise ValueError(
+            "no pair is left, so there is nothing to train on: see the report, lower --num_negatives, raise --k or "
+            "--margin, add a --corpus, or set --too_few=random"
+        )
 
 
 if __name__ == "__main__":

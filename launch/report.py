@@ -128,7 +128,13 @@ def check_gain(scores: dict[str, dict[str, Any]], least: float) -> None:
 
     The gain is over the better of random weights and the masked-LM stage.
     """
-    average = {name: scores[name]["average"][METRIC] for name in ("random", "mlm", "contrastive", "finetune")}
+    needed = ("random", "mlm", "contrastive", "finetune")
+    if missing := [name for name in needed if name not in scores]:
+        raise ValueError(
+            f"--min_gain compares {', '.join(needed)}; eval/ has no {METRIC} of {', '.join(missing)}: evaluate "
+            f"{'it' if len(missing) == 1 else 'them'} with launch.evaluate --name, or leave --min_gain out"
+        )
+    average = {name: scores[name]["average"][METRIC] for name in needed}
     gain = average["contrastive"] - max(average["random"], average["mlm"])
     kept = average["finetune"] - max(average["random"], average["mlm"])
     print(f"{METRIC}: contrastive training gained {gain:+.3f}, after finetuning {kept:+.3f} (required: {least:+.3f})")

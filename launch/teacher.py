@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import flags
 
+from launch.errors import refer
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.data.prompts import prompt_for
@@ -152,3 +153,7 @@ def open_teacher(
         has_unit_length=similarity == "cosine",
         count_above=None if jax.default_backend() == "cpu" else count_above,
     )
+
+
+if __name__ == "__main__":
+    refer("teacher", __doc__, "launch.mine")

@@ -226,6 +226,11 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
     document_prefix = "" if entry.get("query_only") else _prefix(entry, "document_prefix", where)
     if not isinstance(entry.get("in_batch_negatives", True), bool):
         raise MixtureError(f"{where}: in_batch_negatives must be true or false, found {entry['in_batch_negatives']!r}")
+    if kind == "pair" and not entry.get("in_batch_negatives", True):
+        raise MixtureError(
+            f"{where}: in_batch_negatives is false, and pairs have no other negatives, so that there is nothing to "
+            f"learn; mine negatives for them (launch.mine) and write objective {{type: triplet}}, or leave it out"
+        )
     if entry.get("kd_loss"):
         raise MixtureError(f"{where}: kd_loss (distillation from a teacher's scores) is not implemented; leave it out")
     for field, kinds in (("weight", int | float), ("rows", int)):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from nomic_jax.data.tokens.hub import is_reachable
+
 
 def download(hub_id: str, revision: str | None = None) -> Path:
     """Returns the local copy of a hub model: configuration, tokenizer and weights (safetensors if available).
@@ -14,9 +16,12 @@ def download(hub_id: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), local_files_only=cached)
+        )
 
     try:
+        cached = not is_reachable(hub_id, revision)
         directory = fetch("*.json", "*.safetensors", "vocab.txt")
         if not any(directory.glob("*.safetensors")):
             directory = fetch("*.json", "pytorch_model.bin", "vocab.txt")

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from nomic_jax.hf.tensors import StoredTensor, open_tensors
 from nomic_jax.model import EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 
+ADAPTER = "adapter_config.json"
 PREFIXES = ("bert.", "nomic_bert.", "trunk.")
 MOST_LABELS = 1 << 20
 # Checkpoint tensors that the encoder does not have: buffers, and the pooler, which embedders do not use.
@@ -72,7 +73,16 @@ def finish_export(directory: Path) -> None:
         raise CheckpointError(f"{directory}: an export was interrupted ({error}); run it again") from error
 
 
+def refuse_adapter(directory: Path) -> NoReturn:
+    raise CheckpointError(
+        f"{directory / ADAPTER}: a LoRA adapter, which transformers would add to the weights. Merge it into them first "
+        f"(peft: model.merge_and_unload().save_pretrained(DIR)) and give DIR; or remove it to use the weights alone"
+    )
+
+
 def _read(directory: Path) -> Checkpoint:
+    if (directory / ADAPTER).exists():
+        refuse_adapter(directory)
     content = read_json(directory / "config.json")
     encoder = encoder_config(content, str(directory / "config.json"))
     modules = read_modules(directory, encoder.hidden_size)

@@ -76,7 +76,9 @@ def pool_segments(
 def _finish(x: jax.Array, has_tokens: jax.Array, config: EmbeddingConfig) -> jax.Array:
     """Turns pooled hidden states [..., D] into embeddings [..., E]."""
     if config.layer_norm:
-        x = jax.nn.standardize(x, axis=-1, epsilon=1e-5)  # torch.nn.functional.layer_norm's default eps
+        # Not jax.nn.standardize: its variance E[x^2] - E[x]^2 loses a small spread around a large mean.
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)  # torch.nn.functional.layer_norm's eps
     x = x[..., : config.output_dim]
     if config.normalize:
         # rsqrt of the clamped squared norm, not a division by the norm: the gradient at the zero vector is 0, not NaN.

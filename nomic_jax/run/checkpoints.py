@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.files.folders import make_folder, remove_folder
 from nomic_jax.files.writing import atomic_link
-from nomic_jax.run.record import check_same_arrays, check_same_run, shuffle_of
+from nomic_jax.run.record import changed_environment, check_same_arrays, check_same_run, shuffle_of
 from nomic_jax.run.workdir import DamagedCheckpoint, commit, finished_steps, latest_intact, list_damage, remove_parts
 
 
@@ -170,7 +170,14 @@ class Checkpoints:
         """
         if self.latest_step is not None:
             path = self._directory / str(self.latest_step)
-            check_same_run(dict(ocp.checkpointables_metadata(path).custom_metadata or {}), self.record, path)
+            saved = dict(ocp.checkpointables_metadata(path).custom_metadata or {})
+            check_same_run(saved, self.record, path)
+            if _is_first() and (changes := changed_environment(saved, self.record)):
+                warnings.warn(
+                    f"resuming under another environment ({'; '.join(changes)}): the rest of the run may differ in the "
+                    f"last bits from one that was not interrupted",
+                    stacklevel=2,
+                )
 
     def restore(self, like: dict[str, Any]) -> dict[str, Any]:
         """Returns the trees of the latest checkpoint, with the shapes, types and shardings of ``like``.

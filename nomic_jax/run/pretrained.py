@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from nomic_jax.files.merging import READY
 from nomic_jax.files.reading import read_json
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
 from nomic_jax.hf.files import MAIN_FILE, check_file
+from nomic_jax.hf.read import ADAPTER, refuse_adapter
 from nomic_jax.model import EmbeddingConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, stored_bytes, weight_files
@@ -36,6 +38,7 @@ from nomic_jax.run.workdir import (
 
 # Arrays of real checkpoints are up to four times as large as their files: the optimizer's start as zeros.
 LARGEST_RATIO = 32
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def read_pretrained(path: str | Path) -> Checkpoint:
@@ -58,9 +61,31 @@ def read_pretrained(path: str | Path) -> Checkpoint:
         return read_checkpoint(path)
     if path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir():
         return _read_run(path.parent.parent, int(path.name))
+    if (path / ADAPTER).exists():
+        refuse_adapter(path)
+    hint = ""
+    if _HUB_ID.fullmatch(str(named)) and not named.exists():
+        hint = f". If it is a model of the hub, download it (hf download {named} --local-dir=DIR) and give DIR"
     raise FileNotFoundError(
-        f"{path} is neither the working directory of a run, nor a checkpoint in it, nor a Hugging Face directory"
+        f"{path} is neither the working directory of a run, nor a checkpoint in it, nor a Hugging Face directory{hint}"
     )
+
+
+def resolve(path: str | Path) -> Path:
+    """Returns the folder that ``read_pretrained`` reads now: of a run, the latest sound checkpoint.
+
+    A run that still trains writes more. What names this folder reads the same weights later, and in every process.
+    """
+    named = Path(path)
+    path = follow(named)
+    if not (path / "checkpoints").is_dir():
+        return path if named.is_symlink() else named
+    step, damaged = latest_intact(path / "checkpoints")
+    if step is None:  # ``read_pretrained`` says why
+        return path
+    if damaged:
+        warnings.warn(f"{list_damage(damaged)}; reading step {step} instead", stacklevel=1)
+    return path / "checkpoints" / str(step)
 
 
 def identify(path: str | Path) -> dict[str, Any]:

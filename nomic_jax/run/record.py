@@ -110,6 +110,19 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def changed_environment(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Says how versions, devices and code of two records differ, such as "jax was 0.10.2, is 0.11.0"."""
+    changes = []
+    before, now = ({**record.get("versions", {}), "device": record.get("device_kind")} for record in (saved, current))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            changes.append(f"{name} was {before.get(name) or 'absent'}, is {now.get(name) or 'absent'}")
+    codes = [record.get("code", {}).get("sha256") for record in (saved, current)]
+    if codes[0] != codes[1]:
+        changes.append("the code of nomic_jax has changed")
+    return changes
+
+
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
     """Returns the versions of the packages that are installed. nomic_jax may run from its checkout."""
     versions = {}

@@ -288,10 +288,12 @@ def leave_on_error() -> Iterator[None]:
         code, cause = 1, error
         if not jax.distributed.is_initialized():
             raise
-        if isinstance(error, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
-        else:
-            traceback.print_exc()
+        # stderr may be closed, as stdout after `... | head`. The other processes must hear of the error all the same.
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+            else:
+                traceback.print_exc()
     else:
         return
     state = distributed.global_state
@@ -303,6 +305,7 @@ def leave_on_error() -> Iterator[None]:
     if state.process_id == 0:
         # The service ends with the first process, and the others with the service. They need time to read the error.
         time.sleep(3 * POLL_SECONDS)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)

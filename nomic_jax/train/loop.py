@@ -14,7 +14,7 @@ from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EncoderConfig
 from nomic_jax.model.attention import FUSED_DTYPES
 from nomic_jax.run.checkpoints import Checkpoints, recorded_shuffle
-from nomic_jax.run.pretrained import identify, read_pretrained
+from nomic_jax.run.pretrained import identify, read_pretrained, resolve
 from nomic_jax.run.record import make_record, shuffle_of, trained_prompts
 from nomic_jax.run.workdir import used_workdir
 from nomic_jax.train import hosts
@@ -85,7 +85,12 @@ def _train(
     """Trains in a working directory that is held."""
     mesh = make_mesh(devices)
     config.check(mesh.size)
-    pretrained = read_pretrained(config.init_from) if config.init_from else None
+    # Which checkpoint this is, is decided once, for all processes: the run that it belongs to may still train.
+    places = hosts.on_first_process(
+        lambda: [str(resolve(path)) if path else "" for path in (config.init_from, config.loss.guide)]
+    )
+    pretrained = read_pretrained(places[0]) if places[0] else None
+    parent, guide = (identify(path) if path else None for path in places)
     model = make_model(config, pretrained)
     config.check_lengths(model.encoder)
     tokenizer = find_tokenizer(config, pretrained, model)
@@ -101,7 +106,7 @@ def _train(
     hosts.check_agreement(config=dataclasses.asdict(config), data=stream.fingerprint)
     hosts.check_shared(workdir)
 
-    stage = make_stage(config, model, stream.layout, read_guide(config, model, tokenizer))
+    stage = make_stage(config, model, stream.layout, read_guide(config, places[1], model, tokenizer))
     schedule = learning_rate(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
     train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding, config.deterministic)
@@ -111,8 +116,8 @@ def _train(
         stream,
         tokenizer,
         device_count=mesh.size,
-        parent=identify(config.init_from) if config.init_from else None,
-        guide=identify(config.loss.guide) if config.loss.guide else None,
+        parent=parent,
+        guide=guide,
         earlier=list(pretrained.training) if pretrained is not None else [],
     )
     with contextlib.ExitStack() as stack:

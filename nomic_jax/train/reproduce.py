@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from nomic_jax.hf.files import check_file
 from nomic_jax.run.manifest import find_damage, stored_bytes
 from nomic_jax.run.pretrained import check_sizes, explained
-from nomic_jax.run.record import check_format, describe_environment, parse_model
+from nomic_jax.run.record import changed_environment, check_format, describe_environment, parse_model
 from nomic_jax.run.workdir import DamagedCheckpoint
 from nomic_jax.train.config import CheckpointConfig, ConfigurationError, EvaluationConfig, TrainConfig
 from nomic_jax.train.loop import train
@@ -118,11 +118,7 @@ def reproduce(
         _sha256(expected),
         _sha256(found),
         dict(_differences(expected, found)),
-        [
-            f"{name} was {record.get(name)!r}, is {now!r}"
-            for name, now in describe_environment().items()
-            if record.get(name) != now
-        ]
+        changed_environment(record, describe_environment())
         + [f"config.deterministic is off, so a {devices[0].device_kind} computes other last bits in every run"]
         * (devices[0].platform == "gpu" and not config.deterministic),
     )

@@ -33,7 +33,13 @@ def find_tokenizer(config: TrainConfig, pretrained: Checkpoint | None, model: Em
       ConfigurationError: there is none, or the model has no embedding for some of its ids.
     """
     if config.data.tokenizer:
-        tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
+        try:
+            tokenizer = Tokenizer.from_pretrained(config.data.tokenizer)
+        except FileNotFoundError as error:
+            raise ConfigurationError(
+                f"config.data.tokenizer: {error}, such as --config.data.tokenizer=DIR (that of any model of the same "
+                f"vocabulary)"
+            ) from error
     elif pretrained is not None and pretrained.tokenizer is not None:
         tokenizer = pretrained.tokenizer
     else:
@@ -47,15 +53,18 @@ def find_tokenizer(config: TrainConfig, pretrained: Checkpoint | None, model: Em
     return tokenizer
 
 
-def read_guide(config: TrainConfig, model: EmbeddingConfig, tokenizer: Tokenizer) -> Checkpoint | None:
+def read_guide(config: TrainConfig, path: str, model: EmbeddingConfig, tokenizer: Tokenizer) -> Checkpoint | None:
     """The model that ``config.loss.guide`` names, computed in the run's dtype; None if it names none.
+
+    Args:
+      path: the folder that it is read from, see ``nomic_jax.run.pretrained.resolve``.
 
     Raises:
       ConfigurationError: it has another vocabulary, or was trained on shorter texts.
     """
     if not config.loss.guide or config.stage == "mlm":
         return None
-    guide = read_pretrained(config.loss.guide)
+    guide = read_pretrained(path)
     where = f"config.loss.guide: {config.loss.guide}"
     if guide.tokenizer is None or guide.tokenizer.vocabulary != tokenizer.vocabulary:
         raise ConfigurationError(f"{where} has another vocabulary than this run: it would take the tokens for others")

@@ -103,6 +103,7 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=DETERMINISTIC if deterministic else None)
     def train_step(state: TrainState, rows: dict[str, jax.Array], frozen: dict | None = None):
+        state_before = state
         sums, gradient = global_sums(state.params, frozen or {}, rows)
         gradient = jax.tree.map(lambda x: x / sums.weight, gradient)
         loss, grad_norm = sums.loss / sums.weight, optax.tree.norm(gradient)
@@ -115,10 +116,17 @@ def make_train_step(
             lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), state, specs
         )
         metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1.0 - is_finite.astype(jnp.float32)}
+        metrics["updates"] = _updates_before(state_before)
         metrics |= {name: value / sums.weight for name, value in sums.metrics.items()}
         return state._replace(step=state.step + 1), metrics
 
     return train_step
+
+
+def _updates_before(state: TrainState) -> jax.Array:
+    """The number of updates so far, at which the schedule gives the learning rate; skipped steps do not count."""
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    return counts[-1][1] if counts else state.step
 
 
 def _gather(x: jax.Array, spec: P) -> jax.Array:

@@ -46,6 +46,16 @@ def build(cls: type, values: Mapping[str, Any], where: str, known: Mapping[str, 
         raise ConfigurationError(f"{where}: {error}") from error
 
 
+def paths_of(cls: type) -> list[str]:
+    """Returns the fields of a dataclass, such as "optim.lr", also those of all dataclasses that a field may have."""
+    paths = []
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = [kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type)]
+        inner = [kind for kind in inner if dataclasses.is_dataclass(kind)]
+        paths += [f"{name}.{path}" for kind in inner for path in paths_of(kind)] or [name]
+    return list(dict.fromkeys(paths))
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and not hasattr(value, "items"):

@@ -240,6 +240,7 @@ def test_fewer_rows_than_the_mixture_expects(tmp_path, tokenizer):
         ("weight: heavy", "weight must be a number"),
         ("weight: -1", "write a positive number"),
         ("rows: 1.5", "rows must be a number"),
+        ("in_batch_negatives: false", "pairs have no other negatives"),
     ],
 )
 def test_fields_that_cannot_work(tmp_path, field, message):
@@ -258,3 +259,9 @@ def test_broken_yaml_and_names(tmp_path):
             read_mixture(str(path), "text")
     path.write_text("- {name: a, bucket: 'hf:me/data?split=train', objective: {type: self}}")
     assert read_mixture(str(path), "text")[0].files == "hf:me/data?split=train"
+
+
+def test_in_batch_negatives_false_needs_other_negatives(tmp_path):
+    path = tmp_path / "mixture.yaml"
+    path.write_text("- {name: a, bucket: a.jsonl, objective: {type: triplet}, in_batch_negatives: false}")
+    assert not read_mixture(str(path), "triplet")[0].in_batch_negatives

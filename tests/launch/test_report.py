@@ -74,6 +74,12 @@ def test_too_little_gain_fails(folder):
     assert done.returncode == 2 and "training gained less than --min_gain" in done.stderr
 
 
+def test_a_gain_needs_all_stages(folder):
+    (folder / "eval" / "mlm.json").unlink()
+    done = report(folder, 0.1)
+    assert done.returncode == 2 and "eval/ has no ndcg@10 of mlm: evaluate it with launch.evaluate" in done.stderr
+
+
 def test_an_empty_folder_is_explained(tmp_path):
     done = report(tmp_path, 0.1)
     assert done.returncode == 2 and "holds neither a training run" in done.stderr

@@ -14,7 +14,8 @@ from nomic_jax.files.reading import FileRefused
 from nomic_jax.run.checkpoints import Checkpoints
 from nomic_jax.run.lineage import trace
 from nomic_jax.run.manifest import follow, write_manifest
-from nomic_jax.run.pretrained import identify, read_pretrained
+from nomic_jax.run.pretrained import identify, read_pretrained, resolve
+from nomic_jax.run.record import changed_environment
 from nomic_jax.run.workdir import LOCK, DamagedCheckpoint, finished_steps, used_workdir
 from nomic_jax.train.watch.metrics import keep_until
 
@@ -238,3 +239,35 @@ def test_locks_on_a_file_system_without_locks(tmp_path, monkeypatch):
     with pytest.raises(InUse, match=r"on far\\x1b\[31m, .*has no locks: if that process has ended, delete .*lock"):
         enter(tmp_path)
     assert (tmp_path / LOCK).exists()
+
+
+def test_a_run_is_resolved_once_to_a_checkpoint_that_stays(run, tmp_path):
+    def add(step):
+        folder = run / "checkpoints" / str(step)
+        folder.mkdir()
+        (folder / "array").write_text(f"array {step}")
+        write_manifest(folder)
+        return folder
+
+    (run / "best").symlink_to("checkpoints/0")
+    found, best, before = resolve(run), resolve(run / "best"), identify(run)
+    assert found == run / "checkpoints" / "0" and best.samefile(found)
+    add(7)
+    assert identify(run) != before == identify(found) and resolve(run) == run / "checkpoints" / "7"
+    (run / "best").unlink()
+    (run / "best").symlink_to("checkpoints/7")
+    assert identify(best) == before
+    (add(9) / "array").write_text("damaged")
+    with pytest.warns(UserWarning, match="reading step 7 instead"):
+        assert resolve(run) == run / "checkpoints" / "7"
+    assert resolve(tmp_path / "hugging face") == tmp_path / "hugging face"
+
+
+def test_a_resumed_run_says_what_changed_in_its_environment():
+    saved = {"versions": {"jax": "0.10.2", "grain": "0.2"}, "device_kind": "cpu", "code": {"sha256": "a", "commit": ""}}
+    assert changed_environment(saved, saved) == []
+    now = {"versions": {"jax": "0.11.0", "optax": "1"}, "device_kind": "H100", "code": {"sha256": "b"}}
+    assert changed_environment(saved, now) == [
+        *("device was cpu, is H100", "grain was 0.2, is absent", "jax was 0.10.2, is 0.11.0", "optax was absent, is 1"),
+        "the code of nomic_jax has changed",
+    ]

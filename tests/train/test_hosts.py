@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -287,3 +288,27 @@ def test_results_are_json():
     assert hosts.on_first_process(lambda: ["a"]) == json.loads('["a"]')
     assert hosts.exchange("text") == ["text"]
     hosts.check_shared(Path("/nowhere"))
+
+
+class Closed:
+    """A stream whose reader has gone, as after `... | head`."""
+
+    def write(self, text=""):
+        raise BrokenPipeError
+
+    flush = write
+
+
+@pytest.mark.parametrize("error", [RuntimeError("full"), KeyboardInterrupt(), SystemExit(2), BrokenPipeError()])
+def test_a_process_with_closed_output_tells_the_others_and_ends(error, monkeypatch):
+    told, ended = {}, []
+    client = SimpleNamespace(key_value_set=lambda key, value, **_: told.update({key: value}))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(hosts.distributed, "global_state", SimpleNamespace(client=client, process_id=1))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with hosts.leave_on_error():
+        raise error
+    assert ended == [2 if isinstance(error, SystemExit) else 1]
+    assert list(told) == ["nomic_jax/failures/1"]

@@ -111,6 +111,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(corpus, minilm
     state, metrics = step(state._replace(params=poisoned), rows)
     assert metrics["skipped"] == 1 and int(state.step) == int(before.step) + 1
     assert jax.tree.all(jax.tree.map(np.array_equal, before.opt_state, jax.device_get(state.opt_state)))
+    # The schedule did not advance: the logged learning rate is that of the second update.
+    assert metrics["updates"] == 1 and step(state._replace(params=before.params), rows)[1]["updates"] == 1
 
 
 @pytest.mark.parametrize(("devices", "share"), [(8, 0.999), (64, 0.999), (256, 0.999), (512, 0.62), (1024, 0.62)])

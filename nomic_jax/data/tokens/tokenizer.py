@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from nomic_jax.data.tokens.hub import is_reachable
 from nomic_jax.data.tokens.tokenizer_config import around, follow, is_bert, read_config, special_tokens
 from nomic_jax.files.reading import check_regular, read_bytes
 from nomic_jax.files.writing import atomic_file, write_json
@@ -110,14 +111,15 @@ class Tokenizer:
         )
 
         try:
-            file = hf_hub_download(path_or_hub_id, "tokenizer.json")
+            cached = not is_reachable(path_or_hub_id)
+            file = hf_hub_download(path_or_hub_id, "tokenizer.json", local_files_only=cached)
             with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
-                hf_hub_download(path_or_hub_id, "tokenizer_config.json")
+                hf_hub_download(path_or_hub_id, "tokenizer_config.json", local_files_only=cached)
             return cls.from_directory(file)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
                 f"tokenizer {path_or_hub_id!r} is not a directory, and could not be fetched from the hub "
-                f"({type(error).__name__})"
+                f"({type(error).__name__}); go online, or give a directory with tokenizer.json"
             ) from error
 
     def lowercased(self) -> "Tokenizer":

@@ -81,8 +81,9 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     def _report(self, step: int, batch: Batch, metrics: dict[str, jax.Array]) -> None:
         self.last = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - self._since
+        updates = int(self.last.pop("updates", step - 1))
         line = self.last | {
-            "lr": float(np.asarray(self._schedule(step - 1))),
+            "lr": float(np.asarray(self._schedule(updates))),
             "source": batch.source,
             "real_tokens": batch.real_tokens,
             "padded_tokens": batch.padded_tokens,
