@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
             f"{overlap['task']}: {overlap['training_rows']:,} rows overlap with {overlap['texts_met']:,} of "
             f"{overlap['texts']:,} {overlap['part']}"
         )
+    if not summary["kept"]:
+        raise ValueError("no row is left: see the report and removed.jsonl, and remove less")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from nomic_jax.curate.mixtures import is_mixture, mine_mixture
 from nomic_jax.data.formats.paths import expand_files
 
 flags.adopt_module_key_flags(teacher)  # so that --help lists them
-_K = flags.DEFINE_integer("k", 20, "Candidates for each query: its k nearest documents, positives included.")
+_K = flags.DEFINE_integer("k", 20, "Candidates for each query: its k nearest documents besides its positives.")
 _CORPUS = flags.DEFINE_string("corpus", None, "Files with more documents to mine from, given as for --input.")
 _CORPUS_COLUMN = flags.DEFINE_string("corpus_column", None, "Column of --corpus with the text. [--document_column]")
 _MARGIN = flags.DEFINE_float(
@@ -57,9 +57,7 @@ def main(argv: list[str]) -> None:
     ]
     if _RANDOM.value and given:
         raise ValueError(f"--random has neither a teacher nor ranks nor scores: leave --{given[0]} out")
-    # Usually one of the k candidates is the positive.
-    end = _K.value - (not _RANDOM.value)
-    ranks = (end if _RANGE_MAX.value is None else min(end, _RANGE_MAX.value)) - _RANGE_MIN.value
+    ranks = (_K.value if _RANGE_MAX.value is None else min(_K.value, _RANGE_MAX.value)) - _RANGE_MIN.value
     options = MiningOptions(
         k=_K.value,
         margin=_MARGIN.value,
@@ -92,9 +90,11 @@ def main(argv: list[str]) -> None:
             corpus_column=_CORPUS_COLUMN.value or teacher.DOCUMENT_COLUMN.value,
             **common,
         )
+    by_margin, others = (summary[f"dropped_{why}"] for why in ("by_margin", "for_want_of_documents"))
     print(
         f"wrote {summary['written']:,} of {summary['pairs']:,} pairs, dropped {summary['dropped_too_few']:,} with "
-        f"too few negatives, rejected {summary['rejected']:,}; see {teacher.OUTPUT.value}/report.md"
+        f"too few negatives ({by_margin:,} by --margin, {others:,} for "
+        f"want of other documents), rejected {summary['rejected']:,}; see {teacher.OUTPUT.value}/report.md"
     )
     for line in quarantine_lines(summary):
         print(line)

@@ -106,7 +106,8 @@ def mine_mixture(
     """
     output = Path(output)
     _check_output(mixture, output, "launch.mine")
-    fields = ("rows", "pairs", "written", "dropped_too_few", "filled_with_random", "rejected")
+    dropped = ("dropped_too_few", "dropped_by_margin", "dropped_for_want_of_documents")
+    fields = ("rows", "pairs", "written", *dropped, "filled_with_random", "rejected")
     sources, objectives, quarantined = [], {}, []
     for source in read_mixture(mixture, "pair"):
         query_column, document_column = source.columns[:2]

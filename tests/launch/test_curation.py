@@ -132,7 +132,14 @@ def test_cleaning_against_a_task(pairs, tmp_path):
     [
         (["launch.filter", "--query_column=nowhere"], "pairs.jsonl:1: no column 'nowhere'"),
         (["launch.mine", "--prefixes", "--query_prompt=x"], "--prefixes takes the teacher's own prompts"),
+        (["launch.filter", "--min_score=2"], "no pair is left, so there is nothing to train on"),
+        (["launch.mine", "--margin=0.001"], "no pair is left, so there is nothing to train on"),
+        (
+            ["launch.mine", "--random", "--margin=0.5"],
+            "--random has neither a teacher nor ranks nor scores: leave --margin",
+        ),
         (["launch.clean", "--near=80"], "threshold of near-duplicates is 80.0"),
+        (["launch.clean", "--min_words=1000"], "no row is left"),
         (["launch.clean", "--columns=query,body"], "pairs.jsonl:1: no column 'body'"),
     ],
 )

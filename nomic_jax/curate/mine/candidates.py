@@ -14,6 +14,7 @@ from nomic_jax.curate.engine.text_store import TextFile
 from nomic_jax.curate.mine.corpus import Pairs
 from nomic_jax.files.writing import write_json
 
+RESULTS_AT_ONCE = 1 << 24  # results of a search that are in memory
 NEAR = np.dtype([("document", np.int64), ("score", np.float32)])
 
 
@@ -42,9 +43,10 @@ class EmbeddingTask:
 
 
 class SearchTask:
-    """A task that finds the k nearest documents of each query. Each shard is a file of NEAR [``per_file``, k].
+    """A task that finds the k nearest documents of each query that can be its negatives.
 
-    Document -1 means that an approximate search found fewer documents.
+    Each shard is a file of NEAR [``per_file``, k]. Document -1 means that there are fewer documents, or that an
+    approximate search found fewer.
     """
 
     def __init__(
@@ -60,17 +62,22 @@ class SearchTask:
         self.queries, self.documents, self.work = len(pairs.queries), len(pairs.documents), work
         self.k = min(k, self.documents)
         self.is_approximate = approximate_above is not None and self.documents > approximate_above
-        self.folder = work / f"near-{self.k}-{'approximate' if self.is_approximate else 'exact'}"
+        # Earlier versions kept the k nearest documents, positives included, in near-K.
+        self.folder = work / f"candidates-{self.k}-{'approximate' if self.is_approximate else 'exact'}"
 
     def __len__(self) -> int:
         return -(-self.queries // self.per_file)
 
     def __getstate__(self) -> dict[str, Any]:
-        cached = ("query_QE", "document_DE", "index", "near")
+        cached = ("pairs", "query_QE", "document_DE", "index", "near")
         return {name: value for name, value in self.__dict__.items() if name not in cached}
 
     def file(self, shard: int) -> Path:
         return ShardedArray.file(self.folder, shard)
+
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        return Pairs(self.work / "pairs")
 
     @functools.cached_property
     def query_QE(self) -> ShardedArray:
@@ -82,7 +89,7 @@ class SearchTask:
 
     @functools.cached_property
     def near(self) -> ShardedArray:
-        """The nearest documents of all queries, NEAR [Q, k]."""
+        """The candidates of all queries, NEAR [Q, k]."""
         return ShardedArray(self.folder, self.queries, self.per_file)
 
     @functools.cached_property
@@ -92,13 +99,23 @@ class SearchTask:
     def make(self, shard: int, encoder: Encoder | None) -> np.ndarray:
         start = shard * self.per_file
         queries = self.query_QE[start : start + self.per_file]
-        if self.is_approximate:
-            found = self.index.top_k(queries, self.k, progress=self.progress)
-        else:
-            found = top_k(queries, self.document_DE, self.k, progress=self.progress)
-        near = np.empty((len(queries), self.k), NEAR)
-        near["document"], near["score"] = found
+        near = np.full((len(queries), self.k), np.array((-1, -np.inf), NEAR))
+        # The k nearest that are left without a query's positives are among the k + positives nearest. Queries that need
+        # about as many are searched together: most have one positive, a label that serves as a query has thousands.
+        related_Q = np.array([self.pairs.count_related(start + place) for place in range(len(queries))])
+        fetch_Q = np.minimum(self.k + 2 ** np.ceil(np.log2(related_Q)).astype(np.int64), self.documents)
+        for fetch in np.unique(fetch_Q).tolist():
+            places = np.flatnonzero(fetch_Q == fetch)
+            for part in np.array_split(places, -(-len(places) * fetch // RESULTS_AT_ONCE)):
+                for place, id_F, score_F in zip(part.tolist(), *self._search(queries[part], fetch)):
+                    kept = np.flatnonzero((id_F >= 0) & self.pairs.can_be_negative(id_F, start + place))[: self.k]
+                    near["document"][place, : len(kept)], near["score"][place, : len(kept)] = id_F[kept], score_F[kept]
         return near
+
+    def _search(self, queries_QE: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.is_approximate:
+            return self.index.top_k(queries_QE, fetch, progress=self.progress)
+        return top_k(queries_QE, self.document_DE, fetch, progress=self.progress)
 
     def tidy(self, shard: int) -> None:
         pass

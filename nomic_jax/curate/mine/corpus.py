@@ -59,6 +59,10 @@ class Pairs:
         start = int(self._ends_Q[query - 1]) if query else 0
         return self._positives[start : int(self._ends_Q[query])]
 
+    def count_related(self, query: int) -> int:
+        """Returns how many documents at most cannot be negatives of a query; at least 1."""
+        return len(self.positives_of(query)) + (int(self.own_Q[query]) >= 0)
+
     def can_be_negative(self, document_N: np.ndarray, query: int) -> np.ndarray:
         """Returns, bool [N], which documents are neither positives of the query nor equal to it."""
         positive_M = self.positives_of(query)

@@ -34,7 +34,7 @@ class MiningOptions:
     equals the query, are never negatives. Texts are equal if they differ only in surrounding whitespace.
 
     Attributes:
-      k: number of candidates per query: its k nearest documents, before positives are removed.
+      k: number of candidates per query: the k nearest documents that are not its positives.
       margin: keep candidates that score less than margin * the positive's score (NV-Retriever's TopK-PercPos). If a
         query has several positives, the lowest score counts, as in sentence-transformers. 0 keeps all candidates. For
         negative scores, the limit is the positive's score - (1 - margin) * its absolute value.
@@ -84,8 +84,8 @@ class Candidates:
     Attributes:
       number: number of the pair.
       query: number of its query.
-      near: the query's nearest documents with their scores, best first; None without a teacher.
-      ranked: those of ``near`` that can be negatives: neither positives of the query, nor equal to it.
+      near: the documents nearest to the query that can be negatives (neither positives of the query, nor equal to it)
+        with their scores, best first; None without a teacher.
       score: score of the pair's document.
       lowest: lowest score of the query's positives.
     """
@@ -93,7 +93,6 @@ class Candidates:
     number: int
     query: int
     near: list[tuple[int, float]] | None
-    ranked: list[tuple[int, float]]
     score: float
     lowest: float
 
@@ -169,6 +168,7 @@ def mine_negatives(
         rule = {
             "options": dataclasses.asdict(options),
             "negatives_are": "mined" if encoder else "random",
+            "candidates": "without positives",  # earlier versions counted positives among the k
             "settings_sha256": settings_sha256(work),
         }
         with exclusive_lock(work / ".select.lock"):
@@ -207,7 +207,11 @@ def _write_triplets(
             if len(negatives) < options.num_negatives:
                 if options.too_few != "drop":
                     raise ValueError(_too_few(number, query, len(negatives), pairs, options))
-                dropped.add((number, query, row[document_column], len(negatives)))
+                # Without the margin there would be enough, or there are too few other documents.
+                is_margin = len(negatives) + row_counts.get("beyond_margin", 0) >= options.num_negatives
+                counts["dropped by the margin" if is_margin else "dropped for want of documents"] += 1
+                why = "scores too near the positive's (margin)" if is_margin else "too few other documents"
+                dropped.add((number, query, row[document_column], len(negatives), why))
                 continue
             triplet = row | {"negatives": [pairs.documents[document] for document, _ in negatives]}
             _declare(triplet, [query_column, document_column, "negatives"])
@@ -224,6 +228,8 @@ def _write_triplets(
         "pairs": len(pairs),
         "written": written.seen,
         "dropped_too_few": dropped.seen,
+        "dropped_by_margin": counts["dropped by the margin"],
+        "dropped_for_want_of_documents": counts["dropped for want of documents"],
         "filled_with_random": counts["filled"],
         "candidates_beyond_margin": counts["beyond_margin"],
         "rejected": pairs.rejected,
@@ -254,17 +260,13 @@ def find_candidates(pairs: Pairs, search: SearchTask | None, at_once: int = PAIR
         query_P, document_P = np.asarray(pairs.query_P[chunk]), np.asarray(pairs.document_P[chunk])
         if not search:
             for i, query in enumerate(query_P.tolist(), start):
-                yield Candidates(i, query, None, [], 0.0, 0.0)
+                yield Candidates(i, query, None, 0.0, 0.0)
             continue
         query_U, at_P = np.unique(query_P, return_inverse=True)
         score_P = pair_scores(search.query_QE, query_P, search.document_DE, document_P)
         near_U = [[item for item in items if item[0] >= 0] for items in search.near[query_U].tolist()]
-        ranked_U = []
-        for query, near in zip(query_U.tolist(), near_U):
-            allowed = pairs.can_be_negative(np.array([document for document, _ in near], np.int64), query)
-            ranked_U.append([item for item, is_allowed in zip(near, allowed.tolist()) if is_allowed])
         for i, (at, query, score) in enumerate(zip(at_P.tolist(), query_P.tolist(), score_P.tolist()), start):
-            yield Candidates(i, query, near_U[at], ranked_U[at], score, float(lowest_Q[query]))
+            yield Candidates(i, query, near_U[at], score, float(lowest_Q[query]))
 
 
 def _lowest_scores(pairs: Pairs, search: SearchTask, at_once: int) -> np.ndarray:
@@ -282,7 +284,7 @@ def _choose(
     """Returns the negatives of a pair with their scores, and counts for the summary."""
     if candidates.near is None:
         return [(document, 0.0) for document in _random_documents(candidates, options.k, pairs, options)], {}
-    ranked = candidates.ranked[options.range_min : options.range_max]
+    ranked = candidates.near[options.range_min : options.range_max]
     limit = candidates.lowest - (1 - options.margin) * abs(candidates.lowest) if options.margin else float("inf")
     chosen = [(document, score) for document, score in ranked if score < limit]
     counts = {"beyond_margin": len(ranked) - len(chosen)}
@@ -333,7 +335,7 @@ def _report(files: str, summary: dict[str, Any]) -> str:
         lines += [
             ("", f"negative {i}", s, text) for i, (s, text) in enumerate(zip(scores, triplet["negatives"][:3]), 1)
         ]
-    header = ("pair", "query", "document", "negatives left")
+    header = ("pair", "query", "document", "negatives left", "why")
     options = ", ".join(f"{name} {value}" for name, value in summary["options"].items() if value is not None)
     counts = [(name.replace("_", " "), value) for name, value in summary.items() if isinstance(value, int)]
     return (

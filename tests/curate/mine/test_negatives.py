@@ -94,9 +94,9 @@ def brute_force(rows, corpus=(), k=20, margin=0.95, range_min=0, range_max=None)
     result = []
     for row in rows:
         score = {text: float(vectors[row["query"]] @ vectors[text]) for text in documents}
-        near = sorted(documents, key=lambda text: -score[text])[:k]
         positives = {other["document"].strip() for other in rows if other["query"] == row["query"]}
-        ranked = [text for text in near if text not in positives | {row["query"].strip()}][range_min:range_max]
+        near = [text for text in documents if text not in positives | {row["query"].strip()}]
+        ranked = sorted(near, key=lambda text: -score[text])[:k][range_min:range_max]
         lowest = min(score[text] for text in positives)
         limit = np.inf if not margin else lowest * margin if lowest > 0 else lowest * (2 - margin)
         result.append([text for text in ranked if score[text] < limit])
@@ -327,7 +327,7 @@ def test_candidates_do_not_depend_on_the_sizes_of_batches(files, tmp_path, per_f
     mine(files, tmp_path / "out", corpus=str(tmp_path / "corpus.jsonl"))
     work, rows = tmp_path / "out" / "work", make_rows()
     pairs = Pairs(work / "pairs")
-    shutil.rmtree(work / "near-20-exact")
+    shutil.rmtree(work / "candidates-20-exact")
     search = SearchTask(pairs, work, 20, None, False, per_file)
     local_engine(search, None, True)
     assert [candidates.number for candidates in find_candidates(pairs, None, at_once)] == list(range(60))
@@ -335,12 +335,11 @@ def test_candidates_do_not_depend_on_the_sizes_of_batches(files, tmp_path, per_f
     vectors = np.stack([vector(text) for text in documents])
     for number, (row, candidates) in enumerate(zip(rows, find_candidates(pairs, search, at_once), strict=True)):
         score_N = vectors @ vector(row["query"])
-        near = np.argsort(-score_N)[:20].tolist()
         positives = {documents.index(other["document"].strip()) for other in rows if other["query"] == row["query"]}
         excluded = positives | {documents.index(row["query"]) if row["query"] in documents else -1}
+        near = [x for x in np.argsort(-score_N).tolist() if x not in excluded][:20]
         assert candidates.number == number
         assert [document for document, _ in candidates.near] == near
-        assert [document for document, _ in candidates.ranked] == [x for x in near if x not in excluded]
         found = [score for _, score in candidates.near] + [candidates.score, candidates.lowest]
         expected = [*score_N[near], score_N[documents.index(row["document"].strip())], min(score_N[list(positives)])]
         np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -355,7 +354,8 @@ def test_queries_of_many_rows_take_no_longer(tmp_path, too_few):
     rows = [{"query": str(12_000 + i % 3), "document": str(i)} for i in range(12_000)]
     write_rows(tmp_path / "rows.jsonl", rows)
     write_rows(tmp_path / "corpus.jsonl", [{"document": str(i)} for i in range(12_003, 12_300)])
-    options = MiningOptions(k=12, margin=0, num_negatives=9 if too_few == "random" else 1, too_few=too_few)
+    # With several thousand positives, one of them scores so low that no document is far enough below it.
+    options = MiningOptions(k=12, margin=0.95 if too_few == "random" else 0, num_negatives=9, too_few=too_few)
     began = time.process_time()
     files, corpus = str(tmp_path / "rows.jsonl"), str(tmp_path / "corpus.jsonl")
     mine_negatives(files, tmp_path / "out", encode, options, corpus=corpus, progress=False)
@@ -364,8 +364,8 @@ def test_queries_of_many_rows_take_no_longer(tmp_path, too_few):
     assert len(triplets) == 12_000
     documents = np.array([*range(12_000), *range(12_003, 12_300)])
     for label in range(3):
-        nearest = documents[np.argsort(-(table[documents] @ table[12_000 + label]))[:12]].tolist()
-        expected = [str(x) for x in nearest if x >= 12_000 or x % 3 != label]
+        nearest = documents[np.argsort(-(table[documents] @ table[12_000 + label]))].tolist()
+        expected = [str(x) for x in nearest if x >= 12_000 or x % 3 != label][: 0 if too_few == "random" else 12]
         for triplet in triplets[label::3]:
             negatives = triplet["negatives"]
             assert negatives[: len(expected)] == expected and len(set(negatives)) == len(negatives)
@@ -486,3 +486,28 @@ def test_texts_come_back_from_their_file(tmp_path):
     writer.close()
     stored = pickle.loads(pickle.dumps(TextFile(tmp_path / "texts.txt")))
     assert [stored[i] for i in range(len(stored))] == [texts[i] for i in (0, 1, 2, 3, 5)]
+
+
+@pytest.mark.parametrize("positives", [25, 40])
+def test_a_query_with_more_positives_than_k_has_its_negatives(tmp_path, positives):
+    """All k nearest documents of such a query may be its positives."""
+    many = [{"query": "topic1 query", "document": f"topic1 answer{i} query"} for i in range(positives)]
+    others = [{"query": f"topic{i % 4} q{i}", "document": f"topic{i % 4} text{i}"} for i in range(30)]
+    rows = many + others
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    summary, triplets = mine(str(tmp_path / "pairs.jsonl"), tmp_path / "out", k=20, margin=0, num_negatives=7)
+    assert summary["written"] == len(rows)
+    for triplet, negatives in zip(triplets, brute_force(rows, k=20, margin=0), strict=True):
+        assert triplet["negatives"] == negatives and len(negatives) == 20
+
+
+def test_dropped_rows_say_why(files, tmp_path):
+    write_rows(tmp_path / "few.jsonl", [{"query": "a", "document": f"topic1 b{i}"} for i in range(3)])
+    for name, given, why in (("margin", files, "dropped_by_margin"), ("few", "few", "dropped_for_want_of_documents")):
+        given = given if given == files else str(tmp_path / "few.jsonl")
+        summary, triplets = mine(given, tmp_path / name, margin=0.5)
+        assert summary["dropped_too_few"] == summary["rows"] - len(triplets) > 0
+        assert summary[why] == summary["dropped_too_few"]
+    report = (tmp_path / "few" / "report.md").read_text(encoding="utf-8")
+    assert "| 0 | a | topic1 b0 | 0 | too few other documents |" in report
+    assert "scores too near the positive's (margin)" in (tmp_path / "margin" / "report.md").read_text(encoding="utf-8")
