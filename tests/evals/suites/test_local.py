@@ -17,6 +17,7 @@ from nomic_jax.evals.tasks.clustering import ClusteringTask
 from nomic_jax.evals.tasks.contract import TaskError
 from nomic_jax.evals.tasks.retrieval import RetrievalTask
 from nomic_jax.evals.tasks.sts import StsTask
+from nomic_jax.inference.embedder import Embedder
 
 MAX_LENGTH = 48
 ONE = '{"text": "a", "label": 1}'
@@ -254,7 +255,7 @@ def test_a_broken_task_says_what_is_wrong(tmp_path, files, error, message):
         read_task(tmp_path)
 
 
-def test_scores_while_training_are_those_of_the_command(local_tasks, tiny_model, tmp_path):
+def test_scores_while_training_are_those_of_the_command(local_tasks, tiny_model, tmp_path, monkeypatch):
     from launch.train import make_evaluation
     from nomic_jax.hf.read import read_checkpoint
     from nomic_jax.train.config import ConfigurationError, EvaluationConfig
@@ -263,6 +264,16 @@ def test_scores_while_training_are_those_of_the_command(local_tasks, tiny_model,
     scores = make_evaluation(config)(read_checkpoint(tiny_model))
     tasks = evaluate(str(tiny_model), [str(local_tasks)], tmp_path)["tasks"]
     assert scores == {name: {metric: tasks[name][metric] for metric in scores[name]} for name in MAIN}
+    # The model of a run is computed in the dtype of the run, not in the default of an embedder.
+    model = read_checkpoint(tiny_model)
+    encoder = dataclasses.replace(model.config.encoder, dtype="bfloat16")
+    in_bfloat16 = dataclasses.replace(model, config=dataclasses.replace(model.config, encoder=encoder))
+    seen = []
+    original = Embedder.from_checkpoint
+    monkeypatch.setattr(Embedder, "from_checkpoint", lambda *a, **kw: seen.append(original(*a, **kw)) or seen[0])
+    monkeypatch.setattr("launch.train.run_task", lambda task, embedder, embed: {"accuracy": 0.0})
+    make_evaluation(config)(in_bfloat16)
+    assert seen[0].config.encoder.dtype == "bfloat16"
     with pytest.raises(ConfigurationError, match="'ndcg'; the tasks have accuracy, f1, f1_weighted, mrr@10, ndcg@10"):
         make_evaluation(dataclasses.replace(config, metric="ndcg"))
 
