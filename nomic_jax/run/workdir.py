@@ -56,9 +56,16 @@ def used_workdir(workdir: Path) -> Iterator[None]:
     """Makes the working directory, or checks that it is that of a run, and keeps other trainings out while entered.
 
     Raises:
-      FileRefused: it holds something else than a run, or a link out of the run. Nothing was written.
+      FileRefused: it holds something else than a run, or a link out of the run, or checkpoints cannot be written to a
+        folder of this name. Nothing was written.
       InUse: another process trains there; the message says which one.
     """
+    if "[" in str(workdir.absolute()):
+        # It gathers the arrays of all processes with a glob. Without a match, the checkpoint has no arrays.
+        raise FileRefused(
+            f"{workdir}: orbax, which writes the checkpoints, takes a [ in the path for a pattern and would lose the "
+            f"arrays; choose a folder whose whole path has no ["
+        )
     is_new = not workdir.exists()
     if not is_new:
         _check_is_run(workdir)

@@ -271,3 +271,10 @@ def test_a_resumed_run_says_what_changed_in_its_environment():
         *("device was cpu, is H100", "grain was 0.2, is absent", "jax was 0.10.2, is 0.11.0", "optax was absent, is 1"),
         "the code of nomic_jax has changed",
     ]
+
+
+def test_a_folder_where_orbax_loses_the_arrays_is_refused(tmp_path):
+    workdir = tmp_path / "run[1]"
+    with pytest.raises(FileRefused, match=r"run\[1\]: orbax, .* no \["), used_workdir(workdir):
+        pass
+    assert not workdir.exists()
