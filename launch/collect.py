@@ -14,6 +14,9 @@ The result depends on the settings and the installed packages, not on where the 
 """
 
 import ast
+import contextlib
+import hashlib
+import importlib.metadata
 import json
 import re
 import sysconfig
@@ -70,7 +73,7 @@ def collect(
     pool: int = POOL,
     site_packages: str | Path | None = None,
 ) -> dict:
-    """Writes the files listed above and returns the summary. Existing files with the same settings are kept.
+    """Writes the files listed above and returns the summary. Existing files of the same settings and packages are kept.
 
     Args:
       code_pairs: target number of training pairs from code; icd10 always contributes all its pairs.
@@ -79,23 +82,27 @@ def collect(
       site_packages: directory of the installed packages; by default that of this interpreter.
 
     Raises:
-      ValueError: ``output`` holds a result of other settings, or a source has too few pairs to hold out a task.
+      ValueError: ``output`` holds a result of other settings or packages, or a source has too few pairs for a task.
       ModuleNotFoundError: simple_icd_10_cm is not installed.
     """
     output = Path(output)
     check_only(output, OUTPUTS.__contains__, "launch.collect")
-    settings = {"code_pairs": code_pairs, "held_out": held_out, "seed": seed, "pool": pool}
+    site_packages = Path(site_packages or sysconfig.get_paths()["purelib"])
+    files = installed_files(site_packages, seed)
+    settings = {
+        **{"code_pairs": code_pairs, "held_out": held_out, "seed": seed, "pool": pool},
+        **{"packages": packages_sha256(site_packages, files), "icd10": icd10_version()},
+    }
     if (output / "summary.json").exists():
         summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
         if summary["settings"] != settings:
             raise ValueError(
-                f"{output} was collected with the settings {summary['settings']}, not {settings}; use another folder"
+                f"{output} was collected with other settings or other installed packages: {summary['settings']}, not "
+                f"{settings}; use another folder"
             )
         return summary
 
-    site_packages = Path(site_packages or sysconfig.get_paths()["purelib"])
     diagnoses = read_icd10(seed)
-    files = installed_files(site_packages, seed)
     code, docstrings, code_found = read_code(site_packages, files, code_pairs + max(held_out, pool))
     term_rows = [
         {"query": term, "document": title, "label": chapter}
@@ -182,6 +189,23 @@ def installed_files(site_packages: Path, seed: int) -> list[str]:
         ),
         key=lambda path: sampling_key(seed, path),
     )
+
+
+def packages_sha256(site_packages: Path, files: list[str]) -> str:
+    """A hash of the names and contents of the files."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        content = b""
+        with contextlib.suppress(OSError):  # such as a link to nothing, which no row comes from
+            content = (site_packages / name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def icd10_version() -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("simple-icd-10-cm")
+    return ""  # reading it says what to install
 
 
 def read_code(

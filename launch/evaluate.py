@@ -38,8 +38,9 @@ from absl import flags
 from launch import glue
 from launch.errors import run
 from nomic_jax.data.prompts import prompt_for
+from nomic_jax.data.words import WORDS_VERSION
 from nomic_jax.evals.report.page import table, write_report
-from nomic_jax.evals.report.record import is_output, model_sha256, run_cells
+from nomic_jax.evals.report.record import is_output, run_cells
 from nomic_jax.evals.suites import hub, local, loco, mteb
 from nomic_jax.evals.suites.glue import cells as glue_cells
 from nomic_jax.evals.tasks.contract import Embed, TaskError
@@ -47,6 +48,20 @@ from nomic_jax.files.folders import check_only
 
 FLAGS = flags.FLAGS
 SUITES = ("local", "mteb", "jina_long", "loco", "glue")
+
+
+def model_sha256(model: str) -> str:
+    """Returns a hash of all that a model's vectors depend on, besides the settings of the evaluation.
+
+    Raises:
+      FileNotFoundError: there is no such folder, and the hub has no such model or cannot be reached.
+    """
+    if model == "bm25":
+        return f"words {WORDS_VERSION}"
+    from nomic_jax.hf.hub import download  # loads jax
+    from nomic_jax.run.pretrained import identify
+
+    return identify(model if Path(model).is_dir() else download(model))["sha256"]
 
 
 class LazyEncoders:

@@ -6,6 +6,8 @@ OUTPUT/glue/<name>/ holds data/ (the downloaded tasks), <task>/<run>.json (the s
 processes may share the folder: each does the runs that its flags name, with mnli before the tasks that start from it.
 """
 
+import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -52,9 +54,21 @@ def sweep(
     """
     folder = output / "glue" / name
     failed: dict[str, str] = {}
+    identify_data = functools.cache(glue.identify_data)
     settings = {"model_sha256": identity["model_sha256"], "model": model, "variant": variant, "dtype": dtype}
+    # The report is over all results of the folder, also those of tasks that this command does not name.
+    for result in sorted(folder.glob("*/lr*.json")):
+        _check_settings(result, settings)
     for cell in cells:
-        _check_settings(_result_file(folder, cell), settings)
+        result = _result_file(folder, cell)
+        if not result.exists():
+            continue
+        with contextlib.suppress(FileNotFoundError):  # the data are not here any more
+            _check_settings(result, {"data": identify_data(cell.task, data)})
+        if mnli_checkpoint:
+            start = _start(model, folder, cell.task, mnli_checkpoint)
+            if Path(json.loads(result.read_text(encoding="utf-8"))["start"]).resolve() != Path(start).resolve():
+                _check_settings(result, {"start": start})
     numbers = {cell: number for number, cell in enumerate(cells, 1)}
     missing = [cell for cell in cells if not _result_file(folder, cell).exists()]
     if missing:
@@ -63,7 +77,7 @@ def sweep(
             hub.is_reachable()
     for task, runs in itertools.groupby(missing, key=lambda cell: cell.task):
         try:
-            files = glue.find_data(task, data, folder / "data")
+            files = glue.find_data(task, data, folder / "data" / glue.cache_name(data))
             start = _start(model, folder, task, mnli_checkpoint)
         except ModuleNotFoundError:
             raise
@@ -83,7 +97,8 @@ def sweep(
                 failed[label] = _report_failure(label, error)
                 continue
             figures = {"task": cell.task, "learning_rate": cell.learning_rate, "batch_size": cell.batch_size}
-            write_json(result, figures | {"seed": cell.seed, "score": score, "start": start} | settings)
+            outcome = {"seed": cell.seed, "score": score, "start": start, "data": identify_data(task, data)}
+            write_json(result, figures | outcome | settings)
             _remove_workdirs(result, folder)
     tasks = glue.summarize(glue.read_results(folder))
     report = identity | {"tasks": tasks, "failed": failed, "average": average(tasks.values())}
@@ -154,11 +169,10 @@ def _run(
 
 
 def _check_settings(result: Path, settings: dict[str, Any]) -> None:
-    if not result.exists():
-        return
     found = json.loads(result.read_text(encoding="utf-8"))
     for field, value in settings.items():
-        if found[field] != value:
+        # Earlier versions did not record the data.
+        if found.get(field, value) != value:
             raise ValueError(
                 f"{result} was made with {field} {found[field]!r}, this is {value!r}; give another --name, or delete "
                 f"{result.parent.parent}"

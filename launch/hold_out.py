@@ -21,8 +21,11 @@ from absl import flags
 from tqdm import tqdm
 
 from launch.errors import run
+from nomic_jax.curate.engine.settings import fingerprints
 from nomic_jax.curate.hold_out import HeldOut, Split
 from nomic_jax.curate.mixtures import replace_files
+from nomic_jax.data.formats.file_format import sha256_of_file
+from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.data.mixture import Source, read_mixture
@@ -45,13 +48,13 @@ def hold_out(
     group: str | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Writes the files listed above and returns the summary. Existing files with the same settings are kept.
+    """Writes the files listed above and returns the summary. Existing files of the same input and settings are kept.
 
     Raises:
       BadRow, MixtureError: the input has an unusable row, or the mixture is invalid.
-      ValueError: ``output`` holds a result of other settings, or a source has too few pairs.
+      ValueError: ``output`` holds a result of another input or of other settings, or a source has too few pairs.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "queries": queries,
         "documents": documents,
         "labelled_share": labelled_share,
@@ -59,17 +62,22 @@ def hold_out(
         "group": group,
         "seed": seed,
     }
+    sources = read_mixture(mixture, "pair")
+    # The rest of the mixture, such as weights and prefixes, is in its text.
+    settings["mixture"] = sha256_of_file(mixture)
+    for source in sources:
+        settings |= fingerprints(f"file of {source.name}", expand_files(source.files))
     check_only(output, OUTPUTS.__contains__, "launch.hold_out")
     summary_file = output / "summary.json"
     if summary_file.exists():
         found = json.loads(summary_file.read_text(encoding="utf-8"))
-        if found.get("settings") != settings:
-            raise ValueError(
-                f"{output} was made with the settings {found.get('settings')}, not {settings}; use another folder"
-            )
+        before = found.get("settings") or {}
+        if names := [name for name in before | settings if before.get(name) != settings.get(name)]:
+            changes = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in names[:3])
+            raise ValueError(f"{output} was made with other settings or another input: {changes}; use another folder")
         return found
     plans = []
-    for source in read_mixture(mixture, "pair"):
+    for source in sources:
         query, document = source.columns[:2]
         split = Split((query, document), group or document, seed, labelled_share)
         plans.append(_plan(source, split, queries, documents, most_pairs))

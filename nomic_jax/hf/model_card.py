@@ -174,12 +174,23 @@ def _joined(separator: str, *values: Any) -> str:
 
 def _evaluation(suite: str, report: Mapping[str, Any]) -> str:
     """Returns the section of a report, which has ``tasks``: name -> figures, and ``average``: metric -> figure."""
-    metrics = list(report["average"])
+    average = report["average"]
+    names = dict.fromkeys(name for figures in report["tasks"].values() for name in figures)
+    # Averages of other lengths or numbers of components are named "<metric> @<length> dim <n>": a row each.
+    of = {
+        key: max((name for name in names if f"{key} ".startswith(f"{name} ")), key=len, default=key) for key in average
+    }
+    metrics = list(dict.fromkeys(of.values()))
     rows = [
         [task, *(f"{figures[metric]:.4f}" if metric in figures else "" for metric in metrics)]
         for task, figures in report["tasks"].items()
     ]
-    rows.append(["average", *(f"{report['average'][metric]:.4f}" for metric in metrics)])
+    settings: dict[str, dict[str, float]] = {}
+    for key, metric in of.items():
+        settings.setdefault(key.removeprefix(metric).strip(), {})[metric] = average[key]
+    for setting, means in settings.items():
+        name = f"average {setting}".strip()
+        rows.append([name, *(f"{means[metric]:.4f}" if metric in means else "" for metric in metrics)])
     return f"## Evaluation: {printable.markdown(suite)}\n\n{_table(['task', *metrics], rows)}"
 
 

@@ -17,6 +17,7 @@ from nomic_jax.run.manifest import (
     find_damage,
     follow,
     hash_files,
+    model_files,
     sha256_of_file,
     sha256_of_json,
     weight_files,
@@ -206,7 +207,9 @@ class _Files:
         if self._recorded_paths and (path / MANIFEST).exists():
             return path, _manifest_hash(path)
         if self._recorded_paths and path.is_dir() and "step" not in origin:
-            return path, hash_files(path, weight_files(path))
+            # Earlier records do not cover the folders of modules.
+            hashes = [hash_files(path, files(path)) for files in (model_files, weight_files)]
+            return path, origin["sha256"] if origin["sha256"] in hashes else hashes[0]
         for manifest in self._by_name.get(MANIFEST, []):
             if _manifest_hash(manifest.parent) == origin["sha256"]:
                 return manifest.parent, origin["sha256"]

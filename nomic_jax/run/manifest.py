@@ -124,8 +124,25 @@ def stored_bytes(directory: Path) -> int:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Returns the configuration, tokenizer and weight files of a Hugging Face directory."""
+    """Returns the configuration, tokenizer and weight files of a Hugging Face directory, without its folders."""
     return sorted(file for pattern in ("*.json", "*.safetensors", "*.bin", "*.txt") for file in directory.glob(pattern))
+
+
+def model_files(directory: Path) -> list[Path]:
+    """Returns all files of a Hugging Face directory that a vector depends on: also those of its modules, such as
+    1_Pooling/config.json."""
+    try:
+        listed = read_json(directory / "modules.json")
+    except (OSError, FileRefused):
+        listed = []  # a plain transformers directory, or one whose reader says what is wrong
+    modules = listed if isinstance(listed, list) else []
+    paths = {module.get("path") for module in modules if isinstance(module, dict)}
+    top, files = os.path.realpath(directory), weight_files(directory)
+    for name in sorted(name for name in paths if isinstance(name, str) and name.isprintable() and name):
+        folder = directory / name
+        if Path(os.path.realpath(folder)).is_relative_to(top) and folder.is_dir():
+            files += weight_files(folder)
+    return sorted(set(files))
 
 
 def sha256_of_json(value: object) -> str:

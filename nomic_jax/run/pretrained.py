@@ -24,7 +24,7 @@ from nomic_jax.hf.files import MAIN_FILE, check_file
 from nomic_jax.hf.read import ADAPTER, refuse_adapter
 from nomic_jax.model import EmbeddingConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
-from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, stored_bytes, weight_files
+from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, model_files, stored_bytes
 from nomic_jax.run.record import FORMAT, check_format, check_same_arrays, parse_import, parse_model, trained_prompts
 from nomic_jax.run.workdir import (
     DamagedCheckpoint,
@@ -92,7 +92,8 @@ def identify(path: str | Path) -> dict[str, Any]:
     """Returns the path, the step (only for a run) and a hash of the files that ``read_pretrained`` reads at ``path``.
 
     For a checkpoint of a run, the hash is that of its manifest, which holds the hashes of its files. For a Hugging Face
-    directory, the same kind of hash is computed from its configuration, tokenizer and weights.
+    directory, the same kind of hash is computed from its configuration, tokenizer, modules and weights: from all that
+    changes a vector.
     """
     path = follow(path)
     if (path / "checkpoints").is_dir():
@@ -101,7 +102,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     if path.parent.name == "checkpoints":
         manifest = read_json(path / MANIFEST, within=path)
         return {"path": str(path), "step": int(path.name), "sha256": manifest["sha256"]}
-    return {"path": str(path), "sha256": hash_files(path, weight_files(path))}
+    return {"path": str(path), "sha256": hash_files(path, model_files(path))}
 
 
 def _read_run(workdir: Path, step: int | None) -> Checkpoint:

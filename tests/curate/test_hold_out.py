@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from launch.hold_out import hold_out
+from nomic_jax.curate.hold_out import Split
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.mixture import read_mixture
 from nomic_jax.evals.tasks.retrieval import RetrievalTask
@@ -118,6 +119,37 @@ def test_a_sample_and_what_is_there_already(mixture, tmp_path):
     assert hold_out(str(mixture), tmp_path / "out", **SETTINGS | {"most_pairs": 100}) == first
     with pytest.raises(ValueError, match="use another folder"):
         hold_out(str(mixture), tmp_path / "out", **SETTINGS)
+
+
+@pytest.mark.parametrize("change", ["row", "columns", "prefix", "other file", "order"])
+def test_another_input_is_refused(mixture, tmp_path, change):
+    """It once came back with the pairs of the first input, and exit code 0."""
+    first = hold_out(str(mixture), tmp_path / "out", **SETTINGS)
+    content = yaml.safe_load(mixture.read_text(encoding="utf-8"))
+    source, file = content["datasets"][0], tmp_path / "a.jsonl"
+    if change == "row":
+        file.write_text(file.read_text().replace('"id": 7}', '"id": 8}'))
+    elif change == "columns":
+        source["objective"]["columns"] = ["d", "q"]
+    elif change == "prefix":
+        source["query_prefix"] = "clustering"
+    elif change == "other file":
+        file.with_name("c.jsonl").write_text(file.read_text() + '{"q": "one more", "d": "document"}\n')
+        source["bucket"] = "c.jsonl"
+    else:
+        content["datasets"].reverse()
+    mixture.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"with other settings or another input: .* was .*, is .*; use another folder"):
+        hold_out(str(mixture), tmp_path / "out", **SETTINGS)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(first))
+
+
+def test_a_group_is_held_out_as_a_whole():
+    """The first sample of 8 rows ends within a group."""
+    rows = [{"q": f"q{i}", "d": f"d{i}", "g": f"g{i % 3}"} for i in range(60)]
+    held = Split(("q", "d"), "g").hold_out(lambda: rows, 2, 2)
+    (group,) = held.groups
+    assert sorted(row["q"] for row in held.rows) == sorted(row["q"] for row in rows if row["g"] == group)
 
 
 def test_too_few_pairs(mixture, tmp_path):

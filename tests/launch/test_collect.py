@@ -117,6 +117,15 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(collected, site_pa
     assert (collected / "mlm" / "text.jsonl").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="use another folder"):
         collect(collected, site_packages=site_packages, **SETTINGS | {"seed": 1})
+    file = site_packages / "beta" / "file_3.py"
+    content = file.read_text()
+    file.write_text(content.replace("Computes part 1", "Computes part 9"))
+    try:
+        with pytest.raises(ValueError, match="other installed packages"):
+            collect(collected, site_packages=site_packages, **SETTINGS)
+    finally:
+        file.write_text(content)
+    collect(collected, site_packages=site_packages, **SETTINGS)
 
 
 def test_too_little_to_hold_out(site_packages, tmp_path):

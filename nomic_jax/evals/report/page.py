@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from nomic_jax.evals.report import pictures, published
 from nomic_jax.evals.report.published import MTEB_TYPES, Published
-from nomic_jax.evals.report.record import label, main_score
+from nomic_jax.evals.report.record import by_setting, main_score
 from nomic_jax.files import printable
 from nomic_jax.files.reading import read_json
 from nomic_jax.files.writing import atomic_file
@@ -66,12 +66,12 @@ def table(report: dict[str, Any]) -> str:
         )
         lines.append((kind, [f"{column:>16}" for column in columns]))
         lines += [(name, [f"{figures[column]:16.4f}" for column in columns]) for name, figures in tasks.items()]
-        for setting, group in _by_setting(tasks).items():
+        for setting, group in by_setting(tasks).items():
             if len(group) > 1:
                 means = [mean(figures[column] for figures in group) for column in columns]
                 lines.append((f"average{setting}", [f"{value:16.4f}" for value in means]))
     if len(by_type) > 1:
-        for setting, group in _by_setting(report["tasks"]).items():
+        for setting, group in by_setting(report["tasks"]).items():
             lines.append((f"all tasks{setting}", [f"{mean(map(main_score, group)):16.4f}", "  (main scores)"]))
     width = max(len(name) for name in [*(name for name, _ in lines), *report["failed"], ""])
     failed = [f"{name:{width}}  FAILED: {error}" for name, error in report["failed"].items()]
@@ -82,14 +82,6 @@ def _sort_key(item: tuple[str, dict[str, Any]]) -> tuple[str, int, int]:
     """Returns the sort key of a task in the table: by name, by length, the widest embeddings first."""
     name, figures = item
     return figures.get("task", name), figures.get("max_length", 0), -figures.get("dim", 0)
-
-
-def _by_setting(tasks: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Returns setting -> tasks. A setting is " @<length> dim <n>", or "" if all tasks have the same."""
-    found: dict[tuple[int | None, int | None], list[dict[str, Any]]] = {}
-    for figures in tasks.values():
-        found.setdefault((figures.get("max_length"), figures.get("dim")), []).append(figures)
-    return {label(" ", *key) if len(found) > 1 else "": group for key, group in found.items()}
 
 
 def write_report(folder: str | Path) -> Path:

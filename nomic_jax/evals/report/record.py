@@ -6,11 +6,11 @@
      "average": {metric: mean over the tasks that have it}}
 
 A label is the task's name, followed by "@<max_length>" and " dim <n>" if a suite has several lengths or numbers of
-components. The names of averages are then followed by " @<max_length> dim <n>".
+components. The names of averages are then followed by " @<max_length>", if there are several lengths, and " dim <n>".
 """
 
-import hashlib
 import json
+import math
 import sys
 import time
 import traceback
@@ -18,13 +18,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nomic_jax.data.words import WORDS_VERSION
 from nomic_jax.files.folders import is_file
+from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.reading import FileRefused, read_json
 from nomic_jax.files.writing import write_json
-
-# Files of a model folder that determine its embeddings. In a run, manifests have the hashes of the checkpoints' files.
-MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer.json", "vocab.txt", "manifest.sha256.json")
 
 
 class Cell(NamedTuple):
@@ -45,21 +42,6 @@ def label(task: str, max_length: int | None = None, dim: int | None = None) -> s
     return task + (f"@{max_length}" if max_length else "") + (f" dim {dim}" if dim else "")
 
 
-def model_sha256(model: str) -> str:
-    """Returns a hash of the content of a model folder, a run or a checkpoint of a run.
-
-    For hub names it is "", because only their name identifies them.
-    """
-    if model == "bm25":
-        return f"words {WORDS_VERSION}"
-    digest = hashlib.sha256()
-    files = [file for pattern in MODEL_FILES for file in sorted(Path(model).rglob(pattern))]
-    for file in files:
-        with file.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest() if files else ""
-
-
 def open_report(path: Path, identity: dict[str, Any], cells: Sequence[Cell] = ()) -> dict[str, Any]:
     """Returns the report at ``path``, or a new report.
 
@@ -69,6 +51,8 @@ def open_report(path: Path, identity: dict[str, Any], cells: Sequence[Cell] = ()
     if not path.exists():
         return identity | {"tasks": {}}
     report = json.loads(path.read_text(encoding="utf-8"))
+    # Earlier versions wrote NaN, which is not JSON; such a task is computed again.
+    report["tasks"] = {name: entry for name, entry in report["tasks"].items() if not _undefined(entry)}
     advice = "give another --name, or delete the file"
     for field, value in identity.items():
         if report.get(field) != value:
@@ -85,35 +69,47 @@ def run_cells(
     """Computes the scores that the report at ``path`` lacks, writes it after every task, and returns it.
 
     A task that fails is listed under "failed", and the run continues. Only an error that would fail every task, such as
-    a library that is not installed, ends the run.
+    a library that is not installed, ends the run. Processes may share a report: each adds its scores to those that are
+    in the file.
 
     Args:
       prepare: called once, before the first task without scores. Its exceptions end the run.
     """
-    report = open_report(path, identity, cells) | {"failed": {}}
+    report = open_report(path, identity, cells)
+    failed: dict[str, str] = {}
     missing = [cell for cell in cells if cell.label not in report["tasks"]]
     if missing:
         prepare()
     for number, cell in enumerate(missing, len(cells) - len(missing) + 1):
         print(f"task {number} of {len(cells)}: {cell.label}", file=sys.stderr)
         started = time.monotonic()
+        entry: dict[str, dict[str, Any]] = {}
         try:
             found = cell.score()
+            if undefined := _undefined(found):
+                raise ValueError(f"the score {undefined[0]} is {found[undefined[0]]}, which is no number")
         except ModuleNotFoundError:
             raise
         except Exception as error:
-            report["failed"][cell.label] = f"{type(error).__name__}: {error}"
-            print(f"{cell.label} failed: {report['failed'][cell.label]}", file=sys.stderr)
+            failed[cell.label] = f"{type(error).__name__}: {error}"
+            print(f"{cell.label} failed: {failed[cell.label]}", file=sys.stderr)
             if not isinstance(error, (ValueError, OSError)):  # a defect in this project or in a library: show where
                 traceback.print_exc()
         else:
-            report["tasks"][cell.label] = found | ({"sha256": cell.sha256} if cell.sha256 else {})
+            entry = {cell.label: found | ({"sha256": cell.sha256} if cell.sha256 else {})}
             seconds = time.monotonic() - started
             print(f"    {found['metric']} {main_score(found):.4f}, {seconds:.0f} s", file=sys.stderr)
-        report["average"] = average(report["tasks"].values())
-        write_json(path, report)
-    report["average"] = average(report["tasks"].values())
-    return report
+        with exclusive_lock(path.with_name(f".{path.name}.lock")):
+            report = open_report(path, identity, cells)
+            report["tasks"] |= entry
+            report |= {"failed": failed, "average": average(report["tasks"].values())}
+            write_json(path, report)
+    return report | {"failed": failed, "average": average(report["tasks"].values())}
+
+
+def _undefined(entry: dict[str, Any]) -> list[str]:
+    """Returns the names of figures that are NaN or infinite."""
+    return [name for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)]
 
 
 def is_output(path: Path) -> bool:
@@ -134,15 +130,28 @@ def main_score(figures: dict[str, Any]) -> float:
 
 def average(tasks: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Returns metric -> mean over the tasks that have it, separately for each length and number of components."""
-    tasks = list(tasks)
-    all_settings = {(task.get("max_length"), task.get("dim")) for task in tasks}
     values: dict[str, list[float]] = {}
-    for task in tasks:
-        setting = label(" ", task.get("max_length"), task.get("dim")) if len(all_settings) > 1 else ""
-        for metric, value in task.items():
-            if isinstance(value, float):
-                values.setdefault(metric + setting, []).append(value)
+    for setting, group in by_setting({str(i): task for i, task in enumerate(tasks)}).items():
+        for task in group:
+            for metric, value in task.items():
+                if isinstance(value, float):
+                    values.setdefault(metric + setting, []).append(value)
     return {metric: sum(column) / len(column) for metric, column in values.items()}
+
+
+def by_setting(tasks: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns setting -> tasks. A setting is " @<length> dim <n>", without what is the default or equal for all tasks.
+
+    Scores of all components at one length keep their name when others are added.
+    """
+    found: dict[tuple[int | None, int | None], list[dict[str, Any]]] = {}
+    for figures in tasks.values():
+        found.setdefault((figures.get("max_length"), figures.get("dim")), []).append(figures)
+    has_lengths = len({length for length, _ in found}) > 1
+    return {
+        (f" @{length}" if length and has_lengths else "") + (f" dim {dim}" if dim and len(found) > 1 else ""): group
+        for (length, dim), group in found.items()
+    }
 
 
 def figures(task: Any, found: Iterable[tuple[str, float]], max_length: int | None, dim: int | None) -> dict[str, Any]:

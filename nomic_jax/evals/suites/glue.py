@@ -6,6 +6,7 @@ and validation (for mnli, validation or validation_matched) as .jsonl, .jsonl.gz
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import statistics
@@ -16,11 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nomic_jax.data.formats.file_format import sha256_of_file
+from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.evals.report.published import GLUE_TASKS
 from nomic_jax.evals.suites.hub import column, load
 from nomic_jax.evals.tasks.contract import TaskError
+from nomic_jax.evals.tasks.sts import correlation
 
 HUB = "nyu-mll/glue"
 LEARNING_RATES, BATCH_SIZES, SEEDS = (1e-5, 2e-5, 3e-5), (16, 32), (0, 1, 2, 3, 4)
@@ -87,13 +91,18 @@ def cells(
 
 
 def score(task: str, logits_NC: np.ndarray, labels: Sequence[float]) -> float:
-    """Returns the task's metric for logits [N, labels] (cola: Matthews, stsb: Pearson, the others: accuracy)."""
-    from scipy.stats import pearsonr
+    """Returns the task's metric for logits [N, labels] (cola: Matthews, stsb: Pearson, the others: accuracy).
+
+    Raises:
+      TaskError: a logit is not finite.
+    """
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
     metric = TASKS[task].metric
     if metric == "pearson":
-        return float(pearsonr(logits_NC[:, 0], labels).statistic)
+        return correlation("pearson", labels, logits_NC[:, 0])
+    if not np.isfinite(logits_NC).all():
+        raise TaskError("a prediction of the model is not a finite number")
     of_labels = matthews_corrcoef if metric == "matthews_correlation" else accuracy_score
     return float(of_labels(labels, logits_NC.argmax(axis=1)))
 
@@ -122,6 +131,26 @@ def find_data(task: str, data: str, cache: Path) -> tuple[str, str]:
     return str(files[0]), str(files[1])
 
 
+def identify_data(task: str, data: str) -> str:
+    """Returns a hash of the files of a task, or the name of what is downloaded; ``data`` as in ``find_data``.
+
+    Raises:
+      FileNotFoundError: the folder does not have the files of the task.
+    """
+    if not data or data.startswith("tfds:"):
+        return data or HUB
+    digest = hashlib.sha256()
+    for pattern in find_data(task, data, Path()):
+        for file in expand_files(pattern):
+            digest.update(sha256_of_file(file).encode())
+    return digest.hexdigest()
+
+
+def cache_name(data: str) -> str:
+    """Returns the folder of the downloaded data of ``data``: data of the hub and of TFDS are never mixed."""
+    return hashlib.sha256(data.encode()).hexdigest()[:12] if data else ""
+
+
 def summarize(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns for each task the median over the seeds at its best learning rate and batch size, and these settings.
 
@@ -131,7 +160,9 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     runs: dict[str, dict[tuple[float, int], dict[int, float]]] = {}
     for result in results:
         settings = (result["learning_rate"], result["batch_size"])
-        runs.setdefault(result["task"], {}).setdefault(settings, {})[result["seed"]] = result["score"]
+        # Earlier versions wrote NaN for a run that predicts one value.
+        score = result["score"] if np.isfinite(result["score"]) else 0.0
+        runs.setdefault(result["task"], {}).setdefault(settings, {})[result["seed"]] = score
     summary = {}
     for task in sorted(runs, key=GLUE_TASKS.index):
         medians = {settings: statistics.median(scores.values()) for settings, scores in runs[task].items()}

@@ -1,9 +1,9 @@
 """Semantic textual similarity: correlation of reference scores with the cosine similarity of the embeddings."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,11 +49,27 @@ class StsTask:
 
     def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
         """Yields ("spearman", rank correlation) and ("pearson", linear correlation)."""
-        from scipy.stats import pearsonr, spearmanr
-
         first_NE, second_NE = (
             unit_length(embedded(embed, list(texts), self.prompt)) for texts in (self.first, self.second)
         )
         cosine_N = np.einsum("ne,ne->n", first_NE, second_NE)
-        yield "spearman", float(spearmanr(self.scores, cosine_N).statistic)
-        yield "pearson", float(pearsonr(self.scores, cosine_N).statistic)
+        yield "spearman", correlation("spearman", self.scores, cosine_N)
+        yield "pearson", correlation("pearson", self.scores, cosine_N)
+
+
+def correlation(kind: Literal["spearman", "pearson"], scores: Sequence[float], predicted_N: np.ndarray) -> float:
+    """Returns the rank or linear correlation; 0 where it is not defined because a collapsed model predicts one value.
+
+    scikit-learn defines Matthews' correlation in the same way.
+
+    Raises:
+      TaskError: a prediction is not finite.
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    if not np.isfinite(predicted_N).all():
+        raise TaskError("a prediction of the model is not a finite number")
+    if np.ptp(predicted_N) == 0:
+        return 0.0
+    statistic = float((spearmanr if kind == "spearman" else pearsonr)(scores, predicted_N).statistic)
+    return statistic if np.isfinite(statistic) else 0.0

@@ -89,6 +89,25 @@ def test_the_stream_is_a_function_of_the_step(data, tokenizer):
     assert whole.arrays["label"][5] == rows.labels[row]
 
 
+def test_the_fingerprint_covers_rows_tokenizer_and_settings(tokenizer, tmp_path):
+    file = tmp_path / "train.jsonl"
+    write_rows(file, [{"a": "one", "b": "two", "label": i % 2} for i in range(4)])
+
+    def rows(columns=("a",), num_labels=2, tokenizer=tokenizer, seq_len=32):
+        return LabelledRows(str(file), columns, num_labels, tokenizer, seq_len)
+
+    def stream(rows, batch_size=2, **settings):
+        return LabelledStream(rows, tokenizer, batch_size=batch_size, **{"seq_len": 32, "seed": 0} | settings)
+
+    found = [rows(), rows(("b",)), rows(("a", "b")), rows(num_labels=3), rows(tokenizer=tokenizer.lowercased())]
+    found += [rows(seq_len=31)]
+    write_rows(file, [{"a": "one", "b": "two", "label": 0} for i in range(4)])
+    found += [rows()]
+    same = found[0]
+    found += [stream(same), stream(same, 4), stream(same, seq_len=31), stream(same, seed=1), stream(same, shuffle=1)]
+    assert len({one.fingerprint for one in found}) == len(found)
+
+
 @pytest.mark.parametrize(
     ("label", "num_labels", "message"),
     [
@@ -172,6 +191,76 @@ def test_metrics_by_their_formulas():
     assert glue.score("stsb", logits[:, :1], values) == pytest.approx(
         np.corrcoef(logits[:, 0], values)[0, 1], abs=1e-12
     )
+
+
+def test_a_collapsed_run_has_no_correlation():
+    """Its correlation is not defined; NaN would be the best of all medians, and is not JSON."""
+    values, constant = np.random.default_rng(2).normal(size=50), np.full((50, 1), 0.3)
+    assert glue.score("stsb", constant, values) == glue.score("cola", np.ones((50, 2)), [0, 1] * 25) == 0.0
+    with pytest.raises(TaskError, match="not a finite number"):
+        glue.score("stsb", np.full((50, 1), np.nan), values)
+    with pytest.raises(TaskError, match="not a finite number"):
+        glue.score("mrpc", np.full((50, 2), np.nan), [0, 1] * 25)
+
+    def results(lr, scores):
+        common = {"task": "stsb", "learning_rate": lr, "batch_size": 16, "start": "m"}
+        return [common | {"seed": seed, "score": score} for seed, score in enumerate(scores)]
+
+    for rates in ((1e-5, 2e-5), (2e-5, 1e-5)):
+        broken = results(rates[0], [0.9, float("nan"), 0.2]) + results(rates[1], [0.5, 0.6, 0.55])
+        summary = glue.summarize(broken)["stsb"]
+        assert (summary["score"], summary["learning_rate"]) == (0.55, f"{rates[1]:g}")
+    assert glue.summarize(broken[:3])["stsb"]["seeds"] == [0.9, 0.0, 0.2]
+
+
+def test_the_identity_of_the_data_is_their_content(tmp_path):
+    rows = [{"sentence": "a", "label": 0}]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "cola" / f"{split}.jsonl", rows)
+    found = [glue.identify_data("cola", str(tmp_path))]
+    (tmp_path / "cola").rename(tmp_path / "moved")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "b" / "cola")
+    assert glue.identify_data("cola", str(tmp_path / "b")) == found[0]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "b" / "cola" / f"{split}.jsonl", rows * 2)
+        found.append(glue.identify_data("cola", str(tmp_path / "b")))
+    found += [glue.identify_data("cola", data) for data in ("", "tfds:glue", "tfds:glue?data_dir=x")]
+    assert len(set(found)) == 6
+
+
+def test_results_of_another_model_data_or_start_are_refused(tmp_path, monkeypatch):
+    """The report is over all results of a name, so they have to be of one model on one set of data."""
+    rows = [{"premise": "a", "hypothesis": "b", "sentence1": "a", "sentence2": "b", "label": 0}]
+    for task, validation in (("mnli", "validation_matched"), ("rte", "validation")):
+        write_rows(tmp_path / "data" / task / "train.jsonl", rows)
+        write_rows(tmp_path / "data" / task / f"{validation}.jsonl", rows)
+    monkeypatch.setattr(launch.glue, "read_pretrained", lambda model: None)
+    monkeypatch.setattr(launch.glue, "_run", lambda cell, *rest: 0.5)
+
+    def sweep(task, sha256="1", name="m", mnli_checkpoint="none"):
+        return launch.glue.sweep(
+            *("model", name, tmp_path, {"model_sha256": sha256}),
+            data=str(tmp_path / "data"),
+            cells=glue.cells([task], [1e-5], [16], [0]),
+            variant="debug",
+            mnli_checkpoint=mnli_checkpoint,
+            dtype="float32",
+            batch_size=1,
+        )
+
+    assert list(sweep("mnli")["tasks"]) == ["mnli"]
+    assert list(sweep("rte")["tasks"]) == ["mnli", "rte"]
+    with pytest.raises(ValueError, match=r"mnli.*was made with model_sha256 '1', this is '2'; give another --name"):
+        sweep("rte", sha256="2")
+    with pytest.raises(ValueError, match=r"rte.*was made with start 'model', this is 'other'"):
+        sweep("rte", mnli_checkpoint="other")
+    write_rows(tmp_path / "data" / "rte" / "train.jsonl", rows * 2)
+    with pytest.raises(ValueError, match=r"rte.*was made with data"):
+        sweep("rte")
+    assert list(sweep("mnli")["tasks"]) == ["mnli", "rte"]
+    shutil.rmtree(tmp_path / "data")
+    assert list(sweep("rte")["tasks"]) == ["mnli", "rte"]
 
 
 def test_the_sweep_is_that_of_the_paper():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -276,6 +277,27 @@ def test_scores_while_training_are_those_of_the_command(local_tasks, tiny_model,
     assert seen[0].config.encoder.dtype == "bfloat16"
     with pytest.raises(ConfigurationError, match="'ndcg'; the tasks have accuracy, f1, f1_weighted, mrr@10, ndcg@10"):
         make_evaluation(dataclasses.replace(config, metric="ndcg"))
+
+
+def test_a_collapsed_model_has_no_correlation(tmp_path):
+    rows = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "score": i} for i in range(9)]
+    write_rows(tmp_path / "sts" / "test.jsonl", rows)
+    task = StsTask.read(tmp_path / "sts")
+    assert dict(task.run(lambda texts, prompt: np.ones((len(texts), 4), np.float32))) == {"spearman": 0, "pearson": 0}
+    assert json.dumps(dict(task.run(lambda texts, prompt: np.eye(9, 9)[: len(texts)])), allow_nan=False)
+
+
+def test_another_model_under_the_name_of_an_evaluation_is_refused(local_tasks, tiny_model, tmp_path):
+    """truncate_dim in a file that the hash left out: the figures of all components came back."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    arguments = (str(model), [str(local_tasks / "sts")], tmp_path / "out")
+    before = evaluate(*arguments)
+    file = model / "config_sentence_transformers.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"truncate_dim": 4}))
+    with pytest.raises(ValueError, match=r"was made with model_sha256 .*; give another --name"):
+        evaluate(*arguments)
+    after = evaluate(*arguments, name="truncated")
+    assert after["tasks"]["sts"]["spearman"] != before["tasks"]["sts"]["spearman"]
 
 
 def test_a_failing_task_leaves_the_others(local_tasks, minilm, tmp_path):

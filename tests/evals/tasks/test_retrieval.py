@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.evaluate import evaluate, table
+from launch.evaluate import evaluate, model_sha256, table
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.evals.suites.local import find_tasks, task_sha256
@@ -190,7 +190,6 @@ def test_evaluate_refuses_to_mix_figures(tmp_path):
 
 
 def test_a_run_that_went_on_is_another_model(tmp_path):
-    from nomic_jax.evals.report.record import model_sha256
     from nomic_jax.run.manifest import write_manifest
 
     (tmp_path / "config.json").write_text("{}")
