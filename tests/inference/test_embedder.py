@@ -14,14 +14,17 @@ import numpy as np
 import pandas
 import pyarrow
 import pytest
+import tokenizers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import nomic_jax
 from nomic_jax import Classifier, Embedder
+from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint, write_checkpoint
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
 from nomic_jax.model.heads import init_classifier
+from tests.corpus import write_small_model
 
 TEXTS = [
     "A man is eating food.",
@@ -261,6 +264,36 @@ def test_pure_function_inside_a_users_own_sharded_program(embedder):
 
     vectors = embedder.encode(texts)
     np.testing.assert_allclose(similarities(params, rows), vectors @ vectors.T, atol=1e-6)
+
+
+def test_the_identity_covers_all_that_a_vector_depends_on(tmp_path):
+    write_small_model(tmp_path / "model")
+    base = Embedder.from_pretrained(tmp_path / "model")
+    own = (base.params, base.config, base.tokenizer)
+    leaves, tree = jax.tree.flatten(base.params)
+    other_params = []
+    for i, leaf in enumerate(leaves):
+        changed = np.array(leaf)
+        changed.flat[-1] += 1
+        other_params.append(jax.tree.unflatten(tree, [*leaves[:i], changed, *leaves[i + 1 :]]))
+    definition = json.loads(base.tokenizer.backend.to_str())
+    vocabulary = definition["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    swapped = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(definition)))
+    variants = [
+        *(Embedder(params, *own[1:], prompts=base.prompts) for params in other_params),
+        *(Embedder(*own[:2], tokenizer, prompts=base.prompts) for tokenizer in (base.tokenizer.lowercased(), swapped)),
+        base.with_settings(max_length=32),
+        base.with_settings(normalize=not base.config.normalize),
+        *(
+            Embedder.from_pretrained(tmp_path / "model", **option)
+            for option in ({"dtype": "bfloat16"}, {"truncate_dim": 4}, {"layer_norm": False})
+        ),
+        Embedder(own[0], dataclasses.replace(base.config, pooling="cls"), own[2], prompts=base.prompts),
+    ]
+    identities = [json.dumps(embedder.identity) for embedder in [base, *variants]]
+    assert len(set(identities)) == len(identities) == len(leaves) + 9
+    assert Embedder.from_pretrained(tmp_path / "model").identity == base.identity
 
 
 def test_lower_case_of_sentence_transformers(minilm, tmp_path):

@@ -283,6 +283,11 @@ def test_work_on_other_files_or_of_another_model_is_never_mixed_in(fake, rows, u
     with pytest.raises(ValueError, match="weights of --model was"):
         embed_files("m", rows, unfinished, shard_rows=8)
     fake.params = {"w": np.arange(3.0)}
+    status = rows.stat()
+    os.utime(rows, ns=(status.st_atime_ns, status.st_mtime_ns + 2_000_000_000))  # as many bytes, but others
+    with pytest.raises(ValueError, match=f"input {rows} was"):
+        embed_files("m", rows, unfinished, shard_rows=8)
+    os.utime(rows, ns=(status.st_atime_ns, status.st_mtime_ns))
     with rows.open("a") as f:
         f.write('{"id": 40, "text": "one more"}\n')
     with pytest.raises(ValueError, match=f"input {rows} was"):

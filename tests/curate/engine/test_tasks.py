@@ -1,5 +1,6 @@
 """State shared by several processes with one output; tests/faults/curation.py kills such processes."""
 
+import fcntl
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from nomic_jax.curate.engine.row_blocks import CountedRows, count_rows, equal_bl
 from nomic_jax.curate.engine.settings import locked_settings
 from nomic_jax.curate.engine.sharded_array import ShardedArray, save_array
 from nomic_jax.data.formats.writing import write_rows
-from nomic_jax.files.locks import claim
+from nomic_jax.files.locks import claim, open_lock, take_lock
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,18 @@ def test_a_claim_is_exclusive_and_can_be_taken_again(tmp_path):
         assert again
         save_array(file, np.zeros(1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.npy"]
+
+
+def test_a_claim_without_its_file_leaves_the_lock_that_others_wait_for(tmp_path):
+    file = tmp_path / "0.npy"
+    with claim(file):  # its process fails before it has made the file
+        waiting = open_lock(tmp_path / ".0.npy.lock")
+    with waiting:
+        assert take_lock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with claim(file) as third:
+            assert not third
+    with claim(file) as is_ours:
+        assert is_ours
 
 
 def test_settings_of_a_running_process_cannot_be_replaced(tmp_path):

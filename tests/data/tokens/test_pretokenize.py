@@ -136,6 +136,25 @@ def test_files_are_read_once_until_they_change(shards, tokenizer, tmp_path, monk
     assert other.fingerprint != first.fingerprint and read == [str(changed)]
 
 
+@pytest.mark.parametrize("change", ["replaced", "grown", "touched"])
+def test_each_sign_of_a_change_is_enough(shards, tokenizer, tmp_path, change):
+    """A copy that keeps the time of change is another file; an appended row changes the size, whatever the time."""
+    source = source_of(shards)
+    first = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    changed = shards / "2.jsonl"
+    status, text = changed.stat(), changed.read_text()
+    if change == "replaced":
+        (tmp_path / "other").write_text(text.replace("query 2 0", "query 2 X"))
+        os.replace(tmp_path / "other", changed)
+    elif change == "grown":
+        changed.write_text(text + text.splitlines()[0] + "\n")
+    else:
+        changed.write_text(text.replace("query 2 0", "query 2 X"))
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + (change == "touched")))
+    other = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    assert other.fingerprint != first.fingerprint
+
+
 def test_a_killed_command_goes_on(tokenizer, minilm, corpus, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
