@@ -156,7 +156,7 @@ def test_a_run_of_the_old_shuffle_keeps_it(corpus, minilm, tmp_path, monkeypatch
     train(config, tmp_path / "run", jax.devices()[:2])
     last = tmp_path / "run" / "checkpoints" / "4"
     assert hash_state(last) == hash_state(tmp_path / "whole" / "checkpoints" / "4")
-    assert reproduce(last, tmp_path / "again").identical
+    assert reproduce(last, tmp_path / "again", recorded_paths=True).identical
     assert dict(ocp.checkpointables_metadata(last).custom_metadata)["data_fingerprint"] == old.fingerprint
     assert recorded_shuffle(tmp_path / "run") == recorded_shuffle(tmp_path / "again") == 1
     assert rows_printed(tmp_path / "run", 4) == old.row_numbers(3)
@@ -175,7 +175,7 @@ def without(record: dict, name: str) -> dict:
 
 
 def rows_printed(workdir, step) -> dict[str, list[int]]:
-    out = run_command("launch.data_order", workdir, f"--step={step}")
+    out = run_command("launch.data_order", workdir, f"--step={step}", "--recorded_paths")
     assert out.returncode == 0, out.stderr
     lines = map(json.loads, out.stdout.splitlines())
     return {line["source"]: line["rows"] for line in lines}
