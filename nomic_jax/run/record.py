@@ -226,6 +226,9 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
             if group not in (*_FREE_FIELDS, "model", "data") and (part != "model" or key not in _FREE_OF_MODEL):
                 differences.append((group, f"{part}.{key}", before.get(key), now.get(key)))
     differences += [("tokenizer", "tokenizer_sha256", saved["tokenizer_sha256"], current["tokenizer_sha256"])]
+    if "shuffle" in saved:  # the identities of earlier records leave out the folders of modules
+        guides = [(record.get("guide") or {}).get("sha256") for record in (saved, current)]
+        differences.append(("loss", "guide (the SHA-256 of its files)", guides[0], guides[1]))
     if saved["data_fingerprint"] != current["data_fingerprint"]:
         differences += [("data", *difference) for difference in _data_differences(saved, current)]
     for group, name, before, now in differences:

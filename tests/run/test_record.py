@@ -1,0 +1,29 @@
+"""Which runs may resume from a checkpoint."""
+
+from pathlib import Path
+
+import pytest
+
+from nomic_jax.run.record import FORMAT, ResumeError, check_same_run
+
+PATH = Path("run/checkpoints/1")
+
+
+def record(guide, allow_changed="", **more):
+    config = {"loss": {"guide": "g"}, "checkpoint": {"allow_changed": allow_changed}}
+    fields = {"format": FORMAT, "config": config, "model": {}, "tokenizer_sha256": "t", "data_fingerprint": "d"}
+    return fields | {"guide": guide} | more
+
+
+@pytest.mark.parametrize(("before", "now"), [({"sha256": "a"}, {"sha256": "b"}), ({"sha256": "a", "step": 3}, None)])
+def test_a_guide_with_other_weights_at_the_same_path_is_refused(before, now):
+    check_same_run(record(before, shuffle=2), record(before, shuffle=2), PATH)
+    with pytest.raises(ResumeError, match=r"whose guide .* was 'a'; now it is .*allow_changed=loss"):
+        check_same_run(record(before, shuffle=2), record(now, shuffle=2), PATH)
+    check_same_run(record(before, shuffle=2), record(now, "loss", shuffle=2), PATH)
+    # A record of an earlier version, whose identity of the guide covers fewer files.
+    check_same_run(record(before), record(now, shuffle=2), PATH)
+
+
+def test_a_run_without_a_guide_resumes():
+    check_same_run(record(None, shuffle=2), record(None, shuffle=2), PATH)
