@@ -26,7 +26,7 @@ tags:
 
 A text embedder {made} with nomic_jax, the JAX implementation of [Nomic Embed](https://arxiv.org/abs/2402.01613): an
 encoder of {layers} layers and width {width} ({position}), {pooling} pooling, {dim} dimensions, texts of up to
-{max_length} tokens.
+{max_length} tokens.{cut}
 
 ## Usage
 
@@ -74,10 +74,23 @@ def model_card(
         pooling=config.pooling,
         dim=config.output_dim,
         max_length=max_length,
+        cut=_cut(config),
         prompts=_prompts(prompts),
     )
     sections = [head, _training(training), *(_evaluation(suite, x) for suite, x in (evaluations or {}).items())]
     return "\n".join(section for section in sections if section)
+
+
+def _cut(config: EmbeddingConfig) -> str:
+    if config.dim is None:
+        return ""
+    width = config.encoder.hidden_size
+    if not config.normalize:
+        return f" Vectors are the first {config.dim} of {width} components."
+    return (
+        f" Vectors are cut to the first {config.dim} of {width} components after they are normalised, so they are "
+        f"shorter than 1: where a client takes dot products, use `normalize_embeddings=True`."
+    )
 
 
 def _prompts(prompts: Mapping[str, str]) -> str:

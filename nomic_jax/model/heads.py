@@ -19,8 +19,8 @@ class EmbeddingConfig:
     Attributes:
       pooling: "mean" over the real tokens (nomic, gte, e5, MiniLM), or "cls", the first token (bge).
       layer_norm: LayerNorm without scale and bias over the full width, after pooling (nomic-embed-text-v1.5).
-      dim: keep the first ``dim`` components (Matryoshka); None keeps all.
-      normalize: scale to length 1.
+      normalize: scale to length 1 at full width.
+      dim: keep the first ``dim`` components of the result (Matryoshka), which are shorter than 1; None keeps all.
     """
 
     encoder: EncoderConfig
@@ -79,10 +79,11 @@ def _finish(x: jax.Array, has_tokens: jax.Array, config: EmbeddingConfig) -> jax
         # Not jax.nn.standardize: its variance E[x^2] - E[x]^2 loses a small spread around a large mean.
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)  # torch.nn.functional.layer_norm's eps
-    x = x[..., : config.output_dim]
     if config.normalize:
         # rsqrt of the clamped squared norm, not a division by the norm: the gradient at the zero vector is 0, not NaN.
         x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+    # Last, as in sentence-transformers.
+    x = x[..., : config.output_dim]
     return jnp.where(has_tokens[..., None], x, 0.0)
 
 

@@ -11,12 +11,14 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from nomic_jax import Embedder
+from nomic_jax.data.batches.shapes import pad_right
 from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, read_checkpoint, write_checkpoint
 from nomic_jax.hf.keymap import encoder_keymap, from_params
 from nomic_jax.model import (
     EmbeddingConfig,
     EncoderConfig,
     classifier_logits,
+    embed,
     encode,
     init_classifier,
     init_encoder,
@@ -178,9 +180,10 @@ def test_weights_beyond_float16_are_refused(tmp_path, params, tokenizer):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_belongs_to_the_weights_survives(tmp_path, params, tokenizer, SentenceTransformer):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_belongs_to_the_weights_survives(normalize, tmp_path, params, tokenizer, SentenceTransformer):
     checkpoint = Checkpoint(
-        EmbeddingConfig(CONFIG.encoder, pooling="cls", layer_norm=True, dim=16, normalize=False),
+        EmbeddingConfig(CONFIG.encoder, pooling="cls", layer_norm=True, dim=16, normalize=normalize),
         {"encoder": params},
         tokenizer,
         prompts={"query": "Q: ", "document": ""},
@@ -193,9 +196,20 @@ def test_what_belongs_to_the_weights_survives(tmp_path, params, tokenizer, Sente
     for field in ("config", "prompts", "default_prompt_name", "similarity", "max_length"):
         assert getattr(read, field) == getattr(checkpoint, field)
     theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu")
-    ours = Embedder.from_pretrained(tmp_path / "model").encode(TEXTS, normalize_embeddings=False)
+    ours = Embedder.from_pretrained(tmp_path / "model")
     assert theirs.similarity_fn_name == "dot"
-    np.testing.assert_allclose(theirs.encode(TEXTS), ours, atol=1e-5)
+    vectors = theirs.encode(TEXTS)
+    np.testing.assert_allclose(ours.encode(TEXTS), vectors, atol=1e-5)
+    again = theirs.encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(ours.encode(TEXTS, normalize_embeddings=True), again, atol=1e-5)
+    # The pure function gives the same.
+    ids = ours.tokenizer.encode([f"Q: {text}" for text in TEXTS], ours.max_length)
+    batch = {"ids": pad_right(ids, 100, 0), "length": np.array([len(x) for x in ids], np.int32)}
+    np.testing.assert_allclose(embed(ours.params, batch, ours.config), vectors, atol=1e-5)
+    # Cut after the normalisation, vectors are shorter than 1, and the card says so.
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert ("shorter than 1" in card) is normalize
+    assert (np.linalg.norm(vectors, axis=1) < 0.9).all() if normalize else (np.linalg.norm(vectors, axis=1) > 1).all()
 
 
 def test_a_directory_that_sentence_transformers_saved_is_read(exported, tmp_path, SentenceTransformer):
