@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -13,6 +14,7 @@ import convert.check
 import convert.from_hf
 import convert.to_hf
 from launch import errors
+from nomic_jax import Embedder
 from nomic_jax.hf import Checkpoint, write_checkpoint
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
 from nomic_jax.train.config import TrainConfig
@@ -100,8 +102,23 @@ def test_check_compares_at_one_length(model, tmp_path, monkeypatch, capsys):
     assert end(monkeypatch, convert.to_hf, model, tmp_path / "short", "--max_length=16") == 0
     assert end(monkeypatch, convert.check, model, tmp_path / "short") == 0
     assert "tokens kept of a text: 32 and 16 by the checkpoints' settings; compared at 16" in capsys.readouterr().out
-    pytest.importorskip("sentence_transformers")
-    assert end(monkeypatch, convert.check, tmp_path / "short", model, "--torch") == 0
+
+    class Theirs:
+        """Takes the place of SentenceTransformer: importing torch takes seconds, and test_commands.py does."""
+
+        def __init__(self, directory, device):
+            self.embedder = Embedder.from_pretrained(directory)
+
+        def __setattr__(self, name, value):
+            if name == "max_seq_length":
+                assert value == 8
+                self.embedder.max_seq_length = value
+            super().__setattr__(name, value)
+
+        def encode(self, texts, **options):
+            return self.embedder.encode(texts, **options)
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Theirs))
     assert end(monkeypatch, convert.check, model, model, "--torch", "--max_length=8") == 0
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     assert end(monkeypatch, convert.check, model, model, "--torch") == 2
