@@ -292,7 +292,7 @@ def test_medians_over_the_seeds_at_the_best_settings():
 )
 def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path, monkeypatch, with_regression):
     pytest.importorskip("torch")
-    options = {"learning_rates": [1e-2], "batch_sizes": [16], "variant": "debug"}
+    options = {"learning_rates": [2e-2], "batch_sizes": [16], "variant": "debug"}
 
     def run(tasks, seeds, **more):
         given = options | {"seeds": seeds} | more
@@ -305,7 +305,7 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     report = run(["mnli"], [0])
     assert not report["failed"] and report["tasks"]["mnli"]["score"] > 0.8, report
     folder = tmp_path / "out" / "glue" / "tiny"
-    assert (folder / "mnli" / "lr0.01-batch16-seed0" / "checkpoints").is_dir()
+    assert (folder / "mnli" / "lr0.02-batch16-seed0" / "checkpoints").is_dir()
 
     # transformers reads the retained run as a classifier and computes the same logits.
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -313,7 +313,7 @@ def test_a_sweep_from_files_goes_on_where_it_stopped(data, tiny_model, tmp_path,
     from nomic_jax.hf.write import write_checkpoint
     from nomic_jax.run.pretrained import read_pretrained
 
-    workdir = folder / "mnli" / "lr0.01-batch16-seed0"
+    workdir = folder / "mnli" / "lr0.02-batch16-seed0"
     write_checkpoint(tmp_path / "hf", read_pretrained(workdir))
     rows = [json.loads(line) for line in (data / "mnli" / "validation_matched.jsonl").read_text().splitlines()]
     pairs = [(row["premise"], row["hypothesis"]) for row in rows]
@@ -416,7 +416,7 @@ def test_data_that_cannot_be_had_fail_their_task_alone(data, tiny_model, tmp_pat
         suite="glue",
         name="t",
         tasks=["sst2"],
-        glue_options={"learning_rates": [1e-2], "batch_sizes": [16], "seeds": [0], "variant": "debug"},
+        glue_options={"learning_rates": [2e-2], "batch_sizes": [16], "seeds": [0], "variant": "debug"},
     )
     assert "sst2 has no train (.jsonl" in report["failed"]["sst2"], "expected one failure for the task, not one per run"
     with pytest.raises(FileNotFoundError, match="neither a folder nor tfds:glue"):
