@@ -92,7 +92,12 @@ def test_finished_pieces_are_not_made_again(shards, tokenizer, tmp_path, monkeyp
     assert len(done) == 10
     texts = []
     encode = type(tokenizer).encode
-    monkeypatch.setattr(type(tokenizer), "encode", lambda self, batch: texts.extend(batch) or encode(self, batch))
+
+    def recorded(self, batch, **options):
+        texts.extend(batch)
+        return encode(self, batch, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", recorded)
     store = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
     assert content(store.directory) == content(expected.directory)
     assert len(texts) == 2 * (expected.rows - sum(counts["rows"] for counts in done))
