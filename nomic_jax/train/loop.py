@@ -24,7 +24,7 @@ from nomic_jax.train.interruption import Interruption, Preempted
 from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.sharding import gather_locally, make_mesh, put_rows, replicated
-from nomic_jax.train.start import find_tokenizer, make_model, read_guide, start_values
+from nomic_jax.train.start import find_tokenizer, make_model, read_guide, start_values, with_pad_token
 from nomic_jax.train.state import TrainState, init_state, make_train_step
 from nomic_jax.train.watch.goodput import Goodput
 from nomic_jax.train.watch.hlo import require_fused_attention
@@ -94,6 +94,8 @@ def _train(
     model = make_model(config, pretrained)
     config.check_lengths(model.encoder)
     tokenizer = find_tokenizer(config, pretrained, model)
+    if pretrained is None:
+        model = with_pad_token(model, tokenizer)
     shuffle = shuffle_of(repeated) if repeated else hosts.on_first_process(lambda: recorded_shuffle(workdir))
     stream = make_stream(config, tokenizer, mesh.size, shuffle or VERSION)
     if repeated and stream.fingerprint != repeated["data_fingerprint"]:

@@ -53,6 +53,14 @@ def find_tokenizer(config: TrainConfig, pretrained: Checkpoint | None, model: Em
     return tokenizer
 
 
+def with_pad_token(model: EmbeddingConfig, tokenizer: Tokenizer) -> EmbeddingConfig:
+    """The model whose row of the pad token is that of the tokenizer, where the tokenizer has one."""
+    if "pad" not in tokenizer.special_tokens:
+        return model
+    encoder = dataclasses.replace(model.encoder, pad_token_id=tokenizer.special_id("pad"))
+    return dataclasses.replace(model, encoder=encoder)
+
+
 def read_guide(config: TrainConfig, path: str, model: EmbeddingConfig, tokenizer: Tokenizer) -> Checkpoint | None:
     """The model that ``config.loss.guide`` names, computed in the run's dtype; None if it names none.
 
