@@ -217,15 +217,24 @@ def test_a_learnt_temperature_goes_on_in_the_next_stage(corpus, minilm, tmp_path
 
 
 def test_a_source_may_keep_its_rows_apart(corpus, minilm, tokenizer, tmp_path):
-    """Without in-batch negatives, a pair has no negative, so its loss is 0."""
-    text = (corpus / "pairs.yaml").read_text(encoding="utf-8").replace("bucket: ", f"bucket: {corpus}/")
-    alone = tmp_path / "alone.yaml"
-    alone.write_text(text.replace("query_prefix: clustering", "query_prefix: clustering, in_batch_negatives: false"))
-    config = load_config("contrastive", corpus, minilm)
-    data = dataclasses.replace(config.data, mixture=str(alone))
-    stream = make_stream(dataclasses.replace(config, data=data), tokenizer)
-    history = three_steps(dataclasses.replace(config, data=data), tokenizer, 8)[0]
-    sources = [stream.batch(i).source for i in range(3)]
-    assert set(sources) == {"a", "b"}
-    for source, metrics in zip(sources, history):
-        assert (metrics["loss"] == pytest.approx(0, abs=1e-6)) == (source == "b")
+    """Without in-batch negatives, the loss of a batch is the sum of the losses of its rows alone."""
+    plain = load_config("finetune", corpus, minilm)
+    mesh = make_mesh(jax.devices()[:1])
+    for apart in (False, True):
+        mixture = tmp_path / f"{apart}.yaml"
+        options = "in_batch_negatives: false" if apart else ""
+        source = f"{{name: a, bucket: {corpus / 'triplets.jsonl'}, objective: {{type: triplet}}, {options}}}"
+        mixture.write_text(f"datasets: [{source}]\n")
+        config = dataclasses.replace(plain, data=dataclasses.replace(plain.data, mixture=str(mixture), layout="padded"))
+        rows = make_stream(config, tokenizer).batch(0).arrays
+        stage = make_stage(config, EmbeddingConfig(config.model))
+        params = stage.init(jax.random.key(0))
+
+        @jax.jit
+        @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P())
+        def loss(params, rows, stage=stage):
+            return jax.lax.psum(stage.loss(params, rows).loss, DATA)
+
+        whole = float(loss(params, rows))
+        alone = sum(float(loss(params, {name: x[i : i + 1] for name, x in rows.items()})) for i in range(16))
+        assert (whole == pytest.approx(alone, rel=1e-5)) is apart and whole > 1
