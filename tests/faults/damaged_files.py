@@ -208,7 +208,7 @@ def _mixture(rng: random.Random, folder: Path, rows: Rows, reader: str) -> Damag
     ]
     number = rng.randrange(SHARDS)
     one = sources[number]
-    how = rng.choice(["field", "no bucket", "columns", "rows", "prefix", "name", "twice", "cut", "UTF-8", "nowhere"])
+    how = rng.choice(["field", "no bucket", "columns", "rows", "name", "twice", "cut", "UTF-8", "nowhere"])
     reason = f": source {number + 1}: "
     match how:
         case "field":
@@ -223,9 +223,6 @@ def _mixture(rng: random.Random, folder: Path, rows: Rows, reader: str) -> Damag
         case "rows":
             one["rows"] = "many"
             reason += "rows must be a number, found 'many'"
-        case "prefix":
-            one["query_prefix"] = "serch_query"
-            reason += f"{one['name']}: unknown prefix 'serch_query'"
         case "name":
             one["name"] = "../s"
             reason += "the source name '../s' cannot be a folder name"
@@ -236,7 +233,7 @@ def _mixture(rng: random.Random, folder: Path, rows: Rows, reader: str) -> Damag
             one["bucket"] = "data/nowhere.jsonl"
             reason = f"no file matches {folder}/data/nowhere.jsonl"
         case _:
-            reason = "broken YAML"
+            reason = "is not UTF-8" if how == "UTF-8" else "broken YAML"
     file = folder / "mixture.yaml"
     content = yaml.safe_dump({"datasets": sources}).encode()
     if how == "cut":

@@ -1,6 +1,7 @@
 """Damage to one row of a data file: the place is random, the expected error is known."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ def _missing_column(rng: random.Random, row: dict, column: str) -> tuple[dict, s
 
 def _wrong_type(rng: random.Random, row: dict, column: str) -> tuple[dict, str]:
     row[column] = rng.choice([7, 1.5, float("nan"), True, {"a": 1}])
-    return row, f"column {column!r} should hold text"
+    return row, "broken JSON (NaN" if row[column] != row[column] else f"column {column!r} should hold text"
 
 
 def _null(rng: random.Random, row: dict, column: str) -> tuple[dict, str]:
@@ -127,7 +128,8 @@ def _label(rng: random.Random, folder: Path, rows: Rows, reader: str) -> Damaged
     place = rng.randrange(len(shards[shard]))
     shards[shard][place]["label"] = value
     files = write_shards(folder / "data", "jsonl", shards)
-    words = (f"{files[shard]}:{place + 1}: ", f"the label is {value!r}")
+    is_json = not isinstance(value, float) or math.isfinite(value)
+    words = (f"{files[shard]}:{place + 1}: ", f"the label is {value!r}" if is_json else "broken JSON")
     return Damaged(f"{value!r} in row {place} of {files[shard].name}", f"{folder}/data/shard-*.jsonl", words)
 
 
