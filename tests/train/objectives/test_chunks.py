@@ -23,6 +23,7 @@ LAYOUTS = {
     # The budget of 4 x 48 = 192 tokens is not a multiple of 8 x 16 = 2 x 64 = 128.
     "bucketed": Layout((Shape(4, 48), Shape(8, 16), Shape(2, 64))),
     "packed": Layout((Shape(4, 64), Shape(1, 64)), segments=6),
+    "one chunk": Layout((Shape(64, 64),), segments=6),
 }
 
 
@@ -119,6 +120,7 @@ PAIRWISE = pytest.mark.exhaustive(reason="other cases of the default suite cover
     [
         ("bucketed", "mean", 8, 0),
         ("packed", "cls", 8, 0.5),
+        ("one chunk", "mean", 1, 1.0),
         pytest.param("bucketed", "cls", 1, 0, marks=PAIRWISE),
         pytest.param("packed", "mean", 8, 0.5, marks=PAIRWISE),
         pytest.param("packed", "cls", 8, 0, marks=PAIRWISE),
@@ -135,6 +137,7 @@ def test_chunks_give_what_single_texts_give(kind, pooling, device_count, kept_ch
     if device_count > 1 and kind == "bucketed":
         assert (plan.shape == len(layout.shapes)).any(), "no chunk is empty"
         assert (plan.shape != plan.shape[0]).any(), "all devices take the same branches"
+    assert (plan.shape.size == device_count) is (kind == "one chunk")
     alone, expected = plain(pooling)
     np.testing.assert_allclose(embedding_NE, np.array(in_plan_order(plan, alone)), atol=1e-5)
     for path, leaf in jax.tree.leaves_with_path(jax.tree.map(relative, gradient, expected)):
