@@ -17,6 +17,7 @@ from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
 from nomic_jax.data.mixture import COLUMNS, read_mixture
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.files.printable import code
 from nomic_jax.files.writing import atomic_file, write_json
 
 
@@ -80,7 +81,7 @@ def filter_mixture(
     }
     lines = [(s["source"], s["rows"], s["kept"], s["share_kept"], s["ranks"][0]["share"]) for s in sources]
     report = (
-        f"# Consistency filter of {mixture}\n\nKept {kept:,} of {rows:,} pairs ({kept / rows:.1%}): those whose "
+        f"# Consistency filter of {code(mixture)}\n\nKept {kept:,} of {rows:,} pairs ({kept / rows:.1%}): those whose "
         f"document is among the {options.k} nearest to its query{threshold_text(summary)}. Each source's folder has a "
         f"report with sample rows.\n\n{quarantine(summary)}"
         f"{table(('source', 'rows', 'kept', 'share kept', 'share of rank 1'), lines)}"
@@ -128,7 +129,7 @@ def mine_mixture(
         objectives[source.name] = {"objective": {"type": "triplet", "columns": columns}}
     total = {field: sum(source[field] for source in sources) for field in fields} | {"quarantined": quarantined}
     report = (
-        f"# Negatives of {mixture}\n\nEach source's folder has a report with sample rows.\n\n{quarantine(total)}"
+        f"# Negatives of {code(mixture)}\n\nEach source's folder has a report with sample rows.\n\n{quarantine(total)}"
         f"{table([field.replace('_', ' ') for field in sources[0]], [tuple(s.values()) for s in sources])}"
     )
     summary = {**total, "sources": sources}

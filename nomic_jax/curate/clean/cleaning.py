@@ -22,6 +22,7 @@ from nomic_jax.data.formats.writing import json_line, write_rows
 from nomic_jax.data.words import words_of
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.files.printable import code
 from nomic_jax.files.writing import atomic_file, write_json
 
 ROWS_AT_ONCE = 1024
@@ -209,7 +210,7 @@ def _drop_near(
 def _report(files: str, columns: Sequence[str], summary: dict[str, Any], samples: Mapping[str, Sample]) -> str:
     steps = [(reason, count, count / summary["rows"]) for reason, count in summary["removed"].items()]
     text = (
-        f"# Cleaning of {files}\n\nKept {summary['kept']:,} of {summary['rows']:,} rows; rejected "
+        f"# Cleaning of {code(files)}\n\nKept {summary['kept']:,} of {summary['rows']:,} rows; rejected "
         f"{summary['rejected']:,}.\n\n{quarantine(summary)}{table(('removed as', 'rows', 'share'), steps)}\n"
     )
     if summary["contamination"]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nomic_jax.data.formats.row_checks import Quarantined
-from nomic_jax.files.printable import markdown
+from nomic_jax.files.printable import code, markdown
 
 
 class Sample:
@@ -25,6 +25,10 @@ class Sample:
             self.items[index] = item
 
 
+class FileName(str):
+    """The name of a file in a table: shown whole and as code, so that it can be copied from the report."""
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Returns a Markdown table. Texts are no markup, and long ones are truncated."""
     first, *others = [[_cell(value) for value in row] for row in (header, *rows)]
@@ -34,7 +38,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def quarantine(summary: Mapping[str, Any]) -> str:
     """Returns a Markdown section that lists the files that were set aside; "" if there are none."""
-    rows = [(entry["file"], entry["reason"], entry["rows_at_least"] or "unknown") for entry in summary["quarantined"]]
+    files = summary["quarantined"]
+    rows = [(FileName(entry["file"]), entry["reason"], entry["rows_at_least"] or "unknown") for entry in files]
     if not rows:
         return ""
     return f"## Files set aside\n\nTheir rows are not used.\n\n{table(('file', 'reason', 'rows, at least'), rows)}\n"
@@ -47,5 +52,7 @@ def quarantine_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any, width: int = 200) -> str:
+    if isinstance(value, FileName):
+        return code(value)
     text = f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())
     return markdown(text if len(text) <= width else text[: width - 1] + "…")

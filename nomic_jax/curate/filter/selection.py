@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from nomic_jax.curate.engine.report import Sample, quarantine, table
+from nomic_jax.curate.engine.report import FileName, Sample, quarantine, table
 from nomic_jax.curate.engine.settings import matching_summary, settings_sha256
 from nomic_jax.curate.filter.ranking import RankingTask
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.files.printable import code
 from nomic_jax.files.writing import atomic_file, write_json
 
 _BAND_STARTS = (1, 2, 3, 4, 6, 11, 21, 101, 1001)  # lowest rank of each band of the rank histogram
@@ -95,10 +96,10 @@ def _report(files: str, summary: dict[str, Any], kept: Sample, dropped: Sample) 
     ranks, blocks = summary["ranks"], summary["blocks"]
     so_far = itertools.accumulate(band["rows"] for band in ranks)
     shares = [(band["ranks"], band["rows"], count / summary["rows"]) for band, count in zip(ranks, so_far)]
-    by_file = [(file["file"], file["rows"], file["kept"], file["share_kept"]) for file in summary["files"]]
+    by_file = [(FileName(file["file"]), file["rows"], file["kept"], file["share_kept"]) for file in summary["files"]]
     header = ("row", "rank", "score", "query", "document")
     return (
-        f"# Consistency filter of {files}\n\n"
+        f"# Consistency filter of {code(files)}\n\n"
         f"Kept {summary['kept']:,} of {summary['rows']:,} pairs ({summary['share_kept']:.1%}): those whose document is "
         f"among the {summary['k']} nearest to its query{threshold_text(summary)}, in {blocks['number']:,} blocks of "
         f"{blocks['smallest']:,} to {blocks['largest']:,} rows. Rejected rows: {summary['rejected']:,}. "

@@ -20,6 +20,7 @@ from nomic_jax.data.formats.paths import input_files
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.files.printable import code
 from nomic_jax.files.writing import atomic_file, write_json
 
 PAIRS_AT_ONCE = 1024
@@ -339,7 +340,8 @@ def _report(files: str, summary: dict[str, Any]) -> str:
     options = ", ".join(f"{name} {value}" for name, value in summary["options"].items() if value is not None)
     counts = [(name.replace("_", " "), value) for name, value in summary.items() if isinstance(value, int)]
     return (
-        f"# Negatives of {files}\n\n{summary['negatives_are'].capitalize()}, with {options}.{_recall(summary)}\n\n"
+        f"# Negatives of {code(files)}\n\n"
+        f"{summary['negatives_are'].capitalize()}, with {options}.{_recall(summary)}\n\n"
         f"{quarantine(summary)}{table(('', 'count'), counts)}\n"
         f"{table(('negatives', 'pairs'), [tuple(size.values()) for size in summary['negatives']])}\n"
         f"## Written, a sample\n\n{table(('pair', '', 'score', 'text'), lines)}\n"

@@ -297,17 +297,17 @@ def test_a_mixture_is_filtered_by_source(pairs, tmp_path):
     write_rows(tmp_path / "b.jsonl", [{"title": row["q"], "body": row["d"]} for row in rows[50:]])
     entries = [
         {"name": "a", "bucket": "a.jsonl", "objective": {"type": "paired", "columns": ["q", "d"]}},
-        {"name": "b", "bucket": "{b,c}.jsonl", "objective": {"type": "paired", "columns": ["title", "body"]}},
+        {"name": "b", "bucket": "{b,c_ _d}.jsonl", "objective": {"type": "paired", "columns": ["title", "body"]}},
     ]
     for entry in entries:
         entry["query_prefix"] = "clustering"
     (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"datasets": entries}))
     options = FilterOptions(block_size=30)
     mixture, output = str(tmp_path / "mixture.yaml"), tmp_path / "out"
-    (tmp_path / "c.jsonl").touch()  # an empty shard
+    (tmp_path / "c_ _d.jsonl").touch()  # an empty shard, whose name is no markup
     summary = filter_mixture(mixture, output, FakeTeacher().encoder(), options, on_bad_row="skip", progress=False)
     (empty,) = summary["quarantined"]
-    assert empty["file"] == f"{tmp_path}/c.jsonl" and empty["file"] in (output / "report.md").read_text()
+    assert empty["file"] == f"{tmp_path}/c_ _d.jsonl" and empty["file"] in (output / "report.md").read_text()
     ranks = {"a": brute_force(rows[:50], 30), "b": brute_force(rows[50:], 30)}
     for source in summary["sources"]:
         kept = sum(rank <= 2 for rank in ranks[source["source"]])
