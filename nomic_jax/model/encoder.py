@@ -19,15 +19,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nomic_jax.model.attention import FUSED_PRIMITIVE, attention
 from nomic_jax.model.config import EncoderConfig
+from nomic_jax.model.layer_norm import STATISTICS, layer_norm
 from nomic_jax.model.rope import apply_rope, rope_cos_sin
 from nomic_jax.model.table_lookup import lookup
+from nomic_jax.model.varying import varying_as
 
 # The activations stored for the backward pass of a layer, besides the layer's input. The others are recomputed.
 KEPT = {
     # The outputs of all matrix products and of attention: norms, activations and RoPE are cheap to recompute.
-    "elementwise": ("qkv", "attention", "out", "up", "gate", "down"),
+    "elementwise": ("qkv", "attention", "out", "up", "gate", "down", STATISTICS),
     # The inputs and outputs of attention, whose cost per token grows with the length.
-    "attention": ("qkv", "attention"),
+    "attention": ("qkv", "attention", STATISTICS),
     "layer": (),
 }
 
@@ -73,7 +75,7 @@ class LayerNorm(nnx.LayerNorm):
         self.output_dtype = jnp.dtype(config.dtype)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        return super().__call__(x, mask=mask).astype(self.output_dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon, self.output_dtype)
 
 
 class Embeddings(nnx.Module):
@@ -115,20 +117,37 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, rope, boundaries: TextBoundaries, output_position_BP: jax.Array | None
     ) -> jax.Array:
-        B, L, D = x_BLD.shape
-        H, K = self.config.num_heads, self.config.head_dim
-        qkv_BL3D = checkpoint_name(self.qkv(x_BLD), "qkv")
-        q_BLHK, k_BLHK, v_BLHK = (part.reshape(B, L, H, K) for part in jnp.split(qkv_BL3D, 3, axis=-1))
-        if rope is not None:
-            q_BLHK, k_BLHK = apply_rope(q_BLHK, *rope), apply_rope(k_BLHK, *rope)
+        qkv_BLHK = _split_heads(self.qkv(x_BLD), rope, self.config.num_heads)
         out_BLHK = attention(
-            q_BLHK,
-            k_BLHK,
-            v_BLHK,
+            *(checkpoint_name(part, "qkv") for part in qkv_BLHK),
             **boundaries._asdict(),
             implementation=self.config.attention,
         )
-        return checkpoint_name(self.out(_select(out_BLHK.reshape(B, L, D), output_position_BP)), "out")
+        return checkpoint_name(self.out(_select(out_BLHK.reshape(x_BLD.shape), output_position_BP)), "out")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _split_heads(qkv_BLX: jax.Array, rope, num_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns queries, keys and values [B, L, H, K] of their common product [B, L, 3D], rotated if rope is given."""
+    q_BLHK, k_BLHK, v_BLHK = (part.reshape(*part.shape[:2], num_heads, -1) for part in jnp.split(qkv_BLX, 3, axis=-1))
+    if rope is not None:
+        q_BLHK, k_BLHK = apply_rope(q_BLHK, *rope), apply_rope(k_BLHK, *rope)
+    return q_BLHK, k_BLHK, v_BLHK
+
+
+def _split_heads_backward(num_heads: int, rope, gradients: tuple[jax.Array, jax.Array, jax.Array]):
+    q_BLHK, k_BLHK, v_BLHK = gradients
+    if rope is not None:
+        cos, sin = rope
+        q_BLHK, k_BLHK = apply_rope(q_BLHK, cos, -sin), apply_rope(k_BLHK, cos, -sin)
+    qkv_BLX = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (q_BLHK, k_BLHK, v_BLHK)], axis=-1)
+    # Two products use it. Without the barrier, XLA concatenates for each of them.
+    return jax.lax.optimization_barrier(qkv_BLX), None
+
+
+_split_heads.defvjp(
+    lambda qkv_BLX, rope, num_heads: (_split_heads(qkv_BLX, rope, num_heads), rope), _split_heads_backward
+)
 
 
 class GatedMlp(nnx.Module):
@@ -141,7 +160,29 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         up_BLF, gate_BLF = checkpoint_name(self.up(x_BLD), "up"), checkpoint_name(self.gate(x_BLD), "gate")
-        return checkpoint_name(self.down(up_BLF * jax.nn.silu(gate_BLF)), "down")
+        return checkpoint_name(self.down(_swiglu(up_BLF, gate_BLF)), "down")
+
+
+@jax.custom_vjp
+def _swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
+    return up * jax.nn.silu(gate)
+
+
+def _swiglu_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    up, gate, gradient = (x.astype(jnp.float32) for x in (*residuals, gradient))
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    of_up, of_gate = gradient * silu, gradient * up * (sigmoid + silu * (1 - sigmoid))
+    return of_up.astype(residuals[0].dtype), of_gate.astype(residuals[1].dtype)
+
+
+def _swiglu_forward(up: jax.Array, gate: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # XLA does not merge kernels that share the result of a product. Behind a barrier it does: those of both gradients.
+    up, gate = jax.lax.optimization_barrier((up, gate))
+    return _swiglu(up, gate), (up, gate)
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class GeluMlp(nnx.Module):
@@ -206,11 +247,29 @@ class Encoder(nnx.Module):
         self, block: Block, boundaries: TextBoundaries, output_position_BP: jax.Array | None = None
     ) -> Callable[[jax.Array, Any], jax.Array]:
         def apply_block(x_BLD: jax.Array, rope) -> jax.Array:
-            return block(x_BLD, rope, boundaries, output_position_BP)
+            structure, params = nnx.split(block)
+            params = jax.tree.map(lambda x: varying_as(x, x_BLD), params)
+            params, x_BLD = _with_gradients_together(params, x_BLD)
+            return nnx.merge(structure, params)(x_BLD, rope, boundaries, output_position_BP)
 
         if self.config.recompute == "none":
             return apply_block
         return jax.checkpoint(apply_block, policy=_save_policy(KEPT[self.config.recompute]))
+
+
+@jax.custom_vjp
+def _with_gradients_together(params: nnx.State, x_BLD: jax.Array) -> tuple[nnx.State, jax.Array]:
+    """Returns its arguments, whose gradients are then computed before any of them is used.
+
+    Otherwise XLA may compute the gradients of all layers' parameters at the end of the backward pass, beside their sum
+    over devices, and hold the gradients of all layers' activations until then.
+    """
+    return params, x_BLD
+
+
+_with_gradients_together.defvjp(
+    lambda params, x_BLD: ((params, x_BLD), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+)
 
 
 def _save_policy(names: tuple[str, ...]) -> Callable[..., bool]:
@@ -256,6 +315,15 @@ def init_encoder(key: jax.Array, config: EncoderConfig) -> dict:
     word = params["embeddings"]["word"]
     word["embedding"] = word["embedding"].at[config.pad_token_id].set(0.0)
     return params
+
+
+def cast_kernels(params: dict, config: EncoderConfig) -> dict:
+    """Returns the parameters with the kernels of matrix products in the computation dtype, in which they are used."""
+
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(config.dtype) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def abstract_encoder(config: EncoderConfig) -> dict:

@@ -44,5 +44,8 @@ def rope_cos_sin(
 
 def apply_rope(x_BLHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the first half of each head with its second half (NeoX order), in float32."""
-    x1, x2 = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BLHK.dtype)
+    halves = x_BLHK.astype(jnp.float32).reshape(*x_BLHK.shape[:-1], 2, -1)
+    sign = jnp.array([[-1.0], [1.0]])
+    # Reversed halves, not a concatenation: XLA fuses them into what reads or writes the heads.
+    rotated = halves * cos[..., None, :] + halves[..., ::-1, :] * (sign * sin[..., None, :])
+    return rotated.reshape(x_BLHK.shape).astype(x_BLHK.dtype)

@@ -9,6 +9,8 @@ Products with 0/1 matrices add up the runs within blocks, and again over the blo
 import jax
 import jax.numpy as jnp
 
+from nomic_jax.model.varying import varying_as
+
 # Rows of a block. Its 0/1 matrix costs this number of multiply-adds for each component of a row.
 BLOCK = 64
 
@@ -19,9 +21,7 @@ def lookup(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     Give the float32 table and cast the result: a table in 16 bits would also round its gradient to 16 bits. A value
     that is not finite in the cotangent may reach the gradients of other ids.
     """
-    # In shard_map, this zero varies over devices as the ids do, so a table that does not gets the sum of all gradients.
-    zero = jnp.sum(ids.reshape(-1)[:0]).astype(table_VD.dtype)
-    return _lookup(table_VD + zero, ids)
+    return _lookup(varying_as(table_VD, ids), ids)
 
 
 @jax.custom_vjp

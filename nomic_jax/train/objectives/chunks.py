@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from nomic_jax.data.batches.packing import Layout
 from nomic_jax.data.batches.shapes import Shape
-from nomic_jax.model import EmbeddingConfig, embed, encode
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, encode
+from nomic_jax.model.encoder import cast_kernels
 from nomic_jax.model.heads import pool_segments
+from nomic_jax.model.varying import varying_as
 
 Chunk = dict[str, jax.Array]
 
@@ -38,7 +40,7 @@ def embed_chunks(
     kept = round(kept_chunks * count)
     stacked = {name: array for name, array in chunks.items() if name != "place"}
     # Parameters that do not vary over devices would make each turn of the backward pass add up over devices.
-    params = jax.tree.map(lambda x: x + _zero(chunks).astype(x.dtype), params)
+    params = jax.tree.map(lambda x: varying_as(x, chunks["ids"]), params)
 
     def compute(shape: Shape, params: dict, chunk: Chunk) -> jax.Array:
         embedding_SE = _embed_chunk(params, chunk, shape, model, layout)
@@ -47,20 +49,16 @@ def embed_chunks(
     if count == kept == 1:
         embedding_NSE = compute(layout.shapes[0], params, jax.tree.map(lambda x: x[0], stacked))[None]
     else:
-        embedding_NSE = _in_a_loop(compute, params, stacked, layout, kept)
+        embedding_NSE = _in_a_loop(compute, params, stacked, model.encoder, layout, kept)
     embedding_SE = embedding_NSE.reshape(-1, model.output_dim)
     return embedding_SE.at[chunks["place"]].get(mode="promise_in_bounds", unique_indices=True)
-
-
-def _zero(chunks: Chunk) -> jax.Array:
-    """Returns a zero that varies over devices like the chunks do."""
-    return jnp.sum(chunks["ids"][:0]).astype(jnp.float32)
 
 
 def _in_a_loop(
     compute: Callable[[Shape, dict, Chunk], jax.Array],
     params: dict,
     chunks: Chunk,
+    encoder: EncoderConfig,
     layout: Layout,
     kept: int,
 ) -> jax.Array:
@@ -83,7 +81,7 @@ def _in_a_loop(
         return jnp.sum(chunks["shape"] < len(layout.shapes))
 
     def zeros(chunks: Chunk, like: Any, *leading: int) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype) + _zero(chunks).astype(x.dtype), like)
+        return jax.tree.map(lambda x: varying_as(jnp.zeros((*leading, *x.shape), x.dtype), chunks["ids"]), like)
 
     def recomputed(params: dict, chunks: Chunk, embedding_NSE: jax.Array, first: int) -> jax.Array:
         def turn(i: jax.Array, embedding_NSE: jax.Array) -> jax.Array:
@@ -93,15 +91,18 @@ def _in_a_loop(
 
         return jax.lax.fori_loop(first, with_text(chunks), turn, embedding_NSE) if first < count else embedding_NSE
 
+    # Once, not in every turn.
+    cast = functools.partial(cast_kernels, config=encoder)
     first_chunk = chunk_at(chunks, jnp.zeros((), jnp.int32))
     embedding_SE = jax.eval_shape(in_largest, params, first_chunk)
-    residuals_of = _Residuals(in_largest, params, first_chunk) if kept else None
+    residuals_of = _Residuals(in_largest, cast(params), first_chunk) if kept else None
 
     @jax.custom_vjp
     def embeddings(params: dict, chunks: Chunk) -> jax.Array:
-        return recomputed(params, chunks, zeros(chunks, embedding_SE, count), 0)
+        return recomputed(cast(params), chunks, zeros(chunks, embedding_SE, count), 0)
 
     def forward(params: dict, chunks: Chunk):
+        params = cast(params)
         embedding_NSE = zeros(chunks, embedding_SE, count)
         if residuals_of is None:
             return recomputed(params, chunks, embedding_NSE, 0), (params, chunks, [], [])
@@ -140,7 +141,7 @@ def _in_a_loop(
 
             return add(gradient, by_shape(of_shape, chunk, params, chunk, cotangent_NSE[i]))
 
-        gradient = zeros(chunks, params)
+        gradient = zeros(chunks, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params))
         if kept:
             gradient = jax.lax.fori_loop(0, jnp.minimum(with_text(chunks), kept), kept_turn, gradient)
         if kept < count:

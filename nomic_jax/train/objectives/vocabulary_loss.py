@@ -8,6 +8,8 @@ The loss is a number, so its gradient is computed together with it, and the back
 import jax
 import jax.numpy as jnp
 
+from nomic_jax.model.varying import varying_as
+
 PREDICTIONS_AT_A_TIME = 8192
 
 
@@ -23,9 +25,7 @@ def vocabulary_cross_entropy(
       table_VD: the decoder, float32.
       target_T: the token to predict; targets of -1 are ignored.
     """
-    # In shard_map, this zero varies over devices as the targets do.
-    zero = jnp.sum(target_T[:0]).astype(jnp.float32)
-    return _sums(hidden_TD + zero.astype(hidden_TD.dtype), table_VD + zero.astype(table_VD.dtype), target_T)
+    return _sums(varying_as(hidden_TD, target_T), varying_as(table_VD, target_T), target_T)
 
 
 @jax.custom_vjp
@@ -48,8 +48,7 @@ def _forward(hidden_TD: jax.Array, table_VD: jax.Array, target_T: jax.Array):
         return table_gradient_VD, (loss, correct, gradient_PV @ decoder_VD)
 
     parts = _in_parts(hidden_TD, target_T)
-    # Varies over devices as the result of the loop does.
-    zeros_VD = jnp.zeros(table_VD.shape, jnp.float32) + jnp.sum(hidden_TD[:0]).astype(jnp.float32)
+    zeros_VD = varying_as(jnp.zeros(table_VD.shape, jnp.float32), hidden_TD)
     if len(parts[1]) == 1:
         table_gradient_VD, sums = part(zeros_VD, jax.tree.map(lambda x: x[0], parts))
         loss_N, correct_N, gradient_NPD = jax.tree.map(lambda x: x[None], sums)
