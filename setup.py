@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+FOLDERS = ("configs", "convert", "launch")
+
 setup(
     name="nomic_jax",
     version="0.1.0",
@@ -12,7 +14,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["nomic_jax", "nomic_jax.*"]),
+    # These folders are at the top level of a checkout, and inside of the package once it is installed.
+    packages=[*find_packages(include=["nomic_jax", "nomic_jax.*"]), *(f"nomic_jax.{folder}" for folder in FOLDERS)],
+    package_dir={f"nomic_jax.{folder}": folder for folder in FOLDERS},
+    package_data={
+        "nomic_jax": ["py.typed"],
+        "nomic_jax.configs": ["data/*.yaml"],
+        "nomic_jax.launch": ["recipe.sh", "venv.sh", "k8s/*", "slurm/*"],
+    },
     # From the oldest release that has what is used to the next that may break it. No upper bound where the number is a
     # date or goes up each quarter. CI tests the versions in requirements-ci*.lock.
     install_requires=[

@@ -7,7 +7,7 @@ python -m launch.train --config=configs/finetune.py --workdir=runs/finetune --co
 
 from ml_collections import ConfigDict
 
-from configs.base import PAIRS_DEBUG, PAIRS_ONE_GPU, PAIRS_QUICKSTART, Changes, apply_variant, base_config
+from nomic_jax.train.defaults import PAIRS_DEBUG, PAIRS_ONE_GPU, PAIRS_QUICKSTART, Changes, apply_variant, base_config
 
 # A few minutes on 2 CPU cores.
 _QUICKSTART = PAIRS_QUICKSTART | {

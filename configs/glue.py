@@ -8,7 +8,7 @@ python -m launch.train --config=configs/glue.py --workdir=runs/rte --config.init
 
 from ml_collections import ConfigDict
 
-from configs.base import Changes, apply_variant, base_config
+from nomic_jax.train.defaults import Changes, apply_variant, base_config
 
 VARIANTS: dict[str, Changes] = {
     "paper": {},

@@ -5,7 +5,7 @@ python -m launch.train --config=configs/mlm.py --workdir=runs/mlm --config.data.
 
 from ml_collections import ConfigDict
 
-from configs.base import DEBUG, ONE_GPU, QUICKSTART, Changes, apply_variant, base_config
+from nomic_jax.train.defaults import DEBUG, ONE_GPU, QUICKSTART, Changes, apply_variant, base_config
 
 # A few minutes on 2 CPU cores.
 _QUICKSTART = QUICKSTART | {

@@ -17,13 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.errors import fail
 from nomic_jax import Embedder
 from nomic_jax.data.batches.shapes import pad_right
 from nomic_jax.hf import Checkpoint
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.model import classifier_logits, encode, mlm_logits
 from nomic_jax.run.pretrained import read_pretrained
+
+from .errors import fail
 
 TEXTS = (
     "search_query: what does an embedder do?",

@@ -5,8 +5,9 @@ To start training from a Hugging Face directory, no conversion is needed: `--con
 
 import argparse
 
-from convert.errors import fail
 from nomic_jax.run.pretrained import read_pretrained, write_pretrained
+
+from .errors import fail
 
 
 def main() -> None:

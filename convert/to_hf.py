@@ -12,10 +12,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from convert.errors import fail
 from nomic_jax.files.reading import read_json
 from nomic_jax.hf import write_checkpoint
 from nomic_jax.run.pretrained import read_pretrained
+
+from .errors import fail
 
 
 def main() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.errors import run
 from nomic_jax.curate.clean.cleaning import CleaningOptions, clean_rows
 from nomic_jax.curate.clean.contamination import NGRAM, EvaluationTexts
 from nomic_jax.curate.engine.report import quarantine_lines
 from nomic_jax.evals.tasks.retrieval import RetrievalTask
+
+from .errors import run
 
 FLAGS = flags.FLAGS
 

@@ -30,11 +30,12 @@ import yaml
 from absl import flags
 from tqdm import tqdm
 
-from launch.errors import run
 from nomic_jax.curate.hold_out import Split, sampling_key
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.writing import atomic_file, write_json
+
+from .errors import run
 
 FLAGS = flags.FLAGS
 OUTPUTS = {"held_out", "pairs", "labelled", "mlm", "pairs.yaml", "labelled.yaml", "mlm.yaml", "summary.json"}

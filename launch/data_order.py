@@ -15,13 +15,14 @@ from typing import Any
 
 from absl import flags
 
-from launch.errors import run
 from nomic_jax.data.batches.permutation import VERSION
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.reading import read_json
 from nomic_jax.run.checkpoints import recorded_shuffle
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.objectives import make_stream
+
+from .errors import run
 
 FLAGS = flags.FLAGS
 

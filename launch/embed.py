@@ -10,9 +10,10 @@ interruption, the same command continues after the last finished shard.
 
 from absl import flags
 
-from launch.errors import run
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.inference.embed_files import embed_files
+
+from .errors import run
 
 FLAGS = flags.FLAGS
 

@@ -146,8 +146,5 @@ def _exit(error: Exception) -> NoReturn:
         if name.isidentifier():
             message = f"there is no field {name!r}{_meant(name)}; nomic_jax/train/config.py explains the fields"
         message = "--config: " + message.strip("'").replace("\\n", ". ").replace("\\'", "'")
-    if "Traceback" in message:
-        # An error inside a configuration file: the last line of the traceback is its message.
-        message = "--config: " + message.strip().splitlines()[-1]
     print(printable(f"error: {' '.join(message.split())}"), file=sys.stderr)
     sys.exit(2)

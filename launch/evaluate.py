@@ -35,8 +35,6 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from launch import glue
-from launch.errors import run
 from nomic_jax.data.prompts import prompt_for
 from nomic_jax.data.words import WORDS_VERSION
 from nomic_jax.evals.report.page import table, write_report
@@ -45,6 +43,9 @@ from nomic_jax.evals.suites import hub, local, loco, mteb
 from nomic_jax.evals.suites.glue import cells as glue_cells
 from nomic_jax.evals.tasks.contract import Embed, TaskError
 from nomic_jax.files.folders import check_only
+
+from . import glue
+from .errors import run
 
 FLAGS = flags.FLAGS
 SUITES = ("local", "mteb", "jina_long", "loco", "glue")

@@ -10,12 +10,13 @@ from typing import Any
 
 from absl import flags
 
-from launch import teacher
-from launch.errors import run
 from nomic_jax.curate.engine.report import quarantine_lines
 from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
 from nomic_jax.curate.mixtures import filter_mixture, is_mixture
 from nomic_jax.data.formats.paths import expand_files
+
+from . import teacher
+from .errors import run
 
 flags.adopt_module_key_flags(teacher)  # so that --help lists them
 _K = flags.DEFINE_integer("k", 2, "Keep a pair if its document is among the k nearest to its query.")

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.glue import get_config
-from launch.errors import refer
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.evals.report.record import average
 from nomic_jax.evals.suites import glue, hub
@@ -27,6 +25,9 @@ from nomic_jax.files.writing import write_json
 from nomic_jax.run.pretrained import read_pretrained
 from nomic_jax.run.workdir import used_workdir
 from nomic_jax.train.interruption import Preempted
+
+from .config_files import get_config
+from .errors import refer
 
 
 def sweep(
@@ -154,7 +155,7 @@ def _run(
 
     task = glue.TASKS[cell.task]
     training, validation = files
-    config = get_config(variant)
+    config = get_config(f"glue:{variant}")
     config.init_from, config.batch_size, config.seed = start, cell.batch_size, cell.seed
     config.optim.lr, config.model.dtype = cell.learning_rate, dtype
     config.data.update(dict(mixture=training, columns=task.columns, num_labels=task.num_labels))

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 from absl import flags
 from tqdm import tqdm
 
-from launch.errors import run
 from nomic_jax.curate.engine.settings import fingerprints
 from nomic_jax.curate.hold_out import HeldOut, Split
 from nomic_jax.curate.mixtures import replace_files
@@ -32,6 +31,8 @@ from nomic_jax.data.mixture import Source, read_mixture
 from nomic_jax.data.prompts import prompt_name
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.writing import atomic_file, write_json
+
+from .errors import run
 
 FLAGS = flags.FLAGS
 OUTPUTS = {"held_out", "pairs", "labelled", "pairs.yaml", "labelled.yaml", "summary.json"}

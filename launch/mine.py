@@ -12,12 +12,13 @@ from typing import Any
 
 from absl import flags
 
-from launch import teacher
-from launch.errors import run
 from nomic_jax.curate.engine.report import quarantine_lines
 from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
 from nomic_jax.curate.mixtures import is_mixture, mine_mixture
 from nomic_jax.data.formats.paths import expand_files
+
+from . import teacher
+from .errors import run
 
 flags.adopt_module_key_flags(teacher)  # so that --help lists them
 _K = flags.DEFINE_integer("k", 20, "Candidates for each query: its k nearest documents besides its positives.")

@@ -44,7 +44,7 @@ def _pretokenize() -> None:
 
 if __name__ == "__main__":
     # Worker processes import this module too; they must define no flags and not import jax.
-    from launch.errors import run
+    from .errors import run
 
     flags.DEFINE_string(
         "mixture",

@@ -19,7 +19,6 @@ matplotlib.use("Agg")  # write files, open no window
 import matplotlib.pyplot as plt
 from absl import flags
 
-from launch.errors import run
 from nomic_jax.curate.engine.report import table
 from nomic_jax.evals.report.pictures import plain
 from nomic_jax.files import printable, reading
@@ -27,6 +26,8 @@ from nomic_jax.files.writing import atomic_file, write_json
 from nomic_jax.train.evaluation import read_evaluations
 from nomic_jax.train.watch.goodput import KINDS, read_goodput, share
 from nomic_jax.train.watch.metrics import read_metrics
+
+from .errors import run
 
 FLAGS = flags.FLAGS
 # The order of rows and columns in the report; other names follow alphabetically.

@@ -17,9 +17,10 @@ import tempfile
 
 from absl import flags
 
-from launch.errors import run
 from nomic_jax.files.printable import printable
 from nomic_jax.train.reproduce import reproduce
+
+from .errors import run
 
 FLAGS = flags.FLAGS
 

@@ -2,12 +2,13 @@
 
 from absl import flags
 
-from launch.errors import run
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.evals.tasks.retrieval import search
 from nomic_jax.files.printable import printable
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.inference.embedder import Embedder
+
+from .errors import run
 
 FLAGS = flags.FLAGS
 

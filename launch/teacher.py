@@ -6,10 +6,11 @@ from typing import Any
 
 from absl import flags
 
-from launch.errors import refer
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.data.prompts import prompt_for
+
+from .errors import refer
 
 INPUT = flags.DEFINE_string(
     "input",

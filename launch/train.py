@@ -14,10 +14,7 @@ import functools
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from launch.errors import run
-from launch.evaluate import embed_with
 from nomic_jax.evals.suites.local import find_tasks, read_task, run_task
 from nomic_jax.hf import Checkpoint
 from nomic_jax.inference.embedder import Embedder
@@ -28,8 +25,12 @@ from nomic_jax.train.interruption import exit_on_sigterm
 from nomic_jax.train.loop import train
 from nomic_jax.train.watch.goodput import process_began
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "configs/mlm.py, contrastive.py, finetune.py or glue.py, with :variant if wanted."
+from . import config_files
+from .errors import run
+from .evaluate import embed_with
+
+_CONFIG = config_files.define(
+    "config", "mlm, contrastive, finetune, glue, or a .py file; with :variant if wanted, such as mlm:debug."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints, metrics and the resolved configuration.", required=True

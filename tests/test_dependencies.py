@@ -2,15 +2,16 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from launch.lock import LOCKS, lock_of
-
 ROOT = Path(__file__).parent.parent
+LOCK = runpy.run_path(str(ROOT / ".ci" / "lock.py"))
+LOCKS, lock_of = LOCK["LOCKS"], LOCK["lock_of"]
 # Their major versions are dates or rise each quarter, so they do not mark breaking changes. torch is pinned exactly.
 WITHOUT_UPPER_BOUND = {"fsspec", "gcsfs", "importlib-resources", "pyarrow", "s3fs"}
 

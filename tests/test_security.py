@@ -31,6 +31,10 @@ EXCEPTIONS = {
         "nomic_jax/train/watch/metrics.py",
         "importlib.import_module",
     ): "of two names that stand beside it: wandb, trackio",
+    (
+        "launch/config_files.py",
+        "importlib.util.spec_from_file_location",
+    ): "the configuration, which is Python, that --config names",
     ("launch/teacher.py", "import of cloudpickle"): "this module's own functions go to Ray's workers; nothing is read",
 }
 

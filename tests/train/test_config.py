@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-from configs.base import apply_variant, base_config
 from nomic_jax.train.config import ConfigurationError, TrainConfig
+from nomic_jax.train.defaults import apply_variant, base_config
 
 STAGES = ("mlm", "contrastive", "finetune")
 

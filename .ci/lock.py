@@ -1,6 +1,6 @@
 """Renews requirements-ci.lock and requirements-ci-py312.lock, the exact versions that CI installs:
 
-    python -m launch.lock [--installed]
+    python .ci/lock.py [--installed]
 
 They hold the newest versions that setup.py allows, for Python 3.11 with the extras dev and quickstart and for Python
 3.12 with the extra test. With --installed, only the lock of this interpreter is renewed, with the versions of this
@@ -23,7 +23,7 @@ THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        "python -m launch.lock", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python .ci/lock.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--installed", action="store_true", help="the versions of this environment")
     installed = parser.parse_args().installed
@@ -63,7 +63,7 @@ def lock_of(report: dict[str, Any], version: str) -> str:
     found.pop("nomic_jax", None)
     python = f'python_version == "{version}"'
     lines = [f"{name}=={pin.partition('+')[0]} ; {python}" for name, pin in sorted(found.items())]
-    return "# What CI installs, made by: python -m launch.lock\n" + "\n".join(lines) + "\n"
+    return "# What CI installs, made by: python .ci/lock.py\n" + "\n".join(lines) + "\n"
 
 
 def _freeze() -> str:

@@ -1,4 +1,4 @@
-"""What the training stages share: the paper's model, common fields, and the shared part of each variant.
+"""What the configurations of the stages share: the paper's model, common fields, and the shared part of each variant.
 
 ``nomic_jax/train/config.py`` explains every field. A stage's file (mlm.py, contrastive.py, finetune.py, glue.py) sets
 the values of the paper in ``get_config`` and lists under ``VARIANTS`` what each variant changes. A change is written as
