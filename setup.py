@@ -22,6 +22,7 @@ setup(
         "nomic_jax.configs": ["data/*.yaml"],
         "nomic_jax.launch": ["recipe.sh", "venv.sh", "k8s/*", "slurm/*"],
     },
+    entry_points={"console_scripts": ["nomic-jax = nomic_jax.launch.__main__:main"]},
     # From the oldest release that has what is used to the next that may break it. No upper bound where the number is a
     # date or goes up each quarter. CI tests the versions in requirements-ci*.lock.
     install_requires=[

@@ -8,7 +8,6 @@ embeddings of B. The command prints the largest differences and exits with code 
 than the tolerance, or tokens differ.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +17,12 @@ import jax
 import numpy as np
 
 from nomic_jax import Embedder
+from nomic_jax.arguments import Parser, fail
 from nomic_jax.data.batches.shapes import pad_right
 from nomic_jax.hf import Checkpoint
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.model import classifier_logits, encode, mlm_logits
 from nomic_jax.run.pretrained import read_pretrained
-
-from .errors import fail
 
 TEXTS = (
     "search_query: what does an embedder do?",
@@ -36,9 +34,7 @@ LOGITS_LENGTH = 128  # first tokens of a text whose logits are compared
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m convert.check", __doc__)
     parser.add_argument("a", help="a checkpoint")
     parser.add_argument("b", help="the checkpoint to compare with it")
     parser.add_argument("--texts", help="file with one text a line; a few built-in texts by default")

@@ -3,21 +3,18 @@
 To start training from a Hugging Face directory, no conversion is needed: `--config.init_from` takes it directly.
 """
 
-import argparse
-
+from nomic_jax.arguments import Parser, fail
 from nomic_jax.run.pretrained import read_pretrained, write_pretrained
-
-from .errors import fail
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m convert.from_hf", description=__doc__)
+    parser = Parser("python -m convert.from_hf", __doc__)
     parser.add_argument("hf_dir", help="directory of a nomic-bert or BERT-family checkpoint")
     parser.add_argument("out_dir", help="working directory to write, with one checkpoint of step 0")
     args = parser.parse_args()
     try:
         write_pretrained(args.out_dir, read_pretrained(args.hf_dir))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         fail(error)
     print(f"wrote {args.out_dir}")
 

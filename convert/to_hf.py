@@ -12,17 +12,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nomic_jax.arguments import Parser, fail
 from nomic_jax.files.reading import read_json
 from nomic_jax.hf import write_checkpoint
 from nomic_jax.run.pretrained import read_pretrained
 
-from .errors import fail
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m convert.to_hf", __doc__)
     parser.add_argument("checkpoint", help="the checkpoint to convert")
     parser.add_argument(
         "out_dir", help="directory to write; sentence-transformers, transformers and others can load it"
@@ -54,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         write(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         fail(error)
     print(f"wrote {args.out_dir}")
 

@@ -15,6 +15,8 @@ from nomic_jax.data.formats.file_format import MAX_ROW_MIB, set_max_row_mib
 from nomic_jax.files.printable import printable
 from nomic_jax.train.interruption import EXIT_CODE, Preempted
 
+from . import config_files
+
 _ALLOW = flags.DEFINE_list(
     "allow_protocols",
     [],
@@ -97,6 +99,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except SystemExit:
+        if "config" in flags.FLAGS:
+            print("\n" + config_files.explain_fields())
         sys.exit(0)  # only --help and its like end here; absl would exit with 1
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # absl raises flags.Error; ml_collections raises the others for an unknown field of --config.
@@ -144,7 +148,7 @@ def _exit(error: Exception) -> NoReturn:
         # The text of a KeyError is quoted and escaped.
         name = message.strip("'\"")
         if name.isidentifier():
-            message = f"there is no field {name!r}{_meant(name)}; nomic_jax/train/config.py explains the fields"
+            message = f"there is no field {name!r}{_meant(name)}; --help explains the fields"
         message = "--config: " + message.strip("'").replace("\\n", ". ").replace("\\'", "'")
     print(printable(f"error: {' '.join(message.split())}"), file=sys.stderr)
     sys.exit(2)

@@ -14,19 +14,17 @@ checkpoints that it started from.
 Exit code 0: nothing has changed; 1: a part has changed; 2: there is no checkpoint.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
 
+from nomic_jax.arguments import Parser, fail
 from nomic_jax.files.printable import printable
 from nomic_jax.run.lineage import trace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m launch.lineage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m launch.lineage", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
         "--at",
@@ -49,8 +47,7 @@ def main() -> None:
             text = f"{finding.status:12}  {finding.what}" + (f"  ({finding.detail})" if finding.detail else "")
             print(json.dumps(finding._asdict()) if options.json else printable(text), flush=True)
     except (OSError, ValueError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     if not options.json:
         print(
             ", ".join(f"{counts[status]} {status}" for status in ("verified", "changed", "not found", "not recorded"))

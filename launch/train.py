@@ -1,9 +1,9 @@
 """Trains one stage.
 
-    python -m launch.train --config=configs/mlm.py[:variant] --workdir=DIR [--config.field=value ...]
+    python -m launch.train --config=mlm[:variant] --workdir=DIR [--config.field=value ...]
 
-The same command continues from the latest checkpoint in the working directory. nomic_jax/train/config.py explains the
-fields of a configuration.
+The same command continues from the latest checkpoint in the working directory. The fields of a configuration are
+explained below.
 
 On several hosts, start the same command on each: by srun (launch/slurm/), as pods of a JobSet (launch/k8s/), or by hand
 with --coordinator_address=HOST:PORT --num_processes=N --process_id=I. The working directory must be on a file system

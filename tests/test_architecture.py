@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nomic_jax"
 # Package -> the packages of nomic_jax that it may import from, besides itself, extras and files, which import none.
 ALLOWED = {
+    "arguments": set(),
     "extras": set(),
     "files": set(),
     "model": set(),
@@ -131,7 +132,7 @@ def test_packages_and_modules_stay_small():
 
 
 def test_a_lineage_is_checked_by_python_alone():
-    own = {"nomic_jax.run.lineage", "nomic_jax.run.manifest"}
+    own = {"nomic_jax.run.lineage", "nomic_jax.run.manifest", "nomic_jax.arguments"}
     own |= {f"nomic_jax.files.{name}" for name in ("folders", "printable", "reading", "writing")}
     files = [ROOT / "launch" / "lineage.py", *(ROOT / f"{name.replace('.', '/')}.py" for name in own)]
     packages = [PACKAGE, PACKAGE / "run", PACKAGE / "files"]

@@ -35,6 +35,7 @@ EXCEPTIONS = {
         "launch/config_files.py",
         "importlib.util.spec_from_file_location",
     ): "the configuration, which is Python, that --config names",
+    ("launch/__main__.py", "runpy.run_module"): "of the modules of launch and convert, found beside it",
     ("launch/teacher.py", "import of cloudpickle"): "this module's own functions go to Ray's workers; nothing is read",
 }
 

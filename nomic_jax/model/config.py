@@ -20,6 +20,10 @@ class EncoderConfig:
 
     Attributes:
       vocab_size: rows of the word embedding table (30522 word pieces, padded to a multiple of 64).
+      hidden_size: width of the encoder.
+      num_layers: number of layers.
+      num_heads: attention heads of a layer; they divide ``hidden_size``.
+      intermediate_size: width inside the MLP.
       type_vocab_size: rows of the token type table; 0 for none. The second text of a pair has type 1, other texts 0.
       max_positions: the longest text accepted, in tokens.
       max_trained_positions: up to this length RoPE is used as trained; beyond it, dynamic NTK applies (paper eq. 5).

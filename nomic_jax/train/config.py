@@ -139,6 +139,9 @@ class OptimConfig:
 
     Attributes:
       lr: peak learning rate, reached after the warm-up.
+      b1, b2: decay rates of the means of the gradient and of its square.
+      eps: added to the denominator of the update.
+      weight_decay: decoupled weight decay of the matrices.
       clip_norm: maximum global gradient norm; 0 for no clipping.
       warmup: number of optimizer steps; below 1, the share of all steps.
       decay: "linear" to 0, "inverse_sqrt", or "cosine" to 0.
@@ -265,12 +268,14 @@ class TrainConfig:
 
     Attributes:
       stage: "mlm", "contrastive" or "finetune"; or "classify", a classifier on top of the encoder.
+      seed: of random weights, of the order of the data, and of masks.
       init_from: the model to start from: a run's working directory, one of its checkpoints, or a Hugging Face
         directory; empty for random weights. Its architecture replaces ``model``, except for dtype, attention and
         recompute.
       batch_size: rows, pairs or queries of an optimizer step, over all devices.
       accumulate: micro-batches of a step. Contrastive batches cannot be split: their rows are each other's negatives.
       steps: optimizer steps; -1 for ``epochs`` passes over the data; 0 writes the initial weights and stops.
+      epochs: passes over the data, if ``steps`` is -1; may be a fraction.
       sharding: "replicated", "zero1" or "fsdp", see ``nomic_jax.train.sharding``.
       kept_chunks: share of the chunks whose activations are kept for the backward pass. The backward pass recomputes
         the other chunks one at a time, which bounds the memory of any batch and costs one more forward pass. Above 0

@@ -3,10 +3,14 @@
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
+
+# "      name, name: text", which goes on in lines that are indented by two more.
+_ATTRIBUTE = re.compile(r"^ {6}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 class ConfigurationError(ValueError):
@@ -48,12 +52,26 @@ def build(cls: type, values: Mapping[str, Any], where: str, known: Mapping[str, 
 
 def paths_of(cls: type) -> list[str]:
     """Returns the fields of a dataclass, such as "optim.lr", also those of all dataclasses that a field may have."""
-    paths = []
+    return list(meanings_of(cls))
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """Returns field ("optim.lr") -> its text under ``Attributes`` in the docstring of its dataclass; "" without one."""
+    explained: dict[str, str] = {}
+    for names, text in _ATTRIBUTE.findall((cls.__doc__ or "").partition("Attributes:")[2]):
+        explained |= dict.fromkeys(names.split(", "), " ".join(text.replace("``", "").split()))
+    meanings: dict[str, str] = {}
     for name, hint in typing.get_type_hints(cls).items():
+        if hint is typing.ClassVar:
+            continue
         inner = [kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type)]
         inner = [kind for kind in inner if dataclasses.is_dataclass(kind)]
-        paths += [f"{name}.{path}" for kind in inner for path in paths_of(kind)] or [name]
-    return list(dict.fromkeys(paths))
+        for kind in inner:
+            for path, text in meanings_of(kind).items():
+                meanings[f"{name}.{path}"] = meanings.get(f"{name}.{path}") or text
+        if not inner:
+            meanings[name] = explained.get(name, "")
+    return meanings
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
