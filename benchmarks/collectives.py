@@ -105,29 +105,22 @@ def compiled_step(
     """
     import jax
     import jax.numpy as jnp
-    from jax.sharding import PartitionSpec as P
 
-    from benchmarks.steps import CONFIGS, abstract_state, on_mesh
+    from benchmarks.steps import CONFIGS
     from nomic_jax.data.batches.packing import packed_layout
     from nomic_jax.model import EmbeddingConfig
     from nomic_jax.train.config import TrainConfig
-    from nomic_jax.train.objectives import make_stage
-    from nomic_jax.train.optim import learning_rate, make_optimizer
-    from nomic_jax.train.sharding import DATA, make_mesh
-    from nomic_jax.train.state import make_train_step
+    from nomic_jax.train.planning.compiled import compile_step
+    from nomic_jax.train.sharding import make_mesh
 
     config = CONFIGS[stage].get_config("paper")
+    config.update(dict(accumulate=accumulate, sharding=sharding))
     config.model.update(dict(num_layers=layers, **model))
     if stage != "mlm":
         config.data.layout = "packed" if packed else "padded"
     settings = TrainConfig.from_mapping(config.to_dict())
     mesh = make_mesh()
     layout = packed_layout(16, 32) if packed else None
-    built = make_stage(settings, EmbeddingConfig(settings.model), layout)
-    optimizer = make_optimizer(settings.optim, learning_rate(settings.optim, 1000))
-    step = make_train_step(built, optimizer, mesh, accumulate, sharding)
-
-    state = abstract_state(built, optimizer, mesh, sharding)
     C = 1 + NEGATIVES[stage]
     if stage == "mlm":
         shapes = {"ids": (rows, 16), "position": (rows, 4), "target": (rows, 4)}
@@ -141,11 +134,8 @@ def compiled_step(
             shapes |= {"ids": (chunks, layout.tokens), "segment": (chunks, layout.tokens)}
             shapes |= {"shape": (chunks,), "place": (rows * (1 + C),)}
     dtypes = {"query_hash": jnp.uint32, "document_hash": jnp.uint32, "in_batch_negatives": jnp.bool_}
-    arrays = {
-        name: on_mesh(jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32)), mesh, P(DATA))
-        for name, shape in shapes.items()
-    }
-    return step.lower(state, arrays).compile(), settings.model
+    arrays = {name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32)) for name, shape in shapes.items()}
+    return compile_step(settings, EmbeddingConfig(settings.model), arrays, layout, mesh), settings.model
 
 
 def counted(stage: str, sharding: str, layers: int, rows: int, **options) -> dict:
@@ -155,6 +145,7 @@ def counted(stage: str, sharding: str, layers: int, rows: int, **options) -> dic
     """
     import jax
 
+    from nomic_jax.train.planning.compiled import memory_plan
     from nomic_jax.train.watch.hlo import collectives
 
     started = time.perf_counter()
@@ -163,7 +154,6 @@ def counted(stage: str, sharding: str, layers: int, rows: int, **options) -> dic
     moved: Counter[str] = Counter()
     for collective in found:
         moved[collective.kind] += collective.bytes * (collective.times or 1)
-    plan = compiled.memory_analysis()
     return {
         "stage": stage,
         "sharding": sharding,
@@ -175,7 +165,7 @@ def counted(stage: str, sharding: str, layers: int, rows: int, **options) -> dic
         "bytes": dict(sorted(moved.items())),
         "expected": expected(stage, sharding, jax.device_count(), rows, encoder),
         "in_loops": sum(collective.times != 1 for collective in found),
-        "arguments": plan.argument_size_in_bytes,
+        "arguments": memory_plan(compiled).arguments,
         "seconds": round(time.perf_counter() - started, 1),
     }
 

@@ -3,9 +3,8 @@
     python benchmarks/memory.py
 
 The first table has the bytes per token that the backward pass keeps: the residuals of `jax.vjp` of the 137M encoder in
-bfloat16, under each policy of `config.model.recompute`, with cuDNN's attention. JAX can trace its kernel on a machine
-without cuDNN if the version check is replaced. In packed rows the kernel keeps statistics for each text that a row may
-hold.
+bfloat16, under each policy of `config.model.recompute`, traced for a GPU with cuDNN's attention. In packed rows the
+kernel keeps statistics for each text that a row may hold.
 
 The second table adds up the memory of one of 8 devices for the paper's shapes in packed rows:
 - parameters, gradient (twice) and Adam moments in float32;
@@ -24,10 +23,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from nomic_jax.data.batches.packing import number_compiled
 from nomic_jax.model import EncoderConfig, abstract_encoder, encode
+from nomic_jax.model.attention import Target, traced_for
 
 POLICIES = ("none", "elementwise", "attention", "layer")
 
@@ -49,8 +48,7 @@ def residual_bytes(config: EncoderConfig, rows: int, length: int, segments: int)
 
 def kilobytes_per_token(policy: str, length: int, segments: int = 0) -> float:
     """Kilobytes of residuals per token; ``segments``: texts that a packed row may hold, 0 for a row of one text."""
-    attention = "cudnn_packed" if segments else "cudnn"
-    config = dataclasses.replace(EncoderConfig(), dtype="bfloat16", attention=attention, recompute=policy)
+    config = dataclasses.replace(EncoderConfig(), dtype="bfloat16", recompute=policy)
     # The parameters are residuals, too. The difference of two batch sizes leaves the part that grows with the tokens.
     small, large = (residual_bytes(config, rows, length, segments) for rows in (4, 8))
     return (large - small) / (4 * length) / 1e3
@@ -64,11 +62,9 @@ def main() -> None:
     parser.add_argument("--filled", type=float, default=0.97, help="share of real tokens in a packed row")
     parser.add_argument("--limit", type=float, default=72, help="memory of a device in GB")
     args = parser.parse_args()
-    # JAX makes these checks before it traces the kernel. Nothing is compiled here.
-    cudnn.check_cudnn_version = lambda: 91000
-    cudnn.check_compute_capability = lambda capability: True
-    kept = {policy: kilobytes_per_token(policy, args.length) for policy in POLICIES}
-    packed = {policy: kilobytes_per_token(policy, args.length, args.segments) for policy in POLICIES}
+    with traced_for(Target("gpu", (9, 0), 91900)):  # nothing is compiled
+        kept = {policy: kilobytes_per_token(policy, args.length) for policy in POLICIES}
+        packed = {policy: kilobytes_per_token(policy, args.length, args.segments) for policy in POLICIES}
     print(f"jax {jax.__version__}, 137M, bfloat16, rows of {args.length} tokens\n")
     print(f"| recompute | KB kept per token | in packed rows of {args.segments} texts |\n|---|---|---|")
     for policy in POLICIES:

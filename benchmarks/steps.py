@@ -4,20 +4,18 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from benchmarks.loads import Load
 from configs import contrastive, finetune, mlm
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.objectives import make_stage
-from nomic_jax.train.objectives.stage import Stage
 from nomic_jax.train.optim import learning_rate, make_optimizer
-from nomic_jax.train.sharding import DATA, Sharding, make_mesh, put_rows
-from nomic_jax.train.state import TrainState, init_state, make_train_step, state_specs
+from nomic_jax.train.planning.compiled import compile_stage, memory_plan
+from nomic_jax.train.sharding import make_mesh, put_rows
+from nomic_jax.train.state import init_state
 from nomic_jax.train.watch.flops import peak_flops, training_flops
 
 CONFIGS = {"mlm": mlm, "contrastive": contrastive, "finetune": finetune}
@@ -34,23 +32,6 @@ def paper_settings(stage: str, model: dict[str, Any], **fields: Any) -> TrainCon
     config.update(dict(accumulate=1, **fields))
     config.optim.lr = 1e-6
     return TrainConfig.from_mapping(config.to_dict())
-
-
-def abstract_state(
-    stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, sharding: Sharding = "replicated"
-) -> TrainState:
-    """The state of ``init_state``, as shapes on the mesh."""
-
-    def init(key: jax.Array) -> TrainState:
-        params = stage.init(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    state = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(lambda x, spec: on_mesh(x, mesh, spec), state, state_specs(state, mesh, sharding))
-
-
-def on_mesh(x: Any, mesh: Mesh, spec: P) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
 
 class TrainStep:
@@ -78,18 +59,14 @@ class TrainStep:
     def compile(self) -> float:
         """Compiles the step and returns the seconds it took, tracing included."""
         started = time.perf_counter()
-        step = make_train_step(self.stage, self.optimizer, self.mesh, self.settings.accumulate)
-        rows = {name: on_mesh(array, self.mesh, P(DATA)) for name, array in self.load.arrays.items()}
-        self.compiled = step.lower(abstract_state(self.stage, self.optimizer, self.mesh), rows).compile()
+        self.compiled = compile_stage(self.settings, self.stage, self.optimizer, self.load.arrays, self.mesh)
         return time.perf_counter() - started
 
     @property
     def planned_bytes(self) -> int:
         """Memory of the compiled program on a device: arguments, results that do not alias them, temporary memory."""
         assert self.compiled is not None
-        plan = self.compiled.memory_analysis()
-        kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-        return kept + plan.temp_size_in_bytes
+        return memory_plan(self.compiled).peak
 
     def start(self, pretrained: dict | None = None) -> None:
         """Starts from random weights, except for the top-level entries in ``pretrained``."""

@@ -52,6 +52,7 @@ ROOMS = {
         "objectives": {"config", "sharding", "hosts"},
         "state": {"sharding", "objectives"},
         "watch": {"config", "hosts"},
+        "planning": {"config", "sharding", "optim", "objectives", "state", "watch"},
         "evaluation": {"config", "hosts", "watch"},
         "loop": {
             *("config", "sharding", "interruption", "hosts", "optim", "start"),

@@ -10,11 +10,14 @@ Each text attends only to itself. Text lengths (``length_B``) describe right-pad
 for padding) describe rows that hold several texts. Outputs at padded positions are finite but have no meaning, and
 padding gets no gradient from cuDNN's kernels.
 
-This module alone decides which implementation computes (``choose``), what it needs besides its arguments
-(``score_bytes``), and what is done about memory that a kernel leaves unwritten.
+This module alone decides which implementation computes (``choose``), on this machine or on another one
+(``traced_for``), what it needs besides its arguments (``score_bytes``), and what is done about memory that a kernel
+leaves unwritten.
 """
 
-import functools
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +37,24 @@ FUSED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 # this, they are larger than the activations.
 CUDNN_MAX_SEGMENTS = 128
 CUDNN_PACKED_SINCE = 90600  # cuDNN 9.6
+
+
+class Target(NamedTuple):
+    """A device that a program is traced for where this process has another one.
+
+    Attributes:
+      platform: "gpu" or "cpu".
+      compute_capability: of a GPU, such as (9, 0).
+      cudnn: the version of cuDNN, such as 91900 for 9.19.
+    """
+
+    platform: str
+    compute_capability: tuple[int, ...] = ()
+    cudnn: int = 0
+
+
+# jax traces anew where its value changes, also functions that it has traced before.
+_target = jax.make_user_context(None)
 
 # Above this length the [H, L, L] scores of one text do not fit in the caches of a CPU core. Attention then computes one
 # head at a time, in blocks of queries with at most CPU_SCORES scores (measured 2.9x against all heads at once at 2048).
@@ -93,14 +114,45 @@ def attention(
     return checkpoint_name(formula(q_BLHK, k_BLHK, v_BLHK, mask_BLL), "attention")
 
 
+@contextlib.contextmanager
+def traced_for(target: Target | None) -> Iterator[None]:
+    """Within it, "auto" stands for what ``target`` computes, which this machine need not have. None: for this machine.
+
+    One thread at a time.
+    """
+    if target is None:
+        yield
+        return
+    # While jax traces the kernel, it asks the GPU of this machine, and no argument names another one.
+    answers = {
+        "check_compute_capability": lambda least: target.compute_capability >= _version(least),
+        "is_cuda_compute_capability_equal": lambda wanted: target.compute_capability == _version(wanted),
+        "check_cudnn_version": lambda: target.cudnn,
+    }
+    own_answers = {name: getattr(cudnn, name) for name in answers if hasattr(cudnn, name)}
+    for name in own_answers:
+        setattr(cudnn, name, answers[name])
+    try:
+        with _target(target):
+            yield
+    finally:
+        for name, answer in own_answers.items():
+            setattr(cudnn, name, answer)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
+
+
 def choose(dtype: jax.typing.DTypeLike, *, packed: bool = False, max_segments: int | None = None) -> str:
-    """Returns the implementation that "auto" stands for on the default backend.
+    """Returns the implementation that "auto" stands for on the default backend, or within ``traced_for``.
 
     Args:
       dtype: of queries, keys and values.
       packed: whether rows hold several texts, at most ``max_segments``.
     """
-    backend = jax.default_backend()
+    target = _target.value
+    backend = jax.default_backend() if target is None else target.platform
     if backend == "gpu" and jnp.dtype(dtype).name in FUSED_DTYPES:
         if not packed and _has_cudnn("8.0"):
             return "cudnn"
@@ -122,9 +174,8 @@ def score_bytes(implementation: str, length: int, num_heads: int) -> int:
     return 2 * 4 * num_heads * length**2
 
 
-@functools.lru_cache
 def _has_cudnn(compute_capability: str) -> bool:
-    """Returns whether this GPU has cuDNN's fused kernel: 8.0 for padded rows, 9.0 for packed ones."""
+    """Returns whether the GPU has cuDNN's fused kernel: 8.0 for padded rows, 9.0 for packed ones."""
     if cudnn is None:
         return compute_capability == "8.0"  # the public function checks the GPU itself
     return cudnn.check_compute_capability(compute_capability) and (

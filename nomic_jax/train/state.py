@@ -44,12 +44,32 @@ def init_state(
     """A new state on the mesh. Top-level entries of ``pretrained`` replace the random values."""
 
     def init(key: jax.Array, pretrained: dict) -> TrainState:
-        params = stage.init(key) | pretrained
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return _new_state(stage, optimizer, key, pretrained)
 
     specs = state_specs(jax.eval_shape(init, key, pretrained), mesh, sharding)
     out_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return jax.jit(init, out_shardings=out_shardings)(key, jax.device_put(pretrained, replicated(mesh)))
+
+
+def abstract_state(
+    stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, sharding: Sharding = "replicated"
+) -> TrainState:
+    """The state of ``init_state`` as ``jax.ShapeDtypeStruct``: the shapes, types and places of its arrays."""
+
+    def init(key: jax.Array) -> TrainState:
+        return _new_state(stage, optimizer, key, {})
+
+    state = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        state,
+        state_specs(state, mesh, sharding),
+    )
+
+
+def _new_state(stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array, pretrained: dict) -> TrainState:
+    params = stage.init(key) | pretrained
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def state_specs(state: TrainState, mesh: Mesh, sharding: Sharding) -> Any:

@@ -10,10 +10,11 @@ import pytest
 
 import nomic_jax.model.attention as attention_module
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder, embed, encode, init_encoder
-from nomic_jax.model.attention import attention
+from nomic_jax.model.attention import Target, attention, choose, traced_for
 from nomic_jax.model.heads import pool_segments
 
 B, H, K = 3, 2, 8
+HOPPER = Target("gpu", (9, 0), 91900)
 
 
 def reference(q, k, v, allowed, cotangent):
@@ -112,14 +113,9 @@ def test_packed_rows_reach_cudnn_in_its_form(max_segments, monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_programs_for_gpus_call_the_kernel_once_a_layer_and_pass(packed, monkeypatch):
-    """Checks the program passed to XLA. Compiling it and running cuDNN need a machine with a GPU (tests/gpu)."""
-    monkeypatch.setattr(attention_module.cudnn, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(attention_module.cudnn, "check_compute_capability", lambda capability: True)
-    config = EncoderConfig(
-        hidden_size=128, num_heads=2, num_layers=3, intermediate_size=256, dtype="bfloat16",
-        attention="cudnn_packed" if packed else "cudnn",
-    )  # fmt: skip
+def test_programs_for_gpus_call_the_kernel_once_a_layer_and_pass(packed):
+    """Checks the program passed to XLA. Running cuDNN needs a machine with a GPU (tests/gpu)."""
+    config = EncoderConfig(hidden_size=128, num_heads=2, num_layers=3, intermediate_size=256, dtype="bfloat16")
     texts = (
         {"segment_BL": jnp.ones((2, 64), jnp.int32), "max_segments": 4} if packed else {"length_B": jnp.array([9, 2])}
     )
@@ -132,8 +128,26 @@ def test_programs_for_gpus_call_the_kernel_once_a_layer_and_pass(packed, monkeyp
         program = jax.jit(jax.grad(loss)).trace(abstract_encoder(config)).lower(lowering_platforms=("cuda",)).as_text()
         return program.count("@__cudnn$fmhaSoftmax("), program.count("@__cudnn$fmhaSoftmaxBackward(")
 
-    assert calls("none") == calls("elementwise") == calls("attention") == (3, 3)
-    assert calls("layer") == (6, 3)
+    with traced_for(HOPPER):
+        assert calls("none") == calls("elementwise") == calls("attention") == (3, 3)
+        assert calls("layer") == (6, 3)
+
+
+def test_the_choice_is_that_of_the_target_and_only_while_it_is_traced_for():
+    q_BLHK = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
+    segment_BL = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    packed = jax.jit(lambda q, segment: attention(q, q, q, segment_BL=segment, max_segments=4))
+
+    def is_fused():
+        return "__cudnn$fmha" in packed.trace(q_BLHK, segment_BL).lower(lowering_platforms=("cuda",)).as_text()
+
+    for target, fused in ((HOPPER, True), (Target("gpu", (8, 0), 91900), False), (Target("gpu", (9, 0), 90500), False)):
+        with traced_for(target):
+            assert is_fused() == fused
+            assert choose(jnp.bfloat16) == "cudnn"
+            assert choose(jnp.float32) == "xla"
+        assert not is_fused()
+        assert choose(jnp.bfloat16) == "cpu"
 
 
 def unwritten_at_padding(is_text_BL, **keywords):
