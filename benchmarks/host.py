@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.loads import LONGEST, pair_lengths
+from benchmarks.loads import pair_lengths
 from nomic_jax.data.batches.mixing import Mixing, Sampling
 from nomic_jax.data.batches.mlm import MlmStream
 from nomic_jax.data.batches.packing import bucketed_layout, packed_layout, plan_chunks, segments_for
 from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS, PairStream
+from nomic_jax.data.batches.typical_lengths import LONGEST
 from nomic_jax.data.tokens.store import RaggedTokens
 
 GPUS_PER_HOST = 8

@@ -11,13 +11,8 @@ import numpy as np
 from nomic_jax.data.batches.packing import Layout, fill_chunks, plan_chunks
 from nomic_jax.data.batches.pairs import layout_for
 from nomic_jax.data.batches.stream import Batch
+from nomic_jax.data.batches.typical_lengths import DOCUMENT_TOKENS, LONGEST, QUANTILES, QUERY_TOKENS, scaled
 
-# Quantiles of the tokens of 20,000 pairs (heading, section) of software documentation, the "docs" of
-# results/padding.md; linear in between. Tokenised with bert-base-uncased's vocabulary, cut at 2048 tokens.
-QUANTILES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
-QUERY_TOKENS = (3, 4, 6, 8, 10, 13, 18, 22, 26, 32, 111)
-DOCUMENT_TOKENS = (21, 30, 39, 49, 79, 156, 315, 595, 867, 1871, 2048)
-SHORTEST, LONGEST = 3, 2048
 VOCABULARY = (1000, 30_000)  # range of the ids of words, the commonest first
 CLS_ID, SEP_ID, MASK_ID = 101, 102, 103
 MASK_RATE = 0.3
@@ -28,18 +23,9 @@ def pair_lengths(rng: np.random.Generator, count: int, tokens_per_pair: float) -
 
     Queries have the measured lengths; those of documents are scaled and cut at 2048 tokens.
     """
-    query = np.interp(rng.random(count), QUANTILES, QUERY_TOKENS)
-    document = np.interp(rng.random(count), QUANTILES, DOCUMENT_TOKENS)
-    query = np.maximum(np.round(query), SHORTEST).astype(np.int64)
-    wanted = tokens_per_pair * count - query.sum()
-    low, high = 0.0, 64.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if np.clip(document * middle, SHORTEST, LONGEST).sum() < wanted:
-            low = middle
-        else:
-            high = middle
-    return query, np.clip(np.round(document * low), SHORTEST, LONGEST).astype(np.int64)
+    query = np.round(np.interp(rng.random(count), QUANTILES, QUERY_TOKENS)).astype(np.int64)
+    document_mean = tokens_per_pair - float(query.mean())
+    return query, scaled(rng, count, DOCUMENT_TOKENS, document_mean, LONGEST)
 
 
 def zipf_ids(rng: np.random.Generator, count: int) -> np.ndarray:

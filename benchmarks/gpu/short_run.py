@@ -20,8 +20,8 @@ from typing import Any, NoReturn, TextIO
 import numpy as np
 
 from benchmarks.gpu.runs import ROOT
-from benchmarks.loads import DOCUMENT_TOKENS, QUANTILES
 from benchmarks.made_up import made_up_texts, made_up_tokenizer
+from nomic_jax.data.batches.typical_lengths import DOCUMENT_TOKENS, QUANTILES
 
 STAGES = ("mlm", "contrastive", "finetune")
 EVERY = 6  # steps from one checkpoint to the next

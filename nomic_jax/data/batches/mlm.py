@@ -99,7 +99,7 @@ class MlmStream:
         rng = np.random.default_rng([self.seed, epoch, row])
         maskable = np.flatnonzero(~np.isin(ids_L, self._special_ids))
         chosen = np.sort(rng.permutation(maskable)[: round(self.mask_rate * len(maskable))])
-        capacity = max(1, round(self.mask_rate * self.seq_len))
+        capacity = predictions_per_row(self.seq_len, self.mask_rate)
         # Unused slots take tokens that were not chosen, so that no position repeats.
         unused = np.setdiff1d(np.arange(self.seq_len), chosen, assume_unique=True)[: capacity - len(chosen)]
         position_P, target_P = np.concatenate([chosen, unused]).astype(np.int32), np.full(capacity, -1, np.int32)
@@ -116,3 +116,8 @@ class MlmStream:
         replacement = np.where(uniform < 0.8, self._mask_id, rng.integers(0, self.tokenizer.vocab_size, len(chosen)))
         ids_L[chosen] = np.where(uniform < 0.9, replacement, ids_L[chosen])
         return out | {"ids": ids_L}
+
+
+def predictions_per_row(seq_len: int, mask_rate: float) -> int:
+    """Returns P, the slots for predictions in a row."""
+    return max(1, round(mask_rate * seq_len))

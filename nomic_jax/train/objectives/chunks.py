@@ -16,6 +16,8 @@ from nomic_jax.model.heads import pool_segments
 from nomic_jax.model.varying import varying_as
 
 Chunk = dict[str, jax.Array]
+# Names of the loops in the compiled program, whose number of turns depends on the batch.
+KEPT_CHUNKS, RECOMPUTED_CHUNKS = "kept_chunks", "recomputed_chunks"
 
 
 def embed_chunks(
@@ -89,7 +91,10 @@ def _in_a_loop(
             here_SE = by_shape(lambda shape: functools.partial(compute, shape), chunk, params, chunk)
             return embedding_NSE.at[i].set(here_SE)
 
-        return jax.lax.fori_loop(first, with_text(chunks), turn, embedding_NSE) if first < count else embedding_NSE
+        if first == count:
+            return embedding_NSE
+        with jax.named_scope(RECOMPUTED_CHUNKS):
+            return jax.lax.fori_loop(first, with_text(chunks), turn, embedding_NSE)
 
     # Once, not in every turn.
     cast = functools.partial(cast_kernels, config=encoder)
@@ -116,7 +121,8 @@ def _in_a_loop(
         # The residuals without the chunk are those of any chunk. The compiler drops what else is computed here.
         _, shared, own = residuals_of(params, chunk_at(chunks, jnp.zeros((), jnp.int32)))
         carry = embedding_NSE, [zeros(chunks, leaf, kept) for leaf in own]
-        embedding_NSE, buffers = jax.lax.fori_loop(0, jnp.minimum(with_text(chunks), kept), turn, carry)
+        with jax.named_scope(KEPT_CHUNKS):
+            embedding_NSE, buffers = jax.lax.fori_loop(0, jnp.minimum(with_text(chunks), kept), turn, carry)
         return recomputed(params, chunks, embedding_NSE, kept), (params, chunks, shared, buffers)
 
     def backward(residuals: tuple, cotangent_NSE: jax.Array) -> tuple[dict, None]:
@@ -143,9 +149,11 @@ def _in_a_loop(
 
         gradient = zeros(chunks, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params))
         if kept:
-            gradient = jax.lax.fori_loop(0, jnp.minimum(with_text(chunks), kept), kept_turn, gradient)
+            with jax.named_scope(KEPT_CHUNKS):
+                gradient = jax.lax.fori_loop(0, jnp.minimum(with_text(chunks), kept), kept_turn, gradient)
         if kept < count:
-            gradient = jax.lax.fori_loop(kept, with_text(chunks), recomputed_turn, gradient)
+            with jax.named_scope(RECOMPUTED_CHUNKS):
+                gradient = jax.lax.fori_loop(kept, with_text(chunks), recomputed_turn, gradient)
         return gradient, None
 
     embeddings.defvjp(forward, backward)

@@ -1,4 +1,4 @@
-"""Reads the HLO of a compiled step: the bytes it moves between devices, and whether attention is fused."""
+"""Reads the HLO of a compiled step: its instructions, the bytes it moves between devices, and the fused attention."""
 
 import functools
 import math
@@ -9,16 +9,12 @@ from typing import NamedTuple
 # Call targets of jax._src.cudnn.fused_attention_stablehlo: __cudnn$fmhaSoftmax, __cudnn$fmhaSoftmaxBackward, ...
 FUSED_ATTENTION = r"__cudnn\$fmha\w*"
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
-_COLLECTIVE = re.compile(
-    r"= (?P<shapes>.*?) (?P<kind>all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute)"
-    r"(?P<start>-start)?\("
-)
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _ARRAY = re.compile(rf"\b({'|'.join(ITEM_BYTES)})\[([\d,]*)\]")
-_COMPUTATION = re.compile(
-    r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) [^\n]*\{\n(?P<body>.*?)^\}", re.MULTILINE | re.DOTALL
-)
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>.*?) (?P<op>[\w-]+)\((?P<rest>.*)")
 _CALLED = re.compile(
-    r"\b(?:body|condition|to_apply|calls|true_computation|false_computation|branch_computations)="
+    r"\b(?P<role>body|condition|to_apply|calls|true_computation|false_computation|branch_computations)="
     r"(?:\{(?P<several>[^}]*)\}|%?(?P<one>[\w.-]+))"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -28,9 +24,48 @@ class MissingKernel(RuntimeError):
     """A program for a GPU computes attention without the fused kernel."""
 
 
+class Instruction(NamedTuple):
+    """A line of HLO.
+
+    Attributes:
+      shape: of the result, as in the text: "f32[2,8]{1,0}", or several in brackets.
+      operands: names of instructions of the same computation.
+      rest: the line after the opening bracket of the operands.
+    """
+
+    name: str
+    shape: str
+    op: str
+    operands: tuple[str, ...]
+    rest: str
+    is_root: bool
+
+    @property
+    def called(self) -> dict[str, list[str]]:
+        """Role ("body", "calls", ...) -> names of the computations that it calls."""
+        found: dict[str, list[str]] = {}
+        for match in _CALLED.finditer(self.rest):
+            names = (match["one"] or match["several"]).replace("%", "").split(", ")
+            found.setdefault(match["role"], []).extend(names)
+        return found
+
+    @property
+    def trips(self) -> int | None:
+        """How often a loop turns; None if the compiler does not know."""
+        found = _TRIPS.search(self.rest)
+        return int(found[1]) if found else None
+
+
+class Program(NamedTuple):
+    """Attributes: computations: name -> instructions in the order of the text; entry: name of the first to run."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+
 class Collective(NamedTuple):
     """Attributes:
-    kind: "all-gather", "reduce-scatter", "all-reduce", "all-to-all" or "collective-permute".
+    kind: one of COLLECTIVES.
     bytes: size of the whole arrays: the result of a gather, the operand of a scatter or a reduction.
     times: how often it runs in a step. A loop multiplies by its trip count, and a branch counts as always taken. None
       inside a loop whose trip count the compiler does not know.
@@ -41,38 +76,67 @@ class Collective(NamedTuple):
     times: int | None
 
 
+def read_program(hlo: str) -> Program:
+    """Reads ``compiled.as_text()``."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        if current is None:
+            if head := _COMPUTATION.match(line):
+                current = computations[head["name"]] = []
+                entry = head["name"] if head["entry"] else entry
+        elif line.startswith("}"):
+            current = None
+        elif found := _INSTRUCTION.match(line):
+            operands = re.findall(r"%([\w.-]+)", re.split(r"\)(?:,|$)", found["rest"], maxsplit=1)[0])
+            current.append(
+                Instruction(
+                    found["name"], found["shape"], found["op"], tuple(operands), found["rest"], bool(found["root"])
+                )
+            )
+    return Program(computations, entry)
+
+
+def dimensions(shape: str) -> list[list[int]]:
+    """The dimensions of each array of a shape."""
+    return [[int(size) for size in sizes.split(",") if size] for _, sizes in _ARRAY.findall(shape)]
+
+
+def array_bytes(shape: str) -> list[int]:
+    """The size of each array of a shape."""
+    return [ITEM_BYTES[kind] * math.prod(size) for (kind, _), size in zip(_ARRAY.findall(shape), dimensions(shape))]
+
+
 def collectives(hlo: str, devices: int) -> list[Collective]:
     """The collectives of a compiled program (``compiled.as_text()``) over all ``devices``, in program order."""
+    program = read_program(hlo)
+    times = _runs(program)
     found = []
-    for computation, times in _computations(hlo):
-        for match in _COLLECTIVE.finditer(computation):
-            arrays = [
-                ITEM_BYTES[dtype] * math.prod(map(int, filter(None, dims.split(","))))
-                for dtype, dims in _ARRAY.findall(match["shapes"])
-            ]
-            if match["start"] and match["kind"] == "all-gather":
+    for name, instructions in program.computations.items():
+        for each in instructions:
+            kind = each.op.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            arrays = array_bytes(each.shape)
+            if each.op != kind and kind in ("all-gather", "reduce-scatter"):
                 arrays = arrays[len(arrays) // 2 :]  # the operands come first
-            size = sum(arrays) * (devices if match["kind"] == "reduce-scatter" else 1)
-            found.append(Collective(match["kind"], size, times))
+            size = sum(arrays) * (devices if kind == "reduce-scatter" else 1)
+            found.append(Collective(kind, size, times[name]))
     return found
 
 
-def _computations(hlo: str) -> list[tuple[str, int | None]]:
-    """The text of every computation, and how many times it runs when the program runs once."""
-    bodies = {match["name"]: match["body"] for match in _COMPUTATION.finditer(hlo)}
-    entry = next(match["name"] for match in _COMPUTATION.finditer(hlo) if match["entry"])
+def _runs(program: Program) -> dict[str, int | None]:
+    """How many times each computation runs when the program runs once."""
     callers: dict[str, list[tuple[str, int | None]]] = {}
-    for caller, body in bodies.items():
-        for line in body.splitlines():
-            is_loop, trips = " while(" in line, _TRIPS.search(line)
-            times = (int(trips[1]) if trips else None) if is_loop else 1
-            for match in _CALLED.finditer(line):
-                for name in (match["one"] or match["several"]).replace("%", "").split(", "):
-                    callers.setdefault(name, []).append((caller, times))
+    for caller, instructions in program.computations.items():
+        for each in instructions:
+            for names in each.called.values():
+                for name in names:
+                    callers.setdefault(name, []).append((caller, each.trips if each.op == "while" else 1))
 
     @functools.cache
     def runs(name: str) -> int | None:
-        if name == entry:
+        if name == program.entry:
             return 1
         total = 0
         for caller, times in callers.get(name, []):
@@ -82,7 +146,7 @@ def _computations(hlo: str) -> list[tuple[str, int | None]]:
             total += of_caller * times
         return total
 
-    return [(body, runs(name)) for name, body in bodies.items()]
+    return {name: runs(name) for name in program.computations}
 
 
 def fused_attention_calls(hlo: str) -> Counter[str]:

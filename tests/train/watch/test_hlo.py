@@ -65,6 +65,7 @@ ENTRY %main (a: f32[2,8]) -> f32[4] {
   %g = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%a), dimensions={0}
   %s = bf16[2,8]{1,0} reduce-scatter(%b), dimensions={0}
   %d = f32[16,8]{1,0} all-gather-done(%g)
+  %t = ((bf16[16,8]{1,0}), bf16[2,8]{1,0}) reduce-scatter-start(%b), dimensions={0}
   %w = f32[4]{0} while(%x), condition=%always, body=%body, backend_config={"known_trip_count":{"n":"5"},"x":{}}
   %u = f32[4]{0} while(%w), condition=%always, body=%endless
   ROOT %c = f32[4]{0} conditional(%i, %u, %u), branch_computations={%nothing, %branch}
@@ -75,6 +76,7 @@ ENTRY %main (a: f32[2,8]) -> f32[4] {
         Collective("collective-permute", 16, 1),
         Collective("all-reduce", 16, None),
         Collective("all-gather", 512, 1),
+        Collective("reduce-scatter", 256, 1),
         Collective("reduce-scatter", 256, 1),
     ]
 
