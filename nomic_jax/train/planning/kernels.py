@@ -31,6 +31,7 @@ class Rates(NamedTuple):
 
     Attributes:
       bytes: of its memory, per second.
+      copied_bytes: the same of copies between two places in its memory, such as what a loop keeps for each turn.
       flops, attention_flops: of products and of attention in 16 bits, per second.
       link_bytes: to other devices, in each direction, per second.
       launch: seconds between two kernels.
@@ -39,6 +40,7 @@ class Rates(NamedTuple):
     """
 
     bytes: float
+    copied_bytes: float
     flops: float
     attention_flops: float
     link_bytes: float
@@ -164,12 +166,13 @@ class _Reader:
 
     def _kernel(self, each: Instruction, operands: list[str], times: float) -> Kernel:
         target = re.search(r'custom_call_target="([^"]+)"', each.rest)
-        fused = each.called.get("calls", [""])[0] if each.op == "fusion" else ""
+        fused = each.called.get("calls", [""])[0] if each.op in ("fusion", "fusion-start") else ""
         name = target[1] if target else fused or each.op
         moved = float(_results(each) + sum(sum(array_bytes(shape)) for shape in operands))
         kind, flops, extra = "elementwise", 0.0, 0.0
         if fused:
             moved, flops = self._inside(fused)
+            kind = "copies" if self._only_copies(fused) else kind
         elif "cudnn$fmha" in name:
             kind = "attention"
             flops, extra = self._attention(operands, "Backward" in name)
@@ -180,9 +183,18 @@ class _Reader:
             extra = self._link_bytes(each) / self.rates.link_bytes
         if kind == "elementwise":
             kind = "products" if flops else "copies" if "copy" in name else kind
-        rate = self.rates.attention_flops if kind == "attention" else self.rates.flops
-        seconds = max(moved / self.rates.bytes, flops / rate) + extra + self.rates.launch
+        flops_rate = self.rates.attention_flops if kind == "attention" else self.rates.flops
+        bytes_rate = self.rates.copied_bytes if kind == "copies" else self.rates.bytes
+        seconds = max(moved / bytes_rate, flops / flops_rate) + extra + self.rates.launch
         return Kernel(kind, name, each.shape, _source(each), times, times * moved, times * flops, times * seconds)
+
+    def _only_copies(self, name: str) -> bool:
+        """Whether a fused computation does nothing but place a slice; computing its index does not count."""
+        copying = ("parameter", "constant", "tuple", "bitcast", "copy", "dynamic-slice", "dynamic-update-slice")
+        body = self.computations[name]
+        return any(each.op.startswith("dynamic-") for each in body) and all(
+            each.op in copying or not any(dimensions(each.shape)) for each in body
+        )
 
     def _inside(self, name: str) -> tuple[float, float]:
         """The bytes that a fused computation moves, and the FLOPs of its products."""

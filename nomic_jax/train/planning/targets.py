@@ -11,6 +11,8 @@ import jax
 from jax.experimental import topologies
 
 from nomic_jax.model.attention import Target
+from nomic_jax.train.planning.kernels import Rates
+from nomic_jax.train.watch.flops import peak_flops
 
 
 class Gpu(NamedTuple):
@@ -26,6 +28,7 @@ class Gpu(NamedTuple):
       clock: GHz.
       memory: of the device.
       bandwidth: of the memory, bytes a second, by the data sheet.
+      link: NVLink to the other GPUs of a machine, in each direction, bytes a second, by the data sheet.
     """
 
     kind: str
@@ -38,6 +41,28 @@ class Gpu(NamedTuple):
     clock: float
     memory: int
     bandwidth: float
+    link: float
+
+    @property
+    def rates(self) -> Rates:
+        """What the GPU should reach: the shares of its data sheet that an H100 reached, and the H100's times.
+
+        Fitted to the profiles of three training steps (commit 34b8aac, benchmarks/results/gpu.json): products at 720 to
+        780 TFLOP/s, fused elementwise kernels at 2.75 to 2.8 TB/s, copies at 1.87, attention of long rows at 440
+        TFLOP/s, and 570 to 800 microseconds more for the 49,152 blocks of a chunk of packed rows.
+        """
+        peak = peak_flops(self.kind)
+        assert peak is not None
+        return Rates(
+            bytes=0.83 * self.bandwidth,
+            copied_bytes=0.56 * self.bandwidth,
+            flops=0.75 * peak,
+            attention_flops=0.445 * peak,
+            link_bytes=0.8 * self.link,
+            launch=1e-6,
+            forward_block=3.5e-9,
+            backward_block=10.5e-9,
+        )
 
     @property
     def description(self) -> str:
@@ -62,10 +87,14 @@ class Gpu(NamedTuple):
 CUDNN = 91900  # the version that an H100 was measured with: 9.19
 # As XLA sees them on machines that have them.
 GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 41943040, 1.41, 85100068864, 2.03904e12),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 232448, 52428800, 1.98, 84929347584, 3.35232e12),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 233472, 232448, 52428800, 1.98, 151397597184, 4.8e12),
-    "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 233472, 232448, 132644864, 1.965, 191514411008, 7.67232e12),
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 167936, 166912, 41943040, 1.41, 85100068864, 2.03904e12, 300e9
+    ),
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 233472, 232448, 52428800, 1.98, 84929347584, 3.35232e12, 450e9
+    ),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 233472, 232448, 52428800, 1.98, 151397597184, 4.8e12, 450e9),
+    "b200": Gpu("NVIDIA B200", (10, 0), 148, 128, 233472, 232448, 132644864, 1.965, 191514411008, 7.67232e12, 900e9),
 }
 
 
