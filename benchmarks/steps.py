@@ -75,7 +75,7 @@ class TrainStep:
 
     def __call__(self) -> float:
         assert self.compiled is not None
-        self.state, self.metrics = self.compiled(self.state, self.rows)
+        self.state, self.metrics = self.compiled(self.state, self.rows, self.stage.frozen)
         return float(self.metrics["loss"])
 
     def mfu(self, seconds: float) -> float | None:

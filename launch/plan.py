@@ -137,7 +137,6 @@ def _time(plan: Plan) -> list[str]:
     rate = f"{plan.real_tokens / plan.seconds:,.0f} tokens/s"
     if plan.stage in ("contrastive", "finetune"):
         rate += f", {plan.rows / plan.seconds:,.0f} {'pairs' if plan.stage == 'contrastive' else 'queries'}/s"
-    gpu = next(gpu for gpu in GPUS.values() if gpu.kind == plan.device)
     lines = ["", f"estimate: {plan.seconds:.3f} s a step, {rate}"]
     if plan.steps is None:
         lines.append("  the whole configuration: give --rows, the rows of its data, or config.steps")
@@ -146,10 +145,10 @@ def _time(plan: Plan) -> list[str]:
             f"  the whole configuration, {plan.steps:,} steps: {_duration(plan.hours)}, "
             f"{plan.hours * plan.devices:,.1f} GPU-hours"
         )
-    rows = measured(RESULTS, gpu.kind)
+    rows = measured(RESULTS, plan.device)
     if not rows:
-        return [*lines, f"  the estimate has not been compared with measurements of a {gpu.kind}"]
-    lines.append(f"  the same estimate beside what {gpu.kind} measured, each for the program that ran:")
+        return [*lines, f"  the estimate has not been compared with measurements of a {plan.device}"]
+    lines.append(f"  the same estimate beside what an {plan.device} measured, each for the program that ran:")
     for row in rows:
         off = row["estimated_s"] / row["step_s"] - 1
         note = f"; {row['estimate_note']}" if row.get("estimate_note") else ""

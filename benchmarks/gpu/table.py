@@ -50,6 +50,8 @@ def cells(row: Row, ours: dict[str, Row], beside: list[Row], targets: dict[str, 
     notes = [row.get("attention"), row.get("note"), loss_of(row, beside), compared(row, ours)]
     if row.get("planned_gb"):
         notes.append(f"planned {row['planned_gb']:.3g} GB")
+    if row.get("estimated_s"):
+        notes.append(f"launch.plan estimates {row['estimated_s']:.4g} s for this program")
     if row.get("filled"):
         notes.append(f"{row['filled']:.1%} text")
     if row.get("failed"):

@@ -1,5 +1,6 @@
 """The training parts of benchmarks.gpu. Each function runs in a separate process and yields table rows."""
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,12 @@ from benchmarks.steps import GB, TrainStep, paper_settings, peak_gigabytes
 from benchmarks.timing import median_seconds
 from nomic_jax.data.batches.packing import number_compiled
 from nomic_jax.hf import read_checkpoint
+from nomic_jax.train.planning.kernels import kernels_of
+from nomic_jax.train.planning.outline import Outline
+from nomic_jax.train.planning.targets import gpu_of
 from nomic_jax.train.sharding import DATA
 from nomic_jax.train.watch.flops import peak_flops
-from nomic_jax.train.watch.hlo import fused_attention_calls, require_fused_attention
+from nomic_jax.train.watch.hlo import fused_attention_calls, read_program, require_fused_attention
 
 Row = dict[str, Any]
 
@@ -63,7 +67,11 @@ def train(
     compiling = step.compile()
     attention = attention_of(step)
     pretrained = {"encoder": read_checkpoint(Path(weights)).params["encoder"]} if weights else None
-    yield run(step, steps, seconds, pretrained) | {"compile_s": compiling, "attention": attention}
+    yield run(step, steps, seconds, pretrained) | {
+        "compile_s": compiling,
+        "attention": attention,
+        "estimated_s": estimated_seconds(step),
+    }
 
 
 def attention_of(step: TrainStep) -> str:
@@ -79,6 +87,23 @@ def attention_of(step: TrainStep) -> str:
         return f"none of cuDNN ({jax.default_backend()})"
     packed = step.load.layout is not None and step.load.layout.packed
     return f"{'cudnn_packed' if packed else 'cudnn'}: {', '.join(f'{n} {name}' for name, n in calls.items())}"
+
+
+def estimated_seconds(step: TrainStep) -> float | None:
+    """What ``launch.plan`` says of the compiled step; None for a device that it does not know."""
+    assert step.compiled is not None
+    gpu = gpu_of(step.mesh.devices.flat[0].device_kind)
+    if gpu is None:
+        return None
+    load = step.load
+    chunks = load.arrays["shape"].reshape(step.mesh.size, -1) if load.layout is not None else None
+    loops = Outline(load.batch, load.layout, chunks).loops(step.settings)
+    program = read_program(step.compiled.as_text() or "")
+    try:
+        return sum(kernel.seconds for kernel in kernels_of(program, gpu.rates, loops, step.mesh.size))
+    except (LookupError, ValueError) as error:  # a form of HLO that is not known yet must not cost the measurement
+        print(f"no estimate: {error}", file=sys.stderr)
+        return None
 
 
 def run(step: TrainStep, steps: int, seconds: float, pretrained: dict | None = None) -> Row:

@@ -56,8 +56,8 @@ class Loops(NamedTuple):
       turns: part of a loop's name -> its turns, where the compiler does not know them.
       shares: of the chunks that have the first, the second, ... shape: how often each branch of a conditional runs.
         Without them, and in conditionals with another number of branches, the dearest branch counts.
-      pairs_per_token: squared lengths of the texts over all computed tokens, padding included; 0 if every row is one
-        text.
+      pairs_per_token: squared lengths of the texts over all computed tokens, padding included. With 0, attention of
+        packed rows is charged no products, and that of other rows those of one text as long as the row.
     """
 
     turns: Mapping[str, float] = {}
@@ -237,10 +237,11 @@ class _Reader:
     def _attention(self, operands: list[str], backward: bool) -> tuple[float, float]:
         """FLOPs of cuDNN's attention on [B, L, H, K], and the seconds of its empty blocks."""
         rows, length, heads, width = dimensions(operands[0])[0]
-        pairs = self.loops.pairs_per_token or length
-        flops = (10.0 if backward else 4.0) * rows * length * pairs * heads * width
         segments = [dimensions(shape)[0] for shape in operands if shape.startswith("s32")]
-        if not segments or len(segments[0]) < 2:
+        packed = bool(segments) and len(segments[0]) == 2
+        pairs = self.loops.pairs_per_token if segments and self.loops.pairs_per_token else 0.0 if packed else length
+        flops = (10.0 if backward else 4.0) * rows * length * pairs * heads * width
+        if not packed:
             return flops, 0.0
         blocks = rows * segments[0][1] * heads * -(-length // ATTENTION_BLOCK)
         return flops, blocks * (self.rates.backward_block if backward else self.rates.forward_block)

@@ -125,6 +125,11 @@ def absent_gpus(name: str, count: int) -> list[jax.Device]:
     return list(topology.devices)
 
 
+def gpu_of(kind: str) -> Gpu | None:
+    """The GPU of GPUS that has this ``device_kind``."""
+    return next((gpu for gpu in GPUS.values() if gpu.kind == kind), None)
+
+
 def target_of(device: jax.Device) -> Target | None:
     """What attention must know of a device that is not one of this process; None for one that is."""
     if any(device is own for own in jax.devices()):

@@ -1,0 +1,60 @@
+"""launch.plan on a machine without a GPU: a plan of the CPU's compiler, and what it says of the configuration."""
+
+import json
+
+import pytest
+
+from nomic_jax.train.planning.targets import MissingCompiler, absent_gpus
+from tests import commands
+
+try:
+    absent_gpus("h100", 1)
+    HAS_COMPILER = True
+except MissingCompiler:
+    HAS_COMPILER = False
+
+
+def matrices(D, F):
+    return 4 * D * D + 3 * D * F
+
+
+def test_a_plan_counts_parameters_flops_and_collectives():
+    done = commands.run(
+        "launch.plan", "--config=configs/contrastive.py:debug", "--device=cpu", "--devices=2", "--json",
+        "--query_tokens=12", "--document_tokens=40", "--config.model.num_layers=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    # A layer of 64 with 256 inside; the word and type tables; three norms.
+    numbers = matrices(64, 256) + (30528 + 2) * 64 + 3 * 2 * 64
+    assert plan["parameters"] == 4 * numbers
+    assert plan["optimizer"] == pytest.approx(8 * numbers, abs=64)  # two moments, and counts of steps
+    assert plan["memory"]["peak"] >= plan["parameters"] + plan["optimizer"] + 4 * numbers  # the gradient too
+    assert plan["memory"]["peak"] == plan["memory"]["activations"] + sum(
+        plan[name] for name in ("parameters", "optimizer", "frozen", "batch")
+    )
+    assert plan["real_tokens"] == pytest.approx(16 * (12 + 40), rel=0.05)
+    products = 3 * 2 * plan["real_tokens"] * matrices(64, 256)
+    assert products < plan["flops"] < 1.1 * products  # and attention
+    assert plan["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * numbers, abs=64)
+    # 16 documents of 64 numbers, and two hashes of each of 32 texts
+    assert plan["collectives"]["all-gather"]["bytes"] == 4 * (16 * 64 + 2 * 32)
+    assert plan["steps"] == 20 and plan["seconds"] is None
+
+
+@pytest.mark.skipif(HAS_COMPILER, reason="the compiler for GPUs is installed")
+def test_without_the_compiler_for_gpus_it_says_what_to_install():
+    done = commands.run("launch.plan", "--config=configs/mlm.py:debug", "--config.model.num_layers=1")
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'nomic_jax[cuda12]'" in done.stderr
+    assert "no estimate of the time" in done.stdout and "activations" in done.stdout
+
+
+def test_user_errors_are_one_line():
+    for arguments, message in (
+        (["--config.batch_size=7", "--devices=2"], "config.batch_size 7"),
+        (["--document_tokens=65"], "config.data.document_length=64"),
+        (["--config.data.mixture=none.yaml"], "none.yaml"),
+    ):
+        done = commands.run("launch.plan", "--config=configs/contrastive.py:debug", "--device=cpu", *arguments)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
