@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.report import quarantine, table
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.consistency import FilterOptions, scoring
 from nomic_jax.curate.filter.selection import threshold_text, write_selection
-from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
-from nomic_jax.data.mixture import COLUMNS, read_mixture
+from nomic_jax.curate.mine.negatives import MiningOptions, collected, mine_collected
+from nomic_jax.data.mixture import COLUMNS, Source, read_mixture
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.printable import code
@@ -37,49 +38,42 @@ def filter_mixture(
 ) -> dict[str, Any]:
     """Runs ``filter_pairs`` on every source of a mixture, which names the columns. Blocks do not mix sources.
 
+    The rows of all sources are counted before anything is embedded, so that a bad row of the last one is found first.
     ``output`` receives a folder for each source, with the source's name; mixture.yaml, for training on the kept pairs;
     and summary.json and report.md with the share kept of each source. Returns the summary.
     """
     output = Path(output)
-    _check_output(mixture, output, "launch.filter")
+    sources = _sources(mixture, output, "launch.filter")
     summaries = {}
     with contextlib.ExitStack() as stack:
         tasks = {}
-        for source in read_mixture(mixture, "pair"):
+        for source in _with_progress(sources, progress):
             columns = (source.columns[0], source.columns[1])
-            task = stack.enter_context(
-                scoring(
-                    source.files,
-                    output / source.name,
-                    encoder,
-                    options,
-                    columns,
-                    on_bad_row=on_bad_row,
-                    progress=progress,
-                )
-            )
+            folder, common = output / source.name, {"on_bad_row": on_bad_row, "progress": progress}
+            task = stack.enter_context(scoring(source.files, folder, encoder, options, columns, **common))
+            tasks[source.name] = (source.files, task)
+        for _, task in tasks.values():
             # Do not wait for blocks of other processes yet: the next source has work.
             engine(task, encoder, False)
-            tasks[source.name] = (source.files, task)
         for name, (files, task) in tasks.items():
             engine(task, encoder, True)
             summaries[name] = write_selection(files, output / name, task, options.k, options.min_score)
-    sources = [
+    counts = [
         {"source": name, **{field: summary[field] for field in ("rows", "kept", "share_kept", "rejected", "ranks")}}
         for name, summary in summaries.items()
     ]
-    rows, kept = (sum(source[field] for source in sources) for field in ("rows", "kept"))
+    rows, kept = (sum(count[field] for count in counts) for field in ("rows", "kept"))
     summary = {
         "rows": rows,
         "kept": kept,
         "share_kept": round(kept / rows, 4),
-        "rejected": sum(source["rejected"] for source in sources),
+        "rejected": sum(count["rejected"] for count in counts),
         "quarantined": [entry for summary in summaries.values() for entry in summary.get("quarantined", [])],
         "k": options.k,
         "min_score": options.min_score,
-        "sources": sources,
+        "sources": counts,
     }
-    lines = [(s["source"], s["rows"], s["kept"], s["share_kept"], s["ranks"][0]["share"]) for s in sources]
+    lines = [(s["source"], s["rows"], s["kept"], s["share_kept"], s["ranks"][0]["share"]) for s in counts]
     report = (
         f"# Consistency filter of {code(mixture)}\n\nKept {kept:,} of {rows:,} pairs ({kept / rows:.1%}): those whose "
         f"document is among the {options.k} nearest to its query{threshold_text(summary)}. Each source's folder has a "
@@ -102,44 +96,50 @@ def mine_mixture(
 ) -> dict[str, Any]:
     """Runs ``mine_negatives`` on every source of a mixture, which names the columns. Sources do not share negatives.
 
+    The rows of all sources are read before anything is embedded, so that a bad row of the last one is found first.
     ``output`` receives a folder for each source, with the source's name; mixture.yaml, for training on the triplets;
     and summary.json and report.md with the counts of each source. Returns the summary.
     """
     output = Path(output)
-    _check_output(mixture, output, "launch.mine")
+    sources = _sources(mixture, output, "launch.mine")
     dropped = ("dropped_too_few", "dropped_by_margin", "dropped_for_want_of_documents")
     fields = ("rows", "pairs", "written", *dropped, "filled_with_random", "rejected")
-    sources, objectives, quarantined = [], {}, []
-    for source in read_mixture(mixture, "pair"):
-        query_column, document_column = source.columns[:2]
-        summary = mine_negatives(
-            source.files,
-            output / source.name,
-            encoder,
-            options,
-            query_column=query_column,
-            document_column=document_column,
-            on_bad_row=on_bad_row,
-            engine=engine,
-            progress=progress,
-        )
-        quarantined += summary.get("quarantined", [])
-        sources.append({"source": source.name, **{field: summary[field] for field in fields}})
-        columns = [query_column, document_column, COLUMNS["triplet"][2]]
-        objectives[source.name] = {"objective": {"type": "triplet", "columns": columns}}
-    total = {field: sum(source[field] for source in sources) for field in fields} | {"quarantined": quarantined}
+    counts, objectives, quarantined = [], {}, []
+    with contextlib.ExitStack() as stack:
+        inputs = {}
+        for source in _with_progress(sources, progress):
+            columns = (source.columns[0], source.columns[1])
+            folder, common = output / source.name, {"on_bad_row": on_bad_row, "progress": progress}
+            read = collected(source.files, folder, encoder, options, columns, **common)
+            inputs[source.name] = stack.enter_context(read)
+        for source in sources:
+            columns, folder = (source.columns[0], source.columns[1]), output / source.name
+            summary = mine_collected(
+                source.files, inputs[source.name], folder, encoder, options, columns, engine, progress
+            )
+            quarantined += summary.get("quarantined", [])
+            counts.append({"source": source.name, **{field: summary[field] for field in fields}})
+            objectives[source.name] = {"objective": {"type": "triplet", "columns": [*columns, COLUMNS["triplet"][2]]}}
+    total = {field: sum(count[field] for count in counts) for field in fields} | {"quarantined": quarantined}
     report = (
         f"# Negatives of {code(mixture)}\n\nEach source's folder has a report with sample rows.\n\n{quarantine(total)}"
-        f"{table([field.replace('_', ' ') for field in sources[0]], [tuple(s.values()) for s in sources])}"
+        f"{table([field.replace('_', ' ') for field in counts[0]], [tuple(c.values()) for c in counts])}"
     )
-    summary = {**total, "sources": sources}
+    summary = {**total, "sources": counts}
     _write(mixture, output, "triplets.jsonl", objectives, summary, report)
     return summary
 
 
-def _check_output(mixture: str, output: Path, command: str) -> None:
-    names = {"mixture.yaml", "report.md", "summary.json", *(source.name for source in read_mixture(mixture, "pair"))}
+def _sources(mixture: str, output: Path, command: str) -> list[Source]:
+    """Returns the sources of the mixture. Raises FileRefused if ``output`` holds anything else."""
+    sources = read_mixture(mixture, "pair")
+    names = {"mixture.yaml", "report.md", "summary.json", *(source.name for source in sources)}
     check_only(output, names.__contains__, f"{command} with this mixture")
+    return sources
+
+
+def _with_progress(sources: list[Source], progress: bool) -> Iterable[Source]:
+    return tqdm(sources, "reading sources", unit=" sources", disable=not progress)
 
 
 def _write(

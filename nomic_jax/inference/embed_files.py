@@ -115,6 +115,8 @@ def embed_files(
         _record_plan(parts, plan, output)
 
         shards = _finished(parts, output.suffix)
+        if not shards and on_bad_row == "raise":
+            total = _check_rows(files, text_column)
         before = sum(_shape(shard)[0] for shard in shards)
         rejected = RejectedRows(f"{output}.rejected.jsonl")
         read = read_rows(
@@ -198,6 +200,17 @@ def _survey(
         return None, {}
     schema = unify([pa.schema([(name, schema.field(name).type) for name in keep]) for _, schema in footers])
     return sum(rows for rows, _ in footers), dict(zip(schema.names, schema.types))
+
+
+def _check_rows(files: list[str], text_column: str) -> int:
+    """Reads every row and returns their number, so that a bad row of the last file is found before the first is
+    embedded: the shards would be of no use, because a repaired file is another input.
+
+    Raises:
+      BadRow: a row is invalid, or a file cannot be read.
+    """
+    rows = read_rows(files, {text_column: str}, others=(), allow_empty=True)
+    return sum(1 for _ in tqdm(rows, "checking", unit=" rows"))
 
 
 @contextlib.contextmanager

@@ -361,6 +361,15 @@ def test_a_bad_row_is_named(fake, tmp_path, bad):
         embed_files("m", tmp_path / "rows.jsonl", tmp_path / "out.npy")
 
 
+def test_a_bad_row_of_the_last_file_is_met_before_the_first_is_embedded(fake, rows, tmp_path):
+    (tmp_path / "rows2.jsonl").write_text(f'{{"text": "a"}}\n{BAD[0]}\n')
+    with pytest.raises(BadRow, match=r"rows2\.jsonl:2: "):
+        embed_files("m", f"{tmp_path}/*.jsonl", tmp_path / "out.npy", shard_rows=8)
+    assert not fake.texts and not work_folder(tmp_path / "out.npy").exists()
+    (tmp_path / "rows2.jsonl").write_text('{"text": "a"}\n')
+    assert embed_files("m", f"{tmp_path}/*.jsonl", tmp_path / "out.npy", shard_rows=8)["rows"] == len(TEXTS) + 1
+
+
 def test_skipped_rows_leave_the_places_of_others_alone(fake, tmp_path):
     good = [f'{{"text": "{text}"}}' for text in TEXTS]
     (tmp_path / "rows.jsonl").write_text("\n".join([*good[:3], *BAD[:3], *good[3:6], *BAD[3:], *good[6:]]) + "\n")

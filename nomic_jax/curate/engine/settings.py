@@ -58,13 +58,14 @@ def locked_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         wait = fcntl.LOCK_NB
         while True:
             # A run that failed before its first shard (for example, for a mistyped column) must not bind the next run.
-            if take_lock(lock, fcntl.LOCK_EX | wait) and not any(work.rglob("[0-9]*.npy")):
+            # What it read (counts, texts) serves a run with the same settings.
+            if take_lock(lock, fcntl.LOCK_EX | wait) and not (_is_record_of(record, settings) or _has_shards(work)):
                 for path in work.iterdir():
                     if path.name not in (".settings.lock", record.name):
                         remove_folder(path) if is_folder(path) else path.unlink()
                 write_json(record, settings)
             take_lock(lock, fcntl.LOCK_SH)
-            if record.exists() or any(work.rglob("[0-9]*.npy")):
+            if record.exists() or _has_shards(work):
                 break
             wait = 0  # the process that was about to write the record has been killed
         # With the shared lock, no other process can replace the record.
@@ -85,9 +86,19 @@ def _check_is_work(work: Path) -> None:
         except (FileNotFoundError, FileRefused):
             record = None
         is_begun = all(name.startswith(".settings.json.") for name in names)
-        has_shards = any(work.rglob("[0-9]*.npy"))  # reported by _compare_settings
-        if not (isinstance(record, dict) and "texts_per_file" in record) and not is_begun and not has_shards:
+        if not (isinstance(record, dict) and "texts_per_file" in record) and not is_begun and not _has_shards(work):
             raise FileRefused(f"{work}: is not the work of this command ({min(names)}); choose another --output")
+
+
+def _has_shards(work: Path) -> bool:
+    return any(work.rglob("[0-9]*.npy"))
+
+
+def _is_record_of(record: Path, settings: Mapping[str, Any]) -> bool:
+    try:
+        return json.loads(record.read_text(encoding="utf-8")) == settings
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _compare_settings(work: Path, record: Path, settings: Mapping[str, Any]) -> None:

@@ -59,6 +59,11 @@ class Pairs:
         start = int(self._ends_Q[query - 1]) if query else 0
         return self._positives[start : int(self._ends_Q[query])]
 
+    def most_positives(self) -> tuple[int, int]:
+        """Returns the query with the most distinct positives, the first of equal ones, and their number."""
+        count_Q = np.diff(self._ends_Q, prepend=0)
+        return int(count_Q.argmax()), int(count_Q.max())
+
     def count_related(self, query: int) -> int:
         """Returns how many documents at most cannot be negatives of a query; at least 1."""
         return len(self.positives_of(query)) + (int(self.own_Q[query]) >= 0)

@@ -1,5 +1,6 @@
 """Hard negatives: for each pair, documents that a teacher finds near the query but that are not its positives."""
 
+import contextlib
 import dataclasses
 import os
 from collections import Counter
@@ -136,23 +137,45 @@ def mine_negatives(
         row has too few negatives, with too_few="error" or if there are not enough documents for "random".
       BadRow: a row cannot be used, with on_bad_row="raise".
     """
-    output = Path(output)
+    output, columns = Path(output), (query_column, document_column)
+    common: dict[str, Any] = {"on_bad_row": on_bad_row, "progress": progress}
+    corpus_and_column = (corpus, corpus_column) if corpus else None
+    with collected(files, output, encoder, options, columns, corpus_and_column, **common) as inputs:
+        return mine_collected(files, inputs, output, encoder, options, columns, engine, progress)
+
+
+@contextlib.contextmanager
+def collected(
+    files: str,
+    output: Path,
+    encoder: Encoder | None,
+    options: MiningOptions,
+    columns: tuple[str, str],
+    corpus: tuple[str, str] | None = None,
+    *,
+    on_bad_row: str,
+    progress: bool,
+) -> Iterator[list[str]]:
+    """Reads and checks all rows, and yields the input files for ``mine_collected``.
+
+    Meanwhile, the output is locked against other settings. Arguments as for ``mine_negatives``; ``corpus`` is its files
+    and their column.
+    """
     check_only(output, OUTPUTS.__contains__, "launch.mine")
     work = output / "work"
-    settings = {"query_column": query_column, "document_column": document_column}
+    settings = dict(zip(("query_column", "document_column"), columns))
     inputs = input_files(files, output)
     settings |= fingerprints("input", inputs, on_bad_row)
     if encoder:
         settings |= encoder.identity
-    corpus_files = input_files(corpus, output) if corpus else None
+    corpus_files, corpus_column = (input_files(corpus[0], output), corpus[1]) if corpus else (None, "")
     if corpus_files:
         settings |= {"corpus_column": corpus_column, **fingerprints("corpus", corpus_files, on_bad_row)}
     with locked_settings(work, settings):
         with exclusive_lock(work / ".pairs.lock"):
             pairs = collect_pairs(
                 inputs,
-                query_column,
-                document_column,
+                *columns,
                 corpus_files,
                 corpus_column,
                 work / "pairs",
@@ -160,31 +183,59 @@ def mine_negatives(
                 on_bad_row=on_bad_row,
                 progress=progress,
             )
-        search = SearchTask(pairs, work, options.k, options.approximate_above, progress)
-        if encoder:
-            for wait in (False, True):  # do not wait for other processes in the first pass
-                engine(EmbeddingTask(pairs.queries, "query", work / "queries", progress), encoder, wait)
-                engine(EmbeddingTask(pairs.documents, "document", work / "documents", progress), encoder, wait)
-            engine(search, None, True)
-        rule = {
-            "options": dataclasses.asdict(options),
-            "negatives_are": "mined" if encoder else "random",
-            "candidates": "without positives",  # earlier versions counted positives among the k
-            "settings_sha256": settings_sha256(work),
-        }
-        with exclusive_lock(work / ".select.lock"):
-            summary = matching_summary(rule, output, ("triplets.jsonl", "report.md"))
-            if summary is None:
-                rows = pairs.read(inputs, query_column, document_column)
-                summary = rule | _write_triplets(
-                    rows, output, pairs, search if encoder else None, options, query_column, document_column
-                )
-                summary["search"] = search.recall() if encoder else "none"
-                with atomic_file(output / "report.md") as part:
-                    part.write_text(_report(files, summary), encoding="utf-8")
-                del summary["samples"]
-                write_json(output / "summary.json", summary)
+        _check_enough_documents(files, pairs, options)
+        del pairs  # its files: a mixture has many
+        yield inputs
+
+
+def mine_collected(
+    files: str,
+    inputs: list[str],
+    output: Path,
+    encoder: Encoder | None,
+    options: MiningOptions,
+    columns: tuple[str, str],
+    engine: Engine,
+    progress: bool,
+) -> dict[str, Any]:
+    """Mines the pairs that ``collected`` has read, while its ``with`` block lasts. Arguments as for both functions."""
+    work = output / "work"
+    pairs = Pairs(work / "pairs")
+    search = SearchTask(pairs, work, options.k, options.approximate_above, progress)
+    if encoder:
+        for wait in (False, True):  # do not wait for other processes in the first pass
+            engine(EmbeddingTask(pairs.queries, "query", work / "queries", progress), encoder, wait)
+            engine(EmbeddingTask(pairs.documents, "document", work / "documents", progress), encoder, wait)
+        engine(search, None, True)
+    rule = {
+        "options": dataclasses.asdict(options),
+        "negatives_are": "mined" if encoder else "random",
+        "candidates": "without positives",  # earlier versions counted positives among the k
+        "settings_sha256": settings_sha256(work),
+    }
+    with exclusive_lock(work / ".select.lock"):
+        summary = matching_summary(rule, output, ("triplets.jsonl", "report.md"))
+        if summary is None:
+            rows = pairs.read(inputs, *columns)
+            summary = rule | _write_triplets(rows, output, pairs, search if encoder else None, options, *columns)
+            summary["search"] = search.recall() if encoder else "none"
+            with atomic_file(output / "report.md") as part:
+                part.write_text(_report(files, summary), encoding="utf-8")
+            del summary["samples"]
+            write_json(output / "summary.json", summary)
     return summary
+
+
+def _check_enough_documents(files: str, pairs: Pairs, options: MiningOptions) -> None:
+    """Raises ValueError, before anything is embedded, if some row cannot get the negatives that it has to get."""
+    query, positives = pairs.most_positives()
+    left = len(pairs.documents) - positives
+    if options.too_few != "drop" and left < options.num_negatives:
+        raise ValueError(
+            f"{files}: {positives} of the {len(pairs.documents)} distinct documents are positives of the query "
+            f"{pairs.queries[query][:80]!r}; the {left} others are fewer than its {options.num_negatives} negatives: "
+            f'lower num_negatives, add a corpus, or set too_few to "drop"'
+        )
 
 
 def _write_triplets(
