@@ -40,7 +40,7 @@ print(model.similarity(queries, documents))
 ```
 
 In JAX, use {in_jax}, which has the same methods.
-
+{precision}
 {prompts}
 """
 
@@ -51,12 +51,14 @@ def model_card(
     *,
     prompts: Mapping[str, str],
     max_length: int,
+    dtype: str = "float32",
     training: Sequence[Mapping[str, Any]] = (),
     evaluations: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """Returns the card as Markdown, with the front matter of the hub.
 
     Args:
+      dtype: type of the tensors in the file.
       training: the records of the stages, first to last (``nomic_jax.run.record.make_record``).
       evaluations: suite -> report of ``launch.evaluate``.
     """
@@ -75,6 +77,7 @@ def model_card(
         dim=config.output_dim,
         max_length=max_length,
         cut=_cut(config),
+        precision=_precision(dtype, quoted),
         prompts=_prompts(prompts),
     )
     sections = [head, _training(training), *(_evaluation(suite, x) for suite, x in (evaluations or {}).items())]
@@ -90,6 +93,19 @@ def _cut(config: EmbeddingConfig) -> str:
     return (
         f" Vectors are cut to the first {config.dim} of {width} components after they are normalised, so they are "
         f"shorter than 1: where a client takes dot products, use `normalize_embeddings=True`."
+    )
+
+
+def _precision(dtype: str, name: str) -> str:
+    """Says what clients compute from 16-bit weights; tests/hf/test_roundtrip.py has the figures."""
+    if dtype == "float32":
+        return ""
+    returned, off = (" and returns float16", "0.0003") if dtype == "float16" else ("", "0.002")
+    in_float32 = printable.code(f'SentenceTransformer({name}, model_kwargs={{"dtype": "float32"}})')
+    return (
+        f"\nThe weights are {dtype}. sentence-transformers computes in that type{returned}: components differ by about "
+        f"{off} from those of float32, and lengths by as much from 1. {in_float32} computes in float32, as `Embedder` "
+        f"does by default.\n"
     )
 
 

@@ -105,6 +105,7 @@ def _write_files(
         config,
         prompts=prompts,
         max_length=max_length,
+        dtype=dtype,
         training=checkpoint.training,
         evaluations=evaluations,
     )

@@ -1,5 +1,6 @@
 """Exports give equal vectors in sentence-transformers and transformers; imports read every form of a checkpoint."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from nomic_jax import Embedder
 from nomic_jax.data.batches.shapes import pad_right
 from nomic_jax.hf import NOMIC_PROMPTS, Checkpoint, read_checkpoint, write_checkpoint
+from nomic_jax.hf.config import ConfigError, config_json, encoder_config
 from nomic_jax.hf.keymap import encoder_keymap, from_params
 from nomic_jax.model import (
     EmbeddingConfig,
@@ -168,9 +170,22 @@ def test_every_form_gives_its_vectors_everywhere(
     write_checkpoint(tmp_path / "again", read, naming=naming, dtype=dtype)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "again"))
     assert first == second
-    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu", model_kwargs={"dtype": torch.float32})
+    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu", model_kwargs={"dtype": "float32"})
     ours = Embedder.from_pretrained(tmp_path / "model").encode(TEXTS, prompt="")
     assert np.abs(theirs.encode(TEXTS) - ours).max() <= 1e-5
+    # Without model_kwargs, it computes in the type of the file, as the card says.
+    as_stored = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(TEXTS)
+    assert as_stored.dtype == (np.float16 if dtype == "float16" else np.float32)
+    least, most = {"float32": (0, 1e-5), "bfloat16": (2e-4, 4e-3), "float16": (3e-5, 8e-4)}[dtype]
+    assert least <= np.abs(as_stored - ours).max() <= most
+    assert np.abs(np.linalg.norm(as_stored.astype(np.float64), axis=1) - 1).max() <= most
+    if dtype != "float32":
+        in_type = Embedder.from_pretrained(tmp_path / "model", dtype=dtype).encode(TEXTS, prompt="")
+        assert in_type.dtype == np.float32 and np.abs(as_stored - in_type).max() <= 2 * most
+        np.testing.assert_allclose(np.linalg.norm(in_type, axis=1), 1, atol=1e-6)
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert ('SentenceTransformer("model", model_kwargs={"dtype": "float32"})' in card) == (dtype != "float32")
+    assert ("returns float16" in card) == (dtype == "float16") and (f"are {dtype}" in card) == (dtype != "float32")
 
 
 def test_weights_beyond_float16_are_refused(tmp_path, params, tokenizer):
@@ -212,6 +227,31 @@ def test_what_belongs_to_the_weights_survives(normalize, tmp_path, params, token
     assert (np.linalg.norm(vectors, axis=1) < 0.9).all() if normalize else (np.linalg.norm(vectors, axis=1) > 1).all()
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_vectors_are_cut_after_all_else(normalize, tmp_path, tokenizer, SentenceTransformer):
+    """With a size in the file, at loading and in a call; ``normalize_embeddings`` comes after the cut."""
+    encoder = EncoderConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
+    config = EmbeddingConfig(encoder, dim=12, normalize=normalize)
+    params = {"encoder": randomised(init_encoder(jax.random.key(0), encoder), 0)}
+    write_checkpoint(tmp_path / "model", Checkpoint(config, params, tokenizer, prompts={}))
+    theirs, ours = (
+        SentenceTransformer(str(tmp_path / "model"), device="cpu"),
+        Embedder.from_pretrained(tmp_path / "model"),
+    )
+    hidden = theirs.encode(TEXTS[:3], output_value="token_embeddings", convert_to_numpy=False)
+    whole = np.stack([x.numpy().astype(np.float64).mean(axis=0) for x in hidden])
+    if normalize:
+        whole /= np.linalg.norm(whole, axis=1, keepdims=True)
+    for loaded, called in ((12, None), (20, 16), (20, None)):
+        theirs.truncate_dim = ours.truncate_dim = loaded
+        cut = whole[:, : called or loaded]
+        unit = cut / np.linalg.norm(cut, axis=1, keepdims=True)
+        for expected, options in ((cut, {}), (unit, {"normalize_embeddings": True})):
+            options = options | {"truncate_dim": called}
+            np.testing.assert_allclose(theirs.encode(TEXTS[:3], **options), expected, atol=1e-5)
+            np.testing.assert_allclose(ours.encode(TEXTS[:3], **options), expected, atol=1e-5)
+
+
 def test_a_directory_that_sentence_transformers_saved_is_read(exported, tmp_path, SentenceTransformer):
     theirs = SentenceTransformer(str(exported), device="cpu")
     theirs.save_pretrained(str(tmp_path / "saved"))
@@ -231,6 +271,27 @@ def test_published_configs_reach_8192_tokens(edit):
         path = edit() / "config.json"
         path.write_text(json.dumps(content), encoding="utf-8")
         assert read_checkpoint(path.parent).config == CONFIG
+
+
+@pytest.mark.parametrize(("factor", "positions"), [(3.0, 8192), (None, 2048)])
+def test_dynamic_ntk_is_written_for_both_kinds_of_readers(factor, positions):
+    """transformers reads rope_parameters, text-embeddings-inference rotary_scaling_factor."""
+    config = dataclasses.replace(CONFIG.encoder, rope_scaling_factor=factor, max_positions=positions)
+    content = config_json(config, "NomicBertModel")
+    assert content["rotary_scaling_factor"] == content["rope_parameters"].get("factor") == factor
+    assert content["rope_parameters"]["rope_type"] == ("default" if factor is None else "dynamic")
+    assert content["n_positions"] == positions and encoder_config(content) == config
+    without = content["rope_parameters"] | {"factor": None}
+    if factor is None:
+        with pytest.raises(ConfigError, match=r'"dynamic" needs a factor'):
+            encoder_config(content | {"rope_parameters": without | {"rope_type": "dynamic"}})
+    else:
+        # Either name alone gives the factor; it is 2 where both are null.
+        for rope in (without, {}):
+            assert encoder_config(content | {"rope_parameters": rope}) == config
+        assert encoder_config(content | {"rotary_scaling_factor": None}) == config
+        neither = content | {"rope_parameters": {}, "rotary_scaling_factor": None}
+        assert encoder_config(neither) == dataclasses.replace(config, rope_scaling_factor=2.0)
 
 
 def test_there_and_back_is_bit_exact(exported, params, tmp_path, tokenizer):
