@@ -248,7 +248,8 @@ def _lay_out(lengths: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarra
 def _cut(row_lengths: np.ndarray, layout: Layout) -> list[tuple[int, int]]:
     """Returns (shape, first row) of the chunks that hold all rows at the least cost. The longest rows come first.
 
-    Uses dynamic programming from the last row back. The largest chunks come first in the result.
+    A chunk has the length of the bucket of its longest row. Uses dynamic programming from the last row back. The
+    largest chunks come first in the result.
     """
     menu = sorted({shape.length for shape in layout.shapes})
     overhead = CHUNK_OVERHEAD * layout.tokens

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from nomic_jax.data.batches.packing import bucketed_layout, fill_chunks, packed_layout, plan_chunks
+from nomic_jax.data.batches.packing import bucketed_layout, fill_chunks, packed_layout, plan_chunks, segments_for
 from nomic_jax.data.batches.shapes import Shape
 
 QUERY, DOCUMENT = (12, 0.5), (120, 0.8)  # median and sigma of log-normal lengths, as in web search pairs
@@ -162,11 +162,67 @@ def test_each_text_goes_to_the_row_with_most_room(segments):
     assert found == [sorted(row) for row in texts]
 
 
+@pytest.mark.parametrize("segments", [5, 32])
+def test_each_text_without_short_ones_goes_to_the_row_that_it_fills_best(segments):
+    """Of equally good rows, the one that got a text last."""
+    lengths = draw_lengths(np.random.default_rng(4), 100, 0.3, 200, 512)
+    plan = plan_chunks(lengths[:100], lengths[100:, None], packed_layout(512, 512, segments=segments), 1)
+    lengths = plan.length[0]
+    texts: list[list[int]] = []
+    room: list[int] = []
+    latest: list[int] = []
+    for turn, text in enumerate(np.argsort(-lengths, kind="stable").tolist()):
+        open_rows = [row for row in range(len(room)) if len(texts[row]) < segments and room[row] >= lengths[text]]
+        if not open_rows:
+            open_rows = [len(room)]
+            room.append(512)
+            texts.append([])
+            latest.append(turn)
+        row = min(open_rows, key=lambda row: (room[row], -latest[row]))
+        room[row] -= lengths[text]
+        latest[row] = turn
+        texts[row].append(text)
+    row_of_text = (plan.start[0] // 512).tolist()
+    assert [[text for text in range(200) if row_of_text[text] == row] for row in range(len(room))] == [
+        sorted(row) for row in texts
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_chunks_cost_least(seed):
+    """Compares with every sequence of shapes; a chunk has the length of the bucket of its longest text."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 41, 14)
+    layout = bucketed_layout(np.arange(1, 41), 40, int(rng.integers(100, 200)), buckets=3, parts=(1, 2, 4))
+    plan = plan_chunks(lengths[:7], lengths[7:, None], layout, 1)
+    overhead = layout.tokens / 64
+
+    def least(rest: list[int]) -> float:
+        if not rest:
+            return 0
+        length = min(shape.length for shape in layout.shapes if shape.length >= rest[0])
+        options = [shape for shape in layout.shapes if shape.length == length]
+        return min(shape.rows * length + overhead + least(rest[shape.rows :]) for shape in options)
+
+    used = [layout.shapes[shape] for shape in plan.shape[0] if shape < len(layout.shapes)]
+    cost = sum(shape.rows * shape.length + overhead for shape in used)
+    assert cost == least(sorted(lengths.tolist(), reverse=True))
+
+
 def test_short_texts_fill_rows_up_to_the_most_segments():
     lengths = np.full(64, 4)
     plan = plan_chunks(lengths, lengths[:, None], packed_layout(128, 512, segments=8), 1)
     assert plan.segment.max() == 8
     assert plan.padded_tokens == 128 * 128 // 8
+    # Two texts a row are packed too.
+    plan = plan_chunks(lengths, lengths[:, None], packed_layout(128, 512, segments=2), 1)
+    assert plan.segment.max() == 2 and plan.padded_tokens == 128 * 128 // 2
+
+
+def test_segments_of_short_texts():
+    # 1.5 times as many as fill a row on average, to the next multiple of 8, within 32 and 128
+    for mean, segments in ((10, 80), (12, 64), (64, 32), (2, 128)):
+        assert segments_for(np.array([mean - 1, mean + 1]), 512) == segments
 
 
 def test_empty_chunks_are_not_counted():
@@ -178,9 +234,11 @@ def test_empty_chunks_are_not_counted():
     assert plan.padded_tokens == plan_chunks(lengths, lengths[:, None], layout, 2).padded_tokens
 
 
-def test_bucket_lengths_pad_least():
+@pytest.mark.parametrize("most", [3, 20, 130])
+def test_bucket_lengths_pad_least(most):
     rng = np.random.default_rng(5)
     lengths = np.concatenate([rng.integers(1, 20, 50), rng.integers(30, 110, 80)])
+    lengths = rng.permutation(lengths)[:most]
     layout = bucketed_layout(lengths, 128, 1024, buckets=4)
     chosen = sorted(shape.length for shape in layout.shapes)
 
@@ -197,6 +255,11 @@ def test_layouts_hold_the_longest_text_and_no_length_twice():
     layout = bucketed_layout(np.array([5, 6, 7]), 64, 128)
     assert layout.shapes == (Shape(16, 8), Shape(2, 64))
     assert (layout.longest, layout.tokens, layout.slots) == (64, 128, 16)
+    # Most tokens first; a part that has no row is left out, one of a single row is not.
+    layout = bucketed_layout(np.array([40]), 64, 128)
+    assert layout.shapes == (Shape(2, 64), Shape(3, 40))
+    layout = bucketed_layout(np.array([5, 6, 7]), 64, 128, parts=(1, 2, 4))
+    assert layout.shapes == (Shape(16, 8), Shape(2, 64), Shape(8, 8), Shape(1, 64), Shape(4, 8))
 
 
 def test_what_cannot_be_planned_is_explained():
