@@ -4,8 +4,9 @@
     python -m launch.embed --model=DIR --input=corpus/ --output=vectors.parquet --keep_columns=id,title
 
 vectors.npy is float32 [rows, dim]. vectors.parquet has `row` (the row's number over all input files, from 0), the kept
-columns and `embedding` (lists of dim float32). Unfinished work is in .NAME.parts beside the output: after an
-interruption, the same command continues after the last finished shard.
+columns and `embedding` (lists of dim float32). Every row is read and checked before the first is embedded, unless
+--on_bad_row=skip. Unfinished work is in .NAME.parts beside the output: after an interruption, the same command
+continues after the last finished shard.
 """
 
 from absl import flags

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nomic_jax.curate.engine.embedding import Encoder
-from nomic_jax.curate.filter.consistency import FilterOptions
+from nomic_jax.curate.engine.tasks import local_engine
+from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
 from nomic_jax.curate.mine.negatives import MiningOptions
 from nomic_jax.curate.mixtures import filter_mixture, mine_mixture
 from nomic_jax.data.formats.row_checks import BadRow
@@ -86,3 +87,25 @@ def test_want_of_documents_is_met_before_the_first_source_is_embedded(mixture, t
     assert teacher.calls == 0
     run(1)
     assert teacher.calls
+
+
+@pytest.mark.parametrize("command", OPTIONS, ids=lambda command: command.__name__)
+def test_shards_of_other_processes_are_waited_for_at_the_end(mixture, command):
+    """First all that is left to do is done; the results are not used before the shards of others are there too."""
+    calls = []
+
+    def engine(task, encoder, wait):
+        calls.append((task.label, wait))
+        local_engine(task, encoder, wait)
+
+    arguments = (str(mixture / "mixture.yaml"), mixture / "out", Teacher().encoder(), OPTIONS[command])
+    command(*arguments, on_bad_row="skip", engine=engine, progress=False)
+    if command is filter_mixture:
+        assert calls == [("ranking blocks", False)] * 3 + [("ranking blocks", True)] * 3
+        calls.clear()
+        filter_pairs(str(mixture / "a.jsonl"), mixture / "one", *arguments[2:], engine=engine, progress=False)
+        assert calls == [("ranking blocks", True)]
+    else:
+        embedding = ["embedding queries", "embedding documents"]
+        of_source = [(label, wait) for wait in (False, True) for label in embedding] + [("searching", True)]
+        assert calls == of_source * 3

@@ -11,7 +11,7 @@ import yaml
 from nomic_jax.curate.engine import embedding as embed
 from nomic_jax.curate.engine import index as index_module
 from nomic_jax.curate.engine.embedding import Encoder
-from nomic_jax.curate.engine.index import ApproximateIndex, own_ranks, top_k
+from nomic_jax.curate.engine.index import RANK_DEPTH, ApproximateIndex, own_ranks, top_k
 from nomic_jax.curate.filter.consistency import FilterOptions
 from nomic_jax.curate.filter.consistency import filter_pairs as filter_with_options
 from nomic_jax.curate.mixtures import filter_mixture
@@ -319,6 +319,13 @@ def test_a_mixture_is_filtered_by_source(pairs, tmp_path):
     ]
     for source, counted in zip(filtered, summary["sources"]):
         assert len(list(read_rows(source.files, dict.fromkeys(source.columns, str)))) == counted["kept"]
+
+
+def test_options_at_their_limits():
+    FilterOptions(k=1, block_size=1), FilterOptions(k=RANK_DEPTH, approximate_above=0), FilterOptions(k=RANK_DEPTH + 1)
+    for options in ({"k": 0}, {"block_size": 0}, {"k": RANK_DEPTH + 1, "approximate_above": 0}):
+        with pytest.raises(ValueError, match=r"must be at least 1|distinguishes 100 ranks"):
+            FilterOptions(**options)
 
 
 def test_an_approximate_index_reports_its_recall_and_ranks_as_it_finds(tmp_path):

@@ -253,6 +253,13 @@ def test_options_that_make_no_sense_are_refused(options, message):
         MiningOptions(**options)
 
 
+def test_options_at_their_limits():
+    MiningOptions(k=1, num_negatives=1), MiningOptions(k=7, margin=1), MiningOptions(k=8, range_min=1, range_max=8)
+    for options in ({"num_negatives": 0}, {"range_min": -1}, {"margin": -0.1}, {"margin": 1.1}, {"k": 0}):
+        with pytest.raises(ValueError, match=r"num_negatives|range|margin"):
+            MiningOptions(**options)
+
+
 def test_a_list_of_positives_is_as_many_triplets(tmp_path):
     rows = make_rows()
     listed = {}
