@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,17 @@ def filter_mixture(
         tasks = {}
         for source in _with_progress(sources, progress):
             columns = (source.columns[0], source.columns[1])
-            folder, common = output / source.name, {"on_bad_row": on_bad_row, "progress": progress}
-            task = stack.enter_context(scoring(source.files, folder, encoder, options, columns, **common))
+            task = stack.enter_context(
+                scoring(
+                    source.files,
+                    output / source.name,
+                    encoder,
+                    options,
+                    columns,
+                    on_bad_row=on_bad_row,
+                    progress=progress,
+                )
+            )
             tasks[source.name] = (source.files, task)
         for _, task in tasks.values():
             # Do not wait for blocks of other processes yet: the next source has work.
@@ -109,9 +118,17 @@ def mine_mixture(
         inputs = {}
         for source in _with_progress(sources, progress):
             columns = (source.columns[0], source.columns[1])
-            folder, common = output / source.name, {"on_bad_row": on_bad_row, "progress": progress}
-            read = collected(source.files, folder, encoder, options, columns, **common)
-            inputs[source.name] = stack.enter_context(read)
+            inputs[source.name] = stack.enter_context(
+                collected(
+                    source.files,
+                    output / source.name,
+                    encoder,
+                    options,
+                    columns,
+                    on_bad_row=on_bad_row,
+                    progress=progress,
+                )
+            )
         for source in sources:
             columns, folder = (source.columns[0], source.columns[1]), output / source.name
             summary = mine_collected(
@@ -130,7 +147,7 @@ def mine_mixture(
     return summary
 
 
-def _sources(mixture: str, output: Path, command: str) -> list[Source]:
+def _sources(mixture: str, output: Path, command: str) -> tuple[Source, ...]:
     """Returns the sources of the mixture. Raises FileRefused if ``output`` holds anything else."""
     sources = read_mixture(mixture, "pair")
     names = {"mixture.yaml", "report.md", "summary.json", *(source.name for source in sources)}
@@ -138,7 +155,7 @@ def _sources(mixture: str, output: Path, command: str) -> list[Source]:
     return sources
 
 
-def _with_progress(sources: list[Source], progress: bool) -> Iterable[Source]:
+def _with_progress(sources: Sequence[Source], progress: bool) -> Iterable[Source]:
     return tqdm(sources, "reading sources", unit=" sources", disable=not progress)
 
 
