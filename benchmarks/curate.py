@@ -28,7 +28,8 @@ from nomic_jax import Embedder
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.filter import ranking
 from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
-from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
+from nomic_jax.curate.mine.negatives import mine_negatives
+from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.inference.device_ranks import count_above

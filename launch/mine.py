@@ -13,7 +13,8 @@ from typing import Any
 from absl import flags
 
 from nomic_jax.curate.engine.report import quarantine_lines
-from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
+from nomic_jax.curate.mine.negatives import mine_negatives
+from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.curate.mixtures import is_mixture, mine_mixture
 from nomic_jax.data.formats.paths import expand_files
 

@@ -14,7 +14,8 @@ from nomic_jax.curate.engine.report import quarantine, table
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.consistency import FilterOptions, scoring
 from nomic_jax.curate.filter.selection import threshold_text, write_selection
-from nomic_jax.curate.mine.negatives import MiningOptions, collected, mine_collected
+from nomic_jax.curate.mine.negatives import collected, mine_collected
+from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.data.mixture import COLUMNS, Source, read_mixture
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock

@@ -8,7 +8,7 @@ import pytest
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.tasks import local_engine
 from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
-from nomic_jax.curate.mine.negatives import MiningOptions
+from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.curate.mixtures import filter_mixture, mine_mixture
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows

@@ -9,7 +9,8 @@ import pytest
 from launch.hold_out import hold_out
 from nomic_jax.curate.clean.cleaning import CleaningOptions, clean_rows
 from nomic_jax.curate.engine.settings import locked_settings
-from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
+from nomic_jax.curate.mine.negatives import mine_negatives
+from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.curate.mixtures import mine_mixture
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.evals.report.record import is_output

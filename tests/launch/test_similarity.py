@@ -10,7 +10,8 @@ from launch.evaluate import evaluate
 from launch.teacher import open_teacher
 from nomic_jax import Embedder
 from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
-from nomic_jax.curate.mine.negatives import MiningOptions, mine_negatives
+from nomic_jax.curate.mine.negatives import mine_negatives
+from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.inference.embed_files import embed_files
 from nomic_jax.inference.integrations import langchain_embeddings

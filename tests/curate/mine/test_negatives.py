@@ -15,7 +15,8 @@ from nomic_jax.curate.engine.tasks import local_engine
 from nomic_jax.curate.engine.text_store import TextFile, TextFileWriter
 from nomic_jax.curate.mine.candidates import SearchTask
 from nomic_jax.curate.mine.corpus import Pairs
-from nomic_jax.curate.mine.negatives import MiningOptions, find_candidates, mine_negatives
+from nomic_jax.curate.mine.negatives import mine_negatives
+from nomic_jax.curate.mine.selection import MiningOptions, find_candidates
 from nomic_jax.curate.mixtures import mine_mixture
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow
