@@ -4,7 +4,10 @@ CHECKPOINT is the working directory of a run (its latest checkpoint is converted
 Hugging Face directory, to change its format or dtype.
 
 OUT_DIR may be the clone of a repository: only files of an export are written, all or none of them, and everything else
-stays.
+stays. --push_to_hub uploads these files too, in one commit, with the token of `hf auth login` or HF_TOKEN.
+
+Converting a Hugging Face directory keeps language, license, base model and data sets of its model card. For a trained
+model, the flags name them: they are not guessed.
 """
 
 import argparse
@@ -13,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from nomic_jax.arguments import Parser, fail
+from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.files.reading import read_json
-from nomic_jax.hf import write_checkpoint
+from nomic_jax.hf import CardData, push_to_hub, write_checkpoint
+from nomic_jax.hf.files import MAIN_FILE
+from nomic_jax.hf.front_matter import read_card_data
 from nomic_jax.run.pretrained import read_pretrained
 
 
@@ -45,18 +51,42 @@ def main() -> None:
     parser.add_argument(
         "--evaluation", action="append", default=[], help="report of launch.evaluate for the model card; repeatable"
     )
+    card = parser.add_argument_group("front matter of the model card")
+    card.add_argument("--language", action="append", help="code of ISO 639-1, such as en; repeatable")
+    card.add_argument("--license", help="identifier of the hub, such as apache-2.0; other needs --license_name")
+    card.add_argument("--license_name", help="name of a license that has no identifier")
+    card.add_argument("--license_link", help="where that license is")
+    card.add_argument("--base_model", help="hub name of the model that training started from")
+    card.add_argument("--dataset", action="append", help="hub name of training data; repeatable")
+    card.add_argument(
+        "--widget", type=Path, help='jsonl with examples {"source_sentence": TEXT, "sentences": [TEXT, ...]}'
+    )
+    hub = parser.add_argument_group("upload")
+    hub.add_argument("--push_to_hub", metavar="OWNER/NAME", help="repository; made if it is missing")
+    hub.add_argument("--private", action="store_true", help="make a private one; an existing public one is refused")
+    hub.add_argument("--revision", help="branch, made from the main branch if it is missing")
+    hub.add_argument("--commit_message", help="message of the commit")
+    hub.add_argument("--create_pr", action="store_true", help="open a pull request against the main branch")
     parser.add_argument(
         "--overwrite", action="store_true", help="also replace files in OUT_DIR that no export wrote, or changed ones"
     )
     args = parser.parse_args()
     try:
         write(args)
+        print(f"wrote {args.out_dir}")
+        if args.push_to_hub:
+            print(f"uploaded: {push(args)}")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         fail(error)
-    print(f"wrote {args.out_dir}")
 
 
 def write(args: argparse.Namespace) -> None:
+    card = card_data(args)
+    for flag in ("private", "revision", "commit_message", "create_pr"):
+        if getattr(args, flag) and not args.push_to_hub:
+            raise ValueError(f"--{flag} needs --push_to_hub")
+    if args.create_pr and args.revision:
+        raise ValueError("--create_pr opens a pull request against the main branch; leave out --revision")
     source = read_pretrained(args.checkpoint)
     for part in ("mlm_head", "classifier"):
         if getattr(args, part) and part not in source.params:
@@ -79,7 +109,43 @@ def write(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         overwrite=args.overwrite,
         evaluations={name: read_report(file) for name, file in names_of(args.evaluation).items()},
+        name=args.push_to_hub,
+        card=card,
     )
+
+
+def push(args: argparse.Namespace) -> str:
+    """Uploads the export and returns the URL of the commit or pull request."""
+    return push_to_hub(
+        args.out_dir,
+        args.push_to_hub,
+        private=True if args.private else None,
+        revision=args.revision,
+        commit_message=args.commit_message,
+        create_pr=args.create_pr,
+    )
+
+
+def card_data(args: argparse.Namespace) -> CardData:
+    """Returns what the flags say and, for a Hugging Face directory, what its model card says of the other fields."""
+    card = (
+        read_card_data(Path(args.checkpoint) / "README.md") if Path(args.checkpoint, MAIN_FILE).exists() else CardData()
+    )
+    given: dict[str, Any] = {"language": args.language, "base_model": args.base_model, "datasets": args.dataset}
+    if args.license or args.license_name or args.license_link:
+        given |= {name: getattr(args, name) for name in ("license", "license_name", "license_link")}
+        card = dataclasses.replace(card, license=None, license_name=None, license_link=None)
+    if args.widget:
+        given["widget"] = read_widget(args.widget)
+    return dataclasses.replace(
+        card, **{name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
+    )
+
+
+def read_widget(file: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Returns the examples in a jsonl. Raises BadRow, with the line, if one is no example."""
+    rows = read_rows(file, {"source_sentence": str, "sentences": list}, others=())
+    return [(row["source_sentence"], tuple(row["sentences"])) for row in rows]
 
 
 def names_of(files: list[str]) -> dict[str, Path]:

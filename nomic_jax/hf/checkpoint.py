@@ -22,6 +22,7 @@ class Checkpoint:
       default_prompt_name: the prompt that is used if none is named.
       similarity: "cosine", "dot", "euclidean" or "manhattan".
       max_length: maximum number of tokens per text, beyond which texts are cut; None for the encoder's maximum.
+      matryoshka_dims: numbers of components that the model was trained to be cut to, the largest first; () if none.
       training: the records of the training stages, first to last (``nomic_jax.run.record.make_record``).
     """
 
@@ -33,4 +34,5 @@ class Checkpoint:
     default_prompt_name: str | None = None
     similarity: str = "cosine"
     max_length: int | None = None
+    matryoshka_dims: tuple[int, ...] = ()
     training: tuple[dict[str, Any], ...] = ()

@@ -10,18 +10,10 @@ from typing import Any
 
 from nomic_jax.data.prompts import prompt_for, prompt_text
 from nomic_jax.files import printable
+from nomic_jax.hf.front_matter import HUB_ID, CardData, front_matter
 from nomic_jax.model import EmbeddingConfig
 
-_HEAD = """---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- feature-extraction
-- sentence-similarity
-- nomic_jax
----
-
+_HEAD = """{front}
 # {title}
 
 A text embedder {made} with nomic_jax, the JAX implementation of [Nomic Embed](https://arxiv.org/abs/2402.01613): an
@@ -52,21 +44,39 @@ def model_card(
     prompts: Mapping[str, str],
     max_length: int,
     dtype: str = "float32",
+    default_prompt_name: str | None = None,
+    matryoshka_dims: Sequence[int] = (),
+    is_classifier: bool = False,
     training: Sequence[Mapping[str, Any]] = (),
     evaluations: Mapping[str, Mapping[str, Any]] | None = None,
+    data: CardData | None = None,
 ) -> str:
     """Returns the card as Markdown, with the front matter of the hub.
 
     Args:
       dtype: type of the tensors in the file.
+      name: what a client opens: a directory, or "owner/name" on the hub. The title is its last part.
+      matryoshka_dims: numbers of components that the model was trained to be cut to.
+      is_classifier: whether the directory opens as a sequence classifier.
       training: the records of the stages, first to last (``nomic_jax.run.record.make_record``).
       evaluations: suite -> report of ``launch.evaluate``.
+      data: language, license and others that no file of the model knows.
     """
     encoder = config.encoder
     rope = f"RoPE, dynamic NTK beyond {encoder.max_trained_positions} tokens"
     quoted = json.dumps(printable.printable(name), ensure_ascii=False)
+    title = name.rpartition("/")[2] if HUB_ID.fullmatch(name) else name
     head = _HEAD.format(
-        title=printable.markdown(name),
+        front=front_matter(
+            title,
+            data or CardData(),
+            prompts=prompts,
+            default_prompt_name=default_prompt_name,
+            is_classifier=is_classifier,
+            training=training,
+            evaluations=evaluations or {},
+        ),
+        title=printable.markdown(title),
         name=quoted,
         in_jax=printable.code(f"nomic_jax.Embedder.from_pretrained({quoted})"),
         made="trained" if training else "converted",
@@ -76,7 +86,7 @@ def model_card(
         pooling=config.pooling,
         dim=config.output_dim,
         max_length=max_length,
-        cut=_cut(config),
+        cut=_cut(config) + _matryoshka(matryoshka_dims),
         precision=_precision(dtype, quoted),
         prompts=_prompts(prompts),
     )
@@ -107,6 +117,12 @@ def _precision(dtype: str, name: str) -> str:
         f"{off} from those of float32, and lengths by as much from 1. {in_float32} computes in float32, as `Embedder` "
         f"does by default.\n"
     )
+
+
+def _matryoshka(dims: Sequence[int]) -> str:
+    if not dims:
+        return ""
+    return f" It was trained with Matryoshka at {', '.join(map(str, dims))} components: `truncate_dim` cuts to them."
 
 
 def _prompts(prompts: Mapping[str, str]) -> str:

@@ -115,6 +115,7 @@ def _read(directory: Path) -> Checkpoint:
         default_prompt_name=default_prompt_name,
         similarity=similarity,
         max_length=_max_length(modules, encoder, directory),
+        matryoshka_dims=_matryoshka_dims(content, encoder),
         training=_training(directory),
     )
 
@@ -233,6 +234,14 @@ def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: dict[str, 
             f"{encoder.vocab_size} rows; this tokenizer belongs to another model"
         )
     return tokenizer
+
+
+def _matryoshka_dims(content: dict[str, Any], encoder: EncoderConfig) -> tuple[int, ...]:
+    """Returns the sizes that vLLM accepts in a request; () if there are none. They do not change a vector."""
+    dims = content.get("matryoshka_dimensions")
+    if not isinstance(dims, list) or not all(type(dim) is int and 1 <= dim <= encoder.hidden_size for dim in dims):
+        return ()
+    return tuple(sorted(set(dims), reverse=True))
 
 
 def _training(directory: Path) -> tuple[dict[str, Any], ...]:

@@ -17,6 +17,7 @@ from nomic_jax.files.writing import write_json
 from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.config import config_json
 from nomic_jax.hf.files import MAIN_FILE, is_exported
+from nomic_jax.hf.front_matter import CardData
 from nomic_jax.hf.keymap import classifier_keymap, encoder_keymap, from_params, mlm_head_keymap
 from nomic_jax.hf.model_card import model_card
 from nomic_jax.hf.modules import write_modules
@@ -31,6 +32,8 @@ def write_checkpoint(
     naming: Literal["hub", "native"] = "hub",
     dtype: str = "float32",
     evaluations: Mapping[str, Mapping[str, Any]] | None = None,
+    name: str | None = None,
+    card: CardData | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes model, tokenizer, pooling, prompts and model card: all or nothing. Other files in the directory stay.
@@ -45,6 +48,8 @@ def write_checkpoint(
         transformers. (BERT has only one naming.)
       dtype: type of the tensors: "float32", "bfloat16" or "float16".
       evaluations: suite -> report of ``launch.evaluate``, for the model card.
+      name: what the model card tells a user to open, such as "owner/name" of the hub; by default that of the directory.
+      card: language, license and others, for the model card.
       overwrite: also replace files that no export wrote, or that were changed since.
 
     Raises:
@@ -63,7 +68,7 @@ def write_checkpoint(
         raise ValueError(f"max_length {max_length} is not within 2..{encoder.max_positions}")
     tensors = _cast(_tensors(encoder, checkpoint.params, naming), dtype)
     with merged_into(directory, main=MAIN_FILE, is_ours=is_exported, overwrite=overwrite) as part:
-        _write_files(part, directory.name, checkpoint, tensors, dtype, max_length, evaluations)
+        _write_files(part, name or directory.name, checkpoint, tensors, dtype, max_length, evaluations, card)
 
 
 def _write_files(
@@ -74,6 +79,7 @@ def _write_files(
     dtype: str,
     max_length: int,
     evaluations: Mapping[str, Mapping[str, Any]] | None,
+    data: CardData | None,
 ) -> None:
     config, encoder = checkpoint.config, checkpoint.config.encoder
     write_safetensors(part / "model.safetensors", tensors)
@@ -84,6 +90,9 @@ def _write_files(
     content = config_json(encoder, family + kind) | {"dtype": dtype}
     if classifier is not None:
         content |= _label_fields(checkpoint.labels, classifier["out"]["bias"].shape[0])
+    if checkpoint.matryoshka_dims:
+        # vLLM refuses the request field `dimensions` for a model without it, and any value that is not in it.
+        content |= {"matryoshka_dimensions": list(checkpoint.matryoshka_dims)}
     write_json(part / "config.json", content)
 
     prompts = dict(NOMIC_PROMPTS) if checkpoint.prompts is None else checkpoint.prompts
@@ -106,8 +115,12 @@ def _write_files(
         prompts=prompts,
         max_length=max_length,
         dtype=dtype,
+        default_prompt_name=checkpoint.default_prompt_name,
+        matryoshka_dims=checkpoint.matryoshka_dims,
+        is_classifier=classifier is not None,
         training=checkpoint.training,
         evaluations=evaluations,
+        data=data,
     )
     (part / "README.md").write_text(card, encoding="utf-8")
 

@@ -25,7 +25,15 @@ from nomic_jax.hf.read import ADAPTER, refuse_adapter
 from nomic_jax.model import EmbeddingConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, model_files, stored_bytes
-from nomic_jax.run.record import FORMAT, check_format, check_same_arrays, parse_import, parse_model, trained_prompts
+from nomic_jax.run.record import (
+    FORMAT,
+    check_format,
+    check_same_arrays,
+    parse_import,
+    parse_model,
+    trained_matryoshka_dims,
+    trained_prompts,
+)
 from nomic_jax.run.workdir import (
     DamagedCheckpoint,
     commit,
@@ -163,7 +171,12 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(earlier))
         if "imported" in record:
             return dataclasses.replace(read, **parse_import(record["imported"], model))
-        return dataclasses.replace(read, prompts=trained_prompts(record), training=(*read.training, record))
+        return dataclasses.replace(
+            read,
+            prompts=trained_prompts(record),
+            matryoshka_dims=trained_matryoshka_dims(record),
+            training=(*read.training, record),
+        )
 
 
 def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any, stored: int) -> dict[str, Any]:
@@ -220,7 +233,7 @@ def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
     workdir = Path(workdir)
     if source.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer; a run needs the tokenizer of its embeddings")
-    imported = ("prompts", "default_prompt_name", "similarity", "max_length")
+    imported = ("prompts", "default_prompt_name", "similarity", "max_length", "matryoshka_dims")
     record = {
         "format": FORMAT,
         "model": dataclasses.asdict(source.config),

@@ -196,6 +196,7 @@ def parse_model(record: dict[str, Any]) -> EmbeddingConfig:
 def parse_import(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, Any]:
     """Returns the fields that ``write_pretrained`` stores. Invalid fields raise various exceptions."""
     kinds = {"prompts": dict | None, "default_prompt_name": str | None, "similarity": str, "max_length": int | None}
+    dims = fields.get("matryoshka_dims", [])  # earlier records do not have it
     wrong = next((name for name, kind in kinds.items() if not isinstance(fields[name], kind)), None)
     if wrong or not all(isinstance(text, str) for text in (fields["prompts"] or {}).values()):
         raise TypeError(f"imported.{wrong or 'prompts'} is {fields[wrong or 'prompts']!r}")
@@ -204,7 +205,9 @@ def parse_import(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, An
         raise ValueError(f"imported.similarity is {fields['similarity']!r}, imported.default_prompt_name {name!r}")
     if length is not None and not 2 <= length <= model.encoder.max_positions:
         raise ValueError(f"imported.max_length is {length}, not within 2..{model.encoder.max_positions}")
-    return {name: fields[name] for name in kinds}
+    if not isinstance(dims, list) or not all(type(d) is int and 1 <= d <= model.encoder.hidden_size for d in dims):
+        raise ValueError(f"imported.matryoshka_dims is {dims!r}")
+    return {name: fields[name] for name in kinds} | {"matryoshka_dims": tuple(dims)}
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
@@ -281,3 +284,9 @@ def check_same_arrays(saved: Any, expected: Any) -> None:
 def trained_prompts(record: dict[str, Any]) -> dict[str, str] | None:
     """Returns the prompts of a run's model: those of its sources; None (nomic's) for a masked-LM, which has none."""
     return None if record["config"]["stage"] == "mlm" else prompts_of(record["sources"])
+
+
+def trained_matryoshka_dims(record: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the numbers of components that a run's loss cuts vectors to, the largest first; () if it cuts none."""
+    loss = record["config"].get("loss", {}) if record["config"]["stage"] in ("contrastive", "finetune") else {}
+    return tuple(sorted({int(dim) for dim in loss.get("matryoshka_dims", ())}, reverse=True))

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import re
+import sys
 
 import jax
 import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from convert import to_hf
 from nomic_jax.hf import Checkpoint, CheckpointError, push_to_hub, write_checkpoint
 from nomic_jax.hf.hub import download
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
@@ -125,3 +127,20 @@ def test_no_hub(export, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(OSError, match=r"me/m: the upload failed \(Connect"):
         push_to_hub(export, "me/m", token=TOKEN)
+
+
+def test_the_command_writes_and_uploads(hub, export, tmp_path, monkeypatch, capsys):
+    (tmp_path / "token").write_text(TOKEN)
+    model = str(tmp_path / "model")
+    flags = ["--push_to_hub=me/m", "--private", "--revision=v2", "--commit_message=half", "--license=mit"]
+    monkeypatch.setattr(sys, "argv", ["to_hf", str(export), model, "--dtype=bfloat16", *flags])
+    to_hf.main()
+    repository = hub.repositories["me/m"]
+    assert repository.private and repository.commits == [("v2", "half")] and repository.branches["main"] == {}
+    card = repository.branches["v2"]["README.md"].decode()
+    assert "license: mit" in card and 'SentenceTransformer("me/m")' in card
+    assert f"uploaded: {hub.url}/me/m/commit/" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["to_hf", str(export), str(tmp_path / "other"), "--private"])
+    with pytest.raises(SystemExit):
+        to_hf.main()
+    assert "--private needs --push_to_hub" in capsys.readouterr().err and not (tmp_path / "other").exists()

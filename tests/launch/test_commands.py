@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from nomic_jax import Embedder
+from nomic_jax.hf import CardData
+from nomic_jax.hf.front_matter import read_card_data
 from nomic_jax.run.pretrained import read_pretrained
 from tests.commands import run
 
@@ -44,6 +46,7 @@ def runs(corpus, minilm, tmp_path_factory):
         corpus,
         "triplets.jsonl",
         f"--config.init_from={directory}/contrastive",
+        "--config.loss.matryoshka_dims=(16,64)",
         steps,
     )
     return directory
@@ -64,11 +67,13 @@ def test_export_of_the_last_stage_is_an_embedder(runs, tmp_path):
 
 
 def test_model_card_tells_recipe_data_and_figures(runs, tmp_path):
+    from transformers import AutoConfig
+
     report = {"tasks": {"toy": {"ndcg@10": 0.5, "queries": 3}}, "average": {"ndcg@10": 0.5}}
     (tmp_path / "private.json").write_text(json.dumps(report))
     command("convert.to_hf", runs / "finetune", tmp_path / "model", f"--evaluation={tmp_path}/private.json")
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlibrary_name: sentence-transformers\n")
+    assert card.startswith("---\nlibrary_name: sentence-transformers\n") and "at 64, 16 components" in card
     training = json.loads((tmp_path / "model" / "training.json").read_text(encoding="utf-8"))
     assert [stage["config"]["stage"] for stage in training] == ["mlm", "contrastive", "finetune"]
     sources = [(source["name"], source["rows"]) for stage in training for source in stage["sources"]]
@@ -77,8 +82,16 @@ def test_model_card_tells_recipe_data_and_figures(runs, tmp_path):
         assert f"| {name} | {rows} |" in card
     assert "| toy | 0.5000 |" in card and "search_query: " in card and "| contrastive | mlm | 3 |" in card
     # An export of the exported weights keeps this record.
-    command("convert.to_hf", tmp_path / "model", tmp_path / "again", "--format=native", "--dtype=bfloat16")
+    flags = ("--language=en", "--license=apache-2.0", "--dataset=me/toy")
+    command("convert.to_hf", tmp_path / "model", tmp_path / "again", "--format=native", "--dtype=bfloat16", *flags)
     assert json.loads((tmp_path / "again" / "training.json").read_text(encoding="utf-8")) == training
+    # So does one that went through a run, of the sizes that vLLM reads. (What the flags say is kept by conversions.)
+    command("convert.from_hf", tmp_path / "again", tmp_path / "run")
+    for source, out in ((tmp_path / "run", tmp_path / "third"), (tmp_path / "again", tmp_path / "fourth")):
+        command("convert.to_hf", source, out)
+        assert AutoConfig.from_pretrained(out).matryoshka_dimensions == [64, 16]
+    assert read_card_data(tmp_path / "fourth" / "README.md") == CardData(("en",), "apache-2.0", datasets=("me/toy",))
+    assert read_card_data(tmp_path / "third" / "README.md") == CardData()
 
 
 def test_checkpoints_and_there_and_back(runs, tmp_path):
