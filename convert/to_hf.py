@@ -137,9 +137,10 @@ def card_data(args: argparse.Namespace) -> CardData:
         card = dataclasses.replace(card, license=None, license_name=None, license_link=None)
     if args.widget:
         given["widget"] = read_widget(args.widget)
-    return dataclasses.replace(
-        card, **{name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
-    )
+    fields: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None
+    }
+    return dataclasses.replace(card, **fields)
 
 
 def read_widget(file: Path) -> list[tuple[str, tuple[str, ...]]]:

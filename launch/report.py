@@ -1,28 +1,24 @@
 """Reports the training runs, curation and evaluations below a folder on one page: python -m launch.report DIR
 
-It writes DIR/report.md with its plots, and the scores as DIR/report.json. Timings have a section of their own; the
-other sections are the same when the same work is repeated.
+It writes DIR/report.md with its plots, the same as one page for a browser, DIR/report.html, and the scores as
+DIR/report.json. Timings have a section of their own; the other sections are the same when the same work is repeated.
 """
 
 import contextlib
 import json
-import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # write files, open no window
-
-import matplotlib.pyplot as plt
 from absl import flags
 
-from nomic_jax.curate.engine.report import table
+from nomic_jax.evals.report import pictures
+from nomic_jax.evals.report.curves import draw
+from nomic_jax.evals.report.document import Details, Heading, Paragraph, Part, Picture, Table, write_document
 from nomic_jax.evals.report.pictures import plain
 from nomic_jax.files import printable, reading
-from nomic_jax.files.writing import atomic_file, write_json
+from nomic_jax.files.writing import write_json
 from nomic_jax.train.evaluation import read_evaluations
 from nomic_jax.train.watch.goodput import KINDS, read_goodput, share
 from nomic_jax.train.watch.metrics import read_metrics
@@ -34,6 +30,8 @@ FLAGS = flags.FLAGS
 BASELINES = ("bm25", "teacher")
 ORDER = (*BASELINES, "random", "mlm", "contrastive", "finetune")
 METRIC = "ndcg@10"
+Lines = Mapping[str, list[dict[str, Any]]]  # run -> lines of a log
+Looks = Mapping[str, dict[str, Any]]  # source or task -> colour and others, the same in all pictures
 # Numbers that every line of metrics.jsonl has.
 LOGGED = ["step", "loss", "grad_norm", "lr", "real_tokens", "padded_tokens", "seconds_per_step", "tokens_per_second"]
 COLLECTED = ("rows_found", "duplicates_dropped", "pairs", "labelled", "held_out_queries", "held_out_documents")
@@ -50,21 +48,26 @@ def main(arguments: list[str]) -> None:
         check_metrics(workdir)
     with readable(folder):
         write(folder, runs, scores)
-    print(printable.printable(f"wrote {folder / 'report.md'}"))
+    print(printable.printable(f"wrote {folder / 'report.md'} and {folder / 'report.html'}"))
     if FLAGS.min_gain is not None:
         check_gain(scores, FLAGS.min_gain)
 
 
 def write(folder: Path, runs: dict[str, Path], scores: dict[str, dict[str, Any]]) -> None:
-    sections = [
-        f"# Report of {printable.markdown(folder.resolve().name)}\n",
-        quality(folder, scores),
-        data(folder),
-        training(folder, runs),
-        timing(runs),
+    metrics = {name: read_metrics(workdir) for name, workdir in runs.items()}
+    evaluations = {name: read_evaluations(workdir) for name, workdir in runs.items()}
+    tasks = {task for score in scores.values() for task in score["tasks"]}
+    tasks |= {task for lines in evaluations.values() for line in lines for task in line["tasks"]}
+    sources = {line["source"] for lines in metrics.values() for line in lines}
+    names = pictures.looks([*sorted(tasks), *sorted(sources - tasks)])
+    parts = [
+        Heading(f"Report of {folder.resolve().name}", 1),
+        *quality(folder, scores, names),
+        *data(folder),
+        *training(folder, runs, metrics, evaluations, names),
+        *timing(runs, metrics),
     ]
-    with atomic_file(folder / "report.md") as part:
-        part.write_text("\n".join(section for section in sections if section), encoding="utf-8")
+    write_document(folder, parts)
     write_json(folder / "report.json", {name: score["average"] for name, score in scores.items()})
 
 
@@ -143,38 +146,46 @@ def check_gain(scores: dict[str, dict[str, Any]], least: float) -> None:
         raise ValueError(f"training gained less than --min_gain; average {METRIC}: {average}")
 
 
-def quality(folder: Path, scores: dict[str, dict[str, Any]]) -> str:
+def quality(folder: Path, scores: dict[str, dict[str, Any]], looks: Looks) -> list[Part]:
     if not scores:
-        return ""
+        return []
     tasks = sorted({task for score in scores.values() for task in score["tasks"]})
     rows = [
         [name, *(task_score(score, task, "") for task in tasks), score["average"][METRIC]]
         for name, score in scores.items()
     ]
-    figure, axes = plt.subplots(figsize=(8, 3.5))
+    draw_scores(folder / "ndcg.png", scores, {task: looks[task] for task in tasks})
+    sizes = {task: figures for score in scores.values() for task, figures in score["tasks"].items()}
+    pools = ", ".join(
+        f"{task}: {sizes[task].get('queries', '?')} queries, {sizes[task].get('documents', '?')} documents"
+        for task in tasks
+    )
+    return [
+        Heading("Quality"),
+        Paragraph(f"{METRIC} on held-out queries ({pools})."),
+        Table(["", *tasks, "average"], rows),
+        Picture("ndcg.png", "nDCG@10 by stage"),
+    ]
+
+
+def draw_scores(path: Path, scores: dict[str, dict[str, Any]], looks: Looks) -> None:
+    """A line for each task over the stages, the average in black, and the averages of the baselines."""
+    figure = pictures.new_figure(8, 3.8)
+    axes = figure.subplots()
     stages = [name for name in scores if name not in BASELINES]
-    for task in tasks:
+    for task, look in looks.items():
         values = [task_score(scores[name], task, float("nan")) for name in stages]
-        axes.plot([plain(name) for name in stages], values, "o--", label=plain(task), alpha=0.6)
+        axes.plot([plain(name) for name in stages], values, label=plain(task), linewidth=1.2, markersize=5, **look)
     averages = [scores[name]["average"][METRIC] for name in stages]
-    axes.plot([plain(name) for name in stages], averages, "ko-", label="average")
+    axes.plot([plain(name) for name in stages], averages, "ko-", linewidth=2.5, label="average")
     for baseline, style in zip(BASELINES, ("dotted", "dashdot")):
         if baseline in scores:
             axes.axhline(scores[baseline]["average"][METRIC], color="gray", ls=style, label=f"{baseline}, average")
     axes.set(ylabel=METRIC, ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save(figure, folder / "ndcg.png")
-    sizes = {task: figures for score in scores.values() for task, figures in score["tasks"].items()}
-    pools = ", ".join(
-        f"{printable.markdown(task)}: {sizes[task].get('queries', '?')} queries, "
-        f"{sizes[task].get('documents', '?')} documents"
-        for task in tasks
-    )
-    return (
-        f"## Quality\n\n{METRIC} on held-out queries ({pools}).\n\n{table(['', *tasks, 'average'], rows)}"
-        f"\n![nDCG@10 by stage](ndcg.png)\n"
-    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, handlelength=3)
+    figure.tight_layout()
+    pictures.save(figure, path)
 
 
 def task_score(score: dict[str, Any], task: str, missing: Any) -> Any:
@@ -182,23 +193,25 @@ def task_score(score: dict[str, Any], task: str, missing: Any) -> Any:
     return score["tasks"].get(task, {}).get(METRIC, missing)
 
 
-def data(folder: Path) -> str:
+def data(folder: Path) -> list[Part]:
     """The section on collecting, filtering and mining, from the summary.json of each step."""
-    text = ""
+    parts: list[Part] = []
     collected = Path(FLAGS.data or folder / "data") / "summary.json"
     if collected.exists():
         summary = read_json(collected)
         rows = [[name, *(values.get(count, "-") for count in COLLECTED)] for name, values in summary["pairs"].items()]
-        text += f"Collected:\n\n{table(['source', *(count.replace('_', ' ') for count in COLLECTED)], rows)}\n"
+        header = ["source", *(count.replace("_", " ") for count in COLLECTED)]
+        parts += [Paragraph("Collected:"), Table(header, rows)]
         if mlm := summary.get("mlm"):
-            text += f"Text for masked-LM: {mlm['rows']:,} texts, {mlm['bytes']:,} bytes.\n\n"
+            parts.append(Paragraph(f"Text for masked-LM: {mlm['rows']:,} texts, {mlm['bytes']:,} bytes."))
     filtered = {path.parent.name: read_json(path) for path in sorted((folder / "filtered").glob("*/summary.json"))}
     if filtered:
         rows = [
             [name, summary["k"], summary["rows"], summary["kept"], f"{summary['share_kept']:.1%}", summary["rejected"]]
             for name, summary in filtered.items()
         ]
-        text += f"Consistency filtering:\n\n{table(['source', 'k', 'rows in', 'kept', 'share', 'bad rows'], rows)}\n"
+        header = ["source", "k", "rows in", "kept", "share", "bad rows"]
+        parts += [Paragraph("Consistency filtering:"), Table(header, rows)]
     mined = {path.parent.name: read_json(path) for path in sorted((folder / "mined").glob("*/summary.json"))}
     if mined:
         rows = [
@@ -213,24 +226,27 @@ def data(folder: Path) -> str:
             for name, summary in mined.items()
         ]
         header = ["source", "options", "rows in", "rows out", "dropped", "negatives"]
-        text += f"Hard negatives:\n\n{table(header, rows)}\n"
-    return f"## Data\n\n{text}" if text else ""
+        parts += [Paragraph("Hard negatives:"), Table(header, rows)]
+    return [Heading("Data"), *parts] if parts else []
 
 
-def training(folder: Path, runs: dict[str, Path]) -> str:
-    rows, details = [], ""
-    curves = {}
-    for name, workdir in runs.items():
-        lines = read_metrics(workdir)
+def training(folder: Path, runs: dict[str, Path], metrics: Lines, evaluations: Lines, looks: Looks) -> list[Part]:
+    rows, details, drawn = [], [], []
+    for number, (name, workdir) in enumerate(runs.items(), 1):
+        lines = metrics[name]
         config = read_json(workdir / "config.json")
-        details += f"<details><summary>configuration of {printable.html(name)}</summary>\n\n"
-        details += f"{fenced(config_text(config, folder))}</details>\n"
+        details.append(Details(f"configuration of {name}", config_text(config, folder)))
         if not lines:
             continue
-        curves[name] = lines
-        for source in dict.fromkeys(line["source"] for line in lines):
+        metric = config.get("evaluation", {}).get("metric", METRIC)
+        if figure := draw(lines, evaluations[name], looks, metric):
+            file = f"curves-{number}.png"  # the name of a run may hold anything
+            pictures.save(figure, folder / file)
+            drawn += [Heading(name, 3), Picture(file, f"training curves of {name}")]
+        for source in sorted({line["source"] for line in lines}):
             own = [line for line in lines if line["source"] == source]
             tenth = max(1, len(own) // 10)
+            accuracies = [line["accuracy"] for line in own[-tenth:] if "accuracy" in line]
             rows.append(
                 [
                     name,
@@ -242,13 +258,10 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
                     f"{config['optim']['lr']:g}",
                     statistics.mean(line["loss"] for line in own[:tenth]),
                     statistics.mean(line["loss"] for line in own[-tenth:]),
-                    # A regression has no accuracy.
-                    statistics.mean(line.get("accuracy", float("nan")) for line in own[-tenth:]),
+                    statistics.mean(accuracies) if accuracies else "-",  # a regression has none
                     f"{sum(line['real_tokens'] for line in own) / sum(line['padded_tokens'] for line in own):.1%}",
                 ]
             )
-    if curves:
-        save(draw_curves(curves, {name: read_evaluations(runs[name]) for name in curves}), folder / "curves.png")
     header = [
         "stage",
         "source",
@@ -262,61 +275,31 @@ def training(folder: Path, runs: dict[str, Path]) -> str:
         "accuracy",
         "real/padded",
     ]
-    picture = "\n![training curves](curves.png)\n" if curves else ""
-    note = "Losses and accuracy are means over the first or last tenth of a source's logged steps.\n\n" if rows else ""
-    return f"## Training\n\n{note}{table(header, rows) if rows else ''}{picture}\n{details}" if runs else ""
+    parts: list[Part] = []
+    if rows:
+        note = "Losses and accuracy are means over the first or last tenth of a source's logged steps."
+        parts = [Paragraph(note), Table(header, rows)]
+    if drawn:
+        note = (
+            "Faint: what was logged. Strong: its running mean, over a tenth of it or less. A quantity that stays the "
+            "same has no panel."
+        )
+        parts += [Paragraph(note), *drawn]
+    return [Heading("Training"), *parts, *details] if runs else []
 
 
-def draw_curves(curves: dict[str, list[dict]], evaluations: dict[str, list[dict]]) -> plt.Figure:
-    """A column for each run; a line for each source where a quantity differs by source."""
-    by_source = ("loss", "accuracy", "real/padded")
-    panels = [*by_source, "grad_norm", "lr", *(["evaluation"] if any(evaluations.values()) else [])]
-    figure, axes = plt.subplots(len(panels), len(curves), figsize=(4 * len(curves), 2.2 * len(panels)), squeeze=False)
-    sources = sorted({line["source"] for lines in curves.values() for line in lines})
-    color = {source: f"C{number % 10}" for number, source in enumerate(sources)}
-    named: dict[str, Any] = {}
-    for column, (name, lines) in enumerate(curves.items()):
-        lines = [line | {"real/padded": line["real_tokens"] / line["padded_tokens"]} for line in lines]
-        axes[0][column].set_title(plain(name))
-        axes[-1][column].set_xlabel("step")
-        for axis, panel in zip(axes[:, column], panels):
-            axis.set_ylabel(panel)
-            axis.grid(alpha=0.3)
-            if panel in by_source:
-                for source in sorted({line["source"] for line in lines}):
-                    own = [line for line in lines if line["source"] == source]
-                    steps, values = [line["step"] for line in own], [line.get(panel, float("nan")) for line in own]
-                    (named[source],) = axis.plot(steps, values, color=color[source], linewidth=1)
-            elif panel == "evaluation":
-                steps = [line["step"] for line in evaluations[name]]
-                axis.plot(steps, [line["figure"] for line in evaluations[name]], "ko-", label="mean")
-                for task in dict.fromkeys(task for line in evaluations[name] for task in line["tasks"]):
-                    values = [next(iter(line["tasks"].get(task, {}).values()), None) for line in evaluations[name]]
-                    axis.plot(steps, values, "o--", alpha=0.5, label=plain(task))
-            else:
-                axis.plot([line["step"] for line in lines], [line[panel] for line in lines], "k", linewidth=1)
-        # A longer legend would hide the curves.
-        if 0 < len(axes[-1][column].get_legend_handles_labels()[1]) <= 10:
-            axes[-1][column].legend()
-    if len(named) <= 20:
-        columns = min(len(named), 3 * len(curves))
-        figure.legend(named.values(), map(plain, named), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
-    return figure
-
-
-def timing(runs: dict[str, Path]) -> str:
+def timing(runs: dict[str, Path], metrics: Lines) -> list[Part]:
     rows = []
-    for name, workdir in runs.items():
-        lines = read_metrics(workdir)
+    for name, lines in metrics.items():
         if lines:
             seconds = statistics.median(line["seconds_per_step"] for line in lines)
             tokens = statistics.median(line["tokens_per_second"] for line in lines)
             mfu = [line["mfu"] for line in lines if "mfu" in line]
             rows.append([name, seconds, f"{tokens:,.0f}", f"{statistics.median(mfu):.1%}" if mfu else "-"])
     if not rows:
-        return ""
+        return []
     header = ["run", "seconds a step", "real tokens/s", "MFU"]
-    text = f"## Timings\n\nMedians over the logged steps.\n\n{table(header, rows)}"
+    parts: list[Part] = [Heading("Timings"), Paragraph("Medians over the logged steps."), Table(header, rows)]
     spent = {name: seconds for name, workdir in runs.items() if (seconds := read_goodput(workdir))}
     if spent:
         rows = [
@@ -324,27 +307,14 @@ def timing(runs: dict[str, Path]) -> str:
             for name, seconds in spent.items()
         ]
         header = ["run", "goodput", "all", *KINDS]
-        text += f"\nGoodput over all restarts, and seconds by kind of time:\n\n{table(header, rows)}"
-    return text
-
-
-def fenced(text: str) -> str:
-    """Returns a code block of JSON, whose fence is longer than any in the text."""
-    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", text))])
-    return f"{fence}json\n{printable.printable(text, keep=chr(10))}\n{fence}\n"
+        parts += [Paragraph("Goodput over all restarts, and seconds by kind of time:"), Table(header, rows)]
+    return parts
 
 
 def config_text(config: dict[str, Any], folder: Path) -> str:
     """The configuration as JSON, with relative paths for files below the reported folder or the folder of its data."""
     text = json.dumps(config, indent=2).replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
     return text.replace(f"{Path(FLAGS.data).resolve().parent}/", "") if FLAGS.data else text
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
-    with atomic_file(path) as part:
-        figure.savefig(part, format="png", dpi=80, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
 
 
 if __name__ == "__main__":

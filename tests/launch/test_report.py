@@ -1,6 +1,7 @@
 """The report shows the figures found in its folder, and its check of the gain can fail."""
 
 import json
+import shutil
 
 import pytest
 
@@ -53,7 +54,9 @@ def test_figures_pictures_and_order(folder):
     assert "| mlm | 0.500 | 120 | 25.0% |" in text.split("## Timings")[1]
     assert "| mlm | 90.0% | 100 | 90.0 | 0.0 | 5.0 | 0.0 | 0.0 | 0.0 | 5.0 |" in text
     assert str(folder) not in text and '"mixture": "pairs.yaml"' in text
-    assert (folder / "ndcg.png").stat().st_size > 1000 and (folder / "curves.png").stat().st_size > 1000
+    assert (folder / "ndcg.png").stat().st_size > 1000 and (folder / "curves-4.png").stat().st_size > 1000
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == 5 and "<td>contrastive</td>" in page and str(folder) not in page
     assert json.loads((folder / "report.json").read_text())["finetune"] == {"ndcg@10": 0.46}
 
 
@@ -70,11 +73,13 @@ def test_other_suites_and_tasks_that_failed_beside(folder):
 
 
 def test_too_little_gain_fails(folder):
+    shutil.rmtree(folder / "runs")  # without curves to draw
     done = report(folder, 0.2)
     assert done.returncode == 2 and "training gained less than --min_gain" in done.stderr
 
 
 def test_a_gain_needs_all_stages(folder):
+    shutil.rmtree(folder / "runs")  # without curves to draw
     (folder / "eval" / "mlm.json").unlink()
     done = report(folder, 0.1)
     assert done.returncode == 2 and "eval/ has no ndcg@10 of mlm: evaluate it with launch.evaluate" in done.stderr
@@ -103,6 +108,8 @@ def test_names_are_no_markup_and_no_line(folder):
     # Within <summary>, text is HTML and no Markdown.
     shown = [line for line in text.splitlines() if not line.startswith("<details><summary>")]
     assert "<img" not in text and not any(" ![c]" in line or line.startswith("# b") for line in shown)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<img src=x>" not in page and "&lt;img src=x&gt;" in page
     # The configuration holds a fence; that of its block is longer.
     assert "````json\n" in text
 

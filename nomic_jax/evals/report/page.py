@@ -278,14 +278,15 @@ _SECTIONS = {"mteb": _mteb, "jina_long": _jina, "loco": _loco, "glue": _glue, "l
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], digits: int = 2) -> str:
     """Returns a Markdown table; ``digits`` is the number of decimals of scores."""
 
-    def cell(value: Any) -> str:
-        if isinstance(value, list):
-            return ", ".join(map(cell, value))
-        # Learning rates in scientific notation, scores with ``digits`` decimals.
-        text = f"{value:g}" if isinstance(value, float) and 0 < abs(value) < 1e-3 else None
-        text = text or (f"{value:.{digits}f}" if isinstance(value, float) else " ".join(str(value).split()))
-        return printable.markdown(text)
-
-    first, *others = [[cell(value) for value in row] for row in (header, *rows)]
+    first, *others = [[printable.markdown(format_cell(value, digits)) for value in row] for row in (header, *rows)]
     lines = [first, ["---"] * len(first), *others]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def format_cell(value: Any, digits: int) -> str:
+    """Returns a value on one line: scores with ``digits`` decimals, learning rates in scientific notation."""
+    if isinstance(value, list):
+        return ", ".join(format_cell(item, digits) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}" if 0 < abs(value) < 1e-3 else f"{value:.{digits}f}"
+    return " ".join(str(value).split())
