@@ -231,7 +231,9 @@ def data(folder: Path) -> list[Part]:
 
 
 def training(folder: Path, runs: dict[str, Path], metrics: Lines, evaluations: Lines, looks: Looks) -> list[Part]:
-    rows, details, drawn = [], [], []
+    rows: list[list[Any]] = []
+    details: list[Part] = []
+    drawn: list[Part] = []
     for number, (name, workdir) in enumerate(runs.items(), 1):
         lines = metrics[name]
         config = read_json(workdir / "config.json")
