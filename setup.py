@@ -63,6 +63,7 @@ setup(
         # File systems behind s3:// and gs://.
         "s3": ["s3fs>=2026.6"],
         "gcs": ["gcsfs>=2026.6"],
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.9,<1"],
         "ray": ["ray[data]>=2.40,<3"],
         "quickstart": ["bm25s>=0.2,<1", "simple-icd-10-cm>=1.0,<2"],
         # For launch/test_newest.sh; tests that need a package of "dev" skip themselves.

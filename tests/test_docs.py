@@ -1,0 +1,88 @@
+"""Commands in README.md and docs/ name modules, flags, fields and variants that exist; links lead to something."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nomic_jax.train.config import TrainConfig
+from nomic_jax.train.typed_fields import paths_of
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Of absl and ml_collections.
+COMMON = {"help", "helpfull", "config"}
+
+
+def commands(text):
+    """The commands of a page's bash blocks, as lists of words, and its code spans that are whole commands."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *re.findall(r"`(python -m [^`\n]+)`", text)]:
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["python", "-m"] and words[2].partition(".")[0] in ("launch", "convert"):
+            yield words
+
+
+def flags_of(file, seen=()):
+    """The flags that a command defines, and those of the modules of launch that it imports."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", "")
+            if name.startswith("DEFINE_"):
+                found |= {node.args[0].value, f"no{node.args[0].value}"}
+            elif name == "add_argument":
+                found.add(str(node.args[0].value).removeprefix("--"))
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").partition(".")[0] == "launch"):
+            for name in ((node.module or "").rpartition(".")[2], *(alias.name for alias in node.names)):
+                other = ROOT / "launch" / f"{name}.py"
+                if other.exists() and other not in (*seen, file):
+                    found |= flags_of(other, (*seen, file))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_exist(page):
+    fields = {"config." + path for path in paths_of(TrainConfig)}
+    for words in commands(page.read_text(encoding="utf-8")):
+        file = ROOT / f"{words[2].replace('.', '/')}.py"
+        assert file.exists(), words
+        known = flags_of(file) | COMMON
+        for word in words[3:]:
+            if not word.startswith("--"):
+                continue
+            name, _, value = word.removeprefix("--").partition("=")
+            assert name in known or name in fields, f"{' '.join(words)}: there is no {name}"
+            if name == "config":
+                path, _, variant = value.partition(":")
+                assert (ROOT / path).exists(), words
+                assert not variant or f'"{variant}"' in (ROOT / path).read_text(encoding="utf-8"), words
+
+
+def test_wrong_commands_are_found():
+    known = flags_of(ROOT / "launch" / "filter.py")
+    assert {"k", "model", "traceback", "noprefixes"} <= known and "nn" not in known
+    assert "evaluation" in flags_of(ROOT / "convert" / "to_hf.py")
+    assert list(commands("```bash\npython -m launch.x --a \\\n  --b=1  # note\n```\n`python -m convert.y z`")) == [
+        ["python", "-m", "launch.x", "--a", "--b=1"],
+        ["python", "-m", "convert.y", "z"],
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page):
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^()\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{page}: {target}"
+        if anchor and linked.suffix == ".md":
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
+            assert anchor in anchors, f"{page}: {target}"
