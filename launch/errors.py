@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from launch.gpu import prepare_gpus
 from nomic_jax.data.formats import file_systems
 from nomic_jax.data.formats.file_format import MAX_ROW_MIB, set_max_row_mib
 from nomic_jax.files.printable import printable
@@ -26,8 +27,8 @@ _MAX_ROW = flags.DEFINE_integer("max_row_mib", MAX_ROW_MIB, "Size of the largest
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print the traceback.")
 
 
-def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = ()) -> None:
-    """Runs ``main`` with ``app.run``.
+def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = (), *, shares_gpu_memory: bool = False) -> None:
+    """Runs ``main`` with ``app.run``, after ``launch.gpu.prepare_gpus``.
 
     ValueError, OSError and ModuleNotFoundError are user errors and print one line. Other exceptions are defects and
     keep their traceback.
@@ -35,6 +36,7 @@ def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = ()) -> N
     Args:
       main: gets the positional arguments, those that are not flags.
       arguments: names of the positional arguments that ``main`` requires, for error messages.
+      shares_gpu_memory: another library than jax may use a GPU in this process.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -42,6 +44,7 @@ def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = ()) -> N
         # it raises the error.
         logging.set_verbosity(logging.FATAL)
         _show_warnings_once()
+        prepare_gpus(share_memory=shares_gpu_memory)
         sys.unraisablehook = _ignore_closed_event_loop
         try:
             file_systems.allow_protocols(_ALLOW.value)

@@ -60,4 +60,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, shares_gpu_memory=True)  # with faiss, whose GPU build searches there

@@ -15,7 +15,8 @@ all machines, commits and days (benchmarks/gpu/runs.py). The exit code is 1 if a
   torch_train    the contrastive step in torch on the same texts: GradCache, mini-batches of texts sorted by length
   encode         from texts to embeddings; also sentence-transformers
   deterministic  contrastive and masked-LM with config.deterministic
-  sweep.*        chunks, recompute policies and XLA flags of contrastive; policies and micro-batches of masked-LM
+  sweep.*        chunks and recompute policies of contrastive; policies and micro-batches of masked-LM; XLA flags of
+                 contrastive, masked-LM and inference (a flag that helps goes into launch/gpu.py)
   whole_batch    16,384 pairs in one step; the backward pass recomputes every chunk
   one_of_eight   memory of one of 8 GPUs in the step of 16,384 pairs, as the compiler plans it
   largest        the largest contrastive batch whose activations all fit
@@ -55,6 +56,7 @@ from typing import Any, NoReturn, TextIO
 from benchmarks.gpu.plan import FULL, TINY, Process, make_plan
 from benchmarks.gpu.runs import RESULTS, ROOT, commit_here, find_run, merged, read_runs, write_runs
 from benchmarks.gpu.table import markdown
+from launch.gpu import prepare_gpus
 
 PACKAGES = ("jax", "jaxlib", "flax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "torch", "transformers")
 PACKAGES += ("sentence-transformers", "faiss-cpu", "faiss-gpu-cu12", "numpy")
@@ -175,7 +177,6 @@ def run_process(
         return {"status": NO_TIME, "seconds": 0.0}
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {process.flags}".strip(),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
         "JAX_NUM_CPU_DEVICES": str(process.devices),
@@ -247,6 +248,7 @@ def status_of(returncode: int, errors: str) -> str:
 
 def run_here(process: Process) -> None:
     module, function = process.function.split(".")
+    prepare_gpus(share_memory=module == "curation")
     if process.needs_gpu:
         check_gpu(module)
     for row in getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(**process.arguments):

@@ -27,8 +27,13 @@ def text_lengths(texts: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(max(3, length // 2), length + 1, texts)
 
 
-def program(weights: str, lengths: list[int], tokens: int, seconds: float = 2.0) -> Iterator[Row]:
-    """Runs ``nomic_jax.embed`` jitted, as in ``Embedder``, on batches of ``tokens`` tokens; saves the embeddings."""
+def program(
+    weights: str, lengths: list[int], tokens: int, seconds: float = 2.0, row: Row | None = None
+) -> Iterator[Row]:
+    """Runs ``nomic_jax.embed`` jitted, as in ``Embedder``, on batches of ``tokens`` tokens; saves the embeddings.
+
+    With ``row``, whose fields replace those of each row, this is a variant: the embeddings are not saved.
+    """
     embedder = Embedder.from_pretrained(Path(weights), dtype="bfloat16")
     encoder = embedder.config.encoder
     compiled = jax.jit(embed, static_argnums=2)
@@ -38,7 +43,8 @@ def program(weights: str, lengths: list[int], tokens: int, seconds: float = 2.0)
         batch = jax.device_put({"ids": ids, "length": np.full(len(ids), length, np.int32)})
         compiling, program = timed(compiled.lower(embedder.params, batch, embedder.config).compile)
         vectors = np.asarray(program(embedder.params, batch))
-        np.save(Path(weights) / f"vectors-{length}.npy", vectors)
+        if row is None:
+            np.save(Path(weights) / f"vectors-{length}.npy", vectors)
         taken = median_seconds(lambda: np.asarray(program(embedder.params, batch)), 5, seconds)  # noqa: B023
         rate = ids.size / taken
         yield {
@@ -49,7 +55,7 @@ def program(weights: str, lengths: list[int], tokens: int, seconds: float = 2.0)
             "mfu": encoder.forward_flops_per_token(length) * rate / peak if peak else None,
             "peak_gb": peak_gigabytes(),
             "compile_s": compiling,
-        }
+        } | (row or {})
 
 
 def encode(weights: str, length: int, texts: int, batch_size: int, seconds: float = 4.0) -> Iterator[Row]:

@@ -17,6 +17,15 @@ TARGETS = {
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 EVERY_COMMAND = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL"
+# Options of XLA that may help. One that does, by these rows, becomes a default of all commands in launch/gpu.py.
+SWEPT_FLAGS = {
+    "no Triton products": "--xla_gpu_enable_triton_gemm=false",
+    "no command buffers": COMMAND_BUFFERS,
+    "latency-hiding scheduler": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "LayerNorm of cuDNN": "--xla_gpu_enable_cudnn_layer_norm=true",
+    "Triton for every product": "--xla_gpu_triton_gemm_any=true",
+    "command buffers for loops too": COMMAND_BUFFERS + EVERY_COMMAND,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +136,15 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
         row = {"name": f"mlm, {rows} rows a micro-batch, recompute {recompute}", "compare": "mlm"}
         return step(row, "mlm", sizes.mlm | dict(rows=rows), recompute, steps=3, seconds=3.0)
 
+    def inferred(name: str) -> Process:
+        length = sizes.lengths[len(sizes.lengths) // 3]  # 512 tokens of 128 to 8,192
+        row = {"key": "", "name": f"inference, {length:,} tokens a text, {name}", "compare": f"inference-{length}"}
+        arguments = dict(weights=nomic, lengths=[length], tokens=sizes.tokens, row=row) | sizes.repeat
+        return Process("inference.program", arguments, flags=SWEPT_FLAGS[name])
+
     inference = dict(weights=nomic, lengths=sizes.lengths, tokens=sizes.tokens) | sizes.repeat
     encode = sizes.texts | dict(weights=nomic) | sizes.repeat
+    flags = list(SWEPT_FLAGS)
     eight = dict(kept_chunks=1.0, load=sizes.pairs | dict(rows=sizes.whole))
     return {
         "torch_train": [
@@ -170,18 +186,25 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
             micro_batch(sizes.mlm["rows"] // 2),
             micro_batch(sizes.mlm["rows"] * 2),
         ],
-        "sweep.flags": [
-            swept("no Triton products", flags="--xla_gpu_enable_triton_gemm=false"),
-            swept("no command buffers", flags=COMMAND_BUFFERS),
-        ],
+        "sweep.flags": [swept(name, flags=SWEPT_FLAGS[name]) for name in flags[:3]],
         "sweep.more": [
             swept("recompute elementwise, half of the chunks recomputed", recompute="elementwise", kept_chunks=0.5),
             swept("chunks of half as many tokens", load=dict(chunk_tokens=sizes.chunk // 2)),
         ],
-        "sweep.more_flags": [
-            swept("Triton for every product", flags="--xla_gpu_triton_gemm_any=true"),
-            swept("command buffers for loops too", flags=COMMAND_BUFFERS + EVERY_COMMAND),
+        "sweep.more_flags": [swept(name, flags=SWEPT_FLAGS[name]) for name in flags[3:]],
+        "sweep.mlm_flags": [
+            step(
+                {"name": f"mlm, {name}", "compare": "mlm"},
+                "mlm",
+                sizes.mlm,
+                "elementwise",
+                SWEPT_FLAGS[name],
+                steps=3,
+                seconds=3.0,
+            )
+            for name in flags[:4]
         ],
+        "sweep.inference_flags": [inferred(name) for name in flags],
         "whole_batch": [
             step(
                 dict(name=f"contrastive, {named(sizes.pairs | dict(rows=sizes.whole))}, chunks recomputed"),
