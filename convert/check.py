@@ -48,7 +48,9 @@ def main() -> None:
     try:
         texts = read_texts(args.texts)
         a, b = read_pretrained(args.a), read_pretrained(args.b)
-        embedders = [Embedder.from_pretrained(path, max_length=args.max_length) for path in (args.a, args.b)]
+        embedders = [
+            Embedder.from_pretrained(path, dtype="float32", max_length=args.max_length) for path in (args.a, args.b)
+        ]
         length = min(embedder.max_length for embedder in embedders)
         if len({embedder.max_length for embedder in embedders}) > 1:
             lengths = " and ".join(str(embedder.max_length) for embedder in embedders)

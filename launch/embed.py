@@ -13,6 +13,7 @@ from absl import flags
 
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.inference.embed_files import embed_files
+from nomic_jax.inference.precision import DTYPES
 
 from .errors import run
 
@@ -67,7 +68,12 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "truncate_dim", None, "Dimensions kept of an embedding. [the checkpoint's setting]", lower_bound=1
     )
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Precision of the computation.")
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        DTYPES,
+        "Precision of the computation. auto: bfloat16 on a GPU that has flash attention, else float32.",
+    )
     flags.DEFINE_integer(
         "shard_rows",
         50_000,

@@ -127,7 +127,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     max_length: int | Sequence[int] | None = None,
     truncate_dim: Sequence[int] = (),
-    dtype: str = "float32",
+    dtype: str = "auto",
     batch_size: int = 64,
     glue_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
@@ -143,7 +143,6 @@ def evaluate(
     if suite not in SUITES:
         raise ValueError(f"--suite={suite} does not exist; write one of: {', '.join(SUITES)}")
     lengths = [max_length] if isinstance(max_length, int) else list(max_length or ())
-    encoders = LazyEncoders(model, dtype, batch_size)
     name = name or Path(model).resolve().name
     output = Path(output)
     if model == "bm25" and suite != "local":
@@ -154,9 +153,17 @@ def evaluate(
         raise ValueError("--suite=glue takes neither --max_length nor --truncate_dim: it finetunes on 128 tokens")
     dims: list[int | None] = [*truncate_dim] or [None]
     check_only(output, lambda entry: is_output(output / entry), "launch.evaluate")
+    sha256 = model_sha256(model)
+    if model == "bm25":
+        dtype = "float32"
+    else:
+        from nomic_jax.inference.precision import computation_dtype
+
+        dtype = computation_dtype(dtype)
+    encoders = LazyEncoders(model, dtype, batch_size)
     identity: dict[str, Any] = {
         "model": model,
-        "model_sha256": model_sha256(model),
+        "model_sha256": sha256,
         "suite": suite,
         "dtype": dtype,
     }
@@ -276,7 +283,12 @@ if __name__ == "__main__":
         [],
         "Dimensions kept of an embedding (Matryoshka); a list evaluates at each of its values. [all]",
     )
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the computation.")
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        ["auto", "float32", "bfloat16"],
+        "Precision of the computation. auto: bfloat16 on a GPU that has flash attention, else float32.",
+    )
     flags.DEFINE_integer("batch_size", 64, "Texts in a batch.", lower_bound=1)
     flags.DEFINE_list("learning_rates", [], "glue: learning rates of the sweep. [1e-5, 2e-5, 3e-5]")
     flags.DEFINE_list("glue_batch_sizes", [], "glue: batch sizes of the sweep. [16, 32]")

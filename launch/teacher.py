@@ -47,7 +47,13 @@ DOCUMENT_PROMPT = flags.DEFINE_string("document_prompt", None, "Text put in fron
 MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens that the teacher reads of a text. [the checkpoint's setting]"
 )
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the teacher's computation.")
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16"],
+    "Precision of the teacher's computation. auto: bfloat16 on a GPU that has flash attention, else float32; with "
+    "--engine=ray, bfloat16 if the cluster has GPUs.",
+)
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Texts in a batch on each device. [64 on a CPU, 256 elsewhere]", lower_bound=1
 )
@@ -99,9 +105,15 @@ def _settings() -> dict[str, Any]:
     if PREFIXES.present and PREFIXES.value and is_given:
         raise ValueError("--prefixes takes the teacher's own prompts; give it, or --query_prompt and --document_prompt")
     own = PREFIXES.value and not is_given
+    dtype = DTYPE.value
+    if dtype == "auto" and ENGINE.value == "ray":
+        # Decided here for all: the identity of the embeddings has it, and this process does not use the devices.
+        from nomic_jax.curate.engine.ray_engine import cluster_gpus
+
+        dtype = "bfloat16" if cluster_gpus() else "float32"
     return {
         "model": MODEL.value,
-        "dtype": DTYPE.value,
+        "dtype": dtype,
         "max_length": MAX_LENGTH.value,
         "batch_size": BATCH_SIZE.value,
         "prompts": None if own else (QUERY_PROMPT.value or "", DOCUMENT_PROMPT.value or ""),

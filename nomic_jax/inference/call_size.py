@@ -16,7 +16,8 @@ SCORE_BYTES_PER_CALL = 4 * 2**30
 def texts_per_call(encoder: EncoderConfig, length: int) -> int:
     """Returns the maximum number of texts of ``length`` tokens per device and call; at least 1."""
     texts = TOKENS_PER_CALL.get(jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE) // length
-    implementation = choose(encoder.dtype) if encoder.attention == "auto" else encoder.attention
+    automatic = choose(encoder.dtype, head_dim=encoder.head_dim)
+    implementation = automatic if encoder.attention == "auto" else encoder.attention
     if scores := score_bytes(implementation, length, encoder.num_heads):
         texts = min(texts, SCORE_BYTES_PER_CALL // scores)
     return max(1, texts)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,6 +24,7 @@ from nomic_jax.hf.hub import download
 from nomic_jax.inference.batches import encode_ids
 from nomic_jax.inference.forks import check_not_forked
 from nomic_jax.inference.inputs import as_texts, check_texts
+from nomic_jax.inference.precision import computation_dtype
 from nomic_jax.inference.similarity import SIMILARITIES
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.run.pretrained import read_pretrained
@@ -117,7 +117,8 @@ class Embedder:
           path_or_hub_id: a Hugging Face directory, a run's working directory or one of its checkpoints, or a name on
             the hub such as "nomic-ai/nomic-embed-text-v1".
           revision: branch, tag or commit on the hub.
-          dtype: computation dtype, "float32" (default), "bfloat16" or "float16".
+          dtype: computation dtype, "float32", "bfloat16" or "float16"; None for bfloat16 on a GPU that has flash
+            attention, float32 elsewhere (``nomic_jax.inference.precision``). Vectors are float32 in any case.
           max_length: maximum number of tokens per text; None for the checkpoint's value.
           truncate_dim: number of leading components to return (Matryoshka); None for the checkpoint's value.
           layer_norm: LayerNorm between pooling and truncation; None for the checkpoint's value. The published directory
@@ -166,7 +167,7 @@ class Embedder:
         config = dataclasses.replace(
             checkpoint.config,
             encoder=dataclasses.replace(
-                checkpoint.config.encoder, dtype=jnp.dtype(dtype or "float32").name, attention=attention
+                checkpoint.config.encoder, dtype=computation_dtype(dtype, attention), attention=attention
             ),
             layer_norm=checkpoint.config.layer_norm if layer_norm is None else layer_norm,
             dim=checkpoint.config.dim if truncate_dim is None else truncate_dim,

@@ -31,6 +31,7 @@ except ImportError:
 IMPLEMENTATIONS = ("auto", "cudnn", "cudnn_packed", "xla", "cpu")
 # cuDNN has no fused kernel for other types.
 FUSED_DTYPES = ("bfloat16", "float16")
+FUSED_HEAD_DIM = 128  # the largest on every GPU; a multiple of 8
 # The primitive of cuDNN's forward kernel. Besides its outputs, the backward pass needs only queries, keys and values.
 FUSED_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 # cuDNN stores softmax statistics of shape [B * segments, H, L] for the backward pass. With more segments per row than
@@ -90,7 +91,9 @@ def attention(
     if length_B is not None and segment_BL is not None:
         raise ValueError("give length_B (one text per row) or segment_BL (packed rows), not both")
     if implementation == "auto":
-        implementation = choose(q_BLHK.dtype, packed=segment_BL is not None, max_segments=max_segments)
+        implementation = choose(
+            q_BLHK.dtype, head_dim=q_BLHK.shape[-1], packed=segment_BL is not None, max_segments=max_segments
+        )
     if implementation == "cudnn_packed":
         if segment_BL is None or max_segments is None:
             raise ValueError(
@@ -144,21 +147,28 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
-def choose(dtype: jax.typing.DTypeLike, *, packed: bool = False, max_segments: int | None = None) -> str:
+def choose(
+    dtype: jax.typing.DTypeLike, *, head_dim: int = 64, packed: bool = False, max_segments: int | None = None
+) -> str:
     """Returns the implementation that "auto" stands for on the default backend, or within ``traced_for``.
 
     Args:
-      dtype: of queries, keys and values.
+      dtype, head_dim: of queries, keys and values.
       packed: whether rows hold several texts, at most ``max_segments``.
     """
     target = _target.value
     backend = jax.default_backend() if target is None else target.platform
-    if backend == "gpu" and jnp.dtype(dtype).name in FUSED_DTYPES:
+    if backend == "gpu" and jnp.dtype(dtype).name in FUSED_DTYPES and head_dim % 8 == 0 and head_dim <= FUSED_HEAD_DIM:
         if not packed and _has_cudnn("8.0"):
             return "cudnn"
         if packed and max_segments is not None and max_segments <= CUDNN_MAX_SEGMENTS and _has_cudnn("9.0"):
             return "cudnn_packed"
     return "cpu" if backend == "cpu" else "xla"
+
+
+def is_fused(implementation: str) -> bool:
+    """Returns whether the implementation, as ``choose`` names it, is a fused kernel."""
+    return implementation in ("cudnn", "cudnn_packed")
 
 
 def score_bytes(implementation: str, length: int, num_heads: int) -> int:
@@ -167,7 +177,7 @@ def score_bytes(implementation: str, length: int, num_heads: int) -> int:
     The dense formula holds the float32 scores and their softmax, [H, L, L] each. Above CPU_ALL_HEADS_MAX_LENGTH, "cpu"
     holds at least 64 queries of one head at a time.
     """
-    if implementation in ("cudnn", "cudnn_packed"):
+    if is_fused(implementation):
         return 0
     if implementation == "cpu" and length > CPU_ALL_HEADS_MAX_LENGTH:
         return 2 * 4 * 64 * length

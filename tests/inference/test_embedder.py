@@ -305,12 +305,6 @@ def test_lower_case_of_sentence_transformers(minilm, tmp_path):
     np.testing.assert_allclose(ours.encode(["A MAN Eats"]), theirs.encode(["A MAN Eats"]), atol=2e-6)
 
 
-def test_sixteen_bits(vectors, minilm):
-    half = Embedder.from_pretrained(minilm, dtype="bfloat16").encode(SHORT)
-    assert half.dtype == np.float32
-    assert (half * vectors[: len(SHORT)]).sum(axis=1).min() > 0.999
-
-
 def test_a_name_that_is_nowhere_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="is not a directory and could not be fetched"):

@@ -20,7 +20,9 @@ from nomic_jax import Embedder
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.inference import embed_files as embed
+from nomic_jax.inference import precision
 from nomic_jax.inference.embed_files import embed_files
+from nomic_jax.inference.precision import computation_dtype
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
 from tests.commands import Command
 
@@ -53,7 +55,9 @@ class FakeEmbedder:
         return Embedder.identity.fget(self)
 
     def from_pretrained(self, model, *, dtype, max_length):
-        self.config = dataclasses.replace(self.config, encoder=dataclasses.replace(self.config.encoder, dtype=dtype))
+        self.config = dataclasses.replace(
+            self.config, encoder=dataclasses.replace(self.config.encoder, dtype=computation_dtype(dtype))
+        )
         self.max_length = max_length or 512
         return self
 
@@ -276,6 +280,13 @@ def test_work_of_other_options_is_never_mixed_in(rows, unfinished, change):
     with pytest.raises(ValueError, match=f"other settings: {message}. Delete that folder"):
         embed_files("m", rows, unfinished, **{"shard_rows": 8} | options)
     assert embed_files("m", rows, unfinished, shard_rows=8)["rows_before"] == 16
+
+
+def test_work_of_a_cpu_is_not_continued_in_the_dtype_of_a_gpu(rows, unfinished, monkeypatch):
+    monkeypatch.setattr(precision, "choose", lambda dtype: "cudnn")
+    with pytest.raises(ValueError, match='other settings: dtype was "float32", is "bfloat16"'):
+        embed_files("m", rows, unfinished, shard_rows=8)
+    assert embed_files("m", rows, unfinished, shard_rows=8, dtype="float32")["rows_before"] == 16
 
 
 def test_work_on_other_files_or_of_another_model_is_never_mixed_in(fake, rows, unfinished):

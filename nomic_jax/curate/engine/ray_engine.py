@@ -25,13 +25,7 @@ def ray_engine(load: Callable[[], Encoder], workers: int | None = None) -> Engin
     Raises:
       ModuleNotFoundError: ray is not installed.
     """
-    try:
-        import ray.data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('--engine=ray needs Ray: pip install "nomic_jax[ray]"') from error
-
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    ray = _connected()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
@@ -57,11 +51,27 @@ def ray_engine(load: Callable[[], Encoder], workers: int | None = None) -> Engin
     return run
 
 
+def cluster_gpus() -> int:
+    """Returns the number of GPUs of the cluster. Raises ModuleNotFoundError: ray is not installed."""
+    return int(_connected().cluster_resources().get("GPU", 0))
+
+
+def _connected() -> Any:
+    """Returns the module ``ray``, connected to its cluster."""
+    try:
+        import ray.data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('--engine=ray needs Ray: pip install "nomic_jax[ray]"') from error
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    return ray
+
+
 def _make(pending: list[int], task: Task, load: Callable[[], Encoder] | None, workers: int | None, bar: Any) -> int:
     import ray.data
 
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
+    resources, gpus = ray.cluster_resources(), cluster_gpus()
     nodes = sum(node["Alive"] for node in ray.nodes())
     count = min(workers or gpus or nodes, len(pending))
     # One CPU stays free for Ray's own tasks; the other CPUs are divided among the actors, for numpy and faiss.

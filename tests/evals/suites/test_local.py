@@ -287,11 +287,14 @@ def test_a_collapsed_model_has_no_correlation(tmp_path):
     assert json.dumps(dict(task.run(lambda texts, prompt: np.eye(9, 9)[: len(texts)])), allow_nan=False)
 
 
-def test_another_model_under_the_name_of_an_evaluation_is_refused(local_tasks, tiny_model, tmp_path):
+def test_another_model_under_the_name_of_an_evaluation_is_refused(local_tasks, tiny_model, tmp_path, monkeypatch):
     """truncate_dim in a file that the hash left out: the figures of all components came back."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     arguments = (str(model), [str(local_tasks / "sts")], tmp_path / "out")
     before = evaluate(*arguments)
+    with monkeypatch.context() as on_a_gpu, pytest.raises(ValueError, match="dtype 'float32', this is 'bfloat16'"):
+        on_a_gpu.setattr("nomic_jax.inference.precision.choose", lambda dtype: "cudnn")
+        evaluate(*arguments)
     file = model / "config_sentence_transformers.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"truncate_dim": 4}))
     with pytest.raises(ValueError, match=r"was made with model_sha256 .*; give another --name"):
