@@ -39,6 +39,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.data.document_length = 2048
     config.data.num_negatives = 7
     config.data.too_few_negatives = "error"
+    config.model.recompute = "auto"
     config.optim = ConfigDict(
         dict(lr=2e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0, warmup=400.0, decay="linear")
     )

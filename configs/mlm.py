@@ -13,7 +13,6 @@ _QUICKSTART = QUICKSTART | {
     "model.num_layers": 4,
     "model.num_heads": 4,
     "model.intermediate_size": 768,
-    "model.recompute": "none",
     "batch_size": 16,
     "accumulate": 1,
     "steps": 250,
@@ -24,7 +23,7 @@ _QUICKSTART = QUICKSTART | {
 }
 VARIANTS: dict[str, Changes] = {
     "paper": {},
-    "debug": DEBUG | {"model.recompute": "none", "batch_size": 16, "accumulate": 1, "data.seq_len": 64},
+    "debug": DEBUG | {"batch_size": 16, "accumulate": 1, "data.seq_len": 64},
     "quickstart": _QUICKSTART,
     # A quarter of an hour on 2 CPU cores, of the hour that launch/recipe.sh takes.
     "hour": _QUICKSTART | {"steps": 2200, "checkpoint.every": 200},
@@ -47,8 +46,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.data.seq_len = 2048
     config.data.mask_rate = 0.3
     config.data.document_mask = False
-    # 64 rows a micro-batch and GPU: 37 GB of activations instead of 105.
-    config.model.recompute = "elementwise"
+    config.model.recompute = "auto"
     config.optim = ConfigDict(
         dict(lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, weight_decay=1e-5, clip_norm=0.0, warmup=0.06, decay="linear")
     )

@@ -17,6 +17,7 @@ from absl import flags
 
 from nomic_jax.evals.suites.local import find_tasks, read_task, run_task
 from nomic_jax.hf import Checkpoint
+from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.inference.embedder import Embedder
 from nomic_jax.train import hosts
 from nomic_jax.train.config import EvaluationConfig, TrainConfig
@@ -52,6 +53,7 @@ flags.mark_flag_as_required("config")
 
 def main(_: list[str]) -> None:
     exit_on_sigterm()
+    use_compilation_cache()
     config = TrainConfig.from_mapping(_CONFIG.value.to_dict())
     _join()
     if hosts.is_first_process():

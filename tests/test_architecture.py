@@ -52,11 +52,11 @@ ROOMS = {
         "objectives": {"config", "sharding", "hosts"},
         "state": {"sharding", "objectives"},
         "watch": {"config", "hosts"},
-        "planning": {"config", "sharding", "optim", "objectives", "state", "watch"},
+        "planning": {"typed_fields", "config", "sharding", "hosts", "optim", "objectives", "state", "watch"},
         "evaluation": {"config", "hosts", "watch"},
         "loop": {
             *("config", "sharding", "interruption", "hosts", "optim", "start"),
-            *("objectives", "state", "watch", "evaluation"),
+            *("objectives", "state", "watch", "planning", "evaluation"),
         },
         "reproduce": {"config", "sharding", "loop"},
     },

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from nomic_jax.model.attention import IMPLEMENTATIONS
 
+RECOMPUTE = ("auto", "none", "elementwise", "attention", "layer")
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -32,7 +34,9 @@ class EncoderConfig:
       pad_token_id: row of the word embeddings that is initialized to zero.
       dtype: computation dtype; parameters are float32, softmax, norms and angles are computed in float32.
       attention: implementation, see ``nomic_jax.model.attention``.
-      recompute: what the backward pass recomputes instead of storing, see ``nomic_jax.model.encoder``.
+      recompute: what the backward pass recomputes instead of storing, see ``nomic_jax.model.encoder``. "auto" is for
+        training, which chooses by the memory (``nomic_jax.train.planning.recomputation``); an encoder takes it as
+        "none".
     """
 
     vocab_size: int = 30528
@@ -61,7 +65,7 @@ class EncoderConfig:
             "activation": ("swiglu", "gelu"),
             "dtype": ("float32", "bfloat16", "float16"),
             "attention": IMPLEMENTATIONS,
-            "recompute": ("none", "elementwise", "attention", "layer"),
+            "recompute": RECOMPUTE,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

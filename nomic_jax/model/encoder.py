@@ -252,7 +252,7 @@ class Encoder(nnx.Module):
             params, x_BLD = _with_gradients_together(params, x_BLD)
             return nnx.merge(structure, params)(x_BLD, rope, boundaries, output_position_BP)
 
-        if self.config.recompute == "none":
+        if self.config.recompute in ("none", "auto"):
             return apply_block
         return jax.checkpoint(apply_block, policy=_save_policy(KEPT[self.config.recompute]))
 

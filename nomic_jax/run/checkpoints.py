@@ -194,19 +194,24 @@ class Checkpoints:
 def recorded_shuffle(workdir: Path) -> int | None:
     """Returns the version of the permutation that the run in ``workdir`` began with; None if it has no checkpoint.
 
+    All checkpoints of a run have the same version.
+
     Raises:
       ResumeError: this version of nomic_jax does not have it.
     """
+    record = latest_record(workdir)
+    return None if record is None else shuffle_of(record)
+
+
+def latest_record(workdir: Path) -> dict[str, Any] | None:
+    """Returns the record of the latest checkpoint of the run in ``workdir``; None if it has none that can be read."""
     directory = (workdir / "checkpoints").absolute()
     for step in reversed(finished_steps(directory) if directory.is_dir() else []):
-        # All checkpoints of a run have the same version. One that cannot be read raises various exceptions; it is
-        # reported when the checkpoints are opened.
+        # A checkpoint that cannot be read raises various exceptions; it is reported when the checkpoints are opened.
         with contextlib.suppress(Exception):
             if record := ocp.checkpointables_metadata(directory / str(step)).custom_metadata:
-                break
-    else:
-        return None
-    return shuffle_of(dict(record))
+                return dict(record)
+    return None
 
 
 def _is_first() -> bool:

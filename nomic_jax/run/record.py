@@ -43,6 +43,7 @@ def make_record(
     parent: dict[str, Any] | None = None,
     guide: dict[str, Any] | None = None,
     earlier: list[dict] | None = None,
+    recomputation: dict[str, Any] | None = None,
 ) -> dict:
     """Returns the record that a checkpoint holds, as JSON.
 
@@ -53,6 +54,7 @@ def make_record(
       parent, guide: the identity of the initial weights (None for random ones) and of the guide of the loss; see
         ``nomic_jax.run.pretrained.identify``.
       earlier: the records of the previous stages, see ``Checkpoint.training``.
+      recomputation: what was chosen for ``config.model.recompute=auto``; None if that is set by hand.
     """
     return {
         "format": FORMAT,
@@ -68,6 +70,7 @@ def make_record(
         "shuffle": stream.shuffle,
         "tokenizer_sha256": tokenizer.sha256,
         "device_count": device_count,
+        "recomputation": recomputation,
         **describe_environment(),
     }
 
@@ -139,6 +142,7 @@ _FREE_FIELDS = (
     "evaluation",
     "kept_chunks",
     "log_every",
+    "memory_gb",
     "peak_tflops",
     "profile",
     "sharding",

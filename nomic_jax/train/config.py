@@ -65,7 +65,7 @@ class PairData:
       layout: how texts are arranged in a batch (``nomic_jax.data.batches.packing``). "padded": every text is padded to
         the longest. "bucketed": chunks of texts of similar length. "packed": several texts in a row.
       chunk_tokens: tokens in a chunk of a bucketed or packed layout; 0 for an eighth of a device's share of the batch,
-        at most 16,384.
+        at most 16,384. With ``model.recompute=auto``, 0 stands for the best size.
     """
 
     mixture: str
@@ -277,9 +277,12 @@ class TrainConfig:
       steps: optimizer steps; -1 for ``epochs`` passes over the data; 0 writes the initial weights and stops.
       epochs: passes over the data, if ``steps`` is -1; may be a fraction.
       sharding: "replicated", "zero1" or "fsdp", see ``nomic_jax.train.sharding``.
+      memory_gb: memory of each device that ``model.recompute=auto`` plans for, in GB of 10**9 bytes; 0 for 94 % of what
+        the device has, on a CPU of what is free.
       kept_chunks: share of the chunks whose activations are kept for the backward pass. The backward pass recomputes
         the other chunks one at a time, which bounds the memory of any batch and costs one more forward pass. Above 0
         only with the layout "packed", whose chunks have one shape; "padded" has no chunks and keeps all activations.
+        With ``model.recompute=auto``, 0 stands for the best share that fits.
       deterministic: on a GPU, use only kernels whose results are the same bits in every run: two runs agree, and a
         killed run resumes exactly. It is slower: attention's backward pass adds in a fixed order, and XLA does not
         choose kernels by their time. No effect on a CPU, which is deterministic anyway.
@@ -305,6 +308,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     sharding: Literal["replicated", "zero1", "fsdp"] = "replicated"
     kept_chunks: float = 0.0
+    memory_gb: float = 0.0
     deterministic: bool = False
     evaluation: EvaluationConfig = EvaluationConfig()
     wandb: str = ""
@@ -357,6 +361,8 @@ class TrainConfig:
         self.data.check(self.stage)
         self.evaluation.check()
         _ = self.profiled_steps
+        if self.memory_gb < 0:
+            raise ConfigurationError(f"config.memory_gb is {self.memory_gb:g}; write 0 for the memory of the device")
         if self.log_every < 1:
             raise ConfigurationError("config.log_every must be at least 1")
         self.checkpoint.check([field.name for field in dataclasses.fields(self)])

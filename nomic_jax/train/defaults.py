@@ -21,12 +21,13 @@ DEBUG = {
     "model.intermediate_size": 256,
     "model.max_positions": 2048,
     "model.dtype": "float32",
+    "model.recompute": "none",
     "steps": 20,
     "checkpoint.every": 10,
 }
 # :quickstart takes a few minutes on 2 CPU cores, in float32. :hour makes more of the same: each file derives it from
 # its own :quickstart.
-QUICKSTART = {"model.dtype": "float32", "checkpoint.keep": 2}
+QUICKSTART = {"model.dtype": "float32", "model.recompute": "none", "checkpoint.keep": 2}
 # :one_gpu trains the paper's model on one GPU of 80 GB or more.
 ONE_GPU = {"checkpoint.keep": 2}
 
@@ -48,7 +49,6 @@ PAIRS_ONE_GPU = ONE_GPU | {
     "data.query_length": 64,
     "data.document_length": 512,
     "data.layout": "packed",
-    "model.recompute": "attention",
     "optim.warmup": 0.1,
 }
 
@@ -64,6 +64,7 @@ def base_config(stage: str) -> ConfigDict:
     config.steps = -1
     config.epochs = 1.0
     config.kept_chunks = 0.0
+    config.memory_gb = 0.0
     config.deterministic = False
     config.log_every = 1
     config.evaluation = ConfigDict(dict(every=0, tasks="", metric="ndcg@10"))

@@ -13,7 +13,7 @@ from nomic_jax.files.writing import write_json
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EncoderConfig
 from nomic_jax.model.attention import FUSED_DTYPES
-from nomic_jax.run.checkpoints import Checkpoints, recorded_shuffle
+from nomic_jax.run.checkpoints import Checkpoints, latest_record
 from nomic_jax.run.pretrained import identify, read_pretrained, resolve
 from nomic_jax.run.record import make_record, shuffle_of, trained_prompts
 from nomic_jax.run.workdir import used_workdir
@@ -23,6 +23,7 @@ from nomic_jax.train.evaluation import Evaluate, Evaluations
 from nomic_jax.train.interruption import Interruption, Preempted
 from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
+from nomic_jax.train.planning import recomputation
 from nomic_jax.train.sharding import gather_locally, make_mesh, put_rows, replicated
 from nomic_jax.train.start import find_tokenizer, make_model, read_guide, start_values, with_pad_token
 from nomic_jax.train.state import TrainState, init_state, make_train_step
@@ -96,8 +97,9 @@ def _train(
     tokenizer = find_tokenizer(config, pretrained, model)
     if pretrained is None:
         model = with_pad_token(model, tokenizer)
-    shuffle = shuffle_of(repeated) if repeated else hosts.on_first_process(lambda: recorded_shuffle(workdir))
-    stream = make_stream(config, tokenizer, mesh.size, shuffle or VERSION)
+    earlier = repeated or hosts.on_first_process(lambda: latest_record(workdir))
+    shuffle = shuffle_of(earlier) if earlier else VERSION
+    stream = make_stream(config, tokenizer, mesh.size, shuffle)
     if repeated and stream.fingerprint != repeated["data_fingerprint"]:
         raise ConfigurationError(
             f"{config.data.mixture}: these are not the rows and tokens of the run (their fingerprint is "
@@ -108,12 +110,22 @@ def _train(
     hosts.check_agreement(config=dataclasses.asdict(config), data=stream.fingerprint)
     hosts.check_shared(workdir)
 
-    stage = make_stage(config, model, stream.layout, read_guide(config, places[1], model, tokenizer))
+    guide_model = read_guide(config, places[1], model, tokenizer)
     schedule = learning_rate(config.optim, steps)
     optimizer = make_optimizer(config.optim, schedule)
+    settings, chosen = dataclasses.asdict(config), None
+    if config.model.recompute == recomputation.AUTO and end:
+        chosen = recomputation.recorded(earlier, config, mesh.size) or recomputation.choose(
+            config, model, stream, optimizer, mesh, guide_model, _print_once
+        )
+        config = chosen.applied(config)
+        config.check(mesh.size)
+        model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, recompute=config.model.recompute))
+        stream = make_stream(config, tokenizer, mesh.size, shuffle)
+    stage = make_stage(config, model, stream.layout, guide_model)
     train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding, config.deterministic)
     record = make_record(
-        dataclasses.asdict(config),
+        settings,
         model,
         stream,
         tokenizer,
@@ -121,6 +133,7 @@ def _train(
         parent=parent,
         guide=guide,
         earlier=list(pretrained.training) if pretrained is not None else [],
+        recomputation=dataclasses.asdict(chosen) if chosen else None,
     )
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
@@ -190,6 +203,11 @@ def _train(
                 )
         checkpoints.wait()
     return progress.last
+
+
+def _print_once(line: str) -> None:
+    if hosts.is_first_process():
+        print(line, flush=True)
 
 
 def _should_be_fused(encoder: EncoderConfig) -> bool:

@@ -22,6 +22,7 @@ from nomic_jax.data.tokens.store import TokenStore, check_tokenizer, flat_indice
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 
 LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths determine the buckets
+MARGIN = 5.0  # standard deviations: a larger batch comes once in 3 million steps
 MAX_CHUNK_TOKENS = 16_384  # fills a GPU; larger chunks have coarser buckets, hence more padding
 
 
@@ -34,25 +35,55 @@ def make_layout(
     documents_per_row: int,
     rows_per_device: int,
     chunk_tokens: int = 0,
+    kept_chunks: float = 0.0,
 ) -> Layout | None:
     """Returns the layout of a batch's texts; None for "padded", which pads all texts to the longest of the batch.
 
     Without ``chunk_tokens``, a chunk has an eighth of a device's tokens in an average batch, so that its last chunk
-    leaves little room empty, and at most MAX_CHUNK_TOKENS.
+    leaves little room empty, and at most MAX_CHUNK_TOKENS. ``kept_chunks`` is that of ``embed_chunks``.
     """
     if kind == "padded":
         return None
-    lengths, tokens_per_row = [], 0.0
-    for store in stores:
-        sample = np.arange(min(len(store), LAYOUT_SAMPLE))
-        query = np.minimum(store.columns["query"].lengths(sample), query_length)
-        document = np.minimum(store.columns["document"].lengths(sample), document_length)
-        lengths += [query, document]
-        share_of_rows = len(store) / sum(map(len, stores))
-        tokens_per_row += share_of_rows * float(query.mean() + documents_per_row * document.mean())
-    lengths_of_all = np.concatenate(lengths)
+    lengths = [column for store in stores for column in _sampled_lengths(store, query_length, document_length)]
+    tokens, _ = tokens_per_device(
+        stores,
+        query_length=query_length,
+        document_length=document_length,
+        documents_per_row=documents_per_row,
+        rows_per_device=rows_per_device,
+    )
     longest = max(query_length, document_length)
-    return layout_for(kind, lengths_of_all, longest, tokens_per_row * rows_per_device, chunk_tokens)
+    return layout_for(kind, np.concatenate(lengths), longest, tokens, chunk_tokens, kept_chunks)
+
+
+def tokens_per_device(
+    stores: Sequence[TokenStore],
+    *,
+    query_length: int,
+    document_length: int,
+    documents_per_row: int,
+    rows_per_device: int,
+) -> tuple[float, float]:
+    """Returns the tokens of a device's texts in a batch: in the mean, and in the largest batch that is to be expected.
+
+    All rows of a batch are of one source. The largest batch is that of the source with the longest rows, with MARGIN
+    standard deviations of a sum of rows. Both are estimates from a sample.
+    """
+    mean, most = 0.0, 0.0
+    for store in stores:
+        query, document = _sampled_lengths(store, query_length, document_length)
+        of_row = float(query.mean() + documents_per_row * document.mean())
+        deviation = float(np.sqrt(rows_per_device * (query.var() + documents_per_row * document.var())))
+        limit = query.max() + documents_per_row * document.max()
+        mean += len(store) / sum(map(len, stores)) * of_row
+        most = max(most, min(of_row * rows_per_device + MARGIN * deviation, float(limit) * rows_per_device))
+    return mean * rows_per_device, most
+
+
+def _sampled_lengths(store: TokenStore, query_length: int, document_length: int) -> tuple[np.ndarray, np.ndarray]:
+    sample = np.arange(min(len(store), LAYOUT_SAMPLE))
+    query = np.minimum(store.columns["query"].lengths(sample), query_length)
+    return query, np.minimum(store.columns["document"].lengths(sample), document_length)
 
 
 def layout_for(
@@ -61,13 +92,16 @@ def layout_for(
     longest: int,
     tokens_per_device: float,
     chunk_tokens: int = 0,
+    kept_chunks: float = 0.0,
 ) -> Layout | None:
     """Returns the layout as ``make_layout`` does, for texts of the given lengths, none above ``longest``."""
     if kind == "padded":
         return None
     budget = max(chunk_tokens or min(int(tokens_per_device / 8), MAX_CHUNK_TOKENS), longest)
     if kind == "packed":
-        return packed_layout(longest, budget, segments=segments_for(lengths, longest))
+        # A chunk that is kept is computed in the largest shape.
+        parts = (1,) if kept_chunks == 1 else (1, 4)
+        return packed_layout(longest, budget, segments=segments_for(lengths, longest), parts=parts)
     return bucketed_layout(lengths, longest, budget, parts=(1, 4))
 
 

@@ -1,6 +1,7 @@
 """Contrastive pretraining on pairs and finetuning with hard negatives (paper sections 3.3 and 3.4)."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from nomic_jax.data.batches.mixing import Sampling
 from nomic_jax.data.batches.packing import Layout
 from nomic_jax.data.batches.pairs import PairStream, make_layout
+from nomic_jax.data.tokens.store import TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, embed, init_encoder
@@ -41,19 +43,30 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle
             tuple(source.weight for source in sources) if data.sampling == "weights" else (),
             data.remainder,
         ),
-        layout=make_layout(
-            data.layout,
-            stores,
-            query_length=data.query_length,
-            document_length=data.document_length,
-            documents_per_row=1 + data.num_negatives,
-            rows_per_device=config.batch_size // devices,
-            chunk_tokens=data.chunk_tokens,
-        ),
+        layout=layout_of(config, stores, devices),
         devices=devices,
         seed=config.seed,
         shuffle=shuffle,
     )
+
+
+def layout_of(config: TrainConfig, stores: Sequence[TokenStore], devices: int) -> Layout | None:
+    """The chunks that hold the texts of the stores on each device; None for the layout "padded"."""
+    assert isinstance(config.data, PairData)
+    sizes = sizes_of_rows(config.data, config.batch_size // devices)
+    return make_layout(
+        config.data.layout, stores, chunk_tokens=config.data.chunk_tokens, kept_chunks=config.kept_chunks, **sizes
+    )
+
+
+def sizes_of_rows(data: PairData, rows_per_device: int) -> dict[str, int]:
+    """The arguments of ``make_layout`` and ``tokens_per_device`` that say how large the rows of a device are."""
+    return {
+        "query_length": data.query_length,
+        "document_length": data.document_length,
+        "documents_per_row": 1 + data.num_negatives,
+        "rows_per_device": rows_per_device,
+    }
 
 
 def make_stage(
