@@ -3,7 +3,7 @@
 ``python -m launch.evaluate --suite=glue`` runs the whole sweep, with data from the hub, TFDS or files. A single run:
 
 python -m launch.train --config=configs/glue.py --workdir=runs/rte --config.init_from=runs/mlm \\
-    --config.data.mixture=rte/train.jsonl --config.data.columns="('sentence1', 'sentence2')" --config.data.num_labels=2
+    --config.data.mixture=rte/train.jsonl --config.data.columns=sentence1,sentence2 --config.data.num_labels=2
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config = base_config("classify")
     config.batch_size = 16
     config.epochs = 10.0
-    config.data = ConfigDict(dict(mixture="", tokenizer="", columns=("sentence",), num_labels=2, seq_len=128))
+    config.data = ConfigDict(dict(mixture="", tokenizer="", columns="sentence", num_labels=2, seq_len=128))
     config.optim = ConfigDict(
         dict(lr=3e-5, b1=0.9, b2=0.98, eps=1e-6, weight_decay=1e-6, clip_norm=0.0, warmup=0.06, decay="linear")
     )

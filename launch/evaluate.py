@@ -8,10 +8,12 @@
     --suite=loco       LoCo, from the hub or --data=DIR; 2048, 4096 and 8192 tokens
     --suite=glue       GLUE, by finetuning; from the hub, --data=tfds:glue or --data=DIR (DIR/cola/train.jsonl, ...)
 
-A task of the suite local is a folder of jsonl files. The files and their columns determine the kind of task:
+A task of the suite local is a folder of jsonl files (or compressed, csv, tsv, json arrays, parquet). Files and
+their columns determine the kind of task:
 
     queries.jsonl {"_id", "text"}, corpus.jsonl {"_id", "title", "text"} and
-      qrels.jsonl {"query_id", "document_id", "score"}          retrieval (nDCG@10, recall, MRR); BEIR's names too
+      qrels.jsonl {"query_id", "document_id", "score"}          retrieval (nDCG@10, recall, MRR); or as BEIR has
+                                                                it: qrels/test.tsv
     train.jsonl and test.jsonl {"text", "label"}                classification (accuracy, F1)
     test.jsonl {"text", "label"}                                clustering (V-measure)
     test.jsonl {"sentence1", "sentence2", "score"}              semantic similarity (Spearman, Pearson)

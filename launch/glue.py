@@ -158,7 +158,7 @@ def _run(
     config = get_config(f"glue:{variant}")
     config.init_from, config.batch_size, config.seed = start, cell.batch_size, cell.seed
     config.optim.lr, config.model.dtype = cell.learning_rate, dtype
-    config.data.update(dict(mixture=training, columns=task.columns, num_labels=task.num_labels))
+    config.data.update(dict(mixture=training, columns=",".join(task.columns), num_labels=task.num_labels))
     workdir = folder / cell.task / cell.name
     if task.from_mnli:
         _discard_other_start(workdir, start)

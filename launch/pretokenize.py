@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
 
 def _pretokenize() -> None:
-    sources = read_mixture(FLAGS.mixture, ROW_KINDS[FLAGS.stage])
+    sources = read_mixture(FLAGS.mixture, ROW_KINDS[FLAGS.stage], FLAGS.columns)
     tokenizer = Tokenizer.from_pretrained(FLAGS.tokenizer)
     began, all_tokens = time.monotonic(), 0
     with worker_pool(tokenizer, FLAGS.workers or os.cpu_count() or 1) as pool:
@@ -51,6 +51,9 @@ if __name__ == "__main__":
         None,
         "A mixture .yaml, files (path, folder, glob, brace range or URL), hf:NAME or tfds:NAME.",
         required=True,
+    )
+    flags.DEFINE_list(
+        "columns", [], "Columns of files that --mixture names directly. [query,document, and negatives; or text]"
     )
     flags.DEFINE_string("tokenizer", None, "A directory with tokenizer.json, or a hub name.", required=True)
     flags.DEFINE_enum(

@@ -15,6 +15,9 @@ The YAML has the original's format:
         rows: 100000                                           # minimum number of rows; detects missing shards
         in_batch_negatives: true                               # false: a query sees only the documents of its own row
 
+A triplet's third column holds a list of negatives, or one text. Instead of it, several columns may be named, each with
+one negative: [query, document, negative_1, negative_2].
+
 Only name, bucket and objective are required. Paths are relative to the YAML file.
 """
 
@@ -24,7 +27,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +35,7 @@ import yaml
 
 from nomic_jax.data.formats.hub import is_dataset_name
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.text import zip_members
 from nomic_jax.data.prompts import likely_prefix, prompt_text, read_prefix
 from nomic_jax.files.reading import FileRefused, read_text
 
@@ -59,7 +63,8 @@ class Source:
 
     Attributes:
       files: see ``nomic_jax.data.formats.paths.expand_files``.
-      columns: the file's column for each of ``COLUMNS[kind]``, in that order.
+      columns: the file's column for each of ``COLUMNS[kind]``, in that order; for triplets, there may be more
+        than three, each of the rest with one negative.
       query_prefix, document_prefix: what goes in front of texts, see ``nomic_jax.data.prompts.prompt_text``; "" for
         nothing.
       weight: relative weight, used if sources are sampled by weights.
@@ -78,8 +83,14 @@ class Source:
     rows: int = 0
 
     def __post_init__(self):
-        if len(self.columns) != len(COLUMNS[self.kind]):
-            raise MixtureError(f"{self.name}: {self.kind} rows take the columns {COLUMNS[self.kind]}")
+        wanted = len(COLUMNS[self.kind])
+        if len(self.columns) < wanted or (len(self.columns) > wanted and self.kind != "triplet"):
+            raise MixtureError(
+                f"{self.name}: {self.kind} rows take the columns {', '.join(COLUMNS[self.kind])}; found "
+                f"{', '.join(self.columns)}"
+            )
+        if len(set(self.columns)) < len(self.columns):
+            raise MixtureError(f"{self.name}: a column is named twice in {', '.join(self.columns)}")
         if not self.name or "/" in self.name or re.search(r"^\.|[\0-\x1f\x7f\ud800-\udfff]", self.name):
             raise MixtureError(f"the source name {self.name!r} cannot be a folder name; use letters and digits")
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -107,21 +118,26 @@ def _lists(value: Any) -> list[list]:
     return [item if isinstance(item, list) else [item] for item in items]
 
 
-def read_mixture(path: str, kind: Kind) -> tuple[Source, ...]:
+def read_mixture(path: str, kind: Kind, columns: Sequence[str] = ()) -> tuple[Source, ...]:
     """Returns the sources of a mixture YAML, or one source of the given kind for files (or a data set) named directly.
 
-    Files named directly have the columns of ``COLUMNS[kind]`` and the prefixes search_query and search_document; text
-    rows have no prefix.
+    Files named directly have the prefixes search_query and search_document; text rows have no prefix.
+
+    Args:
+      columns: those of files named directly, see ``Source``; () for ``COLUMNS[kind]``.
 
     Raises:
-      MixtureError: unknown or missing fields, or rows of another kind than the stage needs.
+      MixtureError: unknown or missing fields, rows of another kind than the stage needs, or columns for a YAML, which
+        names its own.
       FileNotFoundError: the YAML does not exist.
     """
     if not path:
         raise MixtureError("no training data is named; set config.data.mixture to a mixture .yaml or to files")
     if not path.endswith((".yaml", ".yml")):
         prefixes = ("", "") if kind == "text" else ("search_query", "search_document")
-        return (Source("data", path, kind, COLUMNS[kind], *prefixes),)
+        return (Source("data", path, kind, tuple(columns) or COLUMNS[kind], *prefixes),)
+    if columns:
+        raise MixtureError(f"{path}: a mixture names the columns of each source; leave out columns={','.join(columns)}")
     content = _load_yaml(path)
     entries = content.get("datasets") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
@@ -239,7 +255,9 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
         if abs(entry.get(field, 1)) > 2**53 or (field == "rows" and entry.get(field, 0) < 0):
             raise MixtureError(f"{where}: {field} is {entry[field]!r}, which is out of range")
     files = str(entry["bucket"])
-    if os.path.lexists(folder / files) or ("://" not in files and not is_dataset_name(files)):
+    if zip_members.is_member(files) and "://" not in (archive := zip_members.split(files)[1]):
+        files = files.removesuffix(archive) + str(folder / archive)
+    elif os.path.lexists(folder / files) or ("://" not in files and not is_dataset_name(files)):
         files = str(folder / files)
     try:
         return Source(

@@ -27,6 +27,7 @@ from nomic_jax.data.formats.parquet import read_parquet_footer
 from nomic_jax.data.formats.paths import input_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
+from nomic_jax.data.formats.text.zip_members import stored_in
 from nomic_jax.files.folders import check_only, is_file, make_folder
 from nomic_jax.files.writing import atomic_file, open_new, open_own, write_json
 from nomic_jax.inference.kept_columns import check_values_fit, kept_schema, kept_table, unify
@@ -259,7 +260,7 @@ def _exists(output: Path) -> FileExistsError:
 def _file_identity(files: Iterable[str]) -> dict[str, str]:
     identity = {}
     for file in files:
-        fs, path = file_system(file)
+        fs, path = file_system(stored_in(file))
         info = fs.info(path)
         # Without a modification time, use the store's own identifier of the content.
         identity[f"input {file}"] = f"{info['size']} bytes, changed {info.get('mtime') or fs.ukey(path)}"

@@ -22,6 +22,8 @@ class MlmData:
     Attributes:
       mixture: a mixture .yaml, or files with a column "text": path, folder, glob, brace range, URL, hf:NAME, tfds:NAME.
       tokenizer: directory or hub name; empty for that of ``init_from``.
+      columns: the columns of files that ``mixture`` names directly, in place of "text": on the command line, names
+        separated by commas.
       cache_dir: directory of tokenised text, reused by later runs.
       on_bad_row: "raise", or "skip" to write bad rows to a side file and count them.
       seq_len: tokens in a row.
@@ -34,6 +36,7 @@ class MlmData:
     cache_dir: str
     seq_len: int
     mask_rate: float
+    columns: tuple[str, ...] = ()
     on_bad_row: Literal["raise", "skip"] = "raise"
     document_mask: bool = False
 
@@ -52,6 +55,8 @@ class PairData:
 
     Attributes:
       mixture: a mixture .yaml, or files with the columns "query" and "document" (and "negatives").
+      columns: the columns of files that ``mixture`` names directly: query, document, and for the finetune stage
+        negatives (a list or a text), or several columns with one negative each.
       query_length, document_length: maximum number of tokens of a query and of a document.
       num_negatives: negatives sampled from a row each time it is used; 0 for pairs.
       too_few_negatives: "error", or "random" to take the missing negatives from the documents of other rows.
@@ -74,6 +79,7 @@ class PairData:
     query_length: int
     document_length: int
     num_negatives: int
+    columns: tuple[str, ...] = ()
     on_bad_row: Literal["raise", "skip"] = "raise"
     too_few_negatives: Literal["error", "random"] = "error"
     sampling: Literal["rows", "shards", "temperature", "weights"] = "rows"

@@ -102,7 +102,7 @@ def base_config(stage: str) -> ConfigDict:
             guide_margin=0.0,
         )
     )
-    config.data = ConfigDict(dict(mixture="", tokenizer="", cache_dir="token_cache", on_bad_row="raise"))
+    config.data = ConfigDict(dict(mixture="", columns="", tokenizer="", cache_dir="token_cache", on_bad_row="raise"))
     if stage in ("contrastive", "finetune"):
         config.data.update(dict(sampling="rows", sampling_temperature=1.0, remainder="drop"))
         config.data.update(dict(layout="bucketed", chunk_tokens=0))

@@ -91,6 +91,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return None
         return _convert(value, next(option for option in options if option is not type(None)), where)
     if origin is tuple:  # a list, in the config.json of a run
+        if isinstance(value, str) and typing.get_args(hint)[0] is str:  # on a command line
+            value = [name.strip() for name in value.split(",") if name.strip()]
         if not isinstance(value, list | tuple):
             raise ConfigurationError(f"{where} is {value!r}; it should be a tuple")
         return tuple(_convert(item, typing.get_args(hint)[0], f"{where}[{i}]") for i, item in enumerate(value))

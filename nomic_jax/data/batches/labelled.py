@@ -14,7 +14,7 @@ from nomic_jax.data.batches.permutation import VERSION, fingerprinted, shuffled
 from nomic_jax.data.batches.shapes import pad_right, padded_length
 from nomic_jax.data.batches.stream import Batch, share
 from nomic_jax.data.formats.reading import read_rows
-from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.row_checks import BadRow, number_of
 from nomic_jax.data.tokens.store import TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ class LabelledRows(TokenStore):
             tokenizer, [[row[column] for column in columns] for row in rows], seq_len
         )
         kind = np.float32 if num_labels == 1 else np.int32
-        self.labels = np.array([row["label"] for row in rows], kind)
+        self.labels = np.array([number_of(row["label"]) for row in rows], kind)
         self.name, self.rows = name or "labelled", len(rows)
         content = hashlib.sha256(repr((num_labels, seq_len, tokenizer.sha256)).encode())
         for ids in self.ids:
@@ -134,7 +134,7 @@ def encode_rows(
 
 
 def _check_label(row: Mapping[str, Any], where: str, num_labels: int) -> None:
-    label = row.get("label")
+    label = number_of(row.get("label"))
     if num_labels == 1:
         if not isinstance(label, int | float) or isinstance(label, bool) or not abs(label) <= _LARGEST:
             raise BadRow(f"{where}: the label is {label!r}; write a number")

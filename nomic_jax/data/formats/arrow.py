@@ -153,7 +153,8 @@ def _holds_texts(found: "pa.DataType", kind: type) -> bool:
         return True
     if kind is list:
         lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
-        return any(is_list(found) for is_list in lists) and _holds_texts(found.value_type, str)
+        if any(is_list(found) for is_list in lists):
+            return _holds_texts(found.value_type, str)
     if types.is_dictionary(found):
         found = found.value_type
     return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)

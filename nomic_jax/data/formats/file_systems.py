@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from nomic_jax.data.formats.text import zip_members
 from nomic_jax.files.reading import FileRefused, open_regular
 
 PROTOCOLS = frozenset({"file", "local", "s3", "s3a", "gs", "gcs", "http", "https", "hf", "memory"})
@@ -66,12 +67,14 @@ def file_system(name: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def open_stored(name: str) -> BinaryIO | Any:
-    """Opens a file for reading its stored bytes, without decompression.
+    """Opens a file for reading its stored bytes, without decompression; of a member of a zip archive, its own bytes.
 
     Raises:
       FileRefused: a local path is a pipe, a socket or a device, or the file is a pointer that Git LFS left.
       OSError, ImportError: as ``file_system``; the file cannot be opened.
     """
+    if zip_members.is_member(name) and not is_local(name):
+        return zip_members.open_member(name, open_stored)
     fs, path = file_system(name)
     if "file" not in fs.protocol:
         return fs.open(path, "rb")

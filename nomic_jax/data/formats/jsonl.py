@@ -1,28 +1,20 @@
 """Reads jsonl files, plain or compressed (.gz, .bz2, .xz, .zst). A row is a line that is not blank."""
 
-import contextlib
-import gzip
 import hashlib
 import io
-import lzma
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import IO, Any
+from typing import IO
 
-import fsspec.compression
-import fsspec.utils
 import numpy as np
 
 from nomic_jax.data.formats.file_format import FileRows, Mark, Scan, max_row_bytes, too_large, unreadable_as_bad_row
 from nomic_jax.data.formats.file_systems import open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
-from nomic_jax.files.reading import FileRefused
+from nomic_jax.data.formats.text.compression import BROKEN, HashingReader, decompressed, explained
 
 CHUNK = 1 << 22  # bytes processed at once
 INDEX_BYTES = 1 << 16  # between two positions where random access can start
 _BLANKS = np.frombuffer(b" \t\n\r\x0b\x0c", np.uint8)
-_COMPRESSIONS = (None, "gzip", "bz2", "xz", "lzma", "zstd")
-_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
 class JsonlRows(FileRows):
@@ -58,7 +50,7 @@ class JsonlRows(FileRows):
         mark = max((mark for mark in self.marks if mark.row <= start), default=Mark(0))
         row, line = mark.row, mark.line
         found_any = line > 0
-        with self._errors(lambda: line), open_stored(self.file) as stored, decompressed(self.file, stored) as f:
+        with explained(self.file, lambda: line), open_stored(self.file) as stored, decompressed(self.file, stored) as f:
             if mark.byte:
                 f.seek(mark.byte)
             limit = max_row_bytes()
@@ -86,7 +78,7 @@ class JsonlRows(FileRows):
         held = 0  # bytes in ``parts``
         broken = ""
         with unreadable_as_bad_row(self.file), open_stored(self.file) as stored:
-            hashing = _HashingReader(stored, sha256)
+            hashing = HashingReader(stored, sha256)
             chunks = self._chunks(hashing, lambda: line)
             try:
                 for chunk in chunks:
@@ -129,34 +121,20 @@ class JsonlRows(FileRows):
 
     def _chunks(self, stored: io.RawIOBase, lines_read: Callable[[], int]) -> Iterator[bytes]:
         """Yields CHUNK bytes at a time and b"" at the end. Yields a broken file up to the break, then raises BadRow."""
-        with self._errors(lines_read), decompressed(self.file, stored) as f:
+        with explained(self.file, lines_read), decompressed(self.file, stored) as f:
             while True:
                 parts, missing = [], CHUNK
                 try:
                     while missing and (part := f.read1(missing)):
                         parts.append(part)
                         missing -= len(part)
-                except (*_BROKEN, OSError):
+                except (*BROKEN, OSError):
                     if parts:
                         yield b"".join(parts)
                     raise
                 yield b"".join(parts)
                 if missing == CHUNK:
                     return
-
-    @contextlib.contextmanager
-    def _errors(self, lines_read: Callable[[], int]) -> Iterator[None]:
-        try:
-            yield
-        except FileRefused as error:
-            raise BadRow(str(error)) from error
-        except (*_BROKEN, OSError) as error:
-            if isinstance(error, OSError) and (error.errno is not None or not is_compressed(self.file)):
-                with unreadable_as_bad_row(self.file):
-                    raise  # a file system error: decompressors set no errno
-            raise BadRow(
-                f"{self.file}: the compressed file breaks off after line {lines_read()} ({error}); fetch it again"
-            ) from error
 
     def _empty(self) -> BadRow:
         return BadRow(f"{self.file}: the file is empty; expected jsonl rows with the columns {', '.join(self.columns)}")
@@ -175,47 +153,3 @@ def _not_blank(text: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     for i in np.flatnonzero(np.isin(np.frombuffer(text, np.uint8)[starts], _BLANKS)):
         is_row[i] = bool(text[starts[i] : ends[i]].strip())
     return is_row
-
-
-class _HashingReader(io.RawIOBase):
-    """Reads a file and adds the bytes to a digest."""
-
-    def __init__(self, f: IO[bytes], digest: Any):
-        self.f, self.digest = f, digest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.f.read(len(buffer))
-        buffer[: len(data)] = data
-        self.digest.update(data)
-        return len(data)
-
-    def drain(self) -> None:
-        """Reads to the end of the file, because a decompressor may stop before it."""
-        while self.read(1 << 20):
-            pass
-
-
-def is_compressed(file: str) -> bool:
-    return fsspec.utils.infer_compression(file) is not None
-
-
-@contextlib.contextmanager
-def decompressed(file: str, f: Any) -> Iterator[Any]:
-    """Yields the open file ``f`` as a file of uncompressed bytes; the name decides how it is compressed."""
-    name = fsspec.utils.infer_compression(file)
-    if name not in _COMPRESSIONS or name not in fsspec.compression.compr:
-        advice = "install the package zstandard" if name == "zstd" else "unpack it, or compress it as .gz"
-        raise BadRow(f"{file}: this compression is not read; {advice}")
-    buffered = io.BufferedReader(f, 1 << 20)
-    try:
-        if name is None:
-            yield buffered
-        else:
-            plain = fsspec.compression.compr[name](buffered, mode="rb")
-            # zstandard's reader has no lines.
-            yield plain if hasattr(plain, "peek") else io.BufferedReader(plain)
-    finally:
-        buffered.detach()  # closing it would close the file, which may have more bytes to hash

@@ -15,19 +15,31 @@ from tqdm import tqdm
 from nomic_jax.data.formats import hub
 from nomic_jax.data.formats.file_systems import check_protocols, file_system, is_local, open_stored
 from nomic_jax.data.formats.row_checks import BadRow
-from nomic_jax.files.reading import LARGEST_JSON
+from nomic_jax.data.formats.text import zip_members
+from nomic_jax.files.reading import LARGEST_JSON, FileRefused
 
 MAX_FILES = 1_000_000  # that a pattern names, or that a glob looks at
 PATTERN = "*?[{"  # characters that a path of files may have, or a pattern
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".parquet", ".arrow")
+_PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
+SUFFIXES = (*(f".jsonl{packed}" for packed in _PACKED), ".parquet", ".arrow")
+# What a folder holds, if it has nothing of the first: other files may lie beside rows, such as counts.json.
+OTHER_SUFFIXES = (
+    tuple(f"{table}{packed}" for table in (".csv", ".tsv") for packed in _PACKED),
+    tuple(f".json{packed}" for packed in _PACKED),
+    (".zip",),
+)
+_IN_ZIP = (*SUFFIXES[: len(_PACKED)], *OTHER_SUFFIXES[0], *OTHER_SUFFIXES[1])
+ALL_SUFFIXES = (*SUFFIXES, *(suffix for suffixes in OTHER_SUFFIXES for suffix in suffixes))
 
 
 def expand_files(pattern: str | os.PathLike | list[str]) -> list[str]:
     """Returns the files that match a pattern, in a fixed order. A list of files is returned as it is.
 
-    The pattern is a path, a glob, a brace range or list, a folder (its files that end in one of SUFFIXES, or the
-    shards that ``datasets`` saved with save_to_disk), a URL of any of these (``file_systems.PROTOCOLS``), or a data set
-    of the Hugging Face hub or of TensorFlow Datasets (``nomic_jax.data.formats.hub``).
+    The pattern is a path, a glob, a brace range or list, a folder (its files that end in one of SUFFIXES, or, if there
+    are none, of one of OTHER_SUFFIXES; the shards that ``datasets`` saved with save_to_disk; or the judgements in the
+    qrels of a BEIR data set), a zip archive (its files of text), ``zip://MEMBER::ARCHIVE`` (MEMBER may be a glob), a
+    URL of any of these (``file_systems.PROTOCOLS``), or a data set of the Hugging Face hub or of TensorFlow Datasets
+    (``nomic_jax.data.formats.hub``).
 
     ``shard-{00000..00538}.jsonl.gz`` names every file of the range, so a missing file is an error. A glob matches only
     files that exist. A path that exists is that path, also if it has the characters of a pattern; so is a folder at the
@@ -46,17 +58,32 @@ def expand_files(pattern: str | os.PathLike | list[str]) -> list[str]:
         return hub.files_of(pattern)
     if re.search(r"[\0\ud800-\udb7f]", pattern):
         raise ValueError(f"{pattern!r} is not a path: it contains a null character or an unpaired surrogate")
+    member, archives = "", pattern
+    if zip_members.is_member(pattern) and not is_local(pattern):
+        member, archives = zip_members.split(pattern)
     try:
-        if not is_local(pattern):
-            check_protocols(pattern)
-        fs, path = file_system(pattern)
-        return _expand(fs, path, pattern)
+        if not is_local(archives):
+            check_protocols(archives)
+        fs, path = file_system(archives)
+        found = _expand(fs, path, archives)
+        return [name for file in found for name in ([file] if not _is_zip(file, member) else _inside(file, member))]
     except ImportError as error:
         raise ModuleNotFoundError(f"{pattern}: {error}") from error
     except (OSError, ValueError):
         raise
     except Exception as error:  # each remote file system has its own exception types
         raise OSError(f"{pattern}: cannot be reached ({type(error).__name__}: {error})") from error
+
+
+def _is_zip(file: str, member: str) -> bool:
+    return bool(member) or (file.endswith(".zip") and not zip_members.is_member(file))
+
+
+def _inside(archive: str, member: str) -> list[str]:
+    try:
+        return zip_members.members(archive, open_stored, member, _IN_ZIP)
+    except FileRefused as error:
+        raise BadRow(str(error)) from error
 
 
 def input_files(pattern: str | os.PathLike, output: str | os.PathLike) -> list[str]:
@@ -69,7 +96,8 @@ def input_files(pattern: str | os.PathLike, output: str | os.PathLike) -> list[s
     """
     own = os.path.realpath(output)
     found = expand_files(pattern)
-    inputs = [file for file in found if not is_local(file) or not _is_in(os.path.realpath(file), own)]
+    stored = {file: zip_members.stored_in(file) for file in found}
+    inputs = [file for file in found if not is_local(stored[file]) or not _is_in(os.path.realpath(stored[file]), own)]
     if not inputs:
         raise FileNotFoundError(f"{pattern}: matches only files of the output {output}; name another output")
     return inputs
@@ -87,7 +115,7 @@ def _expand(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[str]
     missing = []
     for name in names:
         if name in existing:
-            found = _files_of_folder(fs, name) if not name.endswith(SUFFIXES) and fs.isdir(name) else [name]
+            found = _files_of_folder(fs, name) if not name.endswith(ALL_SUFFIXES) and fs.isdir(name) else [name]
         elif any(c in name[len(folder) :] for c in "*?["):
             found = _glob(fs, folder, name[len(folder) :])
         else:
@@ -209,7 +237,24 @@ def _files_of_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
         if missing := [shard for shard in shards if shard not in names]:
             raise FileNotFoundError(f"{folder}: {len(missing)} of {len(shards)} files are missing, first {missing[:1]}")
         return [f"{folder}/{shard}" for shard in shards]
-    return [f"{folder}/{name}" for name in sorted(names) if name.endswith(SUFFIXES)]
+    if "qrels" in names and fs.isdir(f"{folder}/qrels"):
+        return [_judgements(fs, folder)]
+    for suffixes in (SUFFIXES, *OTHER_SUFFIXES):
+        if found := [f"{folder}/{name}" for name in sorted(names) if name.endswith(suffixes)]:
+            return found
+    return []
+
+
+def _judgements(fs: fsspec.AbstractFileSystem, folder: str) -> str:
+    """Returns the judgements of the training split of a BEIR data set."""
+    splits = sorted(file.rsplit("/", 1)[-1] for file in fs.ls(f"{folder}/qrels", detail=False))
+    if "train.tsv" not in splits:
+        other = next((name for name in splits if name.endswith(".tsv")), "SPLIT.tsv")
+        raise FileNotFoundError(
+            f"{folder}/qrels holds {', '.join(splits) or 'nothing'} and no train.tsv; name the judgements to train on: "
+            f"{folder}/qrels/{other}"
+        )
+    return f"{folder}/qrels/train.tsv"
 
 
 def _listed_names(fs: fsspec.AbstractFileSystem, file: str, names_of: Callable[[Any], list]) -> list[str]:
@@ -227,6 +272,6 @@ def _listed_names(fs: fsspec.AbstractFileSystem, file: str, names_of: Callable[[
 
 
 def _hub_hint(pattern: str) -> str:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not pattern.endswith(SUFFIXES):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", pattern) and not pattern.endswith(ALL_SUFFIXES):
         return f"; for a data set of the Hugging Face hub write hf:{pattern}"
     return ""

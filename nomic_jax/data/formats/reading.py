@@ -2,7 +2,6 @@
 
 import bisect
 import itertools
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -21,8 +20,16 @@ from nomic_jax.data.formats.row_checks import (
     check_finite,
     check_row,
     parse_row,
+    stored_bytes,
+    with_lists,
 )
+from nomic_jax.data.formats.text.beir import BeirRows, is_beir
+from nomic_jax.data.formats.text.compression import compression_of
+from nomic_jax.data.formats.text.delimited import DelimitedRows
+from nomic_jax.data.formats.text.json_array import JsonArrayRows, is_json_array
+from nomic_jax.data.formats.text.zip_members import is_member, name_inside
 
+_SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 RowCheck = Callable[[Mapping[str, Any], str], None]
 
 
@@ -36,8 +43,23 @@ def open_file(
 
     Args:
       columns, others: see ``read_rows``.
-      marks: known positions where rows of a jsonl file start.
+      marks: known positions where rows of a file of text start.
+
+    Raises:
+      BadRow: the format is not read, or the beginning of a json file cannot be read.
     """
+    name = name_inside(file)
+    if name.endswith(_SHEETS):
+        raise BadRow(f"{file}: spreadsheets are not read; save the sheet as csv")
+    if is_member(file) and (name.endswith((".parquet", ".arrow")) or is_array_record(name)):
+        raise BadRow(f"{file}: only files of text are read inside a zip archive; unpack it")
+    plain = name.removesuffix(os.path.splitext(name)[1]) if compression_of(file) else name
+    if plain.endswith(".tsv") and is_beir(file):
+        return BeirRows(file, columns, others)
+    if plain.endswith((".csv", ".tsv")):
+        return DelimitedRows(file, columns, others, marks)
+    if plain.endswith(".json") and is_json_array(file):
+        return JsonArrayRows(file, columns, others, marks)
     if file.endswith(".parquet"):
         return ParquetRows(file, columns, others)
     if file.endswith(".arrow"):
@@ -76,7 +98,7 @@ class Rows:
         file = bisect.bisect_right(self.ends, i)
         row = i - (self.ends[file - 1] if file else 0)
         where, raw = next(self.files[file].numbered(row, row + 1))
-        values = parse_row(raw, where)
+        values = with_lists(parse_row(raw, where), self.columns)
         check_row(values, self.columns, self.allow_empty, where)
         return _chosen(values, self.columns, self.others)
 
@@ -95,7 +117,7 @@ def read_rows(
 
     Args:
       pattern: see ``expand_files``.
-      columns: name -> ``str`` (a non-empty text) or ``list`` (a list of non-empty texts).
+      columns: name -> ``str`` (a non-empty text) or ``list`` (a list of non-empty texts; a text becomes a list of one).
       others: further columns to return, unchecked; None for all. A jsonl row may lack them. In other formats they must
         exist, and only the named columns are decoded.
       allow_empty: accept empty texts too.
@@ -159,7 +181,7 @@ def usable_rows(
     """Yields the valid rows of ``FileRows.numbered``; see ``read_rows``. Raises BadRow for a truncated file."""
     for where, raw in numbered:
         try:
-            row = parse_row(raw, where)
+            row = with_lists(parse_row(raw, where), columns)
             check_row(row, columns, allow_empty, where)
             if others is None and not isinstance(raw, bytes):  # all columns: they may be written as JSON
                 check_finite(row, where)
@@ -168,7 +190,7 @@ def usable_rows(
             if on_bad_row == "raise":
                 raise
             assert rejected is not None
-            rejected.add(error, raw if isinstance(raw, bytes) else json.dumps(raw, default=str).encode())
+            rejected.add(error, stored_bytes(raw))
             continue
         yield _chosen(row, columns, others)
 

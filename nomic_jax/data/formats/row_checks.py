@@ -14,13 +14,22 @@ from tqdm import tqdm
 from nomic_jax.files.reading import each_key_once
 from nomic_jax.files.writing import append, named_errors
 
-# A row as it is stored: the line for jsonl, the values for other formats.
-RawRow = bytes | dict[str, Any]
 MAX_NAMES = 20  # of columns listed in a message
 
 
 class BadRow(ValueError):
     """A row or file cannot be used. The message names the file, the line or row, and the fault."""
+
+
+class UnusableRow(NamedTuple):
+    """A row that its format cannot read, in a file whose other rows can be read: the reason, and what is stored."""
+
+    reason: str
+    stored: bytes
+
+
+# A row as it is stored: the line for jsonl, the values for other formats.
+RawRow = bytes | dict[str, Any] | UnusableRow
 
 
 class Quarantined(NamedTuple):
@@ -73,6 +82,8 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
     Raises:
       BadRow: the row is not valid UTF-8 or JSON, its JSON is not an object, or a number in it is not finite.
     """
+    if isinstance(raw, UnusableRow):
+        raise BadRow(f"{where}: {raw.reason}")
     if not isinstance(raw, bytes):
         return raw
     try:
@@ -81,7 +92,7 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
             raise BadRow(f"{where}: begins with a byte order mark; save the file as UTF-8 without one")
         if text.lstrip().startswith("["):  # may be the whole file in one line, which takes minutes to parse
             raise BadRow(f"{where}: expected an object with named columns, found a list; write one row per line")
-        row = _JSON.decode(text)
+        row = ROW_JSON.decode(text)
     except UnicodeDecodeError as error:
         raise BadRow(f"{where}: not valid UTF-8 ({error})") from error
     except BadRow:
@@ -95,6 +106,29 @@ def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
     return row
 
 
+def stored_bytes(raw: RawRow) -> bytes:
+    """Returns a row as a side file of rejected rows shows it."""
+    if isinstance(raw, UnusableRow):
+        return raw.stored
+    return raw if isinstance(raw, bytes) else json.dumps(raw, default=str).encode()
+
+
+def with_lists(row: dict[str, Any], columns: Mapping[str, type]) -> dict[str, Any]:
+    """Returns the row with a list of one text where a column of lists holds a text."""
+    single = [name for name, kind in columns.items() if kind is list and isinstance(row.get(name), str)]
+    return row | {name: [row[name]] for name in single} if single else row
+
+
+def number_of(value: Any) -> Any:
+    """Returns the number that a text of csv or tsv stands for; any other value as it is."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    return value
+
+
 def _finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
@@ -106,7 +140,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON; write null, or leave the field out")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=each_key_once, parse_float=_finite, parse_constant=_no_constant)
+ROW_JSON = json.JSONDecoder(object_pairs_hook=each_key_once, parse_float=_finite, parse_constant=_no_constant)
 
 
 def check_finite(row: Mapping[str, Any], where: str) -> None:

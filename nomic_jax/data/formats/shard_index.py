@@ -18,8 +18,9 @@ import numpy as np
 
 from nomic_jax.data.formats.file_format import Scan
 from nomic_jax.data.formats.file_systems import file_system, open_stored
-from nomic_jax.data.formats.jsonl import decompressed
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.text.compression import decompressed
+from nomic_jax.data.formats.text.zip_members import is_member
 from nomic_jax.files.reading import LARGEST_JSON
 
 COUNTS, OFFSETS = "counts.json", "offsets.json.gz"
@@ -36,7 +37,7 @@ def check_shards(files: Sequence[str], scans: Sequence[Scan]) -> None:
     """
     folders: dict[str, dict[str, tuple[str, Scan]]] = {}
     for file, scan in zip(files, scans):
-        if scan.ends_sha256 and not scan.broken:  # a broken file is reported elsewhere
+        if scan.ends_sha256 and not scan.broken and not is_member(file):  # a broken file is reported elsewhere
             folder, _, name = file.rpartition("/")
             folders.setdefault(folder, {})[name] = (file, scan)
     for folder, shards in folders.items():

@@ -13,6 +13,8 @@ from nomic_jax.data.formats.file_format import Mark, Scan
 from nomic_jax.data.formats.file_systems import file_system
 from nomic_jax.data.formats.reading import scan_file
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.formats.text.beir import is_beir
+from nomic_jax.data.formats.text.zip_members import stored_in
 from nomic_jax.files.writing import atomic_file
 
 SPAN_BYTES = 1 << 25  # uncompressed bytes of a span; a restart repeats only unfinished spans
@@ -94,7 +96,9 @@ class _ScanCache:
 
 def _version(file: str) -> str | None:
     """Returns a text that identifies the file's current version; None if the file system reports no version."""
-    fs, path = file_system(file)
+    fs, path = file_system(stored_in(file))
+    if is_beir(file):  # the texts lie in other files
+        return None
     if "file" in fs.protocol:
         status = os.stat(path)
         found: list = [status.st_size, status.st_mtime_ns, status.st_ino]

@@ -40,7 +40,9 @@ class Span(NamedTuple):
 
 
 def kinds_of_columns(source: Source) -> dict[str, type]:
-    return {column: list if name == "negatives" else str for name, column in zip(COLUMNS[source.kind], source.columns)}
+    """Returns column -> ``str``, or ``list`` for the one column of negatives; several have a text each."""
+    kinds: dict[str, type] = dict.fromkeys(source.columns, str)
+    return kinds | {source.columns[2]: list} if len(source.columns) == 3 else kinds
 
 
 def ids_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -75,10 +77,12 @@ def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any],
         negatives = stack.enter_context((part / "negatives.counts").open("wb")) if "negatives" in names else None
         while batch := list(itertools.islice(rows, ROWS_PER_CALL)):
             for name, column in zip(names, source.columns):
-                texts = [row[column] for row in batch]
                 if negatives is not None and name == "negatives":
-                    negatives.write(np.array([len(own) for own in texts], LENGTH).tobytes())
-                    texts = [text for own in texts for text in own]
+                    lists = [negatives_of(row, source.columns[2:]) for row in batch]
+                    negatives.write(np.array([len(own) for own in lists], LENGTH).tobytes())
+                    texts = [text for own in lists for text in own]
+                else:
+                    texts = [row[column] for row in batch]
                 texts = [prompt_text(prefixes.get(name, "")) + text for text in texts]
                 # A document's text must not end the document, or hide from masking.
                 encoded = tokenizer.encode(texts, spelled_as_text=True)
@@ -92,6 +96,11 @@ def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any],
     if count + rejected.count != span.stop - span.mark.row:
         raise BadRow(f"{span.file}: changed while it was read; start again")
     return {"rows": count, "rejected": rejected.count, "tokens": tokens}
+
+
+def negatives_of(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """Returns the negatives of a row: the list in the one column, or the texts of several."""
+    return row[columns[0]] if len(columns) == 1 else [row[column] for column in columns]
 
 
 def join_spans(

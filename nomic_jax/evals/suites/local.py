@@ -6,6 +6,8 @@
     test.jsonl {"text", "label"}                                     clustering: v_measure
     test.jsonl {"sentence1", "sentence2", "score"}                   STS: spearman
 
+The files may also be compressed, csv, tsv, json arrays or parquet, and qrels may be BEIR's qrels/test.tsv.
+
 An optional task.json names the prompts, if they differ from those of the type of task:
 {"query_prompt", "document_prompt"} for retrieval, {"prompt"} for the others. For retrieval, {"ignore_identical_ids":
 true} leaves a document out for the query of the same _id.
@@ -22,11 +24,10 @@ from typing import Any
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.evals.report.record import Cell, figures, label
 from nomic_jax.evals.tasks import bm25
-from nomic_jax.evals.tasks.classification import FILES as LABELLED_FILES
 from nomic_jax.evals.tasks.classification import ClassificationTask
 from nomic_jax.evals.tasks.clustering import ClusteringTask
 from nomic_jax.evals.tasks.contract import Embed, Encoders, TaskError, TruncatedEmbeddings
-from nomic_jax.evals.tasks.retrieval import FILES as RETRIEVAL_FILES
+from nomic_jax.evals.tasks.files import LABELLED, QRELS, RETRIEVAL, find_file
 from nomic_jax.evals.tasks.retrieval import RetrievalTask
 from nomic_jax.evals.tasks.sts import StsTask
 
@@ -41,10 +42,10 @@ def read_task(folder: str | Path) -> LocalTask:
       TaskError, BadRow: the folder has no task or an invalid task; the message names the file.
     """
     folder = Path(folder)
-    if any((folder / name).is_file() for name in RETRIEVAL_FILES):
+    if any(find_file(folder, name) for name in RETRIEVAL):
         return RetrievalTask.read(folder)
-    test = folder / "test.jsonl"
-    if not test.is_file():
+    test = find_file(folder, "test")
+    if test is None:
         raise TaskError(f"{folder} has no test.jsonl; a task is made of {FORMS}")
     prompt = _prompt(folder / "task.json")
     columns = set(next(islice(read_rows(test, {}), 1), {}))
@@ -55,7 +56,7 @@ def read_task(folder: str | Path) -> LocalTask:
             f"{test} has the columns {', '.join(sorted(columns)) or 'none'}; write text and label (classification with "
             f"a train.jsonl, clustering without), or sentence1, sentence2 and score (STS)"
         )
-    kind = ClassificationTask if (folder / "train.jsonl").is_file() else ClusteringTask
+    kind = ClassificationTask if find_file(folder, "train") else ClusteringTask
     return kind.read(folder, prompt)
 
 
@@ -99,13 +100,13 @@ def find_tasks(data: Iterable[str], names: Sequence[str] = ()) -> dict[str, Path
 
 def _is_task(folder: Path) -> bool:
     # One of the files is enough, so that missing files are reported later.
-    return any((folder / file).is_file() for file in (*RETRIEVAL_FILES, *LABELLED_FILES))
+    return any(find_file(folder, name) for name in (*RETRIEVAL, *LABELLED))
 
 
 def _tasks_inside(folder: Path) -> Iterator[Path]:
     """Yields the tasks in a folder, and those in the folder of a task. Links are not followed twice."""
     for inner in sorted(folder.iterdir()):
-        if _is_task(inner):
+        if inner.name != QRELS and _is_task(inner):  # BEIR's folder of judgements holds a test.tsv
             yield inner
             if not inner.is_symlink():
                 yield from _tasks_inside(inner)
@@ -114,11 +115,12 @@ def _tasks_inside(folder: Path) -> Iterator[Path]:
 def task_sha256(folder: str | Path) -> str:
     """Returns a hash of a task's content. The scores of two runs are comparable only if it is equal."""
     digest = hashlib.sha256()
-    for name in (*RETRIEVAL_FILES, "task.json", *LABELLED_FILES):
-        file = Path(folder) / name
+    settings = Path(folder) / "task.json"
+    for name in (*RETRIEVAL, "task", *LABELLED):
+        file = find_file(folder, name) if name != "task" else settings if settings.is_file() else None
         # Files of later task types enter the hash only if they exist: the hashes of retrieval tasks must not change.
-        if file.is_file() or name not in LABELLED_FILES:
-            digest.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+        if file or name not in LABELLED:
+            digest.update(hashlib.sha256(file.read_bytes() if file else b"").digest())
     return digest.hexdigest()
 
 

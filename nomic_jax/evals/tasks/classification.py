@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from nomic_jax.evals.tasks.contract import PROMPTS, Embed, TaskError, embedded
+from nomic_jax.evals.tasks.files import LABELLED, find_file
 from nomic_jax.evals.tasks.labelled import Label, read_labelled
 
 EXPERIMENTS, SAMPLES_PER_LABEL, SEED, MAX_ITERATIONS = 10, 8, 42, 100
-FILES = ("train.jsonl", "test.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,13 @@ class ClassificationTask:
           BadRow: a row cannot be used; the message names file and line.
         """
         folder = Path(folder)
-        train, test = (read_labelled(folder / name) for name in FILES)
+        files = [find_file(folder, name) or folder / f"{name}.jsonl" for name in LABELLED]
+        train, test = map(read_labelled, files)
         known = set(train.labels)
         if len(known) < 2:
-            raise TaskError(
-                f"{folder / 'train.jsonl'}: all rows have the label {train.labels[0]!r}; at least two are needed"
-            )
+            raise TaskError(f"{files[0]}: all rows have the label {train.labels[0]!r}; at least two are needed")
         if unknown := [label for label in test.labels if label not in known]:
-            raise TaskError(f"{folder / 'test.jsonl'}: no row of train.jsonl has the label {unknown[0]!r}")
+            raise TaskError(f"{files[1]}: no row of {files[0].name} has the label {unknown[0]!r}")
         return cls(
             folder.name, train.texts, train.labels, test.texts, test.labels, cls.prompt if prompt is None else prompt
         )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nomic_jax.evals.tasks.contract import PROMPTS, Embed, TaskError, embedded
+from nomic_jax.evals.tasks.files import find_file
 from nomic_jax.evals.tasks.labelled import Label, read_labelled
 
 BATCH_SIZE, SEED = 500, 42
@@ -34,9 +35,10 @@ class ClusteringTask:
           BadRow: a row cannot be used; the message names file and line.
         """
         folder = Path(folder)
-        texts, labels = read_labelled(folder / "test.jsonl")
+        file = find_file(folder, "test") or folder / "test.jsonl"
+        texts, labels = read_labelled(file)
         if len(set(labels)) < 2:
-            raise TaskError(f"{folder / 'test.jsonl'}: all rows have the label {labels[0]!r}; at least two are needed")
+            raise TaskError(f"{file}: all rows have the label {labels[0]!r}; at least two are needed")
         return cls(folder.name, texts, labels, cls.prompt if prompt is None else prompt)
 
     @property

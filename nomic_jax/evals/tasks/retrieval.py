@@ -6,6 +6,7 @@ A task is a folder in BEIR's format:
     corpus.jsonl    {"_id", "text"} and, optionally, "title", which is put before the text
     qrels.jsonl     {"query_id", "document_id", "score"}, or BEIR's "query-id" and "corpus-id"; a score above 0 means
                     relevant and is the gain
+                    (all three may be in another format; qrels/test.tsv, as BEIR has it, stands for qrels.jsonl)
     task.json       optional, {"query_prompt", "document_prompt"}: names of the model's prompts (PROMPTS by
                     default), or null for no prompt; {"ignore_identical_ids": true}: leave a document out of the ranking
                     for the query of the same _id, as mteb does for ArguAna and Quora, whose queries are documents
@@ -21,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.row_checks import BadRow, number_of
+from nomic_jax.data.formats.text.beir import DOCUMENT_ID, QUERY_ID, read_judgements, text_with_title
 from nomic_jax.evals.tasks import contract
 from nomic_jax.evals.tasks.contract import Embed, Similarity, TaskError, embedded, inner_product
+from nomic_jax.evals.tasks.files import RETRIEVAL, find_file
 
 PROMPTS = {f"{side}_prompt": contract.PROMPTS[side] for side in ("query", "document")}
-QUERY_ID, DOCUMENT_ID = ("query_id", "query-id"), ("document_id", "corpus-id", "corpus_id")
 IGNORE = "ignore_identical_ids"
-FILES = ("queries.jsonl", "corpus.jsonl", "qrels.jsonl")
 RECALL_AT = (1, 10, 100)
 DEPTH = max(RECALL_AT) + 1  # the query's own document may be left out
 QUERY_BLOCK, DOCUMENT_BLOCK = 256, 16384  # 50 MB of scores and keys at a time
@@ -66,24 +68,25 @@ class RetrievalTask:
           BadRow: a row cannot be used; the message names file and line.
         """
         folder = Path(folder)
-        for name in FILES:
-            if not (folder / name).is_file():
-                raise TaskError(f"{folder} has no {name}; a retrieval task needs {', '.join(FILES)}")
+        files: dict[str, Path] = {}
+        for name in RETRIEVAL:
+            if (file := find_file(folder, name)) is None:
+                needed = ", ".join(f"{each}.jsonl" for each in RETRIEVAL)
+                raise TaskError(f"{folder} has no {name}.jsonl; a retrieval task needs {needed}")
+            files[name] = file
         settings = _settings(folder / "task.json")
         ignores_identical_ids = settings.pop(IGNORE)
-        queries = _texts(folder / "queries.jsonl")
-        corpus = dict(sorted(_texts(folder / "corpus.jsonl").items(), reverse=True))
+        queries = _texts(files["queries"])
+        corpus = dict(sorted(_texts(files["corpus"]).items(), reverse=True))
         index = {document_id: i for i, document_id in enumerate(corpus)}
         judged: dict[str, dict[int, int]] = {}
-        qrels = folder / "qrels.jsonl"
-        query_column, document_column = _id_columns(qrels)
-        for row in read_rows(qrels, {query_column: str, document_column: str}):
-            query_id, document_id, score = row[query_column], row[document_column], row.get("score")
+        qrels = files["qrels"]
+        for query_id, document_id, score in _judgements(qrels):
             where = f"{qrels}: query {query_id!r}, document {document_id!r}"
             if query_id not in queries:
-                raise TaskError(f"{where}: queries.jsonl has no such query")
+                raise TaskError(f"{where}: {files['queries'].name} has no such query")
             if document_id not in index:
-                raise TaskError(f"{where}: corpus.jsonl has no such document")
+                raise TaskError(f"{where}: {files['corpus'].name} has no such document")
             if isinstance(score, float) and score.is_integer():
                 score = int(score)
             if not isinstance(score, int):
@@ -180,17 +183,20 @@ def _texts(file: Path) -> dict[str, str]:
     """Returns id -> text, with BEIR's title before it. Documents may be empty, as in some published corpora."""
     texts = {}
     for row in read_rows(file, {"_id": str}):
-        parts: list[Any] = [row.get("title") or "", row.get("text")]
-        if not all(isinstance(part, str) for part in parts):
-            raise TaskError(f"{file}: {row['_id']!r} needs a text and, optionally, a title, both strings")
         if row["_id"] in texts:
             raise TaskError(f"{file}: the _id {row['_id']!r} is given twice")
-        texts[row["_id"]] = " ".join(parts).strip()
+        try:
+            texts[row["_id"]] = text_with_title(row, str(file))
+        except BadRow as error:
+            raise TaskError(str(error)) from error
     return texts
 
 
-def _id_columns(qrels: Path) -> tuple[str, str]:
-    """Returns the names of the columns with the ids of queries and of documents, as the first row has them."""
+def _judgements(qrels: Path) -> Iterator[tuple[str, str, Any]]:
+    """Yields the ids of a query and of a document, and the score."""
+    if qrels.parent.name == "qrels":  # in BEIR's layout, whose rows are the relevant pairs
+        yield from (judgement[1:] for judgement in read_judgements(str(qrels)))
+        return
     columns = set(next(islice(read_rows(qrels, {}), 1), {}))
     found = [next((name for name in names if name in columns), None) for names in (QUERY_ID, DOCUMENT_ID)]
     if columns and None in found:
@@ -198,7 +204,9 @@ def _id_columns(qrels: Path) -> tuple[str, str]:
             f"{qrels} has the columns {', '.join(sorted(columns))}; write query_id, document_id and score, or BEIR's "
             f"query-id, corpus-id and score"
         )
-    return found[0] or QUERY_ID[0], found[1] or DOCUMENT_ID[0]
+    query, document = found[0] or QUERY_ID[0], found[1] or DOCUMENT_ID[0]
+    for row in read_rows(qrels, {query: str, document: str}):
+        yield row[query], row[document], number_of(row.get("score"))
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.row_checks import number_of
 from nomic_jax.evals.tasks.contract import PROMPTS, Embed, TaskError, embedded, unit_length
+from nomic_jax.evals.tasks.files import find_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +34,9 @@ class StsTask:
           BadRow: a row cannot be used; the message names file and line.
         """
         folder = Path(folder)
-        file = folder / "test.jsonl"
+        file = find_file(folder, "test") or folder / "test.jsonl"
         rows = list(read_rows(file, {"sentence1": str, "sentence2": str}))
-        scores: list[Any] = [row.get("score") for row in rows]
+        scores: list[Any] = [number_of(row.get("score")) for row in rows]
         for number, score in enumerate(scores, 1):
             if type(score) not in (int, float) or not np.isfinite(score):
                 raise TaskError(f"{file}: row {number} has the score {score!r}; write a finite number for each")

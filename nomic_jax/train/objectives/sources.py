@@ -16,7 +16,7 @@ def open_sources(config: TrainConfig, tokenizer: Tokenizer) -> tuple[tuple[Sourc
     """
     data = config.data
     assert isinstance(data, MlmData | PairData)
-    sources = read_mixture(data.mixture, ROW_KINDS[config.stage])
+    sources = read_mixture(data.mixture, ROW_KINDS[config.stage], data.columns)
 
     def open_stores(fingerprints: list[str]) -> list[TokenStore]:
         return [

@@ -102,10 +102,11 @@ def test_an_empty_file_is_an_error(tmp_path):
 
 
 def test_negatives_are_lists_of_texts(tmp_path):
-    path = lines(tmp_path / "rows.jsonl", b'{"negatives": ["a", "b"]}', b'{"negatives": "a"}')
+    path = lines(tmp_path / "rows.jsonl", b'{"negatives": ["a", "b"]}', b'{"negatives": "a"}', b'{"negatives": 1}')
     rows = read_rows(path, {"negatives": list})
     assert next(rows) == {"negatives": ["a", "b"]}
-    with pytest.raises(BadRow, match="should be a list of texts, found str"):
+    assert next(rows) == {"negatives": ["a"]}
+    with pytest.raises(BadRow, match="should be a list of texts, found int"):
         next(rows)
 
 
@@ -172,7 +173,7 @@ FILE_FAULTS = {
     "numbers": (pa.table({"text": [1]}), str, "should hold text, found the type int64"),
     "bytes": (pa.table({"text": [b"x"]}), str, "should hold text, found the type binary"),
     "lists for texts": (pa.table({"text": [["x"]]}), str, "should hold text, found the type list"),
-    "texts for lists": (pa.table({"text": ["x"]}), list, "should hold lists of texts, found the type string"),
+    "numbers for lists": (pa.table({"text": [1]}), list, "should hold lists of texts, found the type int64"),
 }
 
 

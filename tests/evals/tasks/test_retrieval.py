@@ -38,6 +38,26 @@ def animals(folder: Path) -> Path:
     )
 
 
+def test_files_of_a_task_may_be_those_of_beir_or_in_another_format(tmp_path):
+    want = RetrievalTask.read(animals(tmp_path / "animals"))
+    folder = animals(tmp_path / "beir" / "animals")
+    (folder / "qrels.jsonl").unlink()
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t2\nq1\td3\t0\n")
+    (folder / "corpus.jsonl").unlink()
+    (folder / "corpus.csv").write_text("_id,text\n" + "".join(f"{name},{text}\n" for name, text in ANIMALS.items()))
+    assert find_tasks([tmp_path / "beir"]) == {"animals": folder}
+    assert RetrievalTask.read(folder) == want
+    before = task_sha256(folder)
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td9\t1\n")
+    assert task_sha256(folder) != before
+    with pytest.raises(TaskError, match=r"query 'q1', document 'd9': corpus\.csv has no such document"):
+        RetrievalTask.read(folder)
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n")
+    with pytest.raises(TaskError, match=r"has qrels\.tsv and qrels/test\.tsv; keep one"):
+        RetrievalTask.read(folder)
+
+
 def test_metrics_are_those_of_trec_eval(tmp_path):
     pytrec_eval = pytest.importorskip("pytrec_eval")
     rng = np.random.default_rng(0)
