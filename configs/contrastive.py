@@ -1,5 +1,5 @@
 """Contrastive pretraining on weakly related pairs (paper section 3.3): variants :paper (default), :debug, :quickstart,
-:hour, :one_gpu.
+:hour, :own, :one_gpu.
 
 python -m launch.train --config=configs/contrastive.py --workdir=runs/contrastive --config.init_from=runs/mlm \\
     --config.data.mixture=pairs.yaml
@@ -7,7 +7,15 @@ python -m launch.train --config=configs/contrastive.py --workdir=runs/contrastiv
 
 from ml_collections import ConfigDict
 
-from nomic_jax.train.defaults import PAIRS_DEBUG, PAIRS_ONE_GPU, PAIRS_QUICKSTART, Changes, apply_variant, base_config
+from nomic_jax.train.defaults import (
+    PAIRS_DEBUG,
+    PAIRS_ONE_GPU,
+    PAIRS_OWN,
+    PAIRS_QUICKSTART,
+    Changes,
+    apply_variant,
+    base_config,
+)
 
 # A few minutes on 2 CPU cores.
 _QUICKSTART = PAIRS_QUICKSTART | {
@@ -23,6 +31,7 @@ VARIANTS: dict[str, Changes] = {
     "quickstart": _QUICKSTART,
     # Twenty minutes on 2 CPU cores for some 32,000 pairs, of the hour that launch/recipe.sh takes.
     "hour": _QUICKSTART | {"epochs": 2.5, "data.layout": "packed", "checkpoint.every": 100},
+    "own": PAIRS_OWN | {"batch_size": 64},
     # A few minutes of one GPU of 80 GB or more for some 350,000 pairs.
     "one_gpu": PAIRS_ONE_GPU | {"batch_size": 2048, "checkpoint.every": 50},
 }
@@ -32,7 +41,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     """The configuration of contrastive pretraining.
 
     Args:
-      variant: "paper", "debug", "quickstart", "hour" or "one_gpu"; ``VARIANTS`` says what each changes.
+      variant: "paper", "debug", "quickstart", "hour", "own" or "one_gpu"; ``VARIANTS`` says what each changes.
     """
     config = base_config("contrastive")
     config.batch_size = 16_384

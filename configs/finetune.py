@@ -1,5 +1,5 @@
 """Supervised finetuning with hard negatives (paper section 3.4): variants :paper (default), :debug, :quickstart, :hour,
-:one_gpu.
+:own, :one_gpu.
 
 python -m launch.train --config=configs/finetune.py --workdir=runs/finetune --config.init_from=runs/contrastive \\
     --config.data.mixture=triplets.yaml
@@ -7,7 +7,15 @@ python -m launch.train --config=configs/finetune.py --workdir=runs/finetune --co
 
 from ml_collections import ConfigDict
 
-from nomic_jax.train.defaults import PAIRS_DEBUG, PAIRS_ONE_GPU, PAIRS_QUICKSTART, Changes, apply_variant, base_config
+from nomic_jax.train.defaults import (
+    PAIRS_DEBUG,
+    PAIRS_ONE_GPU,
+    PAIRS_OWN,
+    PAIRS_QUICKSTART,
+    Changes,
+    apply_variant,
+    base_config,
+)
 
 # A few minutes on 2 CPU cores.
 _QUICKSTART = PAIRS_QUICKSTART | {
@@ -22,6 +30,7 @@ VARIANTS: dict[str, Changes] = {
     "quickstart": _QUICKSTART,
     # Some minutes on 2 CPU cores for some 8,000 rows, of the hour that launch/recipe.sh takes.
     "hour": _QUICKSTART | {"data.layout": "packed", "checkpoint.every": 50},
+    "own": PAIRS_OWN | {"batch_size": 32, "data.num_negatives": 1},
     # A minute of one GPU of 80 GB or more for some 50,000 rows.
     "one_gpu": PAIRS_ONE_GPU | {"optim.lr": 5e-5, "checkpoint.every": 100},
 }
@@ -31,7 +40,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     """The configuration of supervised finetuning.
 
     Args:
-      variant: "paper", "debug", "quickstart", "hour" or "one_gpu"; ``VARIANTS`` says what each changes.
+      variant: "paper", "debug", "quickstart", "hour", "own" or "one_gpu"; ``VARIANTS`` says what each changes.
     """
     config = base_config("finetune")
     config.batch_size = 256

@@ -1,11 +1,11 @@
-"""Masked-LM pretraining (paper section 3.2): variants :paper (default), :debug, :quickstart, :hour, :one_gpu.
+"""Masked-LM pretraining (paper section 3.2): variants :paper (default), :debug, :quickstart, :hour, :own, :one_gpu.
 
 python -m launch.train --config=configs/mlm.py --workdir=runs/mlm --config.data.mixture='text/*.jsonl'
 """
 
 from ml_collections import ConfigDict
 
-from nomic_jax.train.defaults import DEBUG, ONE_GPU, QUICKSTART, Changes, apply_variant, base_config
+from nomic_jax.train.defaults import DEBUG, ONE_GPU, OWN, QUICKSTART, Changes, apply_variant, base_config
 
 # A few minutes on 2 CPU cores.
 _QUICKSTART = QUICKSTART | {
@@ -25,6 +25,8 @@ VARIANTS: dict[str, Changes] = {
     "paper": {},
     "debug": DEBUG | {"batch_size": 16, "accumulate": 1, "data.seq_len": 64},
     "quickstart": _QUICKSTART,
+    # A user's own text, on any device.
+    "own": OWN | {"optim.lr": 5e-5, "batch_size": 32, "accumulate": 1, "steps": -1, "data.seq_len": 512},
     # A quarter of an hour on 2 CPU cores, of the hour that launch/recipe.sh takes.
     "hour": _QUICKSTART | {"steps": 2200, "checkpoint.every": 200},
     # The paper's model on some 40M tokens: about 90 seconds of one GPU of 80 GB or more.
@@ -36,7 +38,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     """The configuration of masked-LM pretraining.
 
     Args:
-      variant: "paper", "debug", "quickstart", "hour" or "one_gpu"; ``VARIANTS`` says what each changes.
+      variant: "paper", "debug", "quickstart", "hour", "own" or "one_gpu"; ``VARIANTS`` says what each changes.
     """
     config = base_config("mlm")
     config.batch_size = 4096

@@ -34,16 +34,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from absl import flags
 
-from nomic_jax.data.prompts import prompt_for
 from nomic_jax.data.words import WORDS_VERSION
 from nomic_jax.evals.report.page import table, write_report
 from nomic_jax.evals.report.record import is_output, run_cells
 from nomic_jax.evals.suites import hub, local, loco, mteb
 from nomic_jax.evals.suites.glue import cells as glue_cells
-from nomic_jax.evals.tasks.contract import Embed, TaskError
+from nomic_jax.evals.tasks.contract import Embed, embed_with
 from nomic_jax.files.folders import check_only
 
 from . import glue
@@ -104,19 +102,6 @@ class LazyEncoders:
                 self.at(max_length), name, unnormalized_types=mteb.UNNORMALIZED, truncate_dim=dim
             )
         return self._for_mteb[key]
-
-
-def embed_with(embedder: Any, normalize: bool, batch_size: int = 64) -> Embed:
-    """The function with which tasks embed texts, by the rule of ``nomic_jax.data.prompts`` for prompts."""
-
-    def embed(texts: list[str], prompt: str) -> np.ndarray:
-        try:
-            prefix = prompt_for(embedder.prompts, prompt)
-        except ValueError as error:
-            raise TaskError(f"{error}. See task.json in --help") from error
-        return embedder.encode(texts, prompt=prefix, batch_size=batch_size, normalize_embeddings=normalize)
-
-    return embed
 
 
 def evaluate(

@@ -10,25 +10,17 @@ with --coordinator_address=HOST:PORT --num_processes=N --process_id=I. The worki
 that all hosts share. A shared token cache is written once; otherwise each host writes its own.
 """
 
-import functools
-
-import jax
 from absl import flags
 
-from nomic_jax.evals.suites.local import find_tasks, read_task, run_task
-from nomic_jax.hf import Checkpoint
+from nomic_jax.fitting.stage import run_stage
 from nomic_jax.inference.compilation_cache import use_compilation_cache
-from nomic_jax.inference.embedder import Embedder
 from nomic_jax.train import hosts
-from nomic_jax.train.config import EvaluationConfig, TrainConfig
-from nomic_jax.train.evaluation import Evaluate, check_metric
+from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.interruption import exit_on_sigterm
-from nomic_jax.train.loop import train
 from nomic_jax.train.watch.goodput import process_began
 
 from . import config_files
 from .errors import run
-from .evaluate import embed_with
 
 _CONFIG = config_files.define(
     "config", "mlm, contrastive, finetune, glue, or a .py file; with :variant if wanted, such as mlm:debug."
@@ -56,30 +48,7 @@ def main(_: list[str]) -> None:
     use_compilation_cache()
     config = TrainConfig.from_mapping(_CONFIG.value.to_dict())
     _join()
-    if hosts.is_first_process():
-        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        print(f"{config.stage}: {jax.device_count()} device(s){processes}, {jax.devices()[0].device_kind}")
-    evaluate = make_evaluation(config.evaluation) if config.evaluation.every else None
-    last = train(config, _WORKDIR.value, evaluate=evaluate, began=process_began())
-    if not hosts.is_first_process():
-        return
-    if last:
-        print(f"{config.stage}: finished with " + ", ".join(f"{name} {value:.4g}" for name, value in last.items()))
-    else:
-        print(f"{config.stage}: {_WORKDIR.value} is complete: it is at its last step")
-
-
-def make_evaluation(config: EvaluationConfig) -> Evaluate:
-    """The function that evaluates a model on local tasks. It reads the tasks now, so that faulty ones fail early."""
-    read = {name: read_task(folder) for name, folder in find_tasks(config.tasks.split(",")).items()}
-    check_metric(config.metric, [task.metrics for task in read.values()])
-
-    def evaluate(model: Checkpoint) -> dict[str, dict[str, float]]:
-        embedder = Embedder.from_checkpoint(model, dtype=model.config.encoder.dtype)
-        embed = functools.partial(embed_with, embedder)
-        return {name: dict(run_task(task, embedder, embed)) for name, task in read.items()}
-
-    return evaluate
+    run_stage(config, _WORKDIR.value, began=process_began())
 
 
 def _join() -> None:

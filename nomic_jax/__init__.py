@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nomic_jax.fitting.fit import fit
+    from nomic_jax.fitting.run import Run
     from nomic_jax.inference.classifier import Classifier
     from nomic_jax.inference.embedder import Embedder
     from nomic_jax.inference.integrations import langchain_embeddings, llama_index_embedding, mteb_encoder
@@ -15,13 +17,17 @@ __all__ = [
     "Embedder",
     "EmbeddingConfig",
     "EncoderConfig",
+    "Run",
     "embed",
+    "fit",
     "langchain_embeddings",
     "llama_index_embedding",
     "mteb_encoder",
 ]
 
 _MODULES = {
+    "Run": "nomic_jax.fitting.run",
+    "fit": "nomic_jax.fitting.fit",
     "Classifier": "nomic_jax.inference.classifier",
     "Embedder": "nomic_jax.inference.embedder",
     "langchain_embeddings": "nomic_jax.inference.integrations",

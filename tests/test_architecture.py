@@ -21,6 +21,7 @@ ALLOWED = {
     "run": {"model", "hf", "data"},
     "train": {"model", "hf", "data", "run"},
     "inference": {"model", "hf", "data", "run", "evals"},
+    "fitting": {"model", "hf", "data", "run", "train", "evals", "inference"},
 }
 # Package -> its rooms (subpackages and modules) -> the rooms of that package that they may import from.
 ROOMS = {
@@ -48,6 +49,7 @@ ROOMS = {
         "interruption": set(),
         "hosts": {"interruption"},
         "optim": {"config"},
+        "choices": {"config"},
         "start": {"config"},
         "objectives": {"config", "sharding", "hosts"},
         "state": {"sharding", "objectives"},
@@ -55,7 +57,7 @@ ROOMS = {
         "planning": {"typed_fields", "config", "sharding", "hosts", "optim", "objectives", "state", "watch"},
         "evaluation": {"config", "hosts", "watch"},
         "loop": {
-            *("config", "sharding", "interruption", "hosts", "optim", "start"),
+            *("config", "choices", "sharding", "interruption", "hosts", "optim", "start"),
             *("objectives", "state", "watch", "planning", "evaluation"),
         },
         "reproduce": {"config", "sharding", "loop"},

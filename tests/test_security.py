@@ -32,9 +32,9 @@ EXCEPTIONS = {
         "importlib.import_module",
     ): "of two names that stand beside it: wandb, trackio",
     (
-        "launch/config_files.py",
+        "nomic_jax/fitting/named_configs.py",
         "importlib.util.spec_from_file_location",
-    ): "the configuration, which is Python, that --config names",
+    ): "the configuration, which is Python, that --config or `config` names",
     ("launch/__main__.py", "runpy.run_module"): "of the modules of launch and convert, found beside it",
     ("launch/teacher.py", "import of cloudpickle"): "this module's own functions go to Ray's workers; nothing is read",
 }

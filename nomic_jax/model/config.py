@@ -32,7 +32,8 @@ class EncoderConfig:
       rope_base: theta of RoPE.
       rope_scaling_factor: alpha of dynamic NTK; with None, texts beyond ``max_trained_positions`` are rejected.
       pad_token_id: row of the word embeddings that is initialized to zero.
-      dtype: computation dtype; parameters are float32, softmax, norms and angles are computed in float32.
+      dtype: computation dtype; parameters are float32, softmax, norms and angles are computed in float32. "auto" is for
+        the settings of a training run, which chooses one before it makes the encoder (``nomic_jax.train.choices``).
       attention: implementation, see ``nomic_jax.model.attention``.
       recompute: what the backward pass recomputes instead of storing, see ``nomic_jax.model.encoder``. "auto" is for
         training, which chooses by the memory (``nomic_jax.train.planning.recomputation``); an encoder takes it as
@@ -63,7 +64,7 @@ class EncoderConfig:
         choices = {
             "position": ("rope", "absolute"),
             "activation": ("swiglu", "gelu"),
-            "dtype": ("float32", "bfloat16", "float16"),
+            "dtype": ("auto", "float32", "bfloat16", "float16"),
             "attention": IMPLEMENTATIONS,
             "recompute": RECOMPUTE,
         }

@@ -69,6 +69,7 @@ class PairData:
         "carry" them into the next.
       layout: how texts are arranged in a batch (``nomic_jax.data.batches.packing``). "padded": every text is padded to
         the longest. "bucketed": chunks of texts of similar length. "packed": several texts in a row.
+        "auto": chosen before the first step, see ``nomic_jax.train.choices``.
       chunk_tokens: tokens in a chunk of a bucketed or packed layout; 0 for an eighth of a device's share of the batch,
         at most 16,384. With ``model.recompute=auto``, 0 stands for the best size.
     """
@@ -85,7 +86,7 @@ class PairData:
     sampling: Literal["rows", "shards", "temperature", "weights"] = "rows"
     sampling_temperature: float = 1.0
     remainder: Literal["drop", "carry"] = "drop"
-    layout: Literal["padded", "bucketed", "packed"] = "padded"
+    layout: Literal["auto", "padded", "bucketed", "packed"] = "padded"
     chunk_tokens: int = 0
 
     lengths: ClassVar = ("query_length", "document_length")

@@ -45,6 +45,17 @@ PAIRS_QUICKSTART = QUICKSTART | {
     "loss.temperature": 0.05,
     "optim.warmup": 0.06,
 }
+# :own continues a trained model on a user's own rows, on any device.
+OWN = {"model.dtype": "auto", "checkpoint.keep": 2}
+PAIRS_OWN = OWN | {
+    "data.layout": "auto",
+    "data.query_length": 64,
+    "data.document_length": 512,
+    "optim.lr": 2e-5,
+    "optim.warmup": 0.1,
+    "optim.decay": "linear",
+    "loss.temperature": 0.05,
+}
 PAIRS_ONE_GPU = ONE_GPU | {
     "data.query_length": 64,
     "data.document_length": 512,

@@ -18,6 +18,7 @@ from nomic_jax.run.pretrained import identify, read_pretrained, resolve
 from nomic_jax.run.record import make_record, shuffle_of, trained_prompts
 from nomic_jax.run.workdir import used_workdir
 from nomic_jax.train import hosts
+from nomic_jax.train.choices import make_choices
 from nomic_jax.train.config import ConfigurationError, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, Evaluations
 from nomic_jax.train.interruption import Interruption, Preempted
@@ -85,6 +86,8 @@ def _train(
 ) -> dict[str, float]:
     """Trains in a working directory that is held."""
     mesh = make_mesh(devices)
+    earlier_record = repeated or hosts.on_first_process(lambda: latest_record(workdir))
+    config = make_choices(config, earlier_record, mesh.size, _print_once)
     config.check(mesh.size)
     # Which checkpoint this is, is decided once, for all processes: the run that it belongs to may still train.
     places = hosts.on_first_process(
@@ -97,8 +100,7 @@ def _train(
     tokenizer = find_tokenizer(config, pretrained, model)
     if pretrained is None:
         model = with_pad_token(model, tokenizer)
-    earlier = repeated or hosts.on_first_process(lambda: latest_record(workdir))
-    shuffle = shuffle_of(earlier) if earlier else VERSION
+    shuffle = shuffle_of(earlier_record) if earlier_record else VERSION
     stream = make_stream(config, tokenizer, mesh.size, shuffle)
     if repeated and stream.fingerprint != repeated["data_fingerprint"]:
         raise ConfigurationError(
@@ -115,7 +117,7 @@ def _train(
     optimizer = make_optimizer(config.optim, schedule)
     settings, chosen = dataclasses.asdict(config), None
     if config.model.recompute == recomputation.AUTO and end:
-        chosen = recomputation.recorded(earlier, config, mesh.size) or recomputation.choose(
+        chosen = recomputation.recorded(earlier_record, config, mesh.size) or recomputation.choose(
             config, model, stream, optimizer, mesh, guide_model, _print_once
         )
         config = chosen.applied(config)

@@ -9,14 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from launch.evaluate import embed_with
 from launch.teacher import open_teacher
 from nomic_jax import Embedder
 from nomic_jax.data.mixture import read_mixture
 from nomic_jax.data.prompts import NOMIC_PROMPTS, prompt_for, prompt_text, prompts_of
 from nomic_jax.data.tokens.pretokenize import pretokenize
 from nomic_jax.evals.suites.local import read_task
-from nomic_jax.evals.tasks.contract import TaskError
+from nomic_jax.evals.tasks.contract import TaskError, embed_with
 from nomic_jax.hf import read_checkpoint, write_checkpoint
 from nomic_jax.run.pretrained import read_pretrained
 from nomic_jax.train.loop import train

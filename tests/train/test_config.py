@@ -43,7 +43,7 @@ def test_paper_variants_are_the_recipe():
         (lambda v: v["optim"].update(decay="cosin"), "config.optim.decay is 'cosin'; write one of linear"),
         (lambda v: v.update(batch_size="16"), "config.batch_size is '16'; it should be of type int"),
         (lambda v: v["model"].update(num_heads=3), "num_heads 3; choose num_heads among the divisors"),
-        (lambda v: v["model"].update(dtype="float8"), "model.dtype is 'float8'; write one of float32"),
+        (lambda v: v["model"].update(dtype="float8"), "model.dtype is 'float8'; write one of auto, float32"),
         (lambda v: v.update(stage="pretrain"), "config.stage is 'pretrain'"),
     ],
 )

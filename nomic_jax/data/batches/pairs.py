@@ -27,7 +27,7 @@ MAX_CHUNK_TOKENS = 16_384  # fills a GPU; larger chunks have coarser buckets, he
 
 
 def make_layout(
-    kind: Literal["padded", "bucketed", "packed"],
+    kind: str,
     stores: Sequence[TokenStore],
     *,
     query_length: int,

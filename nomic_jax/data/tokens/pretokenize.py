@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nomic_jax.data.formats.file_format import Mark, Scan
 from nomic_jax.data.formats.paths import expand_files

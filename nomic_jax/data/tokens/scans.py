@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nomic_jax.data.formats.file_format import Mark, Scan
 from nomic_jax.data.formats.file_systems import file_system

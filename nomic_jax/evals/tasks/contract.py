@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nomic_jax.data.prompts import prompt_for
+
 # (texts, name of a prompt or role, "" for no prompt) -> embeddings [N, E]. Retrieval compares them by inner product;
 # classification and clustering use them unchanged.
 Embed = Callable[[list[str], str], np.ndarray]
@@ -72,6 +74,19 @@ class Encoders(Protocol):
     def for_mteb(self, max_length: int, dim: int | None, name: str) -> Any:
         """Returns the model in the form that ``mteb.evaluate`` takes."""
         ...
+
+
+def embed_with(embedder: Any, normalize: bool, batch_size: int = 64) -> Embed:
+    """Returns the function with which tasks embed texts, by the rule of ``nomic_jax.data.prompts`` for prompts."""
+
+    def embed(texts: list[str], prompt: str) -> np.ndarray:
+        try:
+            prefix = prompt_for(embedder.prompts, prompt)
+        except ValueError as error:
+            raise TaskError(f"{error}. See task.json in --help") from error
+        return embedder.encode(texts, prompt=prefix, batch_size=batch_size, normalize_embeddings=normalize)
+
+    return embed
 
 
 def embedded(embed: Embed, texts: list[str], prompt: str) -> np.ndarray:

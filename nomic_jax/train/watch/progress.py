@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nomic_jax.data.batches.stream import Batch
 from nomic_jax.model import EncoderConfig

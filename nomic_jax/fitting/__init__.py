@@ -1,0 +1,1 @@
+"""Training from Python: ``nomic_jax.fit``, and what it shares with the command ``launch.train``."""
