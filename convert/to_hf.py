@@ -1,7 +1,7 @@
 """Converts a checkpoint to a Hugging Face directory: python -m convert.to_hf CHECKPOINT OUT_DIR
 
 CHECKPOINT is the working directory of a run (its latest checkpoint is converted), one of its checkpoints, or another
-Hugging Face directory, to change its format or dtype.
+Hugging Face directory or a name on the hub (ORGANISATION/NAME[@REVISION]), to change its format or dtype.
 
 OUT_DIR may be the clone of a repository: only files of an export are written, all or none of them, and everything else
 stays. --push_to_hub uploads these files too, in one commit, with the token of `hf auth login` or HF_TOKEN.
@@ -26,7 +26,9 @@ from nomic_jax.run.pretrained import read_pretrained
 
 def main() -> None:
     parser = Parser("python -m convert.to_hf", __doc__)
-    parser.add_argument("checkpoint", help="the checkpoint to convert")
+    parser.add_argument(
+        "checkpoint", help="the checkpoint to convert: a folder, or a name on the hub (ORGANISATION/NAME[@REVISION])"
+    )
     parser.add_argument(
         "out_dir", help="directory to write; sentence-transformers, transformers and others can load it"
     )

@@ -101,7 +101,7 @@ def fit(
         group[field] = value
     settled = TrainConfig.from_mapping(flat)
     with live_plot(Path(workdir)) if _in_notebook() else contextlib.nullcontext():
-        run_stage(settled, workdir)
+        run_stage(settled, Path(workdir))
     return Run(workdir)
 
 

@@ -1,18 +1,54 @@
 """Models on the Hugging Face hub: downloads them into local directories, and uploads exports."""
 
+import re
 from pathlib import Path
 
 from nomic_jax.data.tokens.hub import is_reachable
 from nomic_jax.files.merging import finish_merge, read_hashes
 from nomic_jax.hf.files import MAIN_FILE, CheckpointError, check_file, is_exported
 
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """Returns whether a path names a model of the hub, ORGANISATION/NAME or ORGANISATION/NAME@REVISION, and no file.
+
+    A path whose first folder exists is a mistyped path.
+    """
+    return _NAME.fullmatch(str(path)) is not None and not Path(path).parts[0].startswith(".") and not _exists(path)
+
+
+def _exists(path: str | Path) -> bool:
+    return Path(path).exists() or Path(Path(path).parts[0]).exists()
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Returns the name and the revision of ORGANISATION/NAME@REVISION; None without one."""
+    found = _NAME.fullmatch(name)
+    return (found[1], found[2]) if found else (name, None)
+
+
+def pinned(name: str) -> str:
+    """Returns ORGANISATION/NAME@COMMIT for the commit that a name stands for now; downloads the model.
+
+    Raises:
+      FileNotFoundError: see ``download``.
+    """
+    return f"{split_revision(name)[0]}@{download(name).name}"
+
 
 def download(hub_id: str, revision: str | None = None) -> Path:
     """Returns the local copy of a hub model: configuration, tokenizer and weights (safetensors if available).
 
+    Args:
+      hub_id: ORGANISATION/NAME, or ORGANISATION/NAME@REVISION.
+      revision: branch, tag or commit.
+
     Raises:
       FileNotFoundError: the hub has no model with that name, or cannot be reached.
     """
+    if revision is None:
+        hub_id, revision = split_revision(hub_id)
     # huggingface_hub is slow to import, and local directories do not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from nomic_jax.files.merging import READY
 from nomic_jax.files.reading import read_json
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
 from nomic_jax.hf.files import MAIN_FILE, check_file
+from nomic_jax.hf.hub import download, is_hub_name, pinned
 from nomic_jax.hf.read import ADAPTER, refuse_adapter
 from nomic_jax.model import EmbeddingConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
@@ -46,12 +46,11 @@ from nomic_jax.run.workdir import (
 
 # Arrays of real checkpoints are up to four times as large as their files: the optimizer's start as zeros.
 LARGEST_RATIO = 32
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def read_pretrained(path: str | Path) -> Checkpoint:
-    """Reads a run's working directory (its latest checkpoint), one of its checkpoints (``best`` too), or a Hugging Face
-    directory.
+    """Reads a run's working directory (its latest checkpoint), one of its checkpoints (``best`` too), a Hugging Face
+    directory, or a model of the hub: ORGANISATION/NAME or ORGANISATION/NAME@REVISION.
 
     If the latest checkpoints of a run are damaged, it warns and reads the latest sound one.
 
@@ -59,6 +58,8 @@ def read_pretrained(path: str | Path) -> Checkpoint:
       FileNotFoundError: ``path`` is none of these.
       DamagedCheckpoint: the checkpoint at ``path``, or every checkpoint of the run, is damaged.
     """
+    if is_hub_name(path):
+        return read_checkpoint(download(str(path)))
     path = Path(path)
     named, path = path, follow(path)
     path = path if named.is_symlink() else named
@@ -71,19 +72,19 @@ def read_pretrained(path: str | Path) -> Checkpoint:
         return _read_run(path.parent.parent, int(path.name))
     if (path / ADAPTER).exists():
         refuse_adapter(path)
-    hint = ""
-    if _HUB_ID.fullmatch(str(named)) and not named.exists():
-        hint = f". If it is a model of the hub, download it (hf download {named} --local-dir=DIR) and give DIR"
     raise FileNotFoundError(
-        f"{path} is neither the working directory of a run, nor a checkpoint in it, nor a Hugging Face directory{hint}"
+        f"{path} is neither the working directory of a run, nor a checkpoint in it, nor a Hugging Face directory"
     )
 
 
 def resolve(path: str | Path) -> Path:
     """Returns the folder that ``read_pretrained`` reads now: of a run, the latest sound checkpoint.
 
-    A run that still trains writes more. What names this folder reads the same weights later, and in every process.
+    A run that still trains writes more, and a branch of the hub moves: for a model of the hub, it returns its name with
+    the commit. What is returned reads the same weights later, and in every process.
     """
+    if is_hub_name(path):
+        return Path(pinned(str(path)))
     named = Path(path)
     path = follow(named)
     if not (path / "checkpoints").is_dir():
@@ -103,7 +104,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     directory, the same kind of hash is computed from its configuration, tokenizer, modules and weights: from all that
     changes a vector.
     """
-    path = follow(path)
+    path = download(str(path)) if is_hub_name(path) else follow(path)
     if (path / "checkpoints").is_dir():
         step, _ = latest_intact(path / "checkpoints")
         path = path / "checkpoints" / str(step)

@@ -35,7 +35,7 @@ def make_choices(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         chosen["model.dtype"] = dtype
     if isinstance(config.data, PairData) and config.data.layout == AUTO:
-        layout = (recorded.get("data") or {}).get("layout") or default_layout(config, config.data, device_count)
+        layout: Any = (recorded.get("data") or {}).get("layout") or default_layout(config, config.data, device_count)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, layout=layout))
         chosen["data.layout"] = layout
     if chosen:

@@ -276,9 +276,9 @@ class TrainConfig:
     Attributes:
       stage: "mlm", "contrastive" or "finetune"; or "classify", a classifier on top of the encoder.
       seed: of random weights, of the order of the data, and of masks.
-      init_from: the model to start from: a run's working directory, one of its checkpoints, or a Hugging Face
-        directory; empty for random weights. Its architecture replaces ``model``, except for dtype, attention and
-        recompute.
+      init_from: the model to start from: a run's working directory, one of its checkpoints, a Hugging Face directory,
+        or a name on the hub (ORGANISATION/NAME, or ORGANISATION/NAME@REVISION); empty for random weights. Its
+        architecture replaces ``model``, except for dtype, attention and recompute.
       batch_size: rows, pairs or queries of an optimizer step, over all devices.
       accumulate: micro-batches of a step. Contrastive batches cannot be split: their rows are each other's negatives.
       steps: optimizer steps; -1 for ``epochs`` passes over the data; 0 writes the initial weights and stops.

@@ -12,6 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.hf.files import check_file
+from nomic_jax.hf.hub import is_hub_name, split_revision
 from nomic_jax.run.manifest import find_damage, stored_bytes
 from nomic_jax.run.pretrained import check_sizes, explained
 from nomic_jax.run.record import changed_environment, check_format, describe_environment, parse_model
@@ -82,7 +83,11 @@ def reproduce(
             f"If the run is yours, or you trust it, write --recorded_paths to open them; or say where your copies are "
             f"with {', '.join(f'--{what}' for what in foreign)}"
         )
-    if places["init_from"] and not Path(places["init_from"]).exists():
+    if is_hub_name(places["init_from"]):
+        # The branch may have moved. The folder of a model of the hub has the name of its commit.
+        commit = Path((record["parent"] or {}).get("path", "")).name
+        places["init_from"] = f"{split_revision(places['init_from'])[0]}@{commit}"
+    elif places["init_from"] and not Path(places["init_from"]).exists():
         raise ConfigurationError(
             f"the run started from {places['init_from']}, which is not here; say where it is with --init_from"
         )

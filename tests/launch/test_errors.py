@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import jax
 import pytest
 
@@ -135,12 +136,13 @@ def test_an_adapter_beside_the_weights_is_named(model, tmp_path, monkeypatch, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_a_name_of_the_hub_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+def test_a_name_of_the_hub_that_cannot_be_fetched(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert end(monkeypatch, convert.to_hf, "org/some-name_v1.5", tmp_path / "out") == 2
-    assert "hf download org/some-name_v1.5 --local-dir=DIR" in capsys.readouterr().err
+    assert "org/some-name_v1.5 is not a directory and could not be fetched from the hub" in capsys.readouterr().err
     assert end(monkeypatch, convert.to_hf, tmp_path / "org" / "name", tmp_path / "out") == 2
-    assert "hf download" not in capsys.readouterr().err
+    assert "neither the working directory of a run, nor a checkpoint in it" in capsys.readouterr().err
 
 
 def test_reports_of_one_name_all_stay_in_the_card(model, tmp_path, monkeypatch):

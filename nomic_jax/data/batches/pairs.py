@@ -87,7 +87,7 @@ def _sampled_lengths(store: TokenStore, query_length: int, document_length: int)
 
 
 def layout_for(
-    kind: Literal["padded", "bucketed", "packed"],
+    kind: str,
     lengths: np.ndarray,
     longest: int,
     tokens_per_device: float,
