@@ -75,6 +75,7 @@ class LayerNorm(nnx.LayerNorm):
         self.output_dtype = jnp.dtype(config.dtype)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        assert self.scale is not None and self.bias is not None
         return layer_norm(x, self.scale[...], self.bias[...], self.epsilon, self.output_dtype)
 
 
