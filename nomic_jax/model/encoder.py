@@ -65,13 +65,10 @@ class Linear(nnx.Linear):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """LayerNorm in float32 with the two-pass variance; the output has the computation dtype."""
+    """``layer_norm`` with its parameters; the output has the computation dtype."""
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        # The one-pass variance E[x^2] - E[x]^2 loses precision, and an eps of 1e-12 cannot compensate.
-        super().__init__(
-            config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
-        )
+        super().__init__(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
         self.output_dtype = jnp.dtype(config.dtype)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
