@@ -2,7 +2,7 @@
 
     python .ci/lock.py [--installed]
 
-They hold the newest versions that setup.py allows, for Python 3.11 with the extras dev and quickstart and for Python
+They hold the newest versions that setup.py allows, for Python 3.11 with the extra dev-torch and for Python
 3.12 with the extra test. With --installed, only the lock of this interpreter is renewed, with the versions of this
 environment for what it has. pip resolves the versions; nothing is installed.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 # Python -> file and extras.
-LOCKS = {"3.11": ("requirements-ci.lock", "dev,quickstart"), "3.12": ("requirements-ci-py312.lock", "test")}
+LOCKS = {"3.11": ("requirements-ci.lock", "dev-torch"), "3.12": ("requirements-ci-py312.lock", "test")}
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from nomic_jax import Embedder
 from nomic_jax.arguments import Parser, fail
 from nomic_jax.data.batches.shapes import pad_right
+from nomic_jax.extras import needs
 from nomic_jax.hf import Checkpoint
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.model import classifier_logits, encode, mlm_logits
@@ -120,12 +121,8 @@ def same_tokens(path: str, checkpoint: Checkpoint, texts: list[str]) -> bool:
 
 
 def torch_vectors(directory: str, texts: list[str], max_length: int) -> np.ndarray:
-    try:
+    with needs("--torch", "sentence-transformers"):
         from sentence_transformers import SentenceTransformer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"--torch needs {error.name}, which is not installed: pip install sentence-transformers", name=error.name
-        ) from error
     model = SentenceTransformer(directory, device="cpu")
     model.max_seq_length = max_length
     return model.encode(texts, prompt="", normalize_embeddings=True)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from nomic_jax.curate.hold_out import Split, sampling_key
 from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.extras import needs
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.writing import atomic_file, write_json
 
@@ -84,7 +85,7 @@ def collect(
 
     Raises:
       ValueError: ``output`` holds a result of other settings or packages, or a source has too few pairs for a task.
-      ModuleNotFoundError: simple_icd_10_cm is not installed.
+      MissingPackage: simple_icd_10_cm is not installed.
     """
     output = Path(output)
     check_only(output, OUTPUTS.__contains__, "launch.collect")
@@ -158,12 +159,8 @@ def collect(
 
 def read_icd10(seed: int) -> list[Diagnosis]:
     """The ICD-10-CM diagnoses that have inclusion terms, in a pseudo-random order of their titles."""
-    try:
+    with needs("collecting diagnoses", "nomic_jax[quickstart]"):
         import simple_icd_10_cm as icd
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "collecting diagnoses needs the package simple-icd-10-cm: pip install nomic_jax[quickstart]"
-        ) from error
     diagnoses = [
         Diagnosis(clean(icd.get_description(code)), [clean(term) for term in terms], icd.get_ancestors(code)[-1])
         for code in icd.get_all_codes(False)

@@ -37,6 +37,7 @@ from typing import Any
 from absl import flags
 
 from nomic_jax.data.words import WORDS_VERSION
+from nomic_jax.evals.report import pictures
 from nomic_jax.evals.report.page import table, write_report
 from nomic_jax.evals.report.record import is_output, run_cells
 from nomic_jax.evals.suites import hub, local, loco, mteb
@@ -127,6 +128,7 @@ def evaluate(
       ValueError, OSError: invalid options or missing files; raised before the first task runs.
       ModuleNotFoundError: the suite needs a library that is not installed.
     """
+    pictures.check_installed()
     if suite not in SUITES:
         raise ValueError(f"--suite={suite} does not exist; write one of: {', '.join(SUITES)}")
     lengths = [max_length] if isinstance(max_length, int) else list(max_length or ())

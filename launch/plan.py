@@ -21,14 +21,15 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from launch.errors import run
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.planning.lengths import made_up, of_token_cache
 from nomic_jax.train.planning.plan import Plan, make_plan, measured
 from nomic_jax.train.planning.targets import GPUS, MissingCompiler, absent_gpus, allow_absent_gpus
 from nomic_jax.train.sharding import make_mesh
+
+from . import config_files
+from .errors import run
 
 FLAGS = flags.FLAGS
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "gpu.json"
@@ -161,8 +162,8 @@ def _duration(hours: float) -> str:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "configs/mlm.py, contrastive.py, finetune.py or glue.py, with :variant if wanted."
+    config_files.define(
+        "config", "mlm, contrastive, finetune, glue, or a .py file; with :variant if wanted, such as mlm:debug."
     )
     flags.mark_flag_as_required("config")
     flags.DEFINE_integer("devices", 1, "Number of devices.", lower_bound=1)

@@ -38,6 +38,7 @@ COLLECTED = ("rows_found", "duplicates_dropped", "pairs", "labelled", "held_out_
 
 
 def main(arguments: list[str]) -> None:
+    pictures.check_installed()
     folder = Path(arguments[0])
     runs = {path.parent.name: path.parent for path in folder.rglob("metrics.jsonl")}
     runs = {name: runs[name] for name in sorted(runs, key=rank)}

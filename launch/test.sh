@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them: bash launch/test.sh [--all] [PYTEST ARGUMENTS]
 #
+# The comparisons with torch need a build of it. Where pip finds none without CUDA, they are left out and counted; with
+# NOMIC_JAX_TORCH=1 any build is installed.
+#
 # --all runs the exhaustive tests too, the fuzz tests with 20 times as many new examples, all with XLA's own settings, and
 # the whole fault suite: more than an hour on 2 cores. --slow-limit=SECONDS raises the 20 seconds that a test may take;
 # see tests/effort.py.
 set -euo pipefail
-case " $* " in *" --help "* | *" -h "*) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit ;; esac
+case " $* " in *" --help "* | *" -h "*) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
 use_venv dev

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nomic_jax.inference.integrations import langchain_embeddings, llama_index_embedding, mteb_encoder
     from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Classifier",
     "Embedder",

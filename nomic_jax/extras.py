@@ -14,7 +14,7 @@ def needs(purpose: str, requirement: str) -> Iterator[None]:
 
     Args:
       purpose: what needs the packages, such as "reading parquet files"; the message begins with it.
-      requirement: what pip installs, such as "nomic_jax[train]".
+      requirement: what pip installs, such as "nomic_jax[train]" or "wandb".
 
     Raises:
       MissingPackage: instead of the ModuleNotFoundError of an import; says what to install.
@@ -25,6 +25,7 @@ def needs(purpose: str, requirement: str) -> Iterator[None]:
         raise
     except ModuleNotFoundError as error:
         package = (error.name or "a package").partition(".")[0]
+        install = requirement if requirement.isidentifier() else f'"{requirement}"'
         raise MissingPackage(
-            f'{purpose} needs {package}, which is not installed: pip install "{requirement}"', name=error.name
+            f"{purpose} needs {package}, which is not installed: pip install {install}", name=error.name
         ) from error

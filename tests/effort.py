@@ -7,10 +7,18 @@ marker, such a test fails the suite. The limit applies to the set-up and to the 
 a shared fixture counts for the first test that uses it. On a slow or loaded machine, raise the limit; 0 disables it.
 With ``--all`` there is no limit by default, because the compiler optimizes and fuzz tests draw many examples.
 
+Without torch, the comparisons with it skip themselves; the summary says how many, and how to run them.
+
 Files with slow tests run first, so that with xdist's ``--dist=loadfile`` no worker starts one at the end.
 """
 
+import importlib.util
+import re
+from pathlib import Path
+
 import pytest
+
+_TORCH = re.compile(r"torch|sentence.transformers|mteb|pytrec_eval")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,3 +89,20 @@ class Effort:
             terminalreporter.line("make them faster, or mark them @pytest.mark.slow(reason=...), or raise --slow-limit")
         if self.left_out:
             terminalreporter.line(f"{self.left_out} exhaustive tests not run; --all runs them")
+        if importlib.util.find_spec("torch") is None:
+            skipped = [report for report in terminalreporter.stats.get("skipped", ()) if _needs_torch(report)]
+            terminalreporter.line(
+                f"{sum(map(_tests_of, skipped))} comparisons with torch, sentence-transformers or mteb not run. To run "
+                "them: install a build of torch without CUDA into this environment, then pip install -e '.[dev-torch]'"
+            )
+
+
+def _needs_torch(report: pytest.TestReport) -> bool:
+    return isinstance(report.longrepr, tuple) and _TORCH.search(report.longrepr[2]) is not None
+
+
+def _tests_of(report: pytest.TestReport) -> int:
+    """The number of test functions that a skip leaves out: those of a whole file, if it is not imported."""
+    if "::" in report.nodeid:
+        return 1
+    return len(re.findall(r"^def test_", Path(report.longrepr[0]).read_text(encoding="utf-8"), re.MULTILINE))

@@ -136,12 +136,14 @@ def test_packages_and_modules_stay_small():
 
 def test_a_lineage_is_checked_by_python_alone():
     own = {"nomic_jax.run.lineage", "nomic_jax.run.manifest", "nomic_jax.arguments"}
-    own |= {f"nomic_jax.files.{name}" for name in ("folders", "printable", "reading", "writing")}
+    own |= {f"nomic_jax.files.{name}" for name in ("folders", "printable", "reading", "system", "writing")}
     files = [ROOT / "launch" / "lineage.py", *(ROOT / f"{name.replace('.', '/')}.py" for name in own)]
     packages = [PACKAGE, PACKAGE / "run", PACKAGE / "files"]
     for file in (*files, *(package / "__init__.py" for package in packages)):
         module = ast.parse(file.read_text(encoding="utf-8"))
         for node in module.body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                from_files = node.module == "nomic_jax.files"
+                names += [f"{node.module}.{alias.name}" for alias in node.names] if from_files else [node.module]
             assert all(name in own or name.partition(".")[0] in sys.stdlib_module_names for name in names), file

@@ -1,5 +1,6 @@
 """The hooks of tests/effort.py, tested in separate runs of pytest."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,21 @@ def test_whole(): pass
     result.stdout.no_fnmatch_line("* s *::test_slow*")
     passed = [line for line in result.outlines if "PASSED" in line]
     assert ["test_c.py" in line for line in passed] == [True] * 4 + [False] * 6
+
+
+def test_comparisons_without_torch_are_counted(pytester, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    pytester.makeini("[pytest]\naddopts = -p tests.effort -p no:cacheprovider")
+    pytester.makepyfile(
+        test_whole="import pytest\npytest.importorskip('no_torch')\ndef test_a(): pass\ndef test_b(): pass",
+        test_one="""
+            import pytest
+            def test_a(): pytest.importorskip("no_sentence_transformers")
+            def test_b(): pytest.skip("needs a GPU")
+            def test_c(): pass
+        """,
+    )
+    result = pytester.runpytest_inprocess()
+    result.assert_outcomes(passed=1, skipped=3)
+    result.stdout.fnmatch_lines(["3 comparisons with torch, sentence-transformers or mteb not run. To run them: *"])

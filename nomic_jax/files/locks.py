@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from nomic_jax.files import system
 from nomic_jax.files.printable import printable
 from nomic_jax.files.writing import open_own, try_lock
 
@@ -29,7 +29,7 @@ def _let_go() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+system.after_fork_in_child(_let_go)
 
 
 @contextlib.contextmanager
@@ -50,12 +50,12 @@ def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """
     while True:
         try:
-            descriptor, is_new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), True
+            descriptor, is_new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | system.O_CLOEXEC, 0o666), True
         except FileExistsError:
             descriptor, is_new = open_own(path, os.O_RDWR), False
         locked = try_lock(descriptor)
         if locked is False and wait:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            system.lock(descriptor, wait=True)
             locked = True
         holder = _read_holder(descriptor)
         if locked is False or (locked is None and not is_new and not _is_dead(holder)):
@@ -74,7 +74,8 @@ def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         content = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(content).encode(), 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, json.dumps(content).encode())
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -84,7 +85,7 @@ def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 def _read_holder(descriptor: int) -> dict[str, Any]:
     try:
-        content = json.loads(os.pread(descriptor, 10_000, 0))
+        content = json.loads(system.read_at(descriptor, 10_000, 0))
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -100,13 +101,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     """Returns whether the process was one of this host and has ended."""
     if holder.get("host") != socket.gethostname() or type(pid := holder.get("pid")) is not int or pid <= 0:
         return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        return False
-    return False
+    return system.has_ended(pid)
 
 
 @contextlib.contextmanager
@@ -118,7 +113,7 @@ def claim(file: Path) -> Iterator[bool]:
     file.parent.mkdir(parents=True, exist_ok=True)
     path = file.with_name(f".{file.name}.lock")
     with open_lock(path) as lock:
-        is_ours = take_lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = take_lock(lock)
         yield is_ours
         # Remove the lock file only if ``file`` exists: all processes that still need ``file`` must lock the same one.
         if is_ours and file.exists():
@@ -130,7 +125,7 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     """Runs the block in one process at a time; the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_lock(path) as lock:
-        take_lock(lock, fcntl.LOCK_EX)
+        take_lock(lock, wait=True)
         yield
 
 
@@ -138,9 +133,14 @@ def open_lock(path: Path) -> IO[str]:
     return os.fdopen(open_own(path, os.O_RDWR | os.O_APPEND), "a+", encoding="utf-8")
 
 
-def take_lock(file: IO[str], kind: int) -> bool:
+def take_lock(file: IO, *, shared: bool = False, wait: bool = False) -> bool:
+    """Locks an open file and returns whether that succeeded; always, with ``wait``.
+
+    Raises:
+      ValueError: the file system has no locks.
+    """
     try:
-        fcntl.flock(file, kind)
+        system.lock(file.fileno(), shared=shared, wait=wait)
     except BlockingIOError:
         return False
     except OSError as error:

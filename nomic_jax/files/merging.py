@@ -70,7 +70,8 @@ def merged_into(folder: Path, *, main: str, is_ours: Callable[[str], bool], over
                 raise OSError(error.errno, error.strerror, f"{folder}{name.removeprefix(str(part))}") from error
             raise
         finally:
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
 
 
 def finish_merge(folder: Path, *, main: str, is_ours: Callable[[str], bool]) -> bool:

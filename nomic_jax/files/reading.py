@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nomic_jax.files import system
 from nomic_jax.files.printable import printable
 
 # Configuration files are smaller than this. Parsed JSON takes ten times the size of the file in memory.
@@ -98,7 +99,8 @@ def open_regular(
     check_regular(path, within=within, limit=limit, accept=accept)
     # What was checked may have been replaced since. O_NONBLOCK: opening a pipe would wait for its writer.
     target = os.path.realpath(path) if within is not None else path
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (os.O_NOFOLLOW if within is not None else 0)
+    flags = os.O_RDONLY | system.O_NONBLOCK | system.O_CLOEXEC | system.O_NOCTTY
+    flags |= system.O_NOFOLLOW if within is not None else 0
     descriptor = os.open(target, flags)
     try:
         _check_status(path, os.fstat(descriptor), limit)

@@ -8,7 +8,6 @@ its part; the next process that writes NAME removes the parts of NAME that nobod
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from nomic_jax.files import system
 from nomic_jax.files.folders import is_file, is_folder, remove_folder
 from nomic_jax.files.reading import FileRefused, kind_of
 
@@ -58,12 +58,13 @@ def atomic_file(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]
             part.unlink(missing_ok=True)
             raise
         finally:
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
 
 
 def sync_file(path: Path) -> None:
     """Waits until the disk has a file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(path, system.O_SYNCED | system.O_NOFOLLOW | system.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
@@ -102,7 +103,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
                 remove_folder(part)
             raise
         finally:
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
 
 
 def atomic_link(path: Path, target: Path) -> None:
@@ -125,7 +127,7 @@ def exchange(a: Path, b: Path) -> bool:
     """Exchanges two existing paths in one step (renameat2); returns False where the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # not Linux, or a libc of before 2018
+    except (AttributeError, TypeError):  # not Linux, or a libc of before 2018
         return False
     at_cwd = -100
     if renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), _RENAME_EXCHANGE) == 0:
@@ -172,7 +174,7 @@ def open_new(path: str | os.PathLike) -> BinaryIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_target(path)
     path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | system.O_NOFOLLOW | system.O_CLOEXEC, 0o666)
     return os.fdopen(descriptor, "w+b")
 
 
@@ -188,7 +190,7 @@ def open_own(path: str | os.PathLike, flags: int) -> int:
         if not stat.S_ISREG(mode):
             raise FileRefused(f"{path}: is {kind_of(mode)}; expected a file or nothing. Remove it")
     # What was just checked may have been replaced since.
-    flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    flags |= os.O_CREAT | system.O_NOFOLLOW | system.O_NONBLOCK | system.O_CLOEXEC | system.O_NOCTTY
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -245,16 +247,24 @@ def _is_part(name: str, path: Path) -> bool:
     return name.startswith(stem) and re.fullmatch(r"[0-9a-f]{16}\.part", name[len(stem) :]) is not None
 
 
-def new_part(path: Path, folder: bool) -> tuple[Path, int]:
-    """Makes .NAME.<random>.part as a file or folder, and returns it and the descriptor that locks it."""
+def new_part(path: Path, folder: bool) -> tuple[Path, int | None]:
+    """Makes .NAME.<random>.part as a file or folder, and returns it and the descriptor that locks it.
+
+    There is no descriptor on Windows, which neither renames an open file nor opens a folder.
+    """
     while True:
         part = path.with_name(f".{_stem(path)}.{secrets.token_hex(8)}.part")
         if folder:
             part.mkdir()
-            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_DIRECTORY)
+            if not system.HAS_INODES:
+                return part, None
+            descriptor = os.open(part, os.O_RDONLY | system.O_NOFOLLOW | system.O_CLOEXEC | system.O_DIRECTORY)
         else:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | system.O_NOFOLLOW | system.O_CLOEXEC
             descriptor = os.open(part, flags, 0o666)
+        if not system.HAS_INODES:
+            os.close(descriptor)
+            return part, None
         try_lock(descriptor)
         # Between making and locking it, another process may have removed it as a leftover.
         with contextlib.suppress(FileNotFoundError):
@@ -266,7 +276,7 @@ def new_part(path: Path, folder: bool) -> tuple[Path, int]:
 def try_lock(descriptor: int) -> bool | None:
     """Locks an open file (flock) and returns whether that succeeded; None where the file system has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.lock(descriptor)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -287,12 +297,12 @@ def remove_leftovers(path: Path, is_kind: Any) -> None:
         if not _is_part(name, path) or not is_kind(part):
             continue
         try:
-            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(part, os.O_RDONLY | system.O_NOFOLLOW | system.O_NONBLOCK | system.O_CLOEXEC)
         except OSError:  # another process was faster, or the part belongs to another user
             continue
         try:
             locked = try_lock(descriptor)
-            if locked is None:
+            if locked is None or not system.HAS_INODES:
                 locked = time.time() - os.fstat(descriptor).st_mtime > _OLD_SECONDS
             if locked:
                 with contextlib.suppress(OSError, FileRefused):

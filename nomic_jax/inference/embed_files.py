@@ -5,7 +5,6 @@ finished shard. ``launch.embed`` is the command.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -15,11 +14,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from nomic_jax.data.formats.file_systems import file_system
@@ -28,9 +25,14 @@ from nomic_jax.data.formats.paths import input_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
 from nomic_jax.data.formats.text.zip_members import stored_in
+from nomic_jax.extras import needs
+from nomic_jax.files import system
 from nomic_jax.files.folders import check_only, is_file, make_folder
 from nomic_jax.files.writing import atomic_file, open_new, open_own, write_json
 from nomic_jax.inference.kept_columns import check_values_fit, kept_schema, kept_table, unify
+
+if TYPE_CHECKING:  # imported where used: a .npy of jsonl needs none
+    import pyarrow as pa
 
 SUFFIXES = (".npy", ".parquet")
 # Files in the work folder besides the shards: the settings and inputs of the shards, the identity of the output that
@@ -166,6 +168,9 @@ def embed_files(
 def _check_options(output: Path, keep: list[str], prompt_name: str | None, prompt: str | None, on_bad_row: str) -> None:
     if output.suffix not in SUFFIXES:
         raise ValueError(f"--output={output} ends in {output.suffix!r}; write one of {', '.join(SUFFIXES)}")
+    if output.suffix == ".parquet":
+        with needs("a .parquet output", "nomic_jax[data]"):
+            import pyarrow  # noqa: F401
     if prompt_name is not None and prompt is not None:
         raise ValueError("--prompt_name and --prompt are both given; give only one of them")
     if output.suffix == ".npy" and keep:
@@ -182,7 +187,7 @@ def _check_options(output: Path, keep: list[str], prompt_name: str | None, promp
 
 def _survey(
     files: list[str], text_column: str, keep: list[str], on_bad_row: str
-) -> tuple[int | None, dict[str, pa.DataType]]:
+) -> tuple[int | None, dict[str, "pa.DataType"]]:
     """Returns the number of rows and the types of the kept columns if every file is parquet; otherwise (None, {}).
 
     Raises:
@@ -199,6 +204,8 @@ def _survey(
                     raise
     if not footers or not all(file.endswith(".parquet") for file in files):
         return None, {}
+    import pyarrow as pa
+
     schema = unify([pa.schema([(name, schema.field(name).type) for name in keep]) for _, schema in footers])
     return sum(rows for rows, _ in footers), dict(zip(schema.names, schema.types))
 
@@ -224,7 +231,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
     lock = parts / LOCK
     with os.fdopen(open_own(lock, os.O_RDWR), "r+b") as lock_file:
         try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(lock_file.fileno())
             # A process that ends may have removed the file before it was locked here. The lock would have no effect.
             if not lock.exists() or not os.path.samestat(os.fstat(lock_file.fileno()), lock.stat()):
                 raise BlockingIOError
@@ -310,6 +317,8 @@ def _shape(file: Path) -> tuple[int, int]:
     """Returns the rows and dimensions of a shard or of the output, from its header."""
     if file.suffix == ".npy":
         return np.load(file, mmap_mode="r").shape
+    import pyarrow.parquet as pq
+
     return pq.read_metadata(file).num_rows, pq.read_schema(file).field("embedding").type.list_size
 
 
@@ -321,19 +330,23 @@ def _embed_texts(texts: list[str], encode: Callable[[list[str]], np.ndarray], ba
     return np.concatenate(vectors)
 
 
-def _write_shard(path: Path, vectors_NE: np.ndarray, kept: pa.Table | None) -> None:
+def _write_shard(path: Path, vectors_NE: np.ndarray, kept: "pa.Table | None") -> None:
     with atomic_file(path) as part:
         if kept is None:
             with part.open("wb") as f:
                 np.save(f, vectors_NE)
         else:
+            import pyarrow as pa
+
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_NE.reshape(-1)), vectors_NE.shape[1])
             table = kept.append_column("embedding", embedding)
             _write_parquet(part, table.schema, [table])
 
 
-def _write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def _write_parquet(path: Path, schema: "pa.Schema", tables: "Iterable[pa.Table]") -> None:
     """Writes one row group per table. The numbers in vectors rarely repeat, so they have no dictionary."""
+    import pyarrow.parquet as pq
+
     names = [name for name in schema.names if name != "embedding"]
     with pq.ParquetWriter(path, schema, use_dictionary=names) as writer:
         for table in tables:
@@ -351,6 +364,8 @@ def _publish(shards: list[Path], parts: Path, output: Path) -> None:
             for shard in shards:
                 np.load(shard).tofile(f)
     else:
+        import pyarrow.parquet as pq
+
         tables = (pq.ParquetFile(shard).read() for shard in shards)
         open_new(assembled).close()
         _write_parquet(assembled, unify(pq.read_schema(shard) for shard in shards), tables)

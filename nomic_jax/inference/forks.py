@@ -5,6 +5,8 @@ import os
 # There is no public way to ask whether JAX has started its threads.
 from jax._src import xla_bridge
 
+from nomic_jax.files.system import after_fork_in_child
+
 _parent: int | None = None
 
 
@@ -14,7 +16,7 @@ def _note_fork() -> None:
         _parent = os.getppid()
 
 
-os.register_at_fork(after_in_child=_note_fork)
+after_fork_in_child(_note_fork)
 
 
 def check_not_forked() -> None:

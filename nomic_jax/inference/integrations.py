@@ -5,9 +5,8 @@ three. The adapters have no state of their own: they pass texts to the ``Embedde
 """
 
 import asyncio
-import contextlib
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from nomic_jax.data.prompts import find_prompt
 from nomic_jax.evals.tasks.contract import PROMPTS
+from nomic_jax.extras import needs
 from nomic_jax.inference.embedder import Embedder
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def mteb_encoder(
       truncate_dim: see ``Embedder.encode``.
 
     Raises:
-      ModuleNotFoundError: mteb is not installed.
+      MissingPackage: mteb is not installed.
     """
-    with _extra("mteb_encoder"):
+    with needs("mteb_encoder", "nomic_jax[integrations]"):
         from mteb.models import ModelMeta
         from mteb.models.abs_encoder import AbsEncoder
 
@@ -115,9 +115,9 @@ def langchain_embeddings(embedder: Embedder, **encode_options: Any) -> "Embeddin
         1 if the model's similarity is the cosine, unless ``normalize_embeddings`` is given.
 
     Raises:
-      ModuleNotFoundError: langchain-core is not installed.
+      MissingPackage: langchain-core is not installed.
     """
-    with _extra("langchain_embeddings"):
+    with needs("langchain_embeddings", "nomic_jax[integrations]"):
         from langchain_core.embeddings import Embeddings
 
     encode_options = {"normalize_embeddings": _normalizes(embedder)} | encode_options
@@ -142,9 +142,9 @@ def llama_index_embedding(embedder: Embedder, name: str | None = None, **encode_
         1 if the model's similarity is the cosine, unless ``normalize_embeddings`` is given.
 
     Raises:
-      ModuleNotFoundError: llama-index-core is not installed.
+      MissingPackage: llama-index-core is not installed.
     """
-    with _extra("llama_index_embedding"):
+    with needs("llama_index_embedding", "nomic_jax[integrations]"):
         from llama_index.core.embeddings import BaseEmbedding
 
     encode_options = {"normalize_embeddings": _normalizes(embedder)} | encode_options
@@ -178,17 +178,6 @@ def llama_index_embedding(embedder: Embedder, name: str | None = None, **encode_
     return NomicJaxEmbedding(
         model_name=f"{_full_name(name)}@{_fingerprint(embedder, encode_options)}", embed_batch_size=2048
     )
-
-
-@contextlib.contextmanager
-def _extra(function: str) -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{function} needs {error.name}, which is not installed: pip install 'nomic_jax[integrations]'",
-            name=error.name,
-        ) from error
 
 
 def _normalizes(embedder: Embedder) -> bool:

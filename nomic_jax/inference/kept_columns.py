@@ -3,20 +3,22 @@
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:  # imported where used: a .npy of jsonl needs none
+    import pyarrow as pa
 
 
 def kept_table(
     chunk: list[tuple[int, dict[str, Any]]],
     keep: list[str],
-    declared: dict[str, pa.DataType],
+    declared: dict[str, "pa.DataType"],
     *,
     is_first: bool,
-) -> pa.Table:
+) -> "pa.Table":
     """Returns `row` and the kept columns of a shard, with the types that the input declares or the values have."""
+    import pyarrow as pa
+
     columns = {"row": pa.array([number for number, _ in chunk], pa.int64())}
     for name in keep:
         # Some rows of jsonl may lack a column. If the whole first shard lacks it, its name is probably mistyped.
@@ -37,16 +39,22 @@ def kept_table(
     return pa.table(columns)
 
 
-def kept_schema(shards: list[Path]) -> pa.Schema | None:
-    schemas = [pq.read_schema(shard) for shard in shards if shard.suffix == ".parquet"]
-    return unify(schema.remove(schema.get_field_index("embedding")) for schema in schemas) if schemas else None
+def kept_schema(shards: list[Path]) -> "pa.Schema | None":
+    if not shards or shards[0].suffix != ".parquet":
+        return None
+    import pyarrow.parquet as pq
+
+    schemas = [pq.read_schema(shard) for shard in shards]
+    return unify(schema.remove(schema.get_field_index("embedding")) for schema in schemas)
 
 
-def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
+def unify(schemas: Iterable["pa.Schema"]) -> "pa.Schema":
     """Returns a schema that fits all: null becomes any type, records get the fields of both, integers become floats.
 
     So a column may be null in all of the first shards, and fields of records may first appear in later shards.
     """
+    import pyarrow as pa
+
     try:
         return pa.unify_schemas(list(schemas), promote_options="permissive")
     except pa.ArrowException as error:
@@ -55,12 +63,15 @@ def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
         ) from error
 
 
-def check_values_fit(schema: pa.Schema, shards: list[Path], kept: pa.Table) -> None:
+def check_values_fit(schema: "pa.Schema", shards: list[Path], kept: "pa.Table") -> None:
     """Checks that all values so far can be converted to ``schema``, such as integers to floats.
 
     Raises:
       ValueError: a value cannot; the message names the column.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     for name in schema.names:
         wanted = pa.schema([schema.field(name)])
         tables = (pq.read_table(shard, columns=[name]) for shard in shards)

@@ -8,7 +8,10 @@ on the command line: ``"optim.lr": 1e-3`` has the effect of ``--config.optim.lr=
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from nomic_jax.extras import needs
+
+with needs("training", "nomic_jax[train]"):
+    from ml_collections import ConfigDict
 
 # The fields that a variant changes, and their new values.
 Changes = Mapping[str, Any]

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nomic_jax.data.words import text_form, word_ngrams, words_of
+from nomic_jax.extras import needs
+from nomic_jax.files import system
 from nomic_jax.files.writing import named_errors, open_new
 
 SHINGLE = 3  # words; one changed word in 30 leaves a similarity of 0.8
@@ -47,14 +48,12 @@ class NearDuplicates:
       threshold: the minimum similarity of near-duplicates, above 0 and at most 1.
 
     Raises:
-      ModuleNotFoundError: rensa is not installed.
+      MissingPackage: rensa is not installed.
     """
 
     def __init__(self, threshold: float, folder: Path):
-        try:
+        with needs("finding near-duplicates", "nomic_jax[clean]"):
             import rensa
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError('near-duplicates need rensa: pip install "nomic_jax[clean]"') from error
         if not 0 < threshold <= 1:
             raise ValueError(f"the threshold of near-duplicates is {threshold}; write a similarity such as 0.8")
         self.threshold = threshold
@@ -186,7 +185,7 @@ class _Records:
         ends = self._ends[number * self._length : (number + 1) * self._length + 1]
         with named_errors(self._path):
             self._file.flush()
-        content = os.pread(self._file.fileno(), ends[-1] - ends[0], ends[0])
+        content = system.read_at(self._file.fileno(), ends[-1] - ends[0], ends[0])
         return [content[start - ends[0] : end - ends[0]] for start, end in itertools.pairwise(ends)]
 
     def close(self) -> None:

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 from tqdm import tqdm
 
 from nomic_jax.curate.engine.sharded_array import Matrix
+from nomic_jax.extras import needs
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.writing import atomic_file
+
+with needs("curation", "nomic_jax[curate]"):
+    import faiss
 
 MAX_GPU_RESULTS = 2048  # maximum number of results per query that faiss finds on a GPU
 RECALL, RECALL_AT = 0.95, 20  # target of an approximate index: share found of the 20 nearest documents

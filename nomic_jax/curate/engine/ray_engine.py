@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.tasks import WAIT_SECONDS, Engine, Task, make_shard, missing_shards
+from nomic_jax.extras import needs
 
 
 def ray_engine(load: Callable[[], Encoder], workers: int | None = None) -> Engine:
@@ -23,7 +24,7 @@ def ray_engine(load: Callable[[], Encoder], workers: int | None = None) -> Engin
       workers: number of actors; None for one per GPU of the cluster, or one per node if there are no GPUs.
 
     Raises:
-      ModuleNotFoundError: ray is not installed.
+      MissingPackage: ray is not installed.
     """
     ray = _connected()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -58,10 +59,8 @@ def cluster_gpus() -> int:
 
 def _connected() -> Any:
     """Returns the module ``ray``, connected to its cluster."""
-    try:
+    with needs("--engine=ray", "nomic_jax[ray]"):
         import ray.data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('--engine=ray needs Ray: pip install "nomic_jax[ray]"') from error
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.ERROR)

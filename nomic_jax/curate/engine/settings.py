@@ -1,7 +1,6 @@
 """Records the settings that intermediate files depend on, and compares them at every start."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -55,19 +54,19 @@ def locked_settings(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     record = work / "settings.json"
     settings = {"texts_per_file": embedding.TEXTS_PER_FILE, "words_version": WORDS_VERSION, **settings}
     with open_lock(work / ".settings.lock") as lock:
-        wait = fcntl.LOCK_NB
+        wait = False
         while True:
             # A run that failed before its first shard (for example, for a mistyped column) must not bind the next run.
             # What it read (counts, texts) serves a run with the same settings.
-            if take_lock(lock, fcntl.LOCK_EX | wait) and not (_is_record_of(record, settings) or _has_shards(work)):
+            if take_lock(lock, wait=wait) and not (_is_record_of(record, settings) or _has_shards(work)):
                 for path in work.iterdir():
                     if path.name not in (".settings.lock", record.name):
                         remove_folder(path) if is_folder(path) else path.unlink()
                 write_json(record, settings)
-            take_lock(lock, fcntl.LOCK_SH)
+            take_lock(lock, shared=True, wait=True)
             if record.exists() or _has_shards(work):
                 break
-            wait = 0  # the process that was about to write the record has been killed
+            wait = True  # the process that was about to write the record has been killed
         # With the shared lock, no other process can replace the record.
         _compare_settings(work, record, settings)
         yield

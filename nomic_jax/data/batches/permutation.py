@@ -15,7 +15,8 @@ import hashlib
 import math
 
 import numpy as np
-from grain.experimental import index_shuffle
+
+from nomic_jax.extras import needs
 
 VERSION = 2  # of new runs
 SIMON_ROUNDS, FEISTEL_ROUNDS = 4, 6
@@ -66,6 +67,9 @@ def _simon(positions: range, size: int, seed: int, epoch: int) -> np.ndarray:
     # The key has 32 bits; the odd multiplier separates neighbouring seeds and epochs.
     key = (seed * 1_000_003 + epoch * 7919) % (1 << 32)
     if size < SIMON_SIZE:
+        with needs("this run's order of rows", "nomic_jax[train]"):
+            from grain.experimental import index_shuffle
+
         moved = [index_shuffle(i, max_index=size - 1, seed=key, rounds=SIMON_ROUNDS) for i in positions]
         return np.array(moved, np.int64)
     bits = math.ceil(math.log2(size - 1))

@@ -11,6 +11,7 @@ import numpy as np
 
 from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, sha256_of_file, unreadable_as_bad_row
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
+from nomic_jax.extras import needs
 from nomic_jax.files.reading import FileRefused, check_regular, read_json
 
 ROWS_AT_ONCE = 1024  # decoded in one call
@@ -30,7 +31,8 @@ class ArrayRecordRows(FileRows):
 
     @functools.cached_property
     def _records(self) -> Any:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        with needs("reading ArrayRecord files", "nomic_jax[data]"):
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         with unreadable_as_bad_row(self.file):
             check_regular(self.file)
@@ -80,7 +82,8 @@ def is_array_record(file: str) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _features(directory: str) -> Any:
-    import tensorflow_datasets as tfds
+    with needs("reading ArrayRecord files", "nomic_jax[data]"):
+        import tensorflow_datasets as tfds
 
     file = Path(directory) / "features.json"
     try:

@@ -9,6 +9,7 @@ from nomic_jax.data.formats.file_format import FileRows, Scan, marks_of_sizes, s
 from nomic_jax.data.formats.file_systems import file_system, open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow, listed
 from nomic_jax.data.formats.sizes import bounded_slices, check_buffer_sizes
+from nomic_jax.extras import needs
 
 if TYPE_CHECKING:  # imported where used: most commands read only jsonl
     import pyarrow as pa
@@ -50,6 +51,8 @@ class ArrowRows(FileRows):
             raise self._broken(error) from error
 
     def _batches(self) -> Iterable["pa.RecordBatch"]:
+        with needs(f"reading {self.file}", "nomic_jax[data]"):
+            import pyarrow  # noqa: F401
         fs, _ = file_system(self.file)
         return self._mapped if "file" in fs.protocol else self._streamed()
 

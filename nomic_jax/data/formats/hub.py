@@ -15,6 +15,7 @@ from typing import Any
 
 from nomic_jax.data.formats.array_record import ArrayRecordRows, is_array_record, read_features
 from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.extras import needs
 from nomic_jax.files.folders import walk_files
 from nomic_jax.files.reading import FileRefused
 
@@ -51,8 +52,7 @@ def files_of(name: str) -> list[str]:
 
 def load_split(path: str, config: str | None, split: str, revision: str | None = None) -> Any:
     """Loads a split with ``datasets``; uses the hub's own conversion if the authors published a loading script."""
-    import datasets
-
+    datasets = _datasets()
     try:
         return datasets.load_dataset(path, config, split=split, revision=revision)
     except RuntimeError as error:
@@ -65,8 +65,7 @@ def load_split(path: str, config: str | None, split: str, revision: str | None =
 
 
 def _hub_files(name: str, path: str, options: dict[str, str]) -> list[str]:
-    import datasets
-
+    datasets = _datasets()
     datasets.disable_progress_bars()
     if not os.path.exists(path):
         _check_reachable(name, path)
@@ -82,6 +81,12 @@ def _hub_files(name: str, path: str, options: dict[str, str]) -> list[str]:
     if not files:
         raise ValueError(f"{name}: `datasets` keeps it in memory only; save it with save_to_disk and name the folder")
     return files
+
+
+def _datasets() -> Any:
+    with needs("reading data sets of the hub", "nomic_jax[data]"):
+        import datasets
+    return datasets
 
 
 def _check_reachable(name: str, path: str) -> None:
@@ -100,11 +105,9 @@ def _check_reachable(name: str, path: str) -> None:
 
 
 def _tfds_files(name: str, path: str, options: dict[str, str]) -> list[str]:
-    try:
+    with needs(name, "nomic_jax[data]"):
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.data_sources.base import file_instructions
-    except ImportError as error:
-        raise ModuleNotFoundError(f"{name}: needs pip install tensorflow-datasets importlib_resources") from error
     if not _TFDS_NAME.fullmatch(path):
         raise ValueError(f"{name}: not the name of a prepared data set; write tfds:NAME[/CONFIG][:VERSION]")
     data_dir = Path(options.get("data_dir") or tfds.core.constants.DATA_DIR).expanduser()

@@ -18,6 +18,7 @@ from nomic_jax.data.formats.file_format import (
 from nomic_jax.data.formats.file_systems import open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
 from nomic_jax.data.formats.sizes import BATCH_BYTES, bounded_slices
+from nomic_jax.extras import needs
 
 if TYPE_CHECKING:  # imported where used: most commands read only jsonl
     import pyarrow as pa
@@ -131,8 +132,9 @@ def open_parquet(file: str, dictionaries: Collection[str] = ()) -> Iterator["pq.
     Args:
       dictionaries: columns to read as dictionary arrays, in which a repeated value is in memory once.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with needs(f"reading {file}", "nomic_jax[data]"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
     with unreadable_as_bad_row(file), open_stored(file) as f:
         try:

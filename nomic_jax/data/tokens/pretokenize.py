@@ -9,7 +9,6 @@ The result does not depend on the number of processes, because the files alone d
 
 import contextlib
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -41,6 +40,7 @@ from nomic_jax.data.tokens.scans import scan_files
 from nomic_jax.data.tokens.spans import Span, ids_dtype, join_spans, kinds_of_columns, tokenise_span
 from nomic_jax.data.tokens.store import FORMAT, TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.files import system
 from nomic_jax.files.folders import check_no_link, is_folder, remove_folder
 from nomic_jax.files.writing import open_own
 
@@ -195,10 +195,10 @@ def _lock(work: Path, doing: str) -> Iterator[Path]:
     with os.fdopen(open_own(lock, os.O_RDWR), "r+b") as f:
         try:
             try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                system.lock(f.fileno())
             except BlockingIOError:
                 tqdm.write(f"waiting for another process that is {doing} (it holds {lock})", file=sys.stderr)
-                fcntl.flock(f, fcntl.LOCK_EX)
+                system.lock(f.fileno(), wait=True)
         except OSError as error:
             tqdm.write(f"{lock}: no locks on this file system ({error}); two processes may be {doing}", file=sys.stderr)
             # Two processes may then make the store, each in its own folder. The first to finish provides it.

@@ -15,6 +15,7 @@ import tokenizers
 
 from nomic_jax.data.tokens.hub import is_reachable
 from nomic_jax.data.tokens.tokenizer_config import around, follow, is_bert, read_config, special_tokens
+from nomic_jax.extras import needs
 from nomic_jax.files.reading import check_regular, read_bytes
 from nomic_jax.files.writing import atomic_file, write_json
 
@@ -89,7 +90,8 @@ class Tokenizer:
             follow(backend, config, str(path / "tokenizer_config.json"))
             return cls(backend, config)
         if (path / "vocab.txt").exists():
-            from transformers import BertTokenizer
+            with needs(f"{path}/vocab.txt, without a tokenizer.json,", "transformers>=4.57"):
+                from transformers import BertTokenizer
 
             check_regular(path / "vocab.txt", limit=LARGEST_FILE)
             config = read_config(path)

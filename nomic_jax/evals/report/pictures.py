@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nomic_jax.extras import needs
 from nomic_jax.files.printable import printable
 from nomic_jax.files.writing import atomic_file
 
@@ -99,6 +100,12 @@ def lines(path: Path, curves: Mapping[str, Mapping[int, float]], xlabel: str, yl
 def plain(text: str) -> str:
     """Returns a name as matplotlib shows it to the letter: "$" would begin a formula."""
     return printable(text).replace("$", r"\$")
+
+
+def check_installed() -> None:
+    """Raises MissingPackage if pictures cannot be drawn: for before the work that they show."""
+    with needs("a report", "nomic_jax[report]"):
+        import matplotlib  # noqa: F401
 
 
 def new_figure(width: float, height: float) -> Any:

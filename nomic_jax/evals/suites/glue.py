@@ -25,6 +25,7 @@ from nomic_jax.evals.report.published import GLUE_TASKS
 from nomic_jax.evals.suites.hub import column, load
 from nomic_jax.evals.tasks.contract import TaskError
 from nomic_jax.evals.tasks.sts import correlation
+from nomic_jax.extras import needs
 
 HUB = "nyu-mll/glue"
 LEARNING_RATES, BATCH_SIZES, SEEDS = (1e-5, 2e-5, 3e-5), (16, 32), (0, 1, 2, 3, 4)
@@ -96,7 +97,8 @@ def score(task: str, logits_NC: np.ndarray, labels: Sequence[float]) -> float:
     Raises:
       TaskError: a logit is not finite.
     """
-    from sklearn.metrics import accuracy_score, matthews_corrcoef
+    with needs("GLUE", "nomic_jax[report]"):
+        from sklearn.metrics import accuracy_score, matthews_corrcoef
 
     metric = TASKS[task].metric
     if metric == "pearson":

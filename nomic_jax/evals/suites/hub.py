@@ -6,6 +6,7 @@ from typing import Any
 
 from nomic_jax.data.formats.hub import load_split
 from nomic_jax.evals.tasks.contract import TaskError
+from nomic_jax.extras import needs
 
 TIMEOUT_SECONDS = 10.0
 
@@ -24,7 +25,8 @@ def is_reachable() -> bool:
                 f"in the cache of Hugging Face are available",
                 file=sys.stderr,
             )
-    import datasets
+    with needs("this suite", "nomic_jax[eval]"):
+        import datasets
 
     constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True

@@ -27,6 +27,7 @@ from nomic_jax.evals.tasks.contract import (
     embedded,
     unit_length,
 )
+from nomic_jax.extras import needs
 
 LENGTHS = (2048, 4096, 8192)
 
@@ -94,7 +95,7 @@ class LocoTask:
         """Returns ("ndcg@10", mean over the queries) and ("recall@10", mean over the queries).
 
         Raises:
-          ModuleNotFoundError: pytrec_eval is not installed.
+          MissingPackage: pytrec_eval is not installed.
         """
         query_QE = unit_length(embedded(embed, list(self.queries), PROMPTS["query"]))
         document_NE = unit_length(embedded(embed, list(self.documents), PROMPTS["document"]))
@@ -103,10 +104,8 @@ class LocoTask:
 
 def score(score_QN: np.ndarray) -> Iterator[tuple[str, float]]:
     """Yields the metrics of similarities [Q, N] in which the diagonal is relevant."""
-    try:
+    with needs("LoCo", "nomic_jax[eval]"):
         import pytrec_eval
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("LoCo needs pytrec_eval: pip install 'nomic_jax[eval]'", name=error.name) from error
     # Ids are those of the original evaluation, because trec_eval orders documents of equal score by id.
     run = {
         f"Query_{q}": {f"Passage_{n}": float(value) for n, value in enumerate(row)} for q, row in enumerate(score_QN)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nomic_jax.evals.report.record import Cell, label, settings
 from nomic_jax.evals.suites.hub import explain
 from nomic_jax.evals.tasks.contract import Encoders, TaskError
+from nomic_jax.extras import needs
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -35,7 +36,7 @@ def find_tasks(names: Sequence[str] = ()) -> "list[AbsTask]":
     Tasks of MTEB(eng, v1) have the splits and languages of this benchmark, other tasks have mteb's defaults.
 
     Raises:
-      ModuleNotFoundError: mteb is not installed.
+      MissingPackage: mteb is not installed.
       ValueError: mteb does not have one of the tasks.
     """
     mteb = _library()
@@ -117,12 +118,8 @@ def _task(mteb: Any, name: str, of_benchmark: dict[str, "AbsTask"]) -> "AbsTask"
 
 
 def _library() -> Any:
-    try:
+    with needs("this suite", "nomic_jax[eval]"):
         import mteb
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"this suite needs {error.name}, which is not installed: pip install 'nomic_jax[eval]'", name=error.name
-        ) from error
     return mteb
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from nomic_jax.data.words import is_unspaced, words_of
 from nomic_jax.evals.tasks.retrieval import DEPTH, RetrievalTask, top_k
+from nomic_jax.extras import needs
 
 
 def run(task: RetrievalTask) -> Iterator[tuple[str, float]]:
@@ -17,12 +18,10 @@ def run(task: RetrievalTask) -> Iterator[tuple[str, float]]:
     sentence in a script without spaces for a word. Such scripts are split into characters.
 
     Raises:
-      ModuleNotFoundError: bm25s is not installed.
+      MissingPackage: bm25s is not installed.
     """
-    try:
+    with needs("BM25", "nomic_jax[report]"):
         import bm25s
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("BM25 needs the package bm25s: pip install nomic_jax[eval]") from error
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index that it builds
 
     index = bm25s.BM25()

@@ -13,6 +13,7 @@ import numpy as np
 from nomic_jax.evals.tasks.contract import PROMPTS, Embed, TaskError, embedded
 from nomic_jax.evals.tasks.files import LABELLED, find_file
 from nomic_jax.evals.tasks.labelled import Label, read_labelled
+from nomic_jax.extras import needs
 
 EXPERIMENTS, SAMPLES_PER_LABEL, SEED, MAX_ITERATIONS = 10, 8, 42, 100
 
@@ -82,8 +83,9 @@ class ClassificationTask:
     def _score(
         self, experiments: list[tuple[np.ndarray, list[int]]], test_NE: np.ndarray
     ) -> Iterator[tuple[str, float]]:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import accuracy_score, f1_score
+        with needs("this evaluation", "nomic_jax[report]"):
+            from sklearn.linear_model import LogisticRegression
+            from sklearn.metrics import accuracy_score, f1_score
 
         figures = []
         for train_NE, sample in experiments:

@@ -11,6 +11,7 @@ from pathlib import Path
 from nomic_jax.evals.tasks.contract import PROMPTS, Embed, TaskError, embedded
 from nomic_jax.evals.tasks.files import find_file
 from nomic_jax.evals.tasks.labelled import Label, read_labelled
+from nomic_jax.extras import needs
 
 BATCH_SIZE, SEED = 500, 42
 
@@ -47,8 +48,9 @@ class ClusteringTask:
 
     def run(self, embed: Embed) -> Iterator[tuple[str, float]]:
         """Yields ("v_measure", value)."""
-        from sklearn.cluster import MiniBatchKMeans
-        from sklearn.metrics import v_measure_score
+        with needs("this evaluation", "nomic_jax[report]"):
+            from sklearn.cluster import MiniBatchKMeans
+            from sklearn.metrics import v_measure_score
 
         x_NE = embedded(embed, list(self.texts), self.prompt)
         kmeans = MiniBatchKMeans(

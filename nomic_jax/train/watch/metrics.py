@@ -10,10 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-
+from nomic_jax.extras import needs
 from nomic_jax.files.folders import make_folder
 from nomic_jax.files.reading import FileRefused, read_text
 from nomic_jax.files.writing import append, write_text
@@ -27,6 +24,9 @@ class MetricsWriter:
     """Appends to the metrics of a run, after removing the lines that a killed run wrote after its last checkpoint."""
 
     def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
+        with needs("training", "nomic_jax[train]"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         self._trackers = _open_trackers(config, workdir)
         self._path = workdir / "metrics.jsonl"
         keep_until(self._path, start_step)
@@ -48,6 +48,9 @@ class MetricsWriter:
 
     def show(self, step: int, values: dict[str, Any]) -> None:
         """Writes to TensorBoard and the trackers only."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
         try:
             summary = Summary(
                 value=[
@@ -81,17 +84,15 @@ def _open_trackers(config: TrainConfig, workdir: Path) -> list[ModuleType]:
     """Opens wandb and trackio if the configuration names a project. Their modules have the same functions.
 
     Raises:
-      ModuleNotFoundError: one of them is not installed.
+      MissingPackage: one of them is not installed.
     """
     trackers = []
     for name in ("wandb", "trackio"):
         project = getattr(config, name)
         if not project:
             continue
-        try:
+        with needs(f"config.{name}", name):
             tracker = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"config.{name} needs the package: pip install {name}") from error
         run = {"project": project, "name": workdir.name, "config": dataclasses.asdict(config), "resume": "allow"}
         if name == "wandb":
             # wandb resumes a run by its id; names need not be unique.

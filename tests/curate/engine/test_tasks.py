@@ -1,6 +1,5 @@
 """State shared by several processes with one output; tests/faults/curation.py kills such processes."""
 
-import fcntl
 import json
 
 import numpy as np
@@ -38,7 +37,7 @@ def test_a_claim_without_its_file_leaves_the_lock_that_others_wait_for(tmp_path)
     with claim(file):  # its process fails before it has made the file
         waiting = open_lock(tmp_path / ".0.npy.lock")
     with waiting:
-        assert take_lock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert take_lock(waiting)
         with claim(file) as third:
             assert not third
     with claim(file) as is_ours:
