@@ -1,7 +1,7 @@
 """Contrastive pretraining on weakly related pairs (paper section 3.3): variants :paper (default), :debug, :quickstart,
 :hour, :own, :one_gpu.
 
-python -m launch.train --config=configs/contrastive.py --workdir=runs/contrastive --config.init_from=runs/mlm \\
+nomic-jax train --config=contrastive --workdir=runs/contrastive --config.init_from=runs/mlm \\
     --config.data.mixture=pairs.yaml
 """
 

@@ -1,7 +1,7 @@
 """Supervised finetuning with hard negatives (paper section 3.4): variants :paper (default), :debug, :quickstart, :hour,
 :own, :one_gpu.
 
-python -m launch.train --config=configs/finetune.py --workdir=runs/finetune --config.init_from=runs/contrastive \\
+nomic-jax train --config=finetune --workdir=runs/finetune --config.init_from=runs/contrastive \\
     --config.data.mixture=triplets.yaml
 """
 

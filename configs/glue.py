@@ -1,8 +1,8 @@
 """Finetuning a classifier on a task of GLUE (paper section 4.1): variants :paper (default), :debug.
 
-``python -m launch.evaluate --suite=glue`` runs the whole sweep, with data from the hub, TFDS or files. A single run:
+``nomic-jax evaluate --suite=glue`` runs the whole sweep, with data from the hub, TFDS or files. A single run:
 
-python -m launch.train --config=configs/glue.py --workdir=runs/rte --config.init_from=runs/mlm \\
+nomic-jax train --config=glue --workdir=runs/rte --config.init_from=runs/mlm \\
     --config.data.mixture=rte/train.jsonl --config.data.columns=sentence1,sentence2 --config.data.num_labels=2
 """
 

@@ -1,6 +1,6 @@
 """Masked-LM pretraining (paper section 3.2): variants :paper (default), :debug, :quickstart, :hour, :own, :one_gpu.
 
-python -m launch.train --config=configs/mlm.py --workdir=runs/mlm --config.data.mixture='text/*.jsonl'
+nomic-jax train --config=mlm --workdir=runs/mlm --config.data.mixture='text/*.jsonl'
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Checks that two checkpoints hold the same model: python -m convert.check A B [--texts=FILE] [--tolerance=1e-5]
+"""Checks that two checkpoints hold the same model: nomic-jax check A B [--texts=FILE] [--tolerance=1e-5]
 
 A and B are checkpoints in any format: training runs, published or transformers-saved directories, sharded or 16-bit
 files. The command compares the tensors, the embeddings of texts, and the logits of a masked-LM head or a classifier
@@ -35,7 +35,7 @@ LOGITS_LENGTH = 128  # first tokens of a text whose logits are compared
 
 
 def main() -> None:
-    parser = Parser("python -m convert.check", __doc__)
+    parser = Parser("nomic-jax check", __doc__)
     parser.add_argument("a", help="a checkpoint")
     parser.add_argument("b", help="the checkpoint to compare with it")
     parser.add_argument("--texts", help="file with one text a line; a few built-in texts by default")

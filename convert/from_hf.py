@@ -1,4 +1,4 @@
-"""Converts a Hugging Face directory to a training checkpoint: python -m convert.from_hf HF_DIR OUT_DIR
+"""Converts a Hugging Face directory to a training checkpoint: nomic-jax from-hf HF_DIR OUT_DIR
 
 To start training from a Hugging Face directory, no conversion is needed: `--config.init_from` takes it directly.
 """
@@ -8,7 +8,7 @@ from nomic_jax.run.pretrained import read_pretrained, write_pretrained
 
 
 def main() -> None:
-    parser = Parser("python -m convert.from_hf", __doc__)
+    parser = Parser("nomic-jax from-hf", __doc__)
     parser.add_argument("hf_dir", help="directory of a nomic-bert or BERT-family checkpoint")
     parser.add_argument("out_dir", help="working directory to write, with one checkpoint of step 0")
     args = parser.parse_args()

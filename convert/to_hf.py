@@ -1,4 +1,4 @@
-"""Converts a checkpoint to a Hugging Face directory: python -m convert.to_hf CHECKPOINT OUT_DIR
+"""Converts a checkpoint to a Hugging Face directory: nomic-jax to-hf CHECKPOINT OUT_DIR
 
 CHECKPOINT is the working directory of a run (its latest checkpoint is converted), one of its checkpoints, or another
 Hugging Face directory or a name on the hub (ORGANISATION/NAME[@REVISION]), to change its format or dtype.
@@ -25,7 +25,7 @@ from nomic_jax.run.pretrained import read_pretrained
 
 
 def main() -> None:
-    parser = Parser("python -m convert.to_hf", __doc__)
+    parser = Parser("nomic-jax to-hf", __doc__)
     parser.add_argument(
         "checkpoint", help="the checkpoint to convert: a folder, or a name on the hub (ORGANISATION/NAME[@REVISION])"
     )

@@ -1,6 +1,6 @@
 """Removes empty, short and duplicate rows, and reports the rows that overlap with evaluation tasks.
 
-    python -m launch.clean --input='pairs/*.jsonl' --output=cleaned --near=0.8 --min_words=2 --evaluation=tasks/nfcorpus
+    nomic-jax clean --input='pairs/*.jsonl' --output=cleaned --near=0.8 --min_words=2 --evaluation=tasks/nfcorpus
 
 The output folder gets kept.jsonl, removed.jsonl (every removed row, with the reason), summary.json and report.md.
 """

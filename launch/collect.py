@@ -1,6 +1,6 @@
 """Collects real text and pairs from installed Python packages, to try every stage without downloading a data set.
 
-    python -m launch.collect --output=DIR
+    nomic-jax collect --output=DIR
 
     DIR/pairs/code.jsonl     docstring -> function, from the packages in site-packages
     DIR/pairs/icd10.jsonl    inclusion term -> title of a diagnosis (ICD-10-CM), with its chapter as label

@@ -1,4 +1,4 @@
-"""Prints the rows that are in the batch of a training step: python -m launch.data_order RUN --step=N --recorded_paths
+"""Prints the rows that are in the batch of a training step: nomic-jax data-order RUN --step=N --recorded_paths
 
 It prints one JSON line for each source: {"source": name, "rows": [numbers]}. Rows count from 0 and exclude rejected
 rows; in the masked-LM stage they are rows of seq_len tokens. Steps count from 1, as in metrics.jsonl.

@@ -1,7 +1,7 @@
 """Embeds a text column of input files of any size into one .npy or .parquet file, in input order.
 
-    python -m launch.embed --model=DIR --input='shards/*.jsonl.gz' --output=vectors.npy --prompt_name=search_document
-    python -m launch.embed --model=DIR --input=corpus/ --output=vectors.parquet --keep_columns=id,title
+    nomic-jax embed --model=DIR --input='shards/*.jsonl.gz' --output=vectors.npy --prompt_name=search_document
+    nomic-jax embed --model=DIR --input=corpus/ --output=vectors.parquet --keep_columns=id,title
 
 vectors.npy is float32 [rows, dim]. vectors.parquet has `row` (the row's number over all input files, from 0), the kept
 columns and `embedding` (lists of dim float32). Every row is read and checked before the first is embedded, unless

@@ -72,7 +72,7 @@ def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = (), *, s
 
 def refer(module: str, doc: str | None, command: str) -> NoReturn:
     """Ends a module of this folder that is not a command: names the command whose part it is."""
-    print(f"{doc}\nlaunch.{module} is a part of other commands: see python -m {command} --help")
+    print(f"{doc}\nlaunch.{module} is a part of other commands: see nomic-jax {command} --help")
     sys.exit(0 if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv) else 2)
 
 

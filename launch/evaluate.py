@@ -1,6 +1,6 @@
 """Evaluates a model and writes scores, a report and plots to OUTPUT.
 
-    python -m launch.evaluate --model=DIR_OR_HUB_ID --suite=SUITE --output=DIR
+    nomic-jax evaluate --model=DIR_OR_HUB_ID --suite=SUITE --output=DIR
 
     --suite=local      your own tasks, from --data=DIR[,DIR...]: task folders, or folders of task folders
     --suite=mteb       MTEB(eng, v1), or the mteb tasks named by --tasks; 512 tokens

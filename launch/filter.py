@@ -1,6 +1,6 @@
 """Consistency filtering: keeps a pair if a teacher model ranks its document among the k nearest to its query.
 
-    python -m launch.filter --input='shards/*.jsonl.gz' --output=filtered --model=thenlper/gte-base
+    nomic-jax filter --input='shards/*.jsonl.gz' --output=filtered --model=thenlper/gte-base
 
 The output folder gets kept.jsonl, scores.jsonl (rank and score of every row), summary.json and report.md. Running the
 same command with another --k or --min_score selects again and reuses the embeddings.

@@ -181,4 +181,4 @@ def _check_settings(result: Path, settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    refer("glue", __doc__, "launch.evaluate")
+    refer("glue", __doc__, "evaluate")

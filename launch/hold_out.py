@@ -1,6 +1,6 @@
 """Splits each source of pairs into a held-out retrieval task, pairs for finetuning and pairs for pretraining.
 
-    python -m launch.hold_out --input=pairs.yaml --output=data [--queries=1000] [--documents=2000] [--most_pairs=50000]
+    nomic-jax hold-out --input=pairs.yaml --output=data [--queries=1000] [--documents=2000] [--most_pairs=50000]
 
     data/held_out/<source>/           a retrieval task; the other files contain none of its texts
     data/pairs.yaml, pairs/           pairs for contrastive pretraining

@@ -1,6 +1,6 @@
 """Verifies the lineage of a checkpoint, back to the bytes of its data. Needs only Python, no JAX.
 
-    python -m launch.lineage CHECKPOINT [--recorded_paths] [--at=FOLDER ...] [--json]
+    nomic-jax lineage CHECKPOINT [--recorded_paths] [--at=FOLDER ...] [--json]
 
 CHECKPOINT is RUN, RUN/best, RUN/checkpoints/STEP, or an exported model with its training.json. The command prints one
 line for each part of the lineage: the checkpoint's files, its tokenizer, the data files of each stage, and the earlier
@@ -24,7 +24,7 @@ from nomic_jax.run.lineage import trace
 
 
 def main() -> None:
-    parser = Parser("python -m launch.lineage", __doc__)
+    parser = Parser("nomic-jax lineage", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
         "--at",

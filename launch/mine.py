@@ -1,7 +1,7 @@
 """Mines hard negatives: documents that a teacher model ranks near a query but that are not its positives.
 
-    python -m launch.mine --input=pairs.jsonl --output=mined --model=thenlper/gte-base
-    python -m launch.mine --input=labelled.jsonl --output=random --random
+    nomic-jax mine --input=pairs.jsonl --output=mined --model=thenlper/gte-base
+    nomic-jax mine --input=labelled.jsonl --output=random --random
 
 The output folder gets triplets.jsonl (the rows with `negatives` added), summary.json and report.md. A query has
 several positives if several rows hold it, or if --document_column holds a list. Embeddings are kept in --output: mining

@@ -1,6 +1,6 @@
 """Plans a training run before anybody rents a GPU: memory of a device, work, collectives, and an estimate of its time.
 
-    python -m launch.plan --config=configs/mlm.py[:variant] [--devices=8 --device=h100] [--config.field=value ...]
+    nomic-jax plan --config=mlm[:variant] [--devices=8 --device=h100] [--config.field=value ...]
 
 It compiles the training step that launch.train would run, from shapes alone: no data, tokenizer, weights or hub. The
 compiler for GPUs runs on a machine without one, with the extra cuda12 (pip install 'nomic_jax[cuda12]'). Without it,

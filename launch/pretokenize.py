@@ -1,6 +1,6 @@
 """Tokenises the data of a stage before training, into memory-mapped files that training runs reuse.
 
-    python -m launch.pretokenize --stage=contrastive --mixture=pairs.yaml --tokenizer=runs/mlm --cache_dir=token_cache
+    nomic-jax pretokenize --stage=contrastive --mixture=pairs.yaml --tokenizer=runs/mlm --cache_dir=token_cache
 
 Give the training run the same mixture, tokenizer, cache and on_bad_row (config.data.mixture, .tokenizer ...): it uses
 the cached tokens and tokenises only missing sources. The output does not depend on --workers. Work is done in pieces of

@@ -1,4 +1,4 @@
-"""Reports the training runs, curation and evaluations below a folder on one page: python -m launch.report DIR
+"""Reports the training runs, curation and evaluations below a folder on one page: nomic-jax report DIR
 
 It writes DIR/report.md with its plots, the same as one page for a browser, DIR/report.html, and the scores as
 DIR/report.json. Timings have a section of their own; the other sections are the same when the same work is repeated.

@@ -1,7 +1,7 @@
 """Trains a stage again from the record in one of its checkpoints and compares the results bit by bit.
 
-    python -m launch.reproduce RUN/checkpoints/STEP --recorded_paths [--workdir=DIR]
-    python -m launch.reproduce RUN/checkpoints/STEP --mixture=... [--init_from=...] [--guide=...] [--workdir=DIR]
+    nomic-jax reproduce RUN/checkpoints/STEP --recorded_paths [--workdir=DIR]
+    nomic-jax reproduce RUN/checkpoints/STEP --mixture=... [--init_from=...] [--guide=...] [--workdir=DIR]
 
 It trains from the start to that step, with the recorded settings, data (verified by their hashes) and number of
 devices. A record names files outside of the run: its data, and the models that it started from. They are opened only

@@ -1,4 +1,4 @@
-"""Searches a corpus with a model: python -m launch.search --model=DIR --corpus=FILE --query="..." [--query="..."]"""
+"""Searches a corpus with a model: nomic-jax search --model=DIR --corpus=FILE --query="..." [--query="..."]"""
 
 from absl import flags
 

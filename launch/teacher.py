@@ -169,4 +169,4 @@ def open_teacher(
 
 
 if __name__ == "__main__":
-    refer("teacher", __doc__, "launch.mine")
+    refer("teacher", __doc__, "mine")

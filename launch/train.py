@@ -1,6 +1,6 @@
 """Trains one stage.
 
-    python -m launch.train --config=mlm[:variant] --workdir=DIR [--config.field=value ...]
+    nomic-jax train --config=mlm[:variant] --workdir=DIR [--config.field=value ...]
 
 The same command continues from the latest checkpoint in the working directory. The fields of a configuration are
 explained below.

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.__main__ import commands as all_commands
+from nomic_jax.fitting.named_configs import get_config
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.typed_fields import paths_of
 
+COMMANDS = all_commands()
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Of absl and ml_collections.
@@ -20,9 +23,10 @@ def commands(text):
     """The commands of a page's bash blocks, as lists of words, and its code spans that are whole commands."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    for line in [*lines, *re.findall(r"`(python -m [^`\n]+)`", text)]:
+    for line in [*lines, *re.findall(r"`(nomic-jax [a-z][^`\n]*)`", text)]:
         words = shlex.split(line, comments=True)
-        if words[:2] == ["python", "-m"] and words[2].partition(".")[0] in ("launch", "convert"):
+        assert words[:2] != ["python", "-m"] or words[2].partition(".")[0] not in ("launch", "convert"), line
+        if words[:1] == ["nomic-jax"]:
             yield words
 
 
@@ -49,27 +53,26 @@ def flags_of(file, seen=()):
 def test_commands_exist(page):
     fields = {"config." + path for path in paths_of(TrainConfig)}
     for words in commands(page.read_text(encoding="utf-8")):
-        file = ROOT / f"{words[2].replace('.', '/')}.py"
-        assert file.exists(), words
-        known = flags_of(file) | COMMON
-        for word in words[3:]:
+        if words[1].startswith("--"):
+            continue
+        assert words[1] in COMMANDS, words
+        known = flags_of(COMMANDS[words[1]].file) | COMMON
+        for word in words[2:]:
             if not word.startswith("--"):
                 continue
             name, _, value = word.removeprefix("--").partition("=")
             assert name in known or name in fields, f"{' '.join(words)}: there is no {name}"
             if name == "config":
-                path, _, variant = value.partition(":")
-                assert (ROOT / path).exists(), words
-                assert not variant or f'"{variant}"' in (ROOT / path).read_text(encoding="utf-8"), words
+                get_config(value)  # raises ValueError if there is none
 
 
 def test_wrong_commands_are_found():
     known = flags_of(ROOT / "launch" / "filter.py")
     assert {"k", "model", "traceback", "noprefixes"} <= known and "nn" not in known
     assert "evaluation" in flags_of(ROOT / "convert" / "to_hf.py")
-    assert list(commands("```bash\npython -m launch.x --a \\\n  --b=1  # note\n```\n`python -m convert.y z`")) == [
-        ["python", "-m", "launch.x", "--a", "--b=1"],
-        ["python", "-m", "convert.y", "z"],
+    assert list(commands("```bash\nnomic-jax x --a \\\n  --b=1  # note\n```\n`nomic-jax y z`")) == [
+        ["nomic-jax", "x", "--a", "--b=1"],
+        ["nomic-jax", "y", "z"],
     ]
 
 

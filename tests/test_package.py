@@ -62,6 +62,7 @@ def test_the_wheel_holds_the_package_and_the_sdist_the_checkout(built):
             inner = file.relative_to(ROOT).as_posix()
             assert (inner if folder == "nomic_jax" else f"nomic_jax/{inner}") in names
     assert {"nomic_jax/py.typed", "nomic_jax/configs/data/finetune.yaml", "nomic_jax/launch/recipe.sh"} <= names
+    assert f"\nversion: {nomic_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     with tarfile.open(sdist) as tar:
         packed = {name.partition("/")[2] for name in tar.getnames()}
     assert {"setup.py", "README.md", "CHANGELOG.md", "LICENSE", "launch/test.sh", "tests/test_package.py"} <= packed

@@ -59,7 +59,7 @@ class Run:
     def export(self, path: str | os.PathLike, *, dtype: str = "float32", overwrite: bool = False) -> Path:
         """Writes the embedder as a Hugging Face directory, which sentence-transformers and other clients open.
 
-        ``python -m convert.to_hf`` has further options.
+        ``nomic-jax to-hf`` has further options.
 
         Args:
           dtype: of the tensors: "float32", "bfloat16" or "float16".

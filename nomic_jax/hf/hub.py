@@ -146,7 +146,7 @@ def _export_files(directory: Path) -> dict[str, Path]:
     finish_merge(directory, main=MAIN_FILE, is_ours=is_exported)
     names = [name for name in read_hashes(directory) if is_exported(name)]
     if MAIN_FILE not in names:
-        raise CheckpointError(f"{directory}: is no export; write one with python -m convert.to_hf")
+        raise CheckpointError(f"{directory}: is no export; write one with nomic-jax to-hf")
     for name in names:
         check_file(directory / name)
     return {name: directory / name for name in sorted(names)}

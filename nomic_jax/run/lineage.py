@@ -72,7 +72,7 @@ def _trace(path: Path, files: "_Files") -> Iterator[Finding]:
     if (path / MANIFEST).exists() or (path / ORBAX_RECORD).exists():
         yield from _checkpoint(path, files)
     elif (path / "training.json").exists():
-        yield Finding("not recorded", f"weights of {path}", "compare them with the run's: python -m convert.check")
+        yield Finding("not recorded", f"weights of {path}", "compare them with the run's: nomic-jax check")
         records = _read(path / "training.json")
         for number, record in enumerate(reversed(records)):
             yield from _stage(record, files)

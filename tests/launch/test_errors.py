@@ -54,7 +54,7 @@ def test_help_is_no_error(module):
 
 def test_a_part_of_a_command_names_the_command():
     done = run("launch.glue")
-    assert done.returncode == 2 and "see python -m launch.evaluate --help" in done.stdout
+    assert done.returncode == 2 and "see nomic-jax evaluate --help" in done.stdout
 
 
 def test_every_module_of_launch_is_a_command_or_says_whose_part_it_is():
