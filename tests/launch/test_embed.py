@@ -5,8 +5,8 @@ import datetime
 import gzip
 import hashlib
 import json
-import operator
 import os
+import pkgutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,10 +209,10 @@ def test_finished_shards_are_left_as_they_are(fake, rows, tmp_path, monkeypatch,
 # (output, function, number of its call that raises Killed). Calls count once all texts are embedded. The kill comes
 # while shards are copied, or before the output gets its name.
 MOMENTS = [
-    ("out.npy", "np.load", 8),
-    ("out.npy", "write_json", 1),
-    ("out.parquet", "pq.ParquetFile", 3),
-    ("out.parquet", "write_json", 1),
+    ("out.npy", "numpy.load", 8),
+    ("out.npy", "nomic_jax.inference.embed_files.write_json", 1),
+    ("out.parquet", "pyarrow.parquet.ParquetFile", 3),
+    ("out.parquet", "nomic_jax.inference.embed_files.write_json", 1),
 ]
 
 
@@ -228,8 +228,8 @@ def test_killed_while_the_output_is_put_together(fake, rows, tmp_path, monkeypat
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        original = operator.attrgetter(function)(embed)
-        patch.setattr(f"nomic_jax.inference.embed_files.{function}", die)
+        original = pkgutil.resolve_name(function)
+        patch.setattr(function, die)
         with pytest.raises(Killed):
             embed_files("m", rows, output, shard_rows=8)
     assert (work_folder(output) / f"assembled{output.suffix}").exists() and not output.exists()
