@@ -10,13 +10,13 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from launch.gpu import prepare_gpus
 from nomic_jax.data.formats import file_systems
 from nomic_jax.data.formats.file_format import MAX_ROW_MIB, set_max_row_mib
 from nomic_jax.files.printable import printable
 from nomic_jax.train.interruption import EXIT_CODE, Preempted
 
 from . import config_files
+from .gpu import prepare_gpus
 
 _ALLOW = flags.DEFINE_list(
     "allow_protocols",

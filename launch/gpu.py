@@ -53,6 +53,6 @@ def _name(option: str) -> str:
 
 
 if __name__ == "__main__":
-    from launch.errors import refer
+    from .errors import refer
 
-    refer("gpu", __doc__, "launch.train")
+    refer("gpu", __doc__, "train")

@@ -127,6 +127,16 @@ def test_no_arrow_goes_round(table):
         done |= free
 
 
+@pytest.mark.parametrize("folder", ["configs", "convert", "launch"])
+def test_folders_that_are_installed_in_the_package_are_not_named(folder):
+    """They import each other relatively, and configurations, which are loaded by their path, not at all."""
+    for file in (ROOT / folder).glob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        assert not {name.split(".")[0] for name in imports(file) if name} & {"launch", "configs", "convert"}, file
+        relative = any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+        assert folder != "configs" or not relative, file
+
+
 def test_packages_and_modules_stay_small():
     for folder in {file.parent for file in FILES}:
         assert len(list(folder.glob("*.py"))) <= MOST_MODULES, folder
