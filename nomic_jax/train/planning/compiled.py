@@ -47,6 +47,7 @@ class MemoryPlan(NamedTuple):
 
 def memory_plan(compiled: jax.stages.Compiled) -> MemoryPlan:
     plan = compiled.memory_analysis()
+    assert plan is not None  # XLA has the analysis for CPUs and GPUs
     return MemoryPlan(
         plan.argument_size_in_bytes, plan.output_size_in_bytes, plan.alias_size_in_bytes, plan.temp_size_in_bytes
     )
