@@ -59,7 +59,7 @@ class Hub:
         repository = self.repositories.get(repo_id)
         if repository is None or (repository.private and token != TOKEN):
             return 401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
-        if method == "POST" and token != TOKEN and "create_pr" not in query:
+        if method == "POST" and token != TOKEN and "create_pr" not in query and not path.endswith("/objects/batch"):
             return 403, {"error": "You have no write access"}, {}
         revision = unquote(revision or "main")
         if api and method == "GET":
@@ -196,7 +196,7 @@ def serve_hub() -> Iterator[Hub]:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
     try:

@@ -1,8 +1,12 @@
 """Commands in README.md and docs/ name modules, flags, fields and variants that exist; links lead to something."""
 
 import ast
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +93,36 @@ def test_links_lead_to_files(page):
             titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
             assert anchor in anchors, f"{page}: {target}"
+
+
+@pytest.mark.exhaustive(reason="every command of the tutorial, on 300 of its pairs: minutes on 2 cores")
+def test_the_tutorial_runs(tmp_path, minilm):
+    """In order and as written, except for sizes, the download, the server and what is no command of this project."""
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    files = re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
+    assert [name for name, _ in files] == ["make_pairs.py", "faq.yaml"]
+    for name, content in files:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "make_pairs.py"], cwd=tmp_path, env=environment, check=True)
+    pairs = (tmp_path / "faq.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert 1500 < len(pairs) < 2500
+    (tmp_path / "faq.jsonl").write_text("".join(pairs[:300]), encoding="utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(minilm, tmp_path / "base")
+    sizes = {"queries": 20, "documents": 40, "config.batch_size": 16, "config.evaluation.every": 2}
+    sizes |= {"config.data.query_length": 16, "config.data.document_length": 32}
+    outputs = []
+    for words in commands(text):
+        flags = [word.removeprefix("--").partition("=") for word in words[3:]]
+        small = [f"--{name}={sizes[name]}" if name in sizes else word for word, (name, _, _) in zip(words[3:], flags)]
+        steps = ["--config.steps=4"] if words[2] == "launch.train" else []
+        done = subprocess.run(
+            [sys.executable, *words[1:3], *small, *steps], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{words}: {done.stderr[-3000:]}"
+        outputs.append(done.stdout)
+    assert len(outputs) == 9 and "largest difference" in outputs[-1]
+    card = (tmp_path / "my-embedder" / "README.md").read_text(encoding="utf-8")
+    assert "base_model: sentence-transformers/all-MiniLM-L6-v2" in card and "type: ndcg@10" in card
+    assert (tmp_path / "faq" / "report.html").stat().st_size > 10_000

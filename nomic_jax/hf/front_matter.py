@@ -200,7 +200,7 @@ def _results(suite: str, report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         values = {name: x for name, x in figures.items() if type(x) is float and math.isfinite(x)}
         # mteb's only figure is the score, whose metric is named beside it.
         metrics = [
-            {"type": str(figures.get("metric", name)) if name == "score" else name, "value": value}
+            {"type": str(figures.get("metric", name)) if name == "score" else name, "value": round(value, 5)}
             for name, value in values.items()
         ]
         if not metrics:

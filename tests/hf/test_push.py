@@ -80,6 +80,10 @@ def test_a_branch_and_a_pull_request(hub, checkpoint, export):
     assert repository.branches["main"] == main != repository.branches["short"]
     assert repository.branches["short"] == repository.branches["refs/pr/1"]
     push_to_hub(export, "me/m", token=TOKEN, revision="refs/pr/1", commit_message="again")
+    # Somebody else may propose a change, and no more.
+    assert push_to_hub(export, "me/m", token="hf_other", create_pr=True).endswith("/discussions/2")
+    with pytest.raises(OSError, match=r"me/m: the hub refused the upload .*write access"):
+        push_to_hub(export, "me/m", token="hf_other")
     assert not any("/branch/refs" in request for request in hub.requests)
     with pytest.raises(ValueError, match="leave out revision or create_pr"):
         push_to_hub(export, "me/m", token=TOKEN, revision="short", create_pr=True)
