@@ -84,7 +84,9 @@ def _link(found: re.Match, source: str, uri: str, files) -> str:
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
     anchor = f"#{anchor}" if anchor else ""
     if path == "README.md":
-        path, anchor = README.get(anchor[1:], path), ""
+        if anchor[1:] not in README:
+            return found[0]
+        path, anchor = README[anchor[1:]], ""
     else:
         path = path.removeprefix("docs/")
     if files.get_file_from_path(path) is not None:

@@ -67,6 +67,13 @@ def test_the_lock_has_what_is_declared(file, extra):
         )
 
 
+def test_the_site_is_built_with_versions_that_are_declared():
+    versions = locked("requirements-docs.lock")
+    for requirement in declared()["docs"]:
+        (pin,) = versions[canonicalize_name(requirement.name)].specifier
+        assert pin.operator == "==" and requirement.specifier.contains(pin.version), requirement
+
+
 @pytest.mark.parametrize("version", LOCKS)
 def test_the_lock_names_versions_and_nothing_else(version):
     text = (ROOT / LOCKS[version][0]).read_text(encoding="utf-8")

@@ -13,7 +13,6 @@ from nomic_jax.evals.report.pictures import (
     spans_decades,
 )
 
-COLUMNS = 3
 # Quantity -> title. Those of a batch differ from source to source.
 BY_SOURCE = {"loss": "loss", "accuracy": "accuracy", "real/padded": "real / padded tokens"}
 OF_STEP = {"grad_norm": "gradient norm", "lr": "learning rate"}
@@ -49,9 +48,10 @@ def draw(
     panels = panels_of(lines, evaluations)
     if not panels:
         return None
-    rows = math.ceil(len(panels) / COLUMNS)
-    figure = new_figure(4.4 * COLUMNS, 2.9 * rows)
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(13.2 if columns > 1 else 6.6, 2.9 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
     own = sorted({line["source"] for line in lines})
     handles: dict[str, Any] = {}
     for axis, panel in zip(axes, panels):
