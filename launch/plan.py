@@ -17,7 +17,6 @@ network between machines.
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
@@ -25,7 +24,7 @@ from absl import flags
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.planning.lengths import made_up, of_token_cache
 from nomic_jax.train.planning.plan import Plan, make_plan, measured
-from nomic_jax.train.planning.targets import GPUS, MissingCompiler, absent_gpus, allow_absent_gpus
+from nomic_jax.train.planning.targets import GPUS, Gpu, MissingCompiler, absent_gpus, allow_absent_gpus
 from nomic_jax.train.sharding import make_mesh
 
 from . import config_files
@@ -53,7 +52,7 @@ def main(_: list[str]) -> None:
     print(plan.as_json() if FLAGS.json else "\n".join(_page(plan, config)))
 
 
-def _devices(name: str, count: int) -> tuple[list[jax.Device], Any]:
+def _devices(name: str, count: int) -> tuple[list[jax.Device], Gpu | None]:
     """The devices to compile for, and what they are if they are GPUs."""
     if name != "cpu":
         try:
@@ -97,7 +96,8 @@ def _page(plan: Plan, config: TrainConfig) -> list[str]:
         lines.append(f"  {kind:16s} {number:8,d} times, {size / 1e6:,.0f} MB")
     lines += [f"  {warning}" for warning in _warnings(plan)]
     if plan.seconds is None:
-        return [*lines, "", "no estimate of the time: the program is not one for a GPU"]
+        steps = "" if plan.steps is None else f" of the {plan.steps:,} steps"
+        return [*lines, "", f"no estimate of the time{steps}: the program is not one for a GPU"]
     return lines + _time(plan)
 
 

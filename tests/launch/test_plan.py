@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from nomic_jax.train.objectives import make_stream
 from nomic_jax.train.planning.targets import MissingCompiler, absent_gpus
 from tests import commands
+from tests.train.tiny_configs import load_config
 
 try:
     absent_gpus("h100", 1)
@@ -43,11 +45,19 @@ def test_a_plan_counts_parameters_flops_and_collectives():
 
 
 @pytest.mark.skipif(HAS_COMPILER, reason="the compiler for GPUs is installed")
-def test_without_the_compiler_for_gpus_it_says_what_to_install():
-    done = commands.run("launch.plan", "--config=configs/mlm.py:debug", "--config.model.num_layers=1")
+def test_texts_of_the_token_cache_and_what_to_install_for_gpus(corpus, minilm, tokenizer):
+    config = load_config("contrastive", corpus, minilm)
+    stream = make_stream(config, tokenizer)  # writes the token cache
+    done = commands.run(
+        "launch.plan", "--config=configs/contrastive.py:debug", "--config.model.num_layers=1", "--config.steps=-1",
+        "--config.epochs=2", f"--config.data.mixture={config.data.mixture}",
+        f"--config.data.cache_dir={config.data.cache_dir}",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "pip install 'nomic_jax[cuda12]'" in done.stderr
     assert "no estimate of the time" in done.stdout and "activations" in done.stdout
+    assert ", ".join(store.name for store in stream.stores) in done.stdout and len(stream.stores) > 1
+    assert f"{2 * stream.steps_per_epoch:,} steps" in done.stdout
 
 
 def test_user_errors_are_one_line():

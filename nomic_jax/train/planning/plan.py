@@ -115,7 +115,8 @@ def make_plan(
     model = EmbeddingConfig(config.model, layer_norm=config.loss.layer_norm)
     config.check_lengths(config.model)
     outlines = [outline(config, lengths, mesh.size) for lengths in sources]
-    largest = max(outlines, key=lambda each: each.batch.padded_tokens)
+    most = max(range(len(outlines)), key=lambda i: outlines[i].batch.padded_tokens)
+    largest = outlines[most]
     # A guide is planned as a second model of this size: its own is not opened.
     guide = Checkpoint(model, {"encoder": abstract_encoder(model.encoder)}, None) if config.loss.guide else None
     stage = make_stage(config, model, largest.layout, guide)
@@ -130,7 +131,7 @@ def make_plan(
         kernels_of(program, gpu.rates, each.loops(config), mesh.size) if gpu else []
         for each in (outlines if largest.layout and largest.chunks is not None else [largest] * len(outlines))
     ]
-    kernels = by_source[outlines.index(largest)]
+    kernels = by_source[most]
     means = [sum(kernel.seconds for kernel in each) for each in by_source]
     batch, chunks = largest.batch, largest.chunks
     empty = len(largest.layout.shapes) if largest.layout else 0
