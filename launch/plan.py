@@ -48,7 +48,7 @@ def main(_: list[str]) -> None:
         )
     sources = of_token_cache(config) if config.data.mixture else [made_up(config, *given)]
     devices, gpu = _devices(FLAGS.device, FLAGS.devices)
-    plan = make_plan(config, make_mesh(devices), sources, gpu, FLAGS.rows)
+    plan = make_plan(config, make_mesh(devices), sources, gpu, FLAGS.rows, lambda line: print(line, file=sys.stderr))
     print(plan.as_json() if FLAGS.json else "\n".join(_page(plan, config)))
 
 
@@ -85,7 +85,7 @@ def _page(plan: Plan, config: TrainConfig) -> list[str]:
         share = plan.memory.peak / plan.device_bytes
         verdict = "fits" if share <= MOST_MEMORY else "DOES NOT FIT"
         lines.append(f"  {'the device has':32s} {plan.device_bytes / 1e9:8.2f}  {verdict} ({share:.0%})")
-    lines.append(f"  recomputed in the backward pass: {_recomputed(plan, config)}")
+    lines.append(f"  recomputed in the backward pass: {_recomputed(plan)}")
     lines += ["", "work of a step", f"  {'FLOPs of the model':32s} {plan.flops / 1e12:8.4g} TFLOP"]
     for kind, kernel in plan.kernels.items():
         lines.append(
@@ -101,17 +101,17 @@ def _page(plan: Plan, config: TrainConfig) -> list[str]:
     return lines + _time(plan)
 
 
-def _recomputed(plan: Plan, config: TrainConfig) -> str:
+def _recomputed(plan: Plan) -> str:
     policies = {
         "none": "nothing in a layer",
         "elementwise": "norms, activations and rotations",
         "attention": "all but the inputs and outputs of attention",
         "layer": "whole layers",
     }
-    policy = policies[config.model.recompute]
+    policy = policies[plan.settings["recompute"]]
     if not plan.chunks:
         return policy
-    kept = round(config.kept_chunks * plan.chunks)
+    kept = round(plan.settings["kept_chunks"] * plan.chunks)
     return (
         f"{policy}; {plan.chunks} chunks of {plan.chunk_tokens:,} tokens, {plan.chunks_with_text} with text, "
         f"{kept} kept, {plan.chunks - kept} computed again"

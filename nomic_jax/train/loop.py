@@ -117,9 +117,10 @@ def _train(
     optimizer = make_optimizer(config.optim, schedule)
     settings, chosen = dataclasses.asdict(config), None
     if config.model.recompute == recomputation.AUTO and end:
-        chosen = recomputation.recorded(earlier_record, config, mesh.size) or recomputation.choose(
-            config, model, stream, optimizer, mesh, guide_model, _print_once
-        )
+        chosen = recomputation.recorded(earlier_record, config, mesh.size)
+        if chosen is None:
+            batches = recomputation.batches_of(config, stream, mesh.size)
+            chosen = recomputation.choose(config, model, batches, optimizer, mesh, guide_model, _print_once)
         config = chosen.applied(config)
         config.check(mesh.size)
         model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, recompute=config.model.recompute))

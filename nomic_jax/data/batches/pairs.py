@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -44,25 +44,32 @@ def make_layout(
     """
     if kind == "padded":
         return None
-    lengths = [column for store in stores for column in _sampled_lengths(store, query_length, document_length)]
-    tokens, _ = tokens_per_device(
-        stores,
-        query_length=query_length,
-        document_length=document_length,
-        documents_per_row=documents_per_row,
-        rows_per_device=rows_per_device,
-    )
-    longest = max(query_length, document_length)
-    return layout_for(kind, np.concatenate(lengths), longest, tokens, chunk_tokens, kept_chunks)
+    sources = sample_lengths(stores, query_length, document_length)
+    lengths = np.concatenate([column for source in sources for column in (source.query, source.document)])
+    tokens, _ = tokens_per_device(sources, documents_per_row, rows_per_device)
+    return layout_for(kind, lengths, max(query_length, document_length), tokens, chunk_tokens, kept_chunks)
+
+
+class SourceLengths(NamedTuple):
+    """Tokens of a sample of a source's texts, cut to the lengths of the run, and the number of its rows."""
+
+    query: np.ndarray
+    document: np.ndarray
+    rows: int
+
+
+def sample_lengths(stores: Sequence[TokenStore], query_length: int, document_length: int) -> list[SourceLengths]:
+    def lengths(store: TokenStore, column: str, longest: int) -> np.ndarray:
+        return np.minimum(store.columns[column].lengths(np.arange(min(len(store), LAYOUT_SAMPLE))), longest)
+
+    return [
+        SourceLengths(lengths(store, "query", query_length), lengths(store, "document", document_length), len(store))
+        for store in stores
+    ]
 
 
 def tokens_per_device(
-    stores: Sequence[TokenStore],
-    *,
-    query_length: int,
-    document_length: int,
-    documents_per_row: int,
-    rows_per_device: int,
+    sources: Sequence[SourceLengths], documents_per_row: int, rows_per_device: int
 ) -> tuple[float, float]:
     """Returns the tokens of a device's texts in a batch: in the mean, and in the largest batch that is to be expected.
 
@@ -70,20 +77,13 @@ def tokens_per_device(
     standard deviations of a sum of rows. Both are estimates from a sample.
     """
     mean, most = 0.0, 0.0
-    for store in stores:
-        query, document = _sampled_lengths(store, query_length, document_length)
+    for query, document, rows in sources:
         of_row = float(query.mean() + documents_per_row * document.mean())
         deviation = float(np.sqrt(rows_per_device * (query.var() + documents_per_row * document.var())))
-        limit = query.max() + documents_per_row * document.max()
-        mean += len(store) / sum(map(len, stores)) * of_row
-        most = max(most, min(of_row * rows_per_device + MARGIN * deviation, float(limit) * rows_per_device))
+        limit = float(query.max() + documents_per_row * document.max())
+        mean += rows / sum(source.rows for source in sources) * of_row
+        most = max(most, min(of_row * rows_per_device + MARGIN * deviation, limit * rows_per_device))
     return mean * rows_per_device, most
-
-
-def _sampled_lengths(store: TokenStore, query_length: int, document_length: int) -> tuple[np.ndarray, np.ndarray]:
-    sample = np.arange(min(len(store), LAYOUT_SAMPLE))
-    query = np.minimum(store.columns["query"].lengths(sample), query_length)
-    return query, np.minimum(store.columns["document"].lengths(sample), document_length)
 
 
 def layout_for(

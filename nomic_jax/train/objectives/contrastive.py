@@ -52,21 +52,18 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle
 
 def layout_of(config: TrainConfig, stores: Sequence[TokenStore], devices: int) -> Layout | None:
     """The chunks that hold the texts of the stores on each device; None for the layout "padded"."""
-    assert isinstance(config.data, PairData)
-    sizes = sizes_of_rows(config.data, config.batch_size // devices)
+    data = config.data
+    assert isinstance(data, PairData)
     return make_layout(
-        config.data.layout, stores, chunk_tokens=config.data.chunk_tokens, kept_chunks=config.kept_chunks, **sizes
+        data.layout,
+        stores,
+        query_length=data.query_length,
+        document_length=data.document_length,
+        documents_per_row=1 + data.num_negatives,
+        rows_per_device=config.batch_size // devices,
+        chunk_tokens=data.chunk_tokens,
+        kept_chunks=config.kept_chunks,
     )
-
-
-def sizes_of_rows(data: PairData, rows_per_device: int) -> dict[str, int]:
-    """The arguments of ``make_layout`` and ``tokens_per_device`` that say how large the rows of a device are."""
-    return {
-        "query_length": data.query_length,
-        "document_length": data.document_length,
-        "documents_per_row": 1 + data.num_negatives,
-        "rows_per_device": rows_per_device,
-    }
 
 
 def make_stage(

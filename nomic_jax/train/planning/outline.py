@@ -92,7 +92,12 @@ def _pairs(config: TrainConfig, data: PairData, lengths: Lengths, devices: int) 
     texts = np.concatenate([query, document.ravel()])
     real, pairs = int(texts.sum()), int((texts**2).sum())
     layout = layout_for(
-        data.layout, texts, max(data.query_length, data.document_length), real / devices, data.chunk_tokens
+        data.layout,
+        texts,
+        max(data.query_length, data.document_length),
+        real / devices,
+        data.chunk_tokens,
+        config.kept_chunks,
     )
     if layout is None:
         Lq = padded_length(int(query.max()), data.query_length)

@@ -4,26 +4,31 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from nomic_jax.data.batches.pairs import SourceLengths, tokens_per_device
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, abstract_encoder
-from nomic_jax.train.config import MlmData, TrainConfig
+from nomic_jax.train.config import MlmData, PairData, TrainConfig
 from nomic_jax.train.objectives import make_stage
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.planning.compiled import MemoryPlan, compile_stage, memory_plan
 from nomic_jax.train.planning.kernels import Kernel, kernels_of, repeating_scatters, totals
 from nomic_jax.train.planning.lengths import Lengths
 from nomic_jax.train.planning.outline import outline
+from nomic_jax.train.planning.recomputation import AUTO, HEADROOM, Batches, choose
 from nomic_jax.train.planning.targets import Gpu
 from nomic_jax.train.state import abstract_state
 from nomic_jax.train.watch.flops import training_flops
 from nomic_jax.train.watch.hlo import collectives, fused_attention_calls, read_program
+
+CLAIMED = 0.94  # of a GPU's memory, by launch/gpu.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,12 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, mesh: Mesh, sources: Sequence[Lengths], gpu: Gpu | None = None, rows: int = 0
+    config: TrainConfig,
+    mesh: Mesh,
+    sources: Sequence[Lengths],
+    gpu: Gpu | None = None,
+    rows: int = 0,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Compiles the step of a run and adds up what it needs.
 
@@ -107,20 +117,25 @@ def make_plan(
         batch; the time is the mean over sources by their rows.
       gpu: what the devices are, for the estimate; None for no estimate.
       rows: of all sources, where the sources do not say.
+      report: called with a line for each compilation of ``model.recompute=auto``, which takes what a run would take.
 
     Raises:
-      ConfigurationError: the configuration cannot run on so many devices.
+      ConfigurationError: the configuration cannot run on so many devices, or not in their memory.
     """
     config.check(mesh.size)
     model = EmbeddingConfig(config.model, layer_norm=config.loss.layer_norm)
     config.check_lengths(config.model)
+    # A guide is planned as a second model of this size: its own is not opened.
+    guide = Checkpoint(model, {"encoder": abstract_encoder(model.encoder)}, None) if config.loss.guide else None
+    optimizer = make_optimizer(config.optim, learning_rate(config.optim, max(config.steps, 1)))
+    if config.model.recompute == AUTO:
+        batches = _batches(config, sources, mesh.size)
+        config = choose(config, model, batches, optimizer, mesh, guide, report, _limit(config, gpu)).applied(config)
+        model = dataclasses.replace(model, encoder=config.model)
     outlines = [outline(config, lengths, mesh.size) for lengths in sources]
     most = max(range(len(outlines)), key=lambda i: outlines[i].batch.padded_tokens)
     largest = outlines[most]
-    # A guide is planned as a second model of this size: its own is not opened.
-    guide = Checkpoint(model, {"encoder": abstract_encoder(model.encoder)}, None) if config.loss.guide else None
     stage = make_stage(config, model, largest.layout, guide)
-    optimizer = make_optimizer(config.optim, learning_rate(config.optim, max(config.steps, 1)))
     compiled = compile_stage(config, stage, optimizer, largest.batch.arrays, mesh)
     state = abstract_state(stage, optimizer, mesh, config.sharding)
     hlo = compiled.as_text() or ""
@@ -175,6 +190,32 @@ def make_plan(
         seconds=sum(a * b for a, b in zip(weights, means)) / sum(weights) if gpu else None,
         steps=_steps(config, sources, rows),
     )
+
+
+def _batches(config: TrainConfig, sources: Sequence[Lengths], devices: int) -> Batches:
+    """The batches of made-up texts, or of the token cache, for the choice of what is recomputed."""
+    data, outlines = config.data, [outline(config, lengths, devices) for lengths in sources]
+    largest = max(range(len(sources)), key=lambda i: outlines[i].batch.padded_tokens)
+    batch, layout = outlines[largest].batch, outlines[largest].layout
+    if not isinstance(data, PairData):
+        return Batches(batch.arrays, layout)
+    cut = [
+        SourceLengths(
+            np.minimum(lengths.query, data.query_length),
+            np.minimum(lengths.document.ravel(), data.document_length),
+            max(lengths.rows, 1),
+        )
+        for lengths in sources
+    ]
+    tokens = tokens_per_device(cut, 1 + data.num_negatives, config.batch_size // devices)
+    return Batches(batch.arrays, layout, tokens, lambda config: outline(config, sources[largest], devices).layout)
+
+
+def _limit(config: TrainConfig, gpu: Gpu | None) -> tuple[float, str] | None:
+    """What a run would take of a GPU that is not there; None where the device or the configuration says it."""
+    if gpu is None or config.memory_gb:
+        return None
+    return (1 - HEADROOM) * CLAIMED * gpu.memory, f"{1 - HEADROOM:.0%} of what a command takes of a {gpu.kind}"
 
 
 def measured(results: Path, kind: str) -> list[dict[str, Any]]:

@@ -20,15 +20,17 @@ import optax
 from jax.sharding import Mesh
 
 from nomic_jax.data.batches.packing import Layout, number_compiled
-from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS, PairStream, tokens_per_device
+from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS, sample_lengths, tokens_per_device
 from nomic_jax.data.batches.stream import Stream
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder, encode
+from nomic_jax.model.attention import Target, traced_for
 from nomic_jax.train import hosts
 from nomic_jax.train.config import ConfigurationError, LabelledData, PairData, TrainConfig
 from nomic_jax.train.objectives import make_stage
-from nomic_jax.train.objectives.contrastive import layout_of, sizes_of_rows
+from nomic_jax.train.objectives.contrastive import layout_of
 from nomic_jax.train.planning.compiled import compile_stage, memory_plan
+from nomic_jax.train.planning.targets import target_of
 from nomic_jax.train.typed_fields import build
 
 AUTO = "auto"
@@ -92,24 +94,52 @@ class Candidate(NamedTuple):
     memory: float
 
 
+class Batches(NamedTuple):
+    """The batches of a run, as far as its memory depends on them.
+
+    Attributes:
+      rows: the arrays of a global batch; only shapes and types count.
+      layout: of its chunks, as of ``Stream.layout``.
+      tokens: of a device's texts, in the mean batch and in the largest that is to be expected (``tokens_per_device``);
+        only for pairs.
+      make_layout: configuration -> the layout of its chunks; only for pairs.
+    """
+
+    rows: Mapping[str, np.ndarray]
+    layout: Layout | None
+    tokens: tuple[float, float] = (0.0, 0.0)
+    make_layout: Callable[[TrainConfig], Layout | None] = lambda config: None
+
+
+def batches_of(config: TrainConfig, stream: Stream, devices: int) -> Batches:
+    """The batches of the stream of a run."""
+    data, rows = config.data, stream.batch(0, 0, 1).arrays
+    if not isinstance(data, PairData):
+        return Batches(rows, stream.layout)
+    sources = sample_lengths(stream.stores, data.query_length, data.document_length)
+    tokens = tokens_per_device(sources, 1 + data.num_negatives, config.batch_size // devices)
+    return Batches(rows, stream.layout, tokens, lambda config: layout_of(config, stream.stores, devices))
+
+
 # --- What a run may choose from -----------------------------------------------------------------------------------
 
 
-def candidates(config: TrainConfig, encoder: EncoderConfig, stream: Stream, devices: int) -> list[Candidate]:
+def candidates(config: TrainConfig, encoder: EncoderConfig, batches: Batches, mesh: Mesh) -> list[Candidate]:
     """The candidates of a run from the fastest to the smallest; each needs less memory than those before it.
 
     Settings by hand count: a size of chunks or a share of kept ones that is not 0 is that of all candidates.
     """
-    kept_bytes = {policy: kept_bytes_per_token(encoder, policy) for policy in POLICIES}
+    target = target_of(mesh.devices.flat[0])
+    kept_bytes = {policy: kept_bytes_per_token(encoder, policy, target) for policy in POLICIES}
     again = {policy: share_recomputed(encoder, policy) for policy in POLICIES}
-    if not isinstance(stream, PairStream) or stream.layout is None:
-        tokens = float(_tokens_without_chunks(config, stream, devices))
+    if not isinstance(config.data, PairData) or batches.layout is None:
+        rows = largest_batch(config, batches, batches.layout, mesh.size)
+        ids = sum(math.prod(array.shape) for name, array in rows.items() if name.endswith("ids"))
+        tokens = ids / (mesh.size * config.accumulate)
         found = [Candidate(Choice(policy), 3 + again[policy], kept_bytes[policy] * tokens) for policy in POLICIES]
         return frontier(found)
-    assert isinstance(config.data, PairData)
-    packed, given = stream.layout.packed, config.data.chunk_tokens
-    mean, most = tokens_of(config, stream, devices)
-    longest = stream.layout.longest
+    packed, given, (mean, most) = batches.layout.packed, config.data.chunk_tokens, batches.tokens
+    longest = batches.layout.longest
     usual = max(min(int(mean / 8), MAX_CHUNK_TOKENS), longest)
     sizes = [usual, usual // 2, usual // 4]
     if packed:
@@ -152,12 +182,6 @@ def chunks_of(tokens: float, size: int, *, with_parts: bool) -> int:
     return number_compiled(math.ceil(tokens / FILLED / size) + 2 * with_parts)
 
 
-def tokens_of(config: TrainConfig, stream: PairStream, devices: int) -> tuple[float, float]:
-    """The tokens of a device's texts in the mean batch and in the largest that is to be expected."""
-    assert isinstance(config.data, PairData)
-    return tokens_per_device(stream.stores, **sizes_of_rows(config.data, config.batch_size // devices))
-
-
 def share_recomputed(encoder: EncoderConfig, policy: str) -> float:
     """The share of a forward pass that the backward pass of a layer computes again; an estimate."""
     if policy == "none":
@@ -169,7 +193,7 @@ def share_recomputed(encoder: EncoderConfig, policy: str) -> float:
 
 
 @functools.cache
-def kept_bytes_per_token(encoder: EncoderConfig, policy: str, length: int = 64) -> float:
+def kept_bytes_per_token(encoder: EncoderConfig, policy: str, target: Target | None = None, length: int = 64) -> float:
     """The bytes that the backward pass keeps of each token, for rows of one text of ``length`` tokens.
 
     They are the residuals of ``jax.vjp``. XLA may keep less where it sees the whole step.
@@ -186,18 +210,19 @@ def kept_bytes_per_token(encoder: EncoderConfig, policy: str, length: int = 64) 
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(residuals, params)))
 
     # The parameters are residuals, too. The difference leaves what grows with the tokens.
-    return encoder.num_layers * (kept(4) - kept(2)) / (2 * length)
+    with traced_for(target):
+        return encoder.num_layers * (kept(4) - kept(2)) / (2 * length)
 
 
 # --- The program of a candidate -----------------------------------------------------------------------------------
 
 
-def largest_batch(config: TrainConfig, stream: Stream, layout: Layout | None, devices: int) -> Rows:
+def largest_batch(config: TrainConfig, batches: Batches, layout: Layout | None, devices: int) -> Rows:
     """The shapes of the largest global batch that is to be expected, in the chunks of ``layout``."""
-    arrays = {name: (array.shape, array.dtype) for name, array in stream.batch(0, 0, 1).arrays.items()}
+    arrays = {name: (array.shape, array.dtype) for name, array in batches.rows.items()}
 
-    def rows(name: str, *shape: int, dtype: Any = np.int32) -> None:
-        arrays[name] = shape, np.dtype(dtype)
+    def rows(name: str, *shape: int) -> None:
+        arrays[name] = shape, np.dtype(np.int32)
 
     data = config.data
     if isinstance(data, LabelledData):
@@ -205,10 +230,9 @@ def largest_batch(config: TrainConfig, stream: Stream, layout: Layout | None, de
     elif isinstance(data, PairData) and layout is None:
         rows("query_ids", config.batch_size, data.query_length)
         rows("document_ids", config.batch_size, 1 + data.num_negatives, data.document_length)
-    elif isinstance(stream, PairStream) and layout is not None:
+    elif isinstance(data, PairData) and layout is not None:
         if layout.packed:
-            _, most = tokens_of(config, stream, devices)
-            chunks = devices * chunks_of(most, layout.tokens, with_parts=len(layout.shapes) > 1)
+            chunks = devices * chunks_of(batches.tokens[1], layout.tokens, with_parts=len(layout.shapes) > 1)
         else:
             # All are recomputed one at a time: their number hardly matters.
             chunks = devices * -(-math.prod(arrays["ids"][0]) // (layout.tokens * devices))
@@ -218,25 +242,11 @@ def largest_batch(config: TrainConfig, stream: Stream, layout: Layout | None, de
     return {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
 
 
-def _tokens_without_chunks(config: TrainConfig, stream: Stream, devices: int) -> int:
-    rows = largest_batch(config, stream, None, devices)
-    ids = sum(math.prod(array.shape) for name, array in rows.items() if name.endswith("ids"))
-    return ids // (devices * config.accumulate)
-
-
-def _layout(config: TrainConfig, stream: PairStream, devices: int, chunk_tokens: int) -> Layout:
-    assert isinstance(config.data, PairData)
-    data = dataclasses.replace(config.data, chunk_tokens=chunk_tokens)
-    layout = layout_of(dataclasses.replace(config, data=data), stream.stores, devices)
-    assert layout is not None
-    return layout
-
-
 def planned_bytes(
     choice: Choice,
     config: TrainConfig,
     model: EmbeddingConfig,
-    stream: Stream,
+    batches: Batches,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     guide: Checkpoint | None = None,
@@ -247,11 +257,9 @@ def planned_bytes(
     """
     config = choice.applied(config)
     encoder = dataclasses.replace(model.encoder, recompute=choice.recompute)
-    layout = stream.layout
-    if isinstance(stream, PairStream) and layout is not None:
-        layout = _layout(config, stream, mesh.size, choice.chunk_tokens)
+    layout = batches.layout if batches.layout is None else batches.make_layout(config) or batches.layout
     stage = make_stage(config, dataclasses.replace(model, encoder=encoder), layout, guide)
-    rows = largest_batch(config, stream, layout, mesh.size)
+    rows = largest_batch(config, batches, layout, mesh.size)
     try:
         return memory_plan(compile_stage(config, stage, optimizer, rows, mesh)).peak
     except jax.errors.JaxRuntimeError as error:
@@ -297,29 +305,31 @@ def fastest_that_fits(found: Sequence[Candidate], plan: Callable[[Choice], float
 def choose(
     config: TrainConfig,
     model: EmbeddingConfig,
-    stream: Stream,
+    batches: Batches,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     guide: Checkpoint | None = None,
     report: Callable[[str], None] = lambda line: None,
+    memory: tuple[float, str] | None = None,
 ) -> Choice:
     """Returns the fastest choice that fits on the devices of a run. Several processes choose the same.
 
     Args:
       config: with "auto" in ``model.recompute``.
-      stream: the run's, with the layout of ``config``.
+      batches: the run's, in the layout of ``config``.
       optimizer: the run's: with another one, the program of the chosen step would not be in the compilation cache.
       report: called with a line for each compilation.
+      memory: what ``memory_limit`` returns, where the devices cannot be asked.
 
     Raises:
       ConfigurationError: nothing fits; the message names what to lower.
     """
-    limit, where = memory_limit(config, mesh)
-    found = candidates(config, model.encoder, stream, mesh.size)
+    limit, where = memory or memory_limit(config, mesh)
+    found = candidates(config, model.encoder, batches, mesh)
 
     def plan(choice: Choice) -> float:
         report(f"recompute=auto: compiling {choice}, for {limit / GB:.3g} GB on each device")
-        own = planned_bytes(choice, config, model, stream, optimizer, mesh, guide)
+        own = planned_bytes(choice, config, model, batches, optimizer, mesh, guide)
         # Every process compiles the same, because XLA's processes compile a program together, and they go on with the
         # same answer.
         size = max(map(float, hosts.exchange(repr(own))))
@@ -329,17 +339,17 @@ def choose(
     try:
         index, planned = fastest_that_fits(found, plan, limit)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{error} ({where}); {_advice(config, stream)}") from error
+        raise ConfigurationError(f"{error} ({where}); {_advice(config, batches)}") from error
     layout = getattr(config.data, "layout", "")
     return dataclasses.replace(found[index].choice, layout=layout, planned_bytes=int(planned), limit_bytes=int(limit))
 
 
-def _advice(config: TrainConfig, stream: Stream) -> str:
+def _advice(config: TrainConfig, batches: Batches) -> str:
     less = [f"lower config.batch_size ({config.batch_size})"]
     less += [f"config.data.{field} ({getattr(config.data, field)})" for field in config.data.lengths]
     if config.stage in ("mlm", "classify"):
         less.append(f"raise config.accumulate ({config.accumulate})")
-    elif stream.layout is None:
+    elif batches.layout is None:
         less.append("write config.data.layout=packed, whose chunks can be recomputed one at a time")
     if config.sharding != "fsdp":
         less.append("or write config.sharding=fsdp to divide the state among several devices")

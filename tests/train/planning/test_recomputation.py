@@ -20,6 +20,7 @@ from nomic_jax.train.planning.recomputation import (
     GB,
     Candidate,
     Choice,
+    batches_of,
     candidates,
     choose,
     fastest_that_fits,
@@ -45,8 +46,13 @@ def chosen(config, tokenizer, limit_gb, devices=1):
     config = dataclasses.replace(config, memory_gb=limit_gb)
     lines, mesh = [], make_mesh(jax.devices()[:devices])
     optimizer = make_optimizer(config.optim, learning_rate(config.optim, config.steps))
-    stream = make_stream(config, tokenizer, devices)
-    return choose(config, make_model(config, None), stream, optimizer, mesh, report=lines.append), lines
+    batches = batches_of(config, make_stream(config, tokenizer, devices), devices)
+    return choose(config, make_model(config, None), batches, optimizer, mesh, report=lines.append), lines
+
+
+def found_for(config, tokenizer):
+    batches = batches_of(config, make_stream(config, tokenizer, 1), 1)
+    return candidates(config, config.model, batches, make_mesh(jax.devices()[:1]))
 
 
 @pytest.mark.parametrize("wrong", [0.3, 0.9, 1.0, 1.1, 3.0])
@@ -77,12 +83,11 @@ def test_the_search_finds_the_fastest_that_fits_with_few_plans(wrong):
 
 def test_candidates_are_ever_slower_and_smaller_and_settings_by_hand_count(corpus, minilm, tokenizer):
     config = load_config("contrastive", corpus, minilm, **PACKED)
-    stream = make_stream(config, tokenizer, 1)
 
     def choices(**changes):
         changed = dataclasses.replace(config, kept_chunks=changes.pop("kept_chunks", 0.0))
         changed = dataclasses.replace(changed, data=dataclasses.replace(config.data, **changes))
-        found = candidates(changed, config.model, stream, 1)
+        found = found_for(changed, tokenizer)
         assert [each.seconds for each in found] == sorted(each.seconds for each in found)
         assert [each.memory for each in found] == sorted((each.memory for each in found), reverse=True)
         return [each.choice for each in found]
@@ -107,7 +112,7 @@ def test_no_batch_of_an_epoch_is_larger_than_the_one_that_is_planned(stage, corp
         config = load_config(stage, corpus, minilm, **changes | extra)
         for devices in (1, 4):
             stream = make_stream(config, tokenizer, devices)
-            planned = largest_batch(config, stream, stream.layout, devices)
+            planned = largest_batch(config, batches_of(config, stream, devices), stream.layout, devices)
             for step in range(min(40, stream.steps_per_epoch)):
                 arrays = stream.batch(step, 0, 1).arrays
                 assert arrays.keys() == planned.keys()
@@ -119,8 +124,7 @@ def test_no_batch_of_an_epoch_is_larger_than_the_one_that_is_planned(stage, corp
 def test_more_memory_is_never_slower(corpus, minilm, tokenizer, monkeypatch):
     changes = AUTO | {"batch_size": 40, "data.query_length": 64}  # a quarter of the memory is the state, not the half
     config = load_config("contrastive", corpus, minilm, **changes)
-    stream = make_stream(config, tokenizer, 1)
-    order = [each.choice.recompute for each in candidates(config, config.model, stream, 1)]
+    order = [each.choice.recompute for each in found_for(config, tokenizer)]
     assert order == ["none", "elementwise", "attention", "layer"]
     plenty, lines = chosen(config, tokenizer, 1000.0)
     assert plenty.recompute == "none" and plenty.limit_bytes == 1000 * GB and plenty.layout == "padded"
@@ -142,7 +146,7 @@ def test_a_run_keeps_what_it_chose(corpus, minilm, tokenizer, tmp_path, monkeypa
     """Resumed with another memory, and repeated, it takes the same steps. What is set by hand is not planned at all."""
     devices, run = jax.devices()[:1], tmp_path / "run"
     config = load_config("contrastive", corpus, minilm, **PACKED | {"steps": 3})
-    found = candidates(config, config.model, make_stream(config, tokenizer, 1), 1)
+    found = found_for(config, tokenizer)
     memory = {each.choice: each.memory for each in found}  # most of this model's own memory is the state
     wanted = found[2]
     monkeypatch.setattr(loop.recomputation, "planned_bytes", lambda choice, *_: memory[choice])
