@@ -88,7 +88,8 @@ def assert_same_run(workdir: Path, other: Path) -> None:
 @pytest.mark.slow(reason="starts four processes, each of which compiles a training step")
 def test_slurm_stops_and_requeues_and_pods_and_one_process_go_on(run, tmp_path):
     """Runs the batch script with a stand-in for srun. SIGTERM to one process ends both after the same step."""
-    flags, config = run("contrastive", steps=30, sharding="fsdp", **LENGTHS, **{"checkpoint.every": 100})
+    changes = LENGTHS | {"checkpoint.every": 100, "model.recompute": "auto"}
+    flags, config = run("contrastive", steps=30, sharding="fsdp", **changes)
     train(config, tmp_path / "one")
     assert jax.device_count() == 8
     workdir = tmp_path / "two"
@@ -114,7 +115,8 @@ def test_slurm_stops_and_requeues_and_pods_and_one_process_go_on(run, tmp_path):
     assert_same_run(workdir, tmp_path / "one")
     # Only the first process prints.
     assert "8 device(s) in 2 processes" in texts[0] and f"contrastive: resuming from step {done}" in texts[0]
-    assert "contrastive" not in texts[1] and "tokenising" not in texts[1]
+    assert "contrastive" not in texts[1] and "tokenising" not in texts[1] and "recompute=auto" not in "".join(texts)
+    assert text.count("recompute=auto: none") == 1  # both processes compiled it, and one says so
 
 
 @pytest.mark.slow(reason="starts four processes, each of which compiles a training step")

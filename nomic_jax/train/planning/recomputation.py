@@ -86,12 +86,19 @@ class Choice:
 class Candidate(NamedTuple):
     """Attributes:
     choice: what it stands for.
-    seconds, memory: estimates, in any unit (``seconds``) and in bytes of activations (``memory``).
+    seconds: an estimate, in any unit.
+    memory: an estimate in bytes, of the activations that are kept.
+    least: a bound on it. XLA kept as much as estimated, but less than half under the policy "none".
     """
 
     choice: Choice
     seconds: float
     memory: float
+    least: float = 0.0
+
+
+def candidate(choice: Choice, seconds: float, memory: float) -> Candidate:
+    return Candidate(choice, seconds, memory, (0.4 if choice.recompute == "none" else 0.8) * memory)
 
 
 class Batches(NamedTuple):
@@ -136,7 +143,7 @@ def candidates(config: TrainConfig, encoder: EncoderConfig, batches: Batches, me
         rows = largest_batch(config, batches, batches.layout, mesh.size)
         ids = sum(math.prod(array.shape) for name, array in rows.items() if name.endswith("ids"))
         tokens = ids / (mesh.size * config.accumulate)
-        found = [Candidate(Choice(policy), 3 + again[policy], kept_bytes[policy] * tokens) for policy in POLICIES]
+        found = [candidate(Choice(policy), 3 + again[policy], kept_bytes[policy] * tokens) for policy in POLICIES]
         return frontier(found)
     packed, given, (mean, most) = batches.layout.packed, config.data.chunk_tokens, batches.tokens
     longest = batches.layout.longest
@@ -160,7 +167,7 @@ def candidates(config: TrainConfig, encoder: EncoderConfig, batches: Batches, me
                 moved = MOVES_IN_A_LOOP * kept_bytes[policy] * passes_per_byte if chunks > 1 else 0.0
                 extra = kept * moved + again[policy] + 1 - kept
                 memory = kept_bytes[policy] * size * (1 if chunks == 1 else count + 1)
-                found.append(Candidate(Choice(policy, kept, size), (3 + extra) * computed, memory))
+                found.append(candidate(Choice(policy, kept, size), (3 + extra) * computed, memory))
     return frontier(found)
 
 
@@ -198,20 +205,21 @@ def kept_bytes_per_token(encoder: EncoderConfig, policy: str, target: Target | N
 
     They are the residuals of ``jax.vjp``. XLA may keep less where it sees the whole step.
     """
-    config = dataclasses.replace(encoder, recompute=policy, num_layers=1)
-    params = abstract_encoder(config)
 
-    def kept(rows: int) -> int:
+    def kept(layers: int, rows: int) -> int:
+        config = dataclasses.replace(encoder, recompute=policy, num_layers=layers)
         ids_BL, length_B = jnp.zeros((rows, length), jnp.int32), jnp.full(rows, length, jnp.int32)
 
         def residuals(params: dict) -> Any:
             return jax.vjp(lambda params: encode(params, ids_BL, config, length_B=length_B), params)[1]
 
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(residuals, params)))
+        shapes = jax.eval_shape(residuals, abstract_encoder(config))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
     # The parameters are residuals, too. The difference leaves what grows with the tokens.
     with traced_for(target):
-        return encoder.num_layers * (kept(4) - kept(2)) / (2 * length)
+        one, two = ((kept(layers, 4) - kept(layers, 2)) / (2 * length) for layers in (1, 2))
+    return one + (encoder.num_layers - 1) * (two - one)
 
 
 # --- The program of a candidate -----------------------------------------------------------------------------------
@@ -275,14 +283,15 @@ def fastest_that_fits(found: Sequence[Candidate], plan: Callable[[Choice], float
     """Returns (index of the first candidate whose plan is within ``limit``, its plan), with few calls of ``plan``.
 
     Plans fall from candidate to candidate, as the estimates do. The search begins where the estimate fits, and each
-    plan corrects the estimates of the others. The result depends on the plans alone: the candidate before it was
-    planned too, and does not fit.
+    plan corrects the estimates of the others. The result depends on the plans, not on the order: the candidate before
+    it was planned too, or its estimate is far above the limit.
 
     Raises:
       ConfigurationError: no plan is within the limit.
     """
-    low, high, planned = 0, len(found), math.inf  # those before low do not fit; high does, if it is one
-    base, smallest = 0.0, math.inf
+    # Those before low do not fit; high does, if it is one.
+    low = next((i for i, each in enumerate(found) if each.least <= limit), len(found) - 1)
+    high, planned, base, smallest = len(found), math.inf, 0.0, math.inf
     while low < high:
         expected = [i for i in range(low, high) if found[i].memory + base <= limit]
         i = expected[0] if expected else high - 1

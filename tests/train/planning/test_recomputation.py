@@ -142,6 +142,29 @@ def test_more_memory_is_never_slower(corpus, minilm, tokenizer, monkeypatch):
         chosen(config, tokenizer, 1e-4)
 
 
+def test_processes_go_on_with_the_largest_plan_and_the_smallest_memory(corpus, minilm, tokenizer, monkeypatch):
+    config = load_config("contrastive", corpus, minilm, **AUTO)
+    order = [each.choice.recompute for each in found_for(config, tokenizer)]
+    of_the_other = {order[0]: 12 * GB}
+    monkeypatch.setattr(recomputation, "free_memory", lambda: 1000 * GB)  # the other process has 10
+    asked = []
+
+    def plan(choice, *_):
+        asked.append(choice.recompute)
+        return 7 * GB
+
+    monkeypatch.setattr(recomputation, "planned_bytes", plan)
+    monkeypatch.setattr(
+        recomputation.hosts,
+        "exchange",
+        lambda own: [own, repr(of_the_other.get(asked[-1], 8 * GB) if asked else 10 * GB)],
+    )
+    # What no process has room for is not chosen, although this one has.
+    choice, lines = chosen(config, tokenizer, 0.0)
+    assert asked[0] == order[0] and choice.recompute == order[1]
+    assert choice.planned_bytes == 8 * GB and choice.limit_bytes == 9.4 * GB and "8 GB planned, fits" in lines[-1]
+
+
 def test_a_run_keeps_what_it_chose(corpus, minilm, tokenizer, tmp_path, monkeypatch):
     """Resumed with another memory, and repeated, it takes the same steps. What is set by hand is not planned at all."""
     devices, run = jax.devices()[:1], tmp_path / "run"
