@@ -1,7 +1,8 @@
 """Converts a checkpoint to a Hugging Face directory: nomic-jax to-hf CHECKPOINT OUT_DIR
 
-CHECKPOINT is the working directory of a run (its latest checkpoint is converted), one of its checkpoints, or another
-Hugging Face directory or a name on the hub (ORGANISATION/NAME[@REVISION]), to change its format or dtype.
+CHECKPOINT is the working directory of a run (its best checkpoint if it was evaluated, else the latest; see --step), one
+of its checkpoints, or another Hugging Face directory or a name on the hub (ORGANISATION/NAME[@REVISION]), to change its
+format or dtype.
 
 OUT_DIR may be the clone of a repository: only files of an export are written, all or none of them, and everything else
 stays. --push_to_hub uploads these files too, in one commit, with the token of `hf auth login` or HF_TOKEN.
@@ -15,13 +16,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nomic_jax.arguments import Parser, fail
+from nomic_jax.arguments import STEP, Parser, fail
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.files.reading import read_json
 from nomic_jax.hf import CardData, push_to_hub, write_checkpoint
 from nomic_jax.hf.files import MAIN_FILE
 from nomic_jax.hf.front_matter import read_card_data
-from nomic_jax.run.pretrained import read_pretrained
+from nomic_jax.run.pretrained import at_step, read_pretrained
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument(
         "out_dir", help="directory to write; sentence-transformers, transformers and others can load it"
     )
+    parser.add_argument("--step", default="", help=STEP)
     parser.add_argument(
         "--format",
         choices=("hub", "native"),
@@ -89,7 +91,7 @@ def write(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} needs --push_to_hub")
     if args.create_pr and args.revision:
         raise ValueError("--create_pr opens a pull request against the main branch; leave out --revision")
-    source = read_pretrained(args.checkpoint)
+    source = read_pretrained(at_step(args.checkpoint, args.step))
     for part in ("mlm_head", "classifier"):
         if getattr(args, part) and part not in source.params:
             raise ValueError(f"{args.checkpoint} has no {part}; it has {', '.join(source.params)}")

@@ -11,9 +11,11 @@ continues after the last finished shard.
 
 from absl import flags
 
+from nomic_jax.arguments import STEP
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.inference.embed_files import embed_files
 from nomic_jax.inference.precision import DTYPES
+from nomic_jax.run.pretrained import at_step
 
 from .errors import run
 
@@ -24,7 +26,7 @@ def main(argv: list[str]) -> None:
     del argv
     use_compilation_cache()
     done = embed_files(
-        FLAGS.model,
+        at_step(FLAGS.model, FLAGS.step),
         FLAGS.input,
         FLAGS.output,
         text_column=FLAGS.text_column,
@@ -53,6 +55,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     # Defined here, not at import: two commands that are imported together may use the same flag name.
     flags.DEFINE_string("model", None, "A checkpoint directory, or a name on the Hugging Face hub.", required=True)
+    flags.DEFINE_string("step", "", STEP)
     flags.DEFINE_string(
         "input",
         None,

@@ -36,6 +36,7 @@ from typing import Any
 
 from absl import flags
 
+from nomic_jax.arguments import STEP
 from nomic_jax.data.words import WORDS_VERSION
 from nomic_jax.evals.report import pictures
 from nomic_jax.evals.report.page import table, write_report
@@ -222,12 +223,17 @@ def _glue(
 
 def main(argv: list[str]) -> None:
     del argv
+    model = FLAGS.model
+    if FLAGS.step:
+        from nomic_jax.run.pretrained import at_step  # loads jax
+
+        model = str(at_step(model, FLAGS.step))
     report = evaluate(
-        FLAGS.model,
+        model,
         FLAGS.data,
         FLAGS.output,
         suite=FLAGS.suite,
-        name=FLAGS.name,
+        name=FLAGS.name or Path(FLAGS.model).resolve().name,
         tasks=FLAGS.tasks,
         max_length=_integers("max_length"),
         truncate_dim=_integers("truncate_dim"),
@@ -259,6 +265,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "model", None, 'A checkpoint directory, a hub name, or, for local retrieval, "bm25".', required=True
     )
+    flags.DEFINE_string("step", "", STEP)
     flags.DEFINE_enum("suite", "local", SUITES, "The suite of tasks.")
     flags.DEFINE_list("data", [], "Read tasks from here instead of the hub; required for --suite=local.")
     flags.DEFINE_string("output", None, "Folder for scores, report and plots.", required=True)

@@ -2,11 +2,13 @@
 
 from absl import flags
 
+from nomic_jax.arguments import STEP
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.evals.tasks.retrieval import search
 from nomic_jax.files.printable import printable
 from nomic_jax.inference.compilation_cache import use_compilation_cache
 from nomic_jax.inference.embedder import Embedder
+from nomic_jax.run.pretrained import at_step
 
 from .errors import run
 
@@ -16,7 +18,7 @@ FLAGS = flags.FLAGS
 def main(argv: list[str]) -> None:
     del argv
     use_compilation_cache()
-    embedder = Embedder.from_pretrained(FLAGS.model)
+    embedder = Embedder.from_pretrained(at_step(FLAGS.model, FLAGS.step))
     documents = [row[FLAGS.column] for row in read_rows(FLAGS.corpus, {FLAGS.column: str})]
     document_NE = embedder.encode_document(documents, **_prompt(FLAGS.document_prompt))
     query_QE = embedder.encode_query(FLAGS.query, **_prompt(FLAGS.query_prompt))
@@ -37,6 +39,7 @@ def _prompt(name: str | None) -> dict[str, str]:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "A checkpoint directory, or a name on the Hugging Face hub.", required=True)
+    flags.DEFINE_string("step", "", STEP)
     flags.DEFINE_string("corpus", None, "Files with the texts, given as for --input of launch.filter.", required=True)
     flags.DEFINE_string("column", "text", "Column of the corpus that holds the text.")
     flags.DEFINE_multi_string("query", None, "A query; may be repeated.", required=True)

@@ -7,6 +7,9 @@ from typing import NoReturn
 
 from nomic_jax.files.printable import printable
 
+# Help of --step in the commands that read a run; ``nomic_jax.run.pretrained.at_step`` takes its value.
+STEP = "Checkpoint of a run: best (in its evaluations), last, or a step. [the best if it was evaluated, else the last]"
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line that names the nearest argument. Exit code 2."""

@@ -36,6 +36,7 @@ from nomic_jax.run.record import (
 )
 from nomic_jax.run.workdir import (
     DamagedCheckpoint,
+    best_step,
     commit,
     finished_steps,
     latest_intact,
@@ -49,10 +50,11 @@ LARGEST_RATIO = 32
 
 
 def read_pretrained(path: str | Path) -> Checkpoint:
-    """Reads a run's working directory (its latest checkpoint), one of its checkpoints (``best`` too), a Hugging Face
-    directory, or a model of the hub: ORGANISATION/NAME or ORGANISATION/NAME@REVISION.
+    """Reads a run, one of its checkpoints (``best`` too), a Hugging Face directory, or a model of the hub.
 
-    If the latest checkpoints of a run are damaged, it warns and reads the latest sound one.
+    Of a run's working directory, it reads the best checkpoint if the run was evaluated, and warns if that is not the
+    latest one; else the latest. If that one is damaged, it warns and reads the latest sound one. A model of the hub is
+    ORGANISATION/NAME or ORGANISATION/NAME@REVISION.
 
     Raises:
       FileNotFoundError: ``path`` is none of these.
@@ -78,7 +80,7 @@ def read_pretrained(path: str | Path) -> Checkpoint:
 
 
 def resolve(path: str | Path) -> Path:
-    """Returns the folder that ``read_pretrained`` reads now: of a run, the latest sound checkpoint.
+    """Returns the folder that ``read_pretrained`` reads now: of a run, the checkpoint.
 
     A run that still trains writes more, and a branch of the hub moves: for a model of the hub, it returns its name with
     the commit. What is returned reads the same weights later, and in every process.
@@ -89,12 +91,83 @@ def resolve(path: str | Path) -> Path:
     path = follow(named)
     if not (path / "checkpoints").is_dir():
         return path if named.is_symlink() else named
-    step, damaged = latest_intact(path / "checkpoints")
-    if step is None:  # ``read_pretrained`` says why
+    try:
+        step = _chosen_step(path)
+    except (DamagedCheckpoint, FileNotFoundError):  # ``read_pretrained`` says why
         return path
+    return path / "checkpoints" / str(step)
+
+
+def at_step(path: str | Path, step: str) -> Path:
+    """Returns the checkpoint of a run that a flag --step names; without one, ``path`` itself.
+
+    Args:
+      path: the working directory of a run, if ``step`` is given.
+      step: "best" (in the evaluations), "last", a number, or "" for none.
+
+    Raises:
+      ValueError: ``path`` is no run, ``step`` is none of these, or the run was not evaluated.
+      FileNotFoundError: the run has no such checkpoint; the message lists those that it has.
+      DamagedCheckpoint: it has no sound checkpoint.
+    """
+    if not step:
+        return Path(path)
+    workdir = follow(path)
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        raise ValueError(f"--step={step} is for the working directory of a run, and {path} is none; leave it out")
+    if step == "last":
+        return directory / str(_latest_step(workdir))
+    if step == "best" and (found := best_step(workdir)) is not None:
+        return directory / str(found)
+    if step == "best":
+        raise ValueError(f"{path} has no best checkpoint, because it was not evaluated; write --step=last")
+    if not step.isdecimal():
+        raise ValueError(f"--step={step}: write best, last, or the number of a step")
+    if not (directory / str(int(step))).is_dir():
+        steps = ", ".join(map(str, finished_steps(directory))) or "none"
+        raise FileNotFoundError(f"{path} has no checkpoint of step {step}; it has {steps}")
+    return directory / str(int(step))
+
+
+def _chosen_step(workdir: Path) -> int:
+    """Returns the step of a run that is read if none is named: the best one if the run was evaluated, else the latest.
+
+    Raises:
+      DamagedCheckpoint, FileNotFoundError: there is no sound checkpoint.
+    """
+    best = best_step(workdir)
+    if best is None:
+        step = _latest_step(workdir)
+        if (workdir / "evaluation.jsonl").exists():
+            warnings.warn(f"{workdir} was evaluated, but has no {workdir / 'best'}; reading step {step}", stacklevel=1)
+        return step
+    problem = find_damage(workdir / "checkpoints" / str(best))
+    if problem:
+        step = _latest_step(workdir)
+        warnings.warn(f"{workdir / 'best'}: {problem}; reading step {step} instead", stacklevel=1)
+        return step
+    last = max(finished_steps(workdir / "checkpoints"))
+    if best != last:
+        warnings.warn(
+            f"{workdir}: reading step {best}, the best in its evaluations, not the last one, {last} (--step=last, or "
+            f"{workdir}/checkpoints/{last})",
+            stacklevel=1,
+        )
+    return best
+
+
+def _latest_step(workdir: Path) -> int:
+    """Returns the latest sound checkpoint of a run, and warns of damaged later ones."""
+    directory = (workdir / "checkpoints").absolute()
+    step, damaged = latest_intact(directory)
+    if damaged and step is None:
+        raise DamagedCheckpoint(f"{directory} holds no sound checkpoint: {list_damage(damaged)}")
     if damaged:
         warnings.warn(f"{list_damage(damaged)}; reading step {step} instead", stacklevel=1)
-    return path / "checkpoints" / str(step)
+    if step is None:
+        raise FileNotFoundError(f"{directory} holds no finished checkpoint")
+    return step
 
 
 def identify(path: str | Path) -> dict[str, Any]:
@@ -106,8 +179,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     """
     path = download(str(path)) if is_hub_name(path) else follow(path)
     if (path / "checkpoints").is_dir():
-        step, _ = latest_intact(path / "checkpoints")
-        path = path / "checkpoints" / str(step)
+        path = path / "checkpoints" / str(_chosen_step(path))
     if path.parent.name == "checkpoints":
         manifest = read_json(path / MANIFEST, within=path)
         return {"path": str(path), "step": int(path.name), "sha256": manifest["sha256"]}
@@ -124,13 +196,7 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
             others = ", ".join(str(other) for other in finished_steps(directory) if other != step)
             raise DamagedCheckpoint(f"{directory / str(step)}: {problem}; the other steps are: {others or 'none'}")
     else:
-        step, damaged = latest_intact(directory)
-        if damaged and step is None:
-            raise DamagedCheckpoint(f"{directory} holds no sound checkpoint: {list_damage(damaged)}")
-        if damaged:
-            warnings.warn(f"{list_damage(damaged)}; reading step {step} instead", stacklevel=1)
-    if step is None:
-        raise FileNotFoundError(f"{directory} holds no finished checkpoint")
+        step = _chosen_step(workdir)
     path = directory / str(step)
     # The hashes match. Any fault found from here on was written that way, by another program or with intent.
     with explained(path, "metadata"):

@@ -140,6 +140,7 @@ _FREE_FIELDS = (
     "checkpoint",
     "deterministic",
     "evaluation",
+    "init_step",
     "kept_chunks",
     "log_every",
     "memory_gb",

@@ -147,6 +147,13 @@ def latest_intact(directory: Path) -> tuple[int | None, dict[int, str]]:
     return None, damaged
 
 
+def best_step(workdir: Path) -> int | None:
+    """Returns the step that <workdir>/best links to: the best one in the evaluations; None without such a link."""
+    link = workdir / "best"
+    found = re.fullmatch(r"checkpoints/(\d+)", os.readlink(link)) if link.is_symlink() else None
+    return int(found[1]) if found else None
+
+
 def list_damage(damaged: dict[int, str]) -> str:
     return "; ".join(damaged.values())
 

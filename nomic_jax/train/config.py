@@ -203,17 +203,24 @@ class EvaluationConfig:
       every: steps between evaluations (the last step is always evaluated); 0 for none.
       tasks: comma-separated task folders of launch.evaluate, or folders that contain task folders.
       metric: the metric whose mean over the tasks selects the best checkpoint; higher is better.
+      patience: evaluations in a row without a better figure after which the run stops; 0 to never stop early.
     """
 
     every: int = 0
     tasks: str = ""
     metric: str = "ndcg@10"
+    patience: int = 0
 
     def check(self) -> None:
-        """Raises ConfigurationError if one of ``every`` and ``tasks`` is set without the other."""
+        """Raises ConfigurationError if one of ``every`` and ``tasks`` is set without the other, or patience alone."""
         if self.every < 0 or (self.every > 0) != bool(self.tasks):
             raise ConfigurationError(
                 "config.evaluation needs both `every`, a number of steps, and `tasks`, folders of tasks"
+            )
+        if self.patience < 0 or (self.patience and not self.every):
+            raise ConfigurationError(
+                f"config.evaluation.patience is {self.patience}; write a number of evaluations, and set `every` and "
+                f"`tasks`"
             )
 
 
@@ -279,6 +286,8 @@ class TrainConfig:
       init_from: the model to start from: a run's working directory, one of its checkpoints, a Hugging Face directory,
         or a name on the hub (ORGANISATION/NAME, or ORGANISATION/NAME@REVISION); empty for random weights. Its
         architecture replaces ``model``, except for dtype, attention and recompute.
+      init_step: the checkpoint of the run that ``init_from`` names: "best" (in its evaluations), "last", or a step;
+        empty for the best one if the run was evaluated, else the last.
       batch_size: rows, pairs or queries of an optimizer step, over all devices.
       accumulate: micro-batches of a step. Contrastive batches cannot be split: their rows are each other's negatives.
       steps: optimizer steps; -1 for ``epochs`` passes over the data; 0 writes the initial weights and stops.
@@ -318,6 +327,7 @@ class TrainConfig:
     memory_gb: float = 0.0
     deterministic: bool = False
     evaluation: EvaluationConfig = EvaluationConfig()
+    init_step: str = ""
     wandb: str = ""
     trackio: str = ""
     peak_tflops: float = 0.0

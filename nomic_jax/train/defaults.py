@@ -73,6 +73,7 @@ def base_config(stage: str) -> ConfigDict:
     config.stage = stage
     config.seed = 0
     config.init_from = ""
+    config.init_step = ""
     config.batch_size = 0
     config.accumulate = 1
     config.steps = -1
@@ -81,7 +82,7 @@ def base_config(stage: str) -> ConfigDict:
     config.memory_gb = 0.0
     config.deterministic = False
     config.log_every = 1
-    config.evaluation = ConfigDict(dict(every=0, tasks="", metric="ndcg@10"))
+    config.evaluation = ConfigDict(dict(every=0, tasks="", metric="ndcg@10", patience=0))
     config.wandb = ""
     config.trackio = ""
     config.peak_tflops = 0.0

@@ -37,6 +37,18 @@ class Evaluations:
         """The step with the highest figure; the earliest one of equal figures."""
         return max(self._figures, key=lambda step: (self._figures[step], -step), default=None)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the last ``config.patience`` evaluations had no better figure than one before them.
+
+        The first process decides for all: it alone knows the evaluations before a run was resumed.
+        """
+        return self._config.patience > 0 and hosts.on_first_process(self._without_progress)
+
+    def _without_progress(self) -> bool:
+        best = self.best_step
+        return best is not None and sum(step > best for step in self._figures) >= self._config.patience
+
     def is_due(self, step: int, last_step: int) -> bool:
         return self._config.every > 0 and (step % self._config.every == 0 or step == last_step)
 

@@ -14,7 +14,7 @@ from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EncoderConfig
 from nomic_jax.model.attention import FUSED_DTYPES
 from nomic_jax.run.checkpoints import Checkpoints, latest_record
-from nomic_jax.run.pretrained import identify, read_pretrained, resolve
+from nomic_jax.run.pretrained import at_step, identify, read_pretrained, resolve
 from nomic_jax.run.record import make_record, shuffle_of, trained_prompts
 from nomic_jax.run.workdir import used_workdir
 from nomic_jax.train import hosts
@@ -90,9 +90,7 @@ def _train(
     config = make_choices(config, earlier_record, mesh.size, _print_once)
     config.check(mesh.size)
     # Which checkpoint this is, is decided once, for all processes: the run that it belongs to may still train.
-    places = hosts.on_first_process(
-        lambda: [str(resolve(path)) if path else "" for path in (config.init_from, config.loss.guide)]
-    )
+    places = hosts.on_first_process(lambda: [str(resolve(path)) if path else "" for path in _named_models(config)])
     pretrained = read_pretrained(places[0]) if places[0] else None
     parent, guide = (identify(path) if path else None for path in places)
     model = make_model(config, pretrained)
@@ -173,6 +171,7 @@ def _train(
         evaluations = Evaluations(config.evaluation, workdir, start, evaluate)
         checkpoints.best_step = evaluations.best_step
         progress = stack.enter_context(Progress(config, model.encoder, workdir, start, steps, schedule, goodput))
+        end = start if evaluations.is_over else end
         batches = read_ahead(stream, start, end, jax.process_index(), jax.process_count())
         for step, batch in enumerate(goodput.steps(batches), start + 1):
             rows = put_rows(batch.arrays, mesh)
@@ -197,6 +196,12 @@ def _train(
                 with goodput.spending("checkpoint"):
                     checkpoints.save(step, state.to_checkpoint())
             checkpoints.check()
+            if evaluating and evaluations.is_over and step < end:
+                _print_once(
+                    f"{config.stage}: stopped after step {step} of {steps}: no better figure in "
+                    f"{config.evaluation.patience} evaluations than at step {evaluations.best_step}"
+                )
+                break
             if stopping and step < steps:
                 with goodput.spending("checkpoint"):
                     checkpoints.wait()
@@ -206,6 +211,11 @@ def _train(
                 )
         checkpoints.wait()
     return progress.last
+
+
+def _named_models(config: TrainConfig) -> tuple[str | Path, str]:
+    start = at_step(config.init_from, config.init_step) if config.init_step else config.init_from
+    return start, config.loss.guide
 
 
 def _print_once(line: str) -> None:
