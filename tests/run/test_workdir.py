@@ -252,11 +252,12 @@ def test_a_run_is_resolved_once_to_a_checkpoint_that_stays(run, tmp_path):
     (run / "best").symlink_to("checkpoints/0")
     found, best, before = resolve(run), resolve(run / "best"), identify(run)
     assert found == run / "checkpoints" / "0" and best.samefile(found)
+    (run / "best").unlink()
     add(7)
     assert identify(run) != before == identify(found) and resolve(run) == run / "checkpoints" / "7"
-    (run / "best").unlink()
     (run / "best").symlink_to("checkpoints/7")
-    assert identify(best) == before
+    assert identify(best) == before and resolve(run) == run / "checkpoints" / "7"
+    (run / "best").unlink()
     (add(9) / "array").write_text("damaged")
     with pytest.warns(UserWarning, match="reading step 7 instead"):
         assert resolve(run) == run / "checkpoints" / "7"
