@@ -91,12 +91,24 @@ class Pairs:
             yield np.searchsorted(self._ends_Q, numbers_P, side="right"), document_P
 
     def read(self, files: str | list[str], query_column: str, document_column: str) -> Iterator[dict[str, Any]]:
-        """Yields the pairs in order, as input rows with one text as document."""
+        """Yields the pairs in order, as input rows with one text as document.
+
+        Raises:
+          ValueError: the files do not have the number of pairs that was read: they have changed since.
+        """
         set_aside = {entry.file for entry in self.quarantined}
         readable = [file for file in expand_files(files) if file not in set_aside]
+        count = 0
         for row in _rows(readable, query_column, document_column, self._holds_lists, "skip", AlreadyRejected()):
             for document in row[document_column] if self._holds_lists else [row[document_column]]:
-                yield row | {document_column: document}
+                count += 1
+                if count <= len(self):
+                    yield row | {document_column: document}
+        if count != len(self):
+            raise ValueError(
+                f"{', '.join(readable[:3])}: {count} pairs where {len(self)} were read before: the files have changed "
+                f"since; run the command again"
+            )
 
 
 def collect_pairs(

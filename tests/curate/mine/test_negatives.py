@@ -238,6 +238,17 @@ def test_a_restart_under_other_settings_is_refused(files, tmp_path):
         mine(files, tmp_path / "out")
 
 
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_file_that_changes_meanwhile_is_named(files, tmp_path, change):
+    def engine(task, encoder, wait):
+        write_rows(files, (make_rows() * 2)[: 60 + change])
+        local_engine(task, encoder, wait)
+
+    with pytest.raises(ValueError, match=rf"pairs\.jsonl: {60 + change} pairs where 60 were read before"):
+        mine_negatives(files, tmp_path / "out", FakeTeacher().encoder(), MiningOptions(), engine=engine, progress=False)
+    assert not (tmp_path / "out" / "triplets.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
