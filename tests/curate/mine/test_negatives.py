@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -168,6 +169,9 @@ def test_too_few_is_a_choice(files, tmp_path):
     summary, triplets = mine(files, tmp_path / "drop", margin=0.5, too_few="drop")
     assert [triplet["id"] for triplet in triplets] == [i for i in range(60) if i not in short]
     assert summary["dropped_too_few"] == len(short)
+    sizes = Counter(len(triplet["negatives"]) for triplet in triplets)
+    assert len(sizes) > 1
+    assert summary["negatives"] == [{"negatives": size, "rows": sizes[size]} for size in sorted(sizes)]
 
     summary, triplets = mine(files, tmp_path / "random", margin=0.5, too_few="random")
     assert summary["filled_with_random"] == len(short)
