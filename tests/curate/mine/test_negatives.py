@@ -193,6 +193,14 @@ def test_too_few_is_a_choice(files, tmp_path):
         mine(files, tmp_path / "none", k=60, range_max=7, margin=0.5, too_few="random")
 
 
+def test_random_documents_that_are_not_enough(tmp_path):
+    """Of 14 documents, one is the positive and 8 are near; 5 of the others are left where 8 are wanted."""
+    rows = [{"query": f"one topic {i}", "document": f"one topic {i} document"} for i in range(14)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(ValueError, match=r"row 0 .* has 5 negatives of the 8 .* no more among the 14 distinct"):
+        mine(str(tmp_path / "pairs.jsonl"), tmp_path / "out", k=8, num_negatives=8, margin=0.01, too_few="random")
+
+
 def test_random_negatives_depend_on_seed_and_row(files, tmp_path):
     def run(name, **options):
         mine_negatives(files, tmp_path / name, None, MiningOptions(k=10, **options), progress=False)
