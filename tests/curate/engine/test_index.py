@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from nomic_jax.curate.engine.index import (
+    RECALL,
+    RECALL_AT,
     ApproximateIndex,
     Batches,
     _exact_scores,
@@ -106,3 +108,13 @@ def test_an_index_of_batches_is_an_index_of_all(tmp_path):
     index.index.nprobe = index.index.nlist
     for found, expected in zip(index.top_k(query_QE, 8), brute_force(query_QE, document_NE, 8)):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_an_index_searches_as_few_cells_as_its_recall_allows(tmp_path):
+    rng = np.random.default_rng(0)
+    query_QE, document_NE = unit(rng, 50, 24), unit(rng, 1500, 24)  # without clusters: many cells are near a query
+    index = ApproximateIndex(query_QE, document_NE, tmp_path / "index.faiss")
+    recall = index.recall(query_QE, RECALL_AT)
+    assert recall["recall"] >= RECALL and 16 < recall["nprobe"] < recall["nlist"] == 128
+    index.index.nprobe //= 2
+    assert index.recall(query_QE, RECALL_AT)["recall"] < RECALL
