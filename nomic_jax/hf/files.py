@@ -8,6 +8,7 @@ from nomic_jax.files import reading
 from nomic_jax.files.reading import FileRefused
 
 MAIN_FILE = "config.json"  # without it, no client opens the directory
+LARGEST_CARD = 1 << 22  # the longest model cards, with the scores of every task of mteb, have 200 KB
 _EXPORTED = re.compile(r"README\.md|(\d_[A-Za-z]+/)?[A-Za-z]\w*\.(json|txt|safetensors|model)")
 
 
@@ -55,6 +56,15 @@ def check_file(path: Path, limit: int | None = None) -> int:
         raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face checkpoint directory") from None
     except FileRefused as error:
         raise CheckpointError(*error.args) from error
+
+
+def read_card(directory: Path) -> str | None:
+    """Returns the text of the model card, README.md; None if there is none, or none that can be read."""
+    path = directory / "README.md"
+    try:
+        return reading.read_text(path, limit=LARGEST_CARD, within=directory, accept=_is_in_hub_cache)
+    except (FileRefused, OSError):
+        return None
 
 
 def _is_in_hub_cache(file: Path) -> bool:

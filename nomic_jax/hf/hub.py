@@ -37,8 +37,22 @@ def pinned(name: str) -> str:
     return f"{split_revision(name)[0]}@{download(name).name}"
 
 
-def download(hub_id: str, revision: str | None = None) -> Path:
-    """Returns the local copy of a hub model: configuration, tokenizer and weights (safetensors if available).
+def download(
+    hub_id: str,
+    revision: str | None = None,
+    *,
+    token: bool | str | None = None,
+    cache_folder: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Returns the local copy of a hub model: configuration, tokenizer, card and weights (safetensors if available).
+
+    Args:
+      hub_id: "organisation/name".
+      revision: branch, tag or commit; None for the main branch.
+      token: of ``hf auth login``, for private and gated models; None for the one that is stored, False for none.
+      cache_folder: where copies are kept; None for huggingface_hub's own folder.
+      local_files_only: take the copy that is there and do not ask the hub.
 
     Args:
       hub_id: ORGANISATION/NAME, or ORGANISATION/NAME@REVISION.
@@ -55,14 +69,21 @@ def download(hub_id: str, revision: str | None = None) -> Path:
 
     def fetch(*patterns: str) -> Path:
         return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), local_files_only=cached)
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=list(patterns),
+                local_files_only=cached,
+                token=token,
+                cache_dir=cache_folder,
+            )
         )
 
     try:
-        cached = not is_reachable(hub_id, revision)
-        directory = fetch("*.json", "*.safetensors", "vocab.txt")
+        cached = local_files_only or not is_reachable(hub_id, revision)
+        directory = fetch("*.json", "*.safetensors", "vocab.txt", "README.md")
         if not any(directory.glob("*.safetensors")):
-            directory = fetch("*.json", "pytorch_model.bin", "vocab.txt")
+            directory = fetch("*.json", "pytorch_model.bin", "vocab.txt", "README.md")
         return directory
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(

@@ -34,6 +34,7 @@ def write_checkpoint(
     evaluations: Mapping[str, Mapping[str, Any]] | None = None,
     name: str | None = None,
     card: CardData | None = None,
+    readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes model, tokenizer, pooling, prompts and model card: all or nothing. Other files in the directory stay.
@@ -50,6 +51,7 @@ def write_checkpoint(
       evaluations: suite -> report of ``launch.evaluate``, for the model card.
       name: what the model card tells a user to open, such as "owner/name" of the hub; by default that of the directory.
       card: language, license and others, for the model card.
+      readme: a model card to write as it is; None for one that is made here, "" for none.
       overwrite: also replace files that no export wrote, or that were changed since.
 
     Raises:
@@ -69,6 +71,10 @@ def write_checkpoint(
     tensors = _cast(_tensors(encoder, checkpoint.params, naming), dtype)
     with merged_into(directory, main=MAIN_FILE, is_ours=is_exported, overwrite=overwrite) as part:
         _write_files(part, name or directory.name, checkpoint, tensors, dtype, max_length, evaluations, card)
+        if readme:
+            (part / "README.md").write_text(readme, encoding="utf-8")
+        elif readme is not None:
+            (part / "README.md").unlink()
 
 
 def _write_files(
