@@ -1,5 +1,7 @@
 """Searches a corpus with a model: nomic-jax search --model=DIR --corpus=FILE --query="..." [--query="..."]"""
 
+from typing import Any
+
 from absl import flags
 
 from nomic_jax.arguments import STEP
@@ -32,7 +34,7 @@ def main(argv: list[str]) -> None:
             print(f"  {value:.3f}  {printable(text[:110])}{'…' if len(text) > 110 else ''}")
 
 
-def _prompt(name: str | None) -> dict[str, str]:
+def _prompt(name: str | None) -> dict[str, Any]:
     """The options of a flag: none for the role's prompt, the named prompt, or no prompt."""
     return {} if name is None else {"prompt_name": name} if name else {"prompt": ""}
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nomic_jax.inference.classifier import Classifier
     from nomic_jax.inference.embedder import Embedder
     from nomic_jax.inference.integrations import langchain_embeddings, llama_index_embedding, mteb_encoder
+    from nomic_jax.inference.sentence_transformers.quantization import quantize_embeddings
     from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed
 
 __version__ = "0.2.0"
@@ -23,6 +24,7 @@ __all__ = [
     "langchain_embeddings",
     "llama_index_embedding",
     "mteb_encoder",
+    "quantize_embeddings",
 ]
 
 _MODULES = {
@@ -33,6 +35,7 @@ _MODULES = {
     "langchain_embeddings": "nomic_jax.inference.integrations",
     "llama_index_embedding": "nomic_jax.inference.integrations",
     "mteb_encoder": "nomic_jax.inference.integrations",
+    "quantize_embeddings": "nomic_jax.inference.sentence_transformers.quantization",
     "EmbeddingConfig": "nomic_jax.model",
     "EncoderConfig": "nomic_jax.model",
     "embed": "nomic_jax.model",

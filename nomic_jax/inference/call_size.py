@@ -13,9 +13,12 @@ TOKENS_PER_CALL_ELSEWHERE = 131_072
 SCORE_BYTES_PER_CALL = 4 * 2**30
 
 
-def texts_per_call(encoder: EncoderConfig, length: int) -> int:
-    """Returns the maximum number of texts of ``length`` tokens per device and call; at least 1."""
-    texts = TOKENS_PER_CALL.get(jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE) // length
+def texts_per_call(encoder: EncoderConfig, length: int, platform: str | None = None) -> int:
+    """Returns the maximum number of texts of ``length`` tokens per device and call; at least 1.
+
+    ``platform`` is that of the device; None for JAX's default backend.
+    """
+    texts = TOKENS_PER_CALL.get(platform or jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE) // length
     automatic = choose(encoder.dtype, head_dim=encoder.head_dim)
     implementation = automatic if encoder.attention == "auto" else encoder.attention
     if scores := score_bytes(implementation, length, encoder.num_heads):

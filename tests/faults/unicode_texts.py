@@ -124,7 +124,7 @@ def _small_embedder(max_length: int):
 
     config = EmbeddingConfig(EncoderConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64))
     params = init_encoder(jax.random.key(0), config.encoder)
-    return Embedder(params, config, Tokenizer.from_directory(find_minilm()), max_length=max_length)
+    return Embedder.from_params(params, config, Tokenizer.from_directory(find_minilm()), max_length=max_length)
 
 
 def _compile_all(embedder) -> None:

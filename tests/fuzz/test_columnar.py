@@ -94,7 +94,7 @@ def test_columns(tmp_path, data):
 @pytest.fixture(scope="module")
 def embedder(tokenizer) -> Embedder:
     config = EmbeddingConfig(EncoderConfig(hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8))
-    return Embedder(init_encoder(jax.random.key(0), config.encoder), config, tokenizer, max_length=16)
+    return Embedder.from_params(init_encoder(jax.random.key(0), config.encoder), config, tokenizer, max_length=16)
 
 
 @settings(max_examples=EXAMPLES)

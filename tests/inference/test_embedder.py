@@ -111,7 +111,7 @@ def test_a_vector_does_not_depend_on_long_neighbours_or_on_earlier_calls(tokeniz
     """Some texts exceed the trained length; their rotary frequencies depend on the length of the text."""
     encoder = dataclasses.replace(NOMIC.encoder, max_trained_positions=128, max_positions=512)
     params = {"encoder": init_encoder(jax.random.key(0), encoder)}
-    embedder = Embedder(params, EmbeddingConfig(encoder), tokenizer)
+    embedder = Embedder.from_params(params, EmbeddingConfig(encoder), tokenizer)
     texts = ["short", "word " * 160, "long " * 600, "other " * 127, "six " * 20]
     alone = [embedder.encode(text) for text in texts]
     np.testing.assert_allclose(embedder.encode(texts), alone, atol=1e-6)
@@ -147,7 +147,11 @@ def test_truncated_vectors_are_normalised_again(embedder, vectors, minilm):
 def test_matryoshka_of_v1_5(nomic_dir, tmp_path, nomic):
     """v1.5 applies LayerNorm over the full width, truncates, then normalizes; sentence-transformers does the same."""
     raw = dataclasses.replace(nomic.config, normalize=False)
-    hidden = Embedder(nomic.params, raw, nomic.tokenizer).encode(SHORT, normalize_embeddings=False).astype(np.float64)
+    hidden = (
+        Embedder.from_params(nomic.params, raw, nomic.tokenizer)
+        .encode(SHORT, normalize_embeddings=False)
+        .astype(np.float64)
+    )
     expected = (hidden - hidden.mean(1, keepdims=True)) / np.sqrt(hidden.var(1, keepdims=True) + 1e-5)
     expected = expected[:, :16] / np.linalg.norm(expected[:, :16], axis=1, keepdims=True)
     opened = Embedder.from_pretrained(nomic_dir, layer_norm=True, truncate_dim=16)
@@ -204,7 +208,9 @@ def test_warns_once_without_a_prefix_and_once_with_two(nomic, embedder):
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Embedder(nomic.params, nomic.config, nomic.tokenizer, prompts=nomic.prompts).encode(["search_query: food"])
+        Embedder.from_params(nomic.params, nomic.config, nomic.tokenizer, prompts=nomic.prompts).encode(
+            ["search_query: food"]
+        )
         embedder.encode(["MiniLM needs no prefix"])
 
 
@@ -281,15 +287,18 @@ def test_the_identity_covers_all_that_a_vector_depends_on(tmp_path):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     swapped = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(definition)))
     variants = [
-        *(Embedder(params, *own[1:], prompts=base.prompts) for params in other_params),
-        *(Embedder(*own[:2], tokenizer, prompts=base.prompts) for tokenizer in (base.tokenizer.lowercased(), swapped)),
+        *(Embedder.from_params(params, *own[1:], prompts=base.prompts) for params in other_params),
+        *(
+            Embedder.from_params(*own[:2], tokenizer, prompts=base.prompts)
+            for tokenizer in (base.tokenizer.lowercased(), swapped)
+        ),
         base.with_settings(max_length=32),
         base.with_settings(normalize=not base.config.normalize),
         *(
             Embedder.from_pretrained(tmp_path / "model", **option)
             for option in ({"dtype": "bfloat16"}, {"truncate_dim": 4}, {"layer_norm": False})
         ),
-        Embedder(own[0], dataclasses.replace(base.config, pooling="cls"), own[2], prompts=base.prompts),
+        Embedder.from_params(own[0], dataclasses.replace(base.config, pooling="cls"), own[2], prompts=base.prompts),
     ]
     identities = [json.dumps(embedder.identity) for embedder in [base, *variants]]
     assert len(set(identities)) == len(identities) == len(leaves) + 9
@@ -335,7 +344,7 @@ def test_length_and_dimensions_can_be_set_as_in_sentence_transformers(minilm, th
         ("max_length", None, r"not within 2\.\.512"),
         ("truncate_dim", 0, r"not within 1\.\.384"),
         ("similarity_fn_name", "cos", "write one of cosine, dot"),
-        ("default_prompt_name", "query", "unknown prompt_name"),
+        ("default_prompt_name", "clustering", "unknown prompt_name"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_not_set(embedder, name, value, message):
@@ -352,7 +361,7 @@ def test_an_attribute_that_does_not_exist_cannot_be_set(embedder):
     class Own(Embedder):
         """A user's subclass may have attributes of its own."""
 
-    own = Own(embedder.params, embedder.config, embedder.tokenizer)
+    own = Own.from_params(embedder.params, embedder.config, embedder.tokenizer)
     own.note = "mine"
 
 
@@ -395,7 +404,7 @@ def test_a_forked_child_gets_an_error_instead_of_waiting_for_ever(nomic):
             except Exception as error:
                 return f"{type(error).__name__}: {error}"
 
-        made = (lambda: nomic.encode("one"), lambda: Embedder(nomic.params, nomic.config, nomic.tokenizer))
+        made = (lambda: nomic.encode("one"), lambda: Embedder.from_params(nomic.params, nomic.config, nomic.tokenizer))
         answers.put([error_of(call) for call in made])
 
     context = multiprocessing.get_context("fork")

@@ -29,7 +29,7 @@ def embedder(minilm):
 @pytest.fixture(scope="module")
 def prompted(embedder):
     """MiniLM with the prompts of an exported nomic model."""
-    return Embedder(embedder.params, embedder.config, embedder.tokenizer, prompts=PROMPTS, max_length=64)
+    return Embedder.from_params(embedder.params, embedder.config, embedder.tokenizer, prompts=PROMPTS, max_length=64)
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +199,7 @@ def test_mteb_prompts_are_those_of_mtebs_own_nomic_entry(tokenizer, monkeypatch)
 
     config = EmbeddingConfig(EncoderConfig(hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8))
     params = init_encoder(jax.random.key(0), config.encoder)
-    prompted = Embedder(params, config, tokenizer, prompts=PROMPTS, max_length=64)
+    prompted = Embedder.from_params(params, config, tokenizer, prompts=PROMPTS, max_length=64)
     seen: set[str] = set()
     encode = prompted.tokenizer.encode
 
@@ -238,7 +238,7 @@ def test_mteb_prompt_of_the_model_itself_goes_first(embedder):
     from mteb.types import PromptType
 
     own = PROMPTS | {"STS": "same meaning? ", "MockRetrievalTask-query": "find: "}
-    prompted = Embedder(embedder.params, embedder.config, embedder.tokenizer, prompts=own, max_length=64)
+    prompted = Embedder.from_params(embedder.params, embedder.config, embedder.tokenizer, prompts=own, max_length=64)
     model = mteb_encoder(prompted)
     batches = [{"text": TEXTS[:2]}, {"text": TEXTS[2:]}]
     for task, side, prompt in (
@@ -273,8 +273,8 @@ def test_mteb_options_and_what_the_results_are_filed_under(embedder, prompted):
     # Any change of the vectors changes the revision; otherwise mteb would reuse the cached scores of another model.
     moved = jax.tree.map(lambda array: array * 1.001, embedder.params)
     same = {"prompts": embedder.prompts, "max_length": embedder.max_length}
-    other = Embedder(moved, embedder.config, embedder.tokenizer, **same)
-    again = Embedder(embedder.params, embedder.config, embedder.tokenizer, **same)
+    other = Embedder.from_params(moved, embedder.config, embedder.tokenizer, **same)
+    again = Embedder.from_params(embedder.params, embedder.config, embedder.tokenizer, **same)
     models = [mteb_encoder(model, "minilm") for model in (embedder, prompted, other)] + [short]
     assert len({model.mteb_model_meta.revision for model in models}) == 4
     assert mteb_encoder(again).mteb_model_meta.revision == models[0].mteb_model_meta.revision
