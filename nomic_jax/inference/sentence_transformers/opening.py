@@ -74,7 +74,7 @@ def configured(
     similarity: Any = None,
     device: Any = None,
 ) -> Checkpoint:
-    """Returns a checkpoint with other settings; None leaves one unchanged. None for dtype: what is fast on the device."""
+    """Returns a checkpoint with other settings; None leaves one unchanged, and dtype is what is fast on the device."""
     # "auto" stands for the attention of JAX's default backend. Other devices have none that is fused.
     is_default = find_devices(device)[0].platform == jax.default_backend()
     dtype = computation_dtype(dtype, attention if is_default else "xla")
