@@ -58,9 +58,15 @@ def directory(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.fixture
-def ours(directory):
+@pytest.fixture(scope="module")
+def opened(directory):
     return Embedder(str(directory))
+
+
+@pytest.fixture
+def ours(opened):
+    """A copy of its own for every test, with the same weights."""
+    return opened.with_settings()
 
 
 @pytest.fixture(scope="module")
