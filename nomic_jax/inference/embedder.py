@@ -99,8 +99,9 @@ class Embedder(TextInputs, SentenceTransformerMethods):
             of nomic-embed-text-v1.5 does not declare its LayerNorm. It is applied for the name on the hub; for a local
             copy, pass ``layer_norm=True``.
           attention: see ``nomic_jax.model.attention``.
-          modules, trust_remote_code, use_auth_token, model_kwargs, processor_kwargs, config_kwargs, model_card_data,
-            backend: names of sentence-transformers; docs/sentence_transformers.md says which values are taken.
+          use_auth_token, model_kwargs, processor_kwargs, backend: names of sentence-transformers;
+            docs/sentence_transformers.md says which values are taken.
+          modules, trust_remote_code, config_kwargs, model_card_data: refused.
 
         Raises:
           CheckpointError, ConfigError: this encoder does not implement the checkpoint, or the checkpoint is invalid.

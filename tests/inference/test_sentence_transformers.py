@@ -138,7 +138,7 @@ def test_every_parameter_is_in_the_tables_and_the_tables_in_the_documentation(li
         ({"modules": [1]}, "modules is refused: .*from_params"),
         ({"trust_remote_code": True}, "trust_remote_code is refused: no code .*leave it out"),
         ({"config_kwargs": {"a": 1}}, "config_kwargs is refused: .*dtype, max_length"),
-        ({"model_card_data": 1}, "model_card_data is refused: .*convert.to_hf"),
+        ({"model_card_data": 1}, "model_card_data is refused: .*nomic-jax to-hf"),
         ({"backend": "onnx"}, "backend 'onnx' is refused"),
         ({"backend": "openvino"}, "backend 'openvino' is refused"),
         ({"model_kwargs": {"device_map": "auto"}}, "'device_map'.* is refused: device= names"),

@@ -39,7 +39,7 @@ SUPPORTED = {
     "eval": "nothing to do",
     "evaluate": "",
     "model_card_data": "holds what evaluators report; the generated model card shows it",
-    "save_pretrained": "an export of this package, which sentence-transformers opens; `overwrite` as in convert.to_hf",
+    "save_pretrained": "an export, which sentence-transformers opens; `overwrite` as in nomic-jax to-hf",
     "save": "as `save_pretrained`",
     "push_to_hub": "",
     "save_to_hub": "",
@@ -98,7 +98,7 @@ REFUSED_PARAMETERS = {
         "code of its own is refused by name"
     ),
     "config_kwargs": "settings are those of the model's config.json; pass dtype, max_length, layer_norm or attention",
-    "model_card_data": "python -m convert.to_hf writes the model card",
+    "model_card_data": "nomic-jax to-hf writes the model card, with the fields that its flags give",
     "task": "routes of a Router are not implemented; use encode_query, encode_document or prompt_name",
     "processing_kwargs": "set max_seq_length, or give texts that are shorter",
 }
@@ -120,7 +120,7 @@ _REASONS: dict[str, str] = {
     "the modules are fixed: `config` names the encoder, pooling, layer_norm and normalize": """
         modules named_modules children named_children get_submodule set_submodule add_module register_module append
         extend insert pop transformers_model processor get_sentence_features smart_batching_collate""",
-    "train with `python -m launch.train`, which takes this model as `--config.init_from`": """
+    "train with `nomic_jax.fit`, which takes this model's directory or name": """
         fit old_fit train requires_grad_ zero_grad gradient_checkpointing_enable model_card_data_class""",
     "a LoRA adapter must be merged into the weights first: peft's model.merge_and_unload()": """
         active_adapter active_adapters add_adapter check_peft_compatible_model delete_adapter disable_adapters
