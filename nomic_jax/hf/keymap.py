@@ -18,8 +18,8 @@ class Slot(NamedTuple):
     """The destination of a tensor: part ``part`` of ``parts`` along the last axis of the leaf at ``path``."""
 
     path: tuple[str, ...]
-    part: int = 0
-    parts: int = 1
+    part: int
+    parts: int
 
 
 def _table(lines: str) -> dict[str, str]:
