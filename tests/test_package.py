@@ -164,3 +164,41 @@ def test_the_core_works_without_extras_and_without_what_windows_lacks(minilm, tm
         assert name.startswith("nomic_jax.curate.") or name in ("nomic_jax.train.defaults", "launch.train")
         assert message.endswith(curate if "curate" in name else train)
     assert f"launch.train training {train}" in done.stdout
+
+
+@pytest.mark.exhaustive(reason="installs jax; without pip, a test imports everything without the packages of extras")
+def test_a_lean_installation_is_small_and_embeds(built, minilm, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    venv.create(tmp_path / "env", with_pip=True)
+    scripts = tmp_path / "env" / "bin"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def call(*command, code=0):
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    call(scripts / "python", "-m", "pip", "install", "-q", f"--constraint={ROOT}/requirements-ci.lock", wheel)
+    (site_packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    assert not {path.name for path in site_packages.iterdir()} & OPTIONAL
+    # What jax and flax bring.
+    theirs = {"jax", "jaxlib", "numpy", "numpy.libs", "scipy", "scipy.libs", "flax", "orbax", "tensorstore", "optax"}
+    ours = [path for path in site_packages.iterdir() if path.name not in theirs]
+    files = [file for path in ours for file in ([path] if path.is_file() else path.rglob("*"))]
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 300e6
+    (tmp_path / "texts.jsonl").write_text('{"text": "first text"}\n{"text": "second text"}\n')
+    command = scripts / "nomic-jax"
+    call(command, "embed", f"--model={minilm}", "--input=texts.jsonl", "--output=vectors.npy")
+    expected = Embedder.from_pretrained(minilm).encode(["first text", "second text"])
+    np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), expected, atol=1e-6)
+    call(command, "to-hf", minilm, "model")
+    assert "second text" in call(
+        command, "search", "--model=model", "--corpus=texts.jsonl", "--query=the second", "--k=1"
+    )
+    for arguments, extra in (
+        (["train", "--config=mlm:debug", "--workdir=run"], "train"),
+        (["mine", "--input=texts.jsonl", "--output=mined"], "curate"),
+        (["report", "."], "report"),
+        (["embed", "--model=model", "--input=texts.jsonl", "--output=vectors.parquet"], "data"),
+    ):
+        assert f'pip install "nomic_jax[{extra}]"' in call(command, *arguments, code=2)
