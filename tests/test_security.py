@@ -50,7 +50,9 @@ def findings(source: str) -> list[str]:
             names = [alias.name for alias in node.names]
             full_names |= {alias.asname: alias.name for alias in node.names if alias.asname}
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            # The names of functions of this package (`code`) may be those of modules elsewhere.
+            own = node.level or (node.module or "").partition(".")[0] == "nomic_jax"
+            names = [] if own else [f"{node.module or ''}.{alias.name}" for alias in node.names]
             full_names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
         found += [f"import of {part}" for name in names for part in name.split(".") if part in MODULES]
     for node in ast.walk(tree):

@@ -146,8 +146,7 @@ class OptimConfig:
 
     Attributes:
       lr: peak learning rate, reached after the warm-up.
-      b1, b2: decay rates of the means of the gradient and of its square.
-      eps: added to the denominator of the update.
+      b1, b2, eps: decay rates of the means of the gradient and of its square; what is added to the denominator.
       weight_decay: decoupled weight decay of the matrices.
       clip_norm: maximum global gradient norm; 0 for no clipping.
       warmup: number of optimizer steps; below 1, the share of all steps.
@@ -219,8 +218,7 @@ class EvaluationConfig:
             )
         if self.patience < 0 or (self.patience and not self.every):
             raise ConfigurationError(
-                f"config.evaluation.patience is {self.patience}; write a number of evaluations, and set `every` and "
-                f"`tasks`"
+                f"config.evaluation.patience is {self.patience}; write a number of evaluations, and set `every`"
             )
 
 
