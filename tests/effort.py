@@ -89,8 +89,8 @@ class Effort:
             terminalreporter.line("make them faster, or mark them @pytest.mark.slow(reason=...), or raise --slow-limit")
         if self.left_out:
             terminalreporter.line(f"{self.left_out} exhaustive tests not run; --all runs them")
-        if importlib.util.find_spec("torch") is None:
-            skipped = [report for report in terminalreporter.stats.get("skipped", ()) if _needs_torch(report)]
+        skipped = [report for report in terminalreporter.stats.get("skipped", ()) if _needs_torch(report)]
+        if skipped and importlib.util.find_spec("torch") is None:
             terminalreporter.line(
                 f"{sum(map(_tests_of, skipped))} comparisons with torch, sentence-transformers or mteb not run. To run "
                 "them: install a build of torch without CUDA into this environment, then pip install -e '.[dev-torch]'"
