@@ -172,8 +172,8 @@ def _train(
         checkpoints.best_step = evaluations.best_step
         progress = stack.enter_context(Progress(config, model.encoder, workdir, start, steps, schedule, goodput))
         end = start if evaluations.is_over else end
-        batches = read_ahead(stream, start, end, jax.process_index(), jax.process_count())
-        for step, batch in enumerate(goodput.steps(batches), start + 1):
+        prepared = read_ahead(stream, start, end, jax.process_index(), jax.process_count())
+        for step, batch in enumerate(goodput.steps(prepared), start + 1):
             rows = put_rows(batch.arrays, mesh)
             if step == start + 1 and _should_be_fused(model.encoder):
                 # This reuses the compiled program.
