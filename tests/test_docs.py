@@ -113,14 +113,13 @@ def test_the_tutorial_runs(tmp_path, minilm):
     sizes = {"queries": 20, "documents": 40, "config.batch_size": 16, "config.evaluation.every": 2}
     sizes |= {"config.data.query_length": 16, "config.data.document_length": 32}
     outputs = []
-    for words in commands(text):
-        flags = [word.removeprefix("--").partition("=") for word in words[3:]]
-        small = [f"--{name}={sizes[name]}" if name in sizes else word for word, (name, _, _) in zip(words[3:], flags)]
-        steps = ["--config.steps=4"] if words[2] == "launch.train" else []
-        done = subprocess.run(
-            [sys.executable, *words[1:3], *small, *steps], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{words}: {done.stderr[-3000:]}"
+    for _, name, *arguments in commands(text):
+        flags = [word.removeprefix("--").partition("=")[0] for word in arguments]
+        small = [f"--{flag}={sizes[flag]}" if flag in sizes else word for word, flag in zip(arguments, flags)]
+        steps = ["--config.steps=4"] if name == "train" else []
+        command = [sys.executable, "-m", "launch", name, *small, *steps]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
         outputs.append(done.stdout)
     assert len(outputs) == 9 and "largest difference" in outputs[-1]
     card = (tmp_path / "my-embedder" / "README.md").read_text(encoding="utf-8")
