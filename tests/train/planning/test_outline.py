@@ -70,6 +70,10 @@ def test_turns_and_shares_are_those_of_the_device_with_the_most_text(corpus, min
     assert loops.turns == {"kept_chunks": 0, "recomputed_chunks": 3}
     assert loops.shares == pytest.approx((2 / 3, 1 / 3))
     assert loops.pairs_per_token == pytest.approx((16**2 + 48**2) / 64)
+    # The second device has two full chunks, the first one a full one and a quarter.
+    uneven = planned._replace(chunks=np.array([[0, 1, 2], [0, 0, 2]]))
+    loops = uneven.loops(dataclasses.replace(config, kept_chunks=0.0))
+    assert (loops.turns["recomputed_chunks"], loops.shares) == (2, (1.0, 0.0))
 
 
 @pytest.mark.parametrize("mean", [20.0, 178.0, 500.0, 512.0])
