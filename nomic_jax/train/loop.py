@@ -25,6 +25,7 @@ from nomic_jax.train.interruption import Interruption, Preempted
 from nomic_jax.train.objectives import make_stage, make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.planning import recomputation
+from nomic_jax.train.planning.candidates import batches_of
 from nomic_jax.train.sharding import gather_locally, make_mesh, put_rows, replicated
 from nomic_jax.train.start import find_tokenizer, make_model, read_guide, start_values, with_pad_token
 from nomic_jax.train.state import TrainState, init_state, make_train_step
@@ -117,8 +118,8 @@ def _train(
     if config.model.recompute == recomputation.AUTO and end:
         chosen = recomputation.recorded(earlier_record, config, mesh.size)
         if chosen is None:
-            batches = recomputation.batches_of(config, stream, mesh.size)
-            chosen = recomputation.choose(config, model, batches, optimizer, mesh, guide_model, _print_once)
+            batches_to_come = batches_of(config, stream, mesh.size)
+            chosen = recomputation.choose(config, model, batches_to_come, optimizer, mesh, guide_model, _print_once)
         config = chosen.applied(config)
         config.check(mesh.size)
         model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, recompute=config.model.recompute))

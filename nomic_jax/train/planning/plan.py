@@ -18,11 +18,13 @@ from nomic_jax.model import EmbeddingConfig, abstract_encoder
 from nomic_jax.train.config import MlmData, PairData, TrainConfig
 from nomic_jax.train.objectives import make_stage
 from nomic_jax.train.optim import learning_rate, make_optimizer
+from nomic_jax.train.planning.candidates import Batches
 from nomic_jax.train.planning.compiled import MemoryPlan, compile_stage, memory_plan
+from nomic_jax.train.planning.device_memory import HEADROOM
 from nomic_jax.train.planning.kernels import Kernel, kernels_of, repeating_scatters, totals
 from nomic_jax.train.planning.lengths import Lengths
 from nomic_jax.train.planning.outline import outline
-from nomic_jax.train.planning.recomputation import AUTO, HEADROOM, Batches, choose
+from nomic_jax.train.planning.recomputation import AUTO, choose
 from nomic_jax.train.planning.targets import Gpu
 from nomic_jax.train.state import abstract_state
 from nomic_jax.train.watch.flops import training_flops

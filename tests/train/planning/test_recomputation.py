@@ -15,19 +15,10 @@ from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.loop import train
 from nomic_jax.train.objectives import make_stream
 from nomic_jax.train.optim import learning_rate, make_optimizer
-from nomic_jax.train.planning import recomputation
-from nomic_jax.train.planning.recomputation import (
-    GB,
-    Candidate,
-    Choice,
-    batches_of,
-    candidates,
-    choose,
-    fastest_that_fits,
-    largest_batch,
-    memory_limit,
-    recorded,
-)
+from nomic_jax.train.planning import device_memory, recomputation
+from nomic_jax.train.planning.candidates import Candidate, Choice, batches_of, candidates, largest_batch
+from nomic_jax.train.planning.device_memory import GB, memory_limit
+from nomic_jax.train.planning.recomputation import choose, fastest_that_fits, recorded
 from nomic_jax.train.reproduce import hash_state, reproduce
 from nomic_jax.train.sharding import make_mesh
 from nomic_jax.train.start import make_model
@@ -146,7 +137,7 @@ def test_processes_go_on_with_the_largest_plan_and_the_smallest_memory(corpus, m
     config = load_config("contrastive", corpus, minilm, **AUTO)
     order = [each.choice.recompute for each in found_for(config, tokenizer)]
     of_the_other = {order[0]: 12 * GB}
-    monkeypatch.setattr(recomputation, "free_memory", lambda: 1000 * GB)  # the other process has 10
+    monkeypatch.setattr(device_memory, "free_memory", lambda: 1000 * GB)  # the other process has 10
     asked = []
 
     def plan(choice, *_):
@@ -203,7 +194,7 @@ def test_a_record_holds_for_as_many_devices_and_is_checked(corpus, minilm):
 
 def test_the_memory_of_a_cpu_is_what_is_free_and_that_of_a_gpu_what_jax_takes(corpus, minilm, monkeypatch):
     config, mesh = load_config("mlm", corpus, minilm, **AUTO), make_mesh(jax.devices()[:4])
-    monkeypatch.setattr(recomputation, "free_memory", lambda: 40 * GB)
+    monkeypatch.setattr(device_memory, "free_memory", lambda: 40 * GB)
     assert memory_limit(config, mesh) == (
         pytest.approx(9.4 * GB),
         "94% of the free memory of this machine, for each device",
@@ -216,4 +207,4 @@ def test_the_memory_of_a_cpu_is_what_is_free_and_that_of_a_gpu_what_jax_takes(co
         "94% of what jax takes of a H100",
     )
     monkeypatch.undo()
-    assert 1e8 < recomputation.free_memory() < 1e14
+    assert 1e8 < device_memory.free_memory() < 1e14
