@@ -18,6 +18,8 @@ from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.planning import device_memory, recomputation
 from nomic_jax.train.planning.candidates import Candidate, Choice, batches_of, candidates, largest_batch
 from nomic_jax.train.planning.device_memory import GB, memory_limit
+from nomic_jax.train.planning.lengths import made_up
+from nomic_jax.train.planning.plan import _batches
 from nomic_jax.train.planning.recomputation import choose, fastest_that_fits, recorded
 from nomic_jax.train.reproduce import hash_state, reproduce
 from nomic_jax.train.sharding import make_mesh
@@ -90,6 +92,20 @@ def test_candidates_are_ever_slower_and_smaller_and_settings_by_hand_count(corpu
     assert every[-1].kept_chunks == 0
     assert {choice.chunk_tokens for choice in choices(chunk_tokens=256)} == {256}
     assert {choice.kept_chunks for choice in choices(kept_chunks=0.5)} == {0.5}
+
+
+def test_a_plan_without_data_chooses_from_the_same(corpus, minilm):
+    config, mesh = load_config("contrastive", corpus, minilm, **PACKED), make_mesh(jax.devices()[:1])
+    batches = _batches(config, [made_up(config)], 1)
+    found = candidates(config, config.model, batches, mesh)
+    assert (
+        found[0].choice.recompute == "none" and found[0].choice.kept_chunks == 1 and found[-1].choice.kept_chunks == 0
+    )
+    for each in found:
+        layout = batches.make_layout(each.choice.applied(config))
+        rows = largest_batch(config, batches, layout, 1)
+        assert rows["ids"].shape[1] == layout.tokens <= max(each.choice.chunk_tokens, layout.longest)
+        assert (len(rows["shape"].shape), rows["segment"].shape) == (1, rows["ids"].shape)
 
 
 @pytest.mark.parametrize("stage", ["mlm", "contrastive", "finetune"])
