@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from nomic_jax.data.formats.file_systems import open_stored
 from nomic_jax.data.formats.row_checks import BadRow, RawRow
+from nomic_jax.data.formats.text.zip_members import DAMAGED_MEMBER
 from nomic_jax.files.reading import FileRefused
 
 # Errors of the file itself. Others, such as a network error or too many open files, may be temporary.
@@ -101,6 +102,8 @@ def unreadable_as_bad_row(file: str) -> Iterator[None]:
         yield
     except FileRefused as error:
         raise BadRow(str(error)) from error
+    except DAMAGED_MEMBER as error:
+        raise BadRow(f"{file}: cannot be read ({error}); fetch it again") from error
     except OSError as error:
         if error.errno not in _UNREADABLE:
             raise

@@ -114,7 +114,7 @@ class JsonlRows(FileRows):
                     held = len(parts[0])
             except BadRow as error:
                 broken = str(error)
-            hashing.drain()
+            broken = hashing.drain(self.file, broken)
         if line == 0 and not broken:
             raise self._empty()
         return Scan(sha256.hexdigest(), row, tuple(marks), ends_sha256.hexdigest(), broken)

@@ -3,8 +3,6 @@
 import contextlib
 import gzip
 import io
-import lzma
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -14,7 +12,7 @@ import fsspec.utils
 
 from nomic_jax.data.formats.file_format import unreadable_as_bad_row
 from nomic_jax.data.formats.row_checks import BadRow
-from nomic_jax.data.formats.text.zip_members import name_inside
+from nomic_jax.data.formats.text.zip_members import DAMAGED_MEMBER, name_inside
 from nomic_jax.files.reading import FileRefused
 
 # Text becomes at most some fifty times smaller. A file of a stranger can be made to stand for a million times its size.
@@ -22,7 +20,7 @@ LARGEST_RATIO = 1000
 FREE_BYTES = 1 << 26  # of uncompressed data that are not counted: a small file may hold one line many times
 _ZSTD_STEP = 1 << 11  # bytes of a zstd file decompressed at once, each of which may become 32 KiB
 _COMPRESSIONS = (None, "gzip", "bz2", "xz", "lzma", "zstd")
-BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+BROKEN = (gzip.BadGzipFile, *DAMAGED_MEMBER)
 
 
 def compression_of(file: str) -> str | None:
@@ -84,10 +82,19 @@ class HashingReader(io.RawIOBase):
         self.digest.update(data)
         return len(data)
 
-    def drain(self) -> None:
-        """Reads to the end of the file, because a decompressor may stop before it."""
-        while self.read(1 << 20):
-            pass
+    def drain(self, file: str, broken: str) -> str:
+        """Reads to the end of the file, where a decompressor may not be yet. Returns why the file is broken, or "".
+
+        Args:
+          broken: what is known already; a member of a zip archive may be broken beyond its rows.
+        """
+        try:
+            with explained(file, lambda: 0):
+                while self.read(1 << 20):
+                    pass
+        except BadRow as error:
+            return broken or str(error)
+        return broken
 
 
 class _Counted(io.RawIOBase):

@@ -83,5 +83,5 @@ class StreamedRows(FileRows):
                         rows, line = parsed.mark.row + 1, parsed.line
             except BadRow as error:
                 broken = str(error)
-            hashing.drain()
+            broken = hashing.drain(self.file, broken)
         return Scan(sha256.hexdigest(), rows, tuple(marks), broken=broken)

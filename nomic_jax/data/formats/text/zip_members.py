@@ -1,12 +1,16 @@
 """Files inside zip archives, named as by fsspec: ``zip://MEMBER::ARCHIVE``. They are read in place, never extracted."""
 
 import contextlib
+import errno
 import fnmatch
 import io
+import lzma
 import re
 import stat
+import struct
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nomic_jax.files.reading import FileRefused
@@ -16,6 +20,8 @@ MOST_MEMBERS = 100_000
 # Deflate makes text at most some ten times smaller, and anything at most 1,032 times.
 LARGEST_RATIO, FREE_BYTES = 1000, 1 << 26
 _ENCRYPTED = 0x1
+DAMAGED_MEMBER = (zipfile.BadZipFile, zlib.error, EOFError, lzma.LZMAError)  # raised while a member is read
+_FAULTS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError, struct.error)
 
 
 def is_member(name: str) -> bool:
@@ -85,14 +91,24 @@ def open_member(name: str, open_stored: Callable[[str], Any]) -> io.BufferedIOBa
         except KeyError:
             raise FileNotFoundError(f"{archive}: there is no file {member!r} in it") from None
         _check_member(entry, archive)
-        f = stack.enter_context(opened.open(entry))
-    except (NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
-        stack.close()
-        raise FileRefused(f"{name}: cannot be read ({error}); pack it again with zip, or unpack it") from error
+        with _explained(name, "cannot be read", "pack it again with zip, or unpack it"):
+            f = stack.enter_context(opened.open(entry))
     except BaseException:
         stack.close()
         raise
     return _Member(f, stack)
+
+
+@contextlib.contextmanager
+def _explained(name: str, what: str, advice: str) -> Iterator[None]:
+    """Raises FileRefused in place of the errors that zipfile has for content that it does not expect."""
+    try:
+        yield
+    except (*_FAULTS, OSError) as error:
+        # The position of a member may lie outside of the archive. Other errors are those of the file system.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise FileRefused(f"{name}: {what} ({error}); {advice}") from error
 
 
 class _Member(io.BufferedReader):
@@ -108,12 +124,10 @@ class _Member(io.BufferedReader):
 
 
 @contextlib.contextmanager
-def _opened(archive: str, open_stored: Callable[[str], Any]):
+def _opened(archive: str, open_stored: Callable[[str], Any]) -> Iterator[zipfile.ZipFile]:
     with open_stored(archive) as f:
-        try:
+        with _explained(archive, "is not a readable zip archive", "fetch or pack it again"):
             opened = zipfile.ZipFile(f)
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
-            raise FileRefused(f"{archive}: is not a readable zip archive ({error}); fetch or pack it again") from error
         with opened:
             entries = opened.infolist()
             if len(entries) > MOST_MEMBERS:
