@@ -1,5 +1,6 @@
 """``nomic_jax.fit``: the objective follows from the columns, and the run is that of ``launch.train``."""
 
+import asyncio
 import json
 import sys
 import time
@@ -169,9 +170,14 @@ def test_the_notebook_runs(tmp_path, base, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cells = json.loads((ROOT / "docs" / "fit.ipynb").read_text(encoding="utf-8"))["cells"]
     names: dict = {}
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+
+    async def run_cells():
+        """As in Jupyter, whose kernel runs cells inside of an event loop."""
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+
+    asyncio.run(run_cells())
     assert names["run"].metrics["loss"] < names["run"].history[0]["loss"]
     assert (tmp_path / "my-embedder" / "config.json").is_file()
 
