@@ -1,6 +1,7 @@
 """A plot of the loss in a notebook, which grows while the run trains."""
 
 import contextlib
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,18 @@ def live_plot(workdir: Path) -> Iterator[None]:
     Without matplotlib or IPython, nothing is shown.
     """
     try:
-        from IPython.display import display
+        from IPython.display import Image, display
         from matplotlib.figure import Figure  # without pyplot, which is not for threads
     except ImportError:
         yield
         return
-    handle = display(draw(workdir, Figure), display_id=True)
+
+    def picture() -> Image:
+        png = io.BytesIO()
+        draw(workdir, Figure).savefig(png, format="png")
+        return Image(data=png.getvalue(), format="png")
+
+    handle = display(picture(), display_id=True)
     done = threading.Event()
 
     def redraw() -> None:
@@ -32,7 +39,7 @@ def live_plot(workdir: Path) -> Iterator[None]:
             lines = read_metrics(workdir)
             if len(lines) != seen:
                 seen = len(lines)
-                handle.update(draw(workdir, Figure))
+                handle.update(picture())
 
     thread = threading.Thread(target=redraw, name="live plot", daemon=True)
     thread.start()
@@ -41,7 +48,7 @@ def live_plot(workdir: Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        handle.update(draw(workdir, Figure))
+        handle.update(picture())
 
 
 def draw(workdir: Path, figure: Any) -> Any:
