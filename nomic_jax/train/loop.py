@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from nomic_jax.data.batches.loader import read_ahead
 from nomic_jax.data.batches.permutation import VERSION
@@ -198,7 +199,7 @@ def _train(
                     checkpoints.save(step, state.to_checkpoint())
             checkpoints.check()
             if evaluating and evaluations.is_over and step < end:
-                _print_once(
+                _write_once(
                     f"{config.stage}: stopped after step {step} of {steps}: no better figure in "
                     f"{config.evaluation.patience} evaluations than at step {evaluations.best_step}"
                 )
@@ -222,6 +223,12 @@ def _named_models(config: TrainConfig) -> tuple[str | Path, str]:
 def _print_once(line: str) -> None:
     if hosts.is_first_process():
         print(line, flush=True)
+
+
+def _write_once(line: str) -> None:
+    """Prints a line above the progress bar."""
+    if hosts.is_first_process():
+        tqdm.write(line)
 
 
 def _should_be_fused(encoder: EncoderConfig) -> bool:

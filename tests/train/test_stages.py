@@ -122,8 +122,7 @@ def test_mlm_head_in_parts_gives_the_same_step(corpus, minilm, tokenizer, monkey
 
 def test_document_mask_keeps_documents_apart(corpus, minilm, tokenizer):
     """With the mask, the tokens of one document in a row do not change the loss of another document."""
-    data = dict(load_config("mlm", corpus, minilm).data.__dict__, document_mask=True)
-    config = load_config("mlm", corpus, minilm, data=data)
+    config = load_config("mlm", corpus, minilm, **{"data.document_mask": True})
     stage = make_stage(config, EmbeddingConfig(config.model))
     # The initial weights are too small for attention to weight tokens differently.
     params = jax.tree.map(lambda x: 8 * x, jax.jit(stage.init)(jax.random.key(0)))
