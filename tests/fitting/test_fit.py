@@ -10,7 +10,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
-import polars as pl
 import pyarrow as pa
 import pytest
 from matplotlib.figure import Figure
@@ -94,7 +93,7 @@ TABLES = {
     "dict of lists": as_dict_of_lists,
     "Dataset": datasets.Dataset.from_list,
     "pandas": pd.DataFrame,
-    "polars": pl.DataFrame,
+    "polars": lambda rows: pytest.importorskip("polars").DataFrame(rows),
     "Arrow": pa.Table.from_pylist,
 }
 

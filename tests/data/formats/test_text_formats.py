@@ -11,7 +11,6 @@ import zipfile
 
 import pandas as pd
 import pytest
-import zstandard
 
 from nomic_jax.data.formats.file_format import Mark
 from nomic_jax.data.formats.paths import expand_files, input_files
@@ -22,12 +21,20 @@ from nomic_jax.data.mixture import MixtureError, read_mixture
 from nomic_jax.data.tokens.pretokenize import pretokenize
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 
+try:
+    import zstandard
+except ImportError:  # only some environments of the tests have it
+    zstandard = None
+
 COLUMNS = {"question": str, "answer": str}
 ROWS = [
     {"question": f"què {i}?", "answer": 'a "quoted", answer\r\nof two lines\n' * (i % 3) + f"書 {i}\t"}
     for i in range(300)
 ]
-PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+if zstandard:
+    PACK[".zst"] = zstandard.compress
+FORMS = ["csv", "tsv", "json", "csv.gz", "tsv.zst", "json.bz2", "csv.xz", "json.zst"]
 
 
 def delimited(rows, delimiter=",", **options) -> bytes:
@@ -50,7 +57,7 @@ def write(path, form, rows=ROWS):
     return str(path)
 
 
-@pytest.mark.parametrize("form", ["csv", "tsv", "json", "csv.gz", "tsv.zst", "json.bz2", "csv.xz", "json.zst"])
+@pytest.mark.parametrize("form", [form for form in FORMS if zstandard or not form.endswith("zst")])
 def test_rows_in_order_at_random_and_from_marks(tmp_path, form):
     file = write(tmp_path / f"rows.{form}", form)
     assert list(read_rows(file, COLUMNS, others=())) == ROWS
@@ -149,7 +156,7 @@ def test_truncated_and_damaged_files_are_noticed(tmp_path, ending):
         list(read_rows(file, {"text": str}))
 
 
-@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("ending", [ending for ending in PACK if ending])
 def test_a_file_that_unpacks_without_end_is_refused(tmp_path, monkeypatch, ending):
     monkeypatch.setattr(compression, "FREE_BYTES", 1 << 16)
     monkeypatch.setattr(compression, "LARGEST_RATIO", 100)
