@@ -84,14 +84,7 @@ def test_a_loop_over_chunks_keeps_no_parameters(stage):
     assert stacked and not PARAMETERS & set(stacked)
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        pytest.param("mlm", marks=pytest.mark.xfail(reason="weight gradients are scheduled late: 57 instead of 38 GB")),
-        "contrastive",
-        "finetune",
-    ],
-)
+@pytest.mark.parametrize("stage", ["mlm", "contrastive", "finetune"])
 def test_one_of_8_devices_needs_little_more_memory_than_one_alone(stage):
     assert compiled(stage, 8)[1] < 1.05 * compiled(stage, 1)[1]
 
