@@ -320,8 +320,8 @@ def test_a_row_without_positives_is_a_bad_row(tmp_path):
     summary = mine_negatives(str(file), output, FakeTeacher().encoder(), options, on_bad_row="skip", progress=False)
     assert (summary["rows"], summary["rejected"], summary["written"]) == (11, 1, 11)
     assert len(read(output / "rejected.jsonl")) == 1
-    file.write_text('{"query": "q", "document": ["d"]}\n{"query": "q", "document": "one text"}\n')
-    with pytest.raises(BadRow, match=r"lists\.jsonl:2: column 'document' should be a list of texts, found str"):
+    file.write_text('{"query": "q", "document": ["d"]}\n{"query": "q", "document": 5}\n')
+    with pytest.raises(BadRow, match=r"lists\.jsonl:2: column 'document' should be a list of texts, found int"):
         mine(str(file), tmp_path / "mixed")
 
 

@@ -257,7 +257,7 @@ def test_a_broken_task_says_what_is_wrong(tmp_path, files, error, message):
 
 
 def test_scores_while_training_are_those_of_the_command(local_tasks, tiny_model, tmp_path, monkeypatch):
-    from launch.train import make_evaluation
+    from nomic_jax.fitting.stage import make_evaluation
     from nomic_jax.hf.read import read_checkpoint
     from nomic_jax.train.config import ConfigurationError, EvaluationConfig
 
@@ -272,7 +272,7 @@ def test_scores_while_training_are_those_of_the_command(local_tasks, tiny_model,
     seen = []
     original = Embedder.from_checkpoint
     monkeypatch.setattr(Embedder, "from_checkpoint", lambda *a, **kw: seen.append(original(*a, **kw)) or seen[0])
-    monkeypatch.setattr("launch.train.run_task", lambda task, embedder, embed: {"accuracy": 0.0})
+    monkeypatch.setattr("nomic_jax.fitting.stage.run_task", lambda task, embedder, embed: {"accuracy": 0.0})
     make_evaluation(config)(in_bfloat16)
     assert seen[0].config.encoder.dtype == "bfloat16"
     with pytest.raises(ConfigurationError, match="'ndcg'; the tasks have accuracy, f1, f1_weighted, mrr@10, ndcg@10"):

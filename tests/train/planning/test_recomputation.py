@@ -129,16 +129,20 @@ def test_no_batch_of_an_epoch_is_larger_than_the_one_that_is_planned(stage, corp
 
 
 def test_more_memory_is_never_slower(corpus, minilm, tokenizer, monkeypatch):
-    changes = AUTO | {"batch_size": 40, "data.query_length": 64}  # a quarter of the memory is the state, not the half
+    changes = AUTO | {"batch_size": 40, "data.query_length": 64}
     config = load_config("contrastive", corpus, minilm, **changes)
     order = [each.choice.recompute for each in found_for(config, tokenizer)]
     assert order == ["none", "elementwise", "attention", "layer"]
     plenty, lines = chosen(config, tokenizer, 1000.0)
     assert plenty.recompute == "none" and plenty.limit_bytes == 1000 * GB and plenty.layout == "padded"
     assert len(lines) == 2 and lines[1].endswith("fits")
-    less, lines = chosen(config, tokenizer, 0.99 * plenty.planned_bytes / GB)
-    assert less.recompute != "none" and less.planned_bytes <= less.limit_bytes < plenty.planned_bytes
-    assert sum(line.endswith("too much") for line in lines) >= 1
+    # XLA's plan for a CPU hardly depends on the policy.
+    plans = dict(zip(order, (12 * GB, 9 * GB, 7 * GB, 5 * GB)))
+    monkeypatch.setattr(recomputation, "planned_bytes", lambda choice, *_: plans[choice.recompute])
+    for limit_gb, policy in ((12, "none"), (11.9, "elementwise"), (9, "elementwise"), (7.5, "attention"), (5, "layer")):
+        less, lines = chosen(config, tokenizer, limit_gb)
+        assert (less.recompute, less.planned_bytes) == (policy, plans[policy]), limit_gb
+        assert sum(line.endswith("too much") for line in lines) <= 2
     monkeypatch.setattr(recomputation, "planned_bytes", lambda *_: 0.03 * GB)
     with pytest.raises(
         ConfigurationError,
