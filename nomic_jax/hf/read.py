@@ -1,6 +1,7 @@
 """Reads a Hugging Face checkpoint directory. No code in it is executed."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,9 +12,10 @@ from nomic_jax.data.tokens.tokenizer import LARGEST_FILE, Tokenizer
 from nomic_jax.files.merging import finish_merge, mark
 from nomic_jax.hf.checkpoint import SIMILARITIES, Checkpoint
 from nomic_jax.hf.config import encoder_config
+from nomic_jax.hf.families import family_of
 from nomic_jax.hf.files import MAIN_FILE, CheckpointError, check_file, is_exported, read_json, read_json_list
 from nomic_jax.hf.keymap import (
-    Slot,
+    KeyMap,
     check_shapes,
     classifier_keymap,
     current_name,
@@ -28,17 +30,14 @@ from nomic_jax.model import EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 
 ADAPTER = "adapter_config.json"
-PREFIXES = ("bert.", "nomic_bert.", "trunk.")
 MOST_LABELS = 1 << 20
-# Checkpoint tensors that the encoder does not have: buffers, and the pooler, which embedders do not use.
-_IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
 def read_checkpoint(directory: str | Path) -> Checkpoint:
-    """Reads a nomic-bert or BERT checkpoint, with or without its sentence-transformers files.
+    """Reads a checkpoint of a family of ``nomic_jax.hf.families``, with or without its sentence-transformers files.
 
-    Accepts the tensor names of the hub and of transformers, with or without a prefix of PREFIXES, in model.safetensors,
-    sharded safetensors, or pytorch_model.bin (with weights_only, if torch is installed).
+    Accepts the tensor names of the hub and of transformers, with or without the family's prefixes, in
+    model.safetensors, sharded safetensors, or pytorch_model.bin (with weights_only, if torch is installed).
 
     Raises:
       CheckpointError: a tensor is missing, unexpected, of the wrong shape or not finite; a file is broken.
@@ -86,23 +85,23 @@ def _read(directory: Path) -> Checkpoint:
     content = read_json(directory / "config.json")
     encoder = encoder_config(content, str(directory / "config.json"))
     modules = read_modules(directory, encoder.hidden_size)
-    tensors = _short_names(open_tensors(directory), directory)
-    heads = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("cls.", "classifier."))}
-    is_classifier = any(name.startswith("classifier.") for name in heads)
-    for name in _IGNORED:
-        tensor = tensors.pop(name, None)
-        if tensor is not None and is_classifier and name.startswith("pooler."):
-            heads[name] = tensor
+    family = family_of(encoder)
+    tensors = _short_names(open_tensors(directory), family.prefixes, directory)
+    mlm_head = _taken(tensors, lambda name: family.mlm_head is not None and name.startswith(family.mlm_head.prefix))
+    classifier_modules = {module.partition(".")[0] for module in (*family.classifier, "classifier")}
+    classifier = _taken(tensors, lambda name: name.partition(".")[0] in classifier_modules)
+    is_classifier = any(name.startswith("classifier.") for name in classifier)
+    _taken(tensors, lambda name: name in family.ignored)
     try:
-        naming = detect_naming(set(tensors))
+        naming = detect_naming(set(tensors), encoder)
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     params = {"encoder": _convert(tensors, encoder_keymap(encoder, naming), abstract_encoder(encoder), directory)}
     labels = _labels(content, directory) if is_classifier else ()
-    if (mlm_head := _read_mlm_head(heads, params["encoder"], encoder, directory)) is not None:
-        params["mlm_head"] = mlm_head
+    if (head := _read_mlm_head(mlm_head, params["encoder"], encoder, directory)) is not None:
+        params["mlm_head"] = head
     if is_classifier:
-        params["classifier"] = _read_classifier(heads, encoder, len(labels), directory)
+        params["classifier"] = _read_classifier(classifier, encoder, len(labels), directory)
     sentence = read_json(directory / "config_sentence_transformers.json", optional=True)
     prompts = _prompts(sentence, encoder, directory)
     default_prompt_name, similarity = _defaults(sentence, prompts, directory)
@@ -120,12 +119,19 @@ def _read(directory: Path) -> Checkpoint:
     )
 
 
-def _short_names(tensors: dict[str, StoredTensor], directory: Path) -> dict[str, StoredTensor]:
+def _taken(tensors: dict[str, StoredTensor], is_taken: Callable[[str], bool]) -> dict[str, StoredTensor]:
+    """Removes the tensors whose names fit, and returns them."""
+    return {name: tensors.pop(name) for name in list(tensors) if is_taken(name)}
+
+
+def _short_names(
+    tensors: dict[str, StoredTensor], prefixes: tuple[str, ...], directory: Path
+) -> dict[str, StoredTensor]:
     """Returns the tensors under their present names, without a prefix."""
     short: dict[str, StoredTensor] = {}
     for given, tensor in tensors.items():
         name = current_name(
-            next((given.removeprefix(prefix) for prefix in PREFIXES if given.startswith(prefix)), given)
+            next((given.removeprefix(prefix) for prefix in prefixes if given.startswith(prefix)), given)
         )
         if name in short:
             raise CheckpointError(f"{directory}: tensor {name} appears twice, once with a prefix or under its old name")
@@ -133,7 +139,7 @@ def _short_names(tensors: dict[str, StoredTensor], directory: Path) -> dict[str,
     return short
 
 
-def _convert(tensors: dict[str, StoredTensor], keymap: dict[str, Slot], abstract: dict, directory: Path) -> dict:
+def _convert(tensors: dict[str, StoredTensor], keymap: KeyMap, abstract: dict, directory: Path) -> dict:
     if missing := keymap.keys() - tensors.keys():
         raise CheckpointError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} of {len(keymap)} in all)")
     if unexpected := tensors.keys() - keymap.keys():
@@ -147,32 +153,38 @@ def _convert(tensors: dict[str, StoredTensor], keymap: dict[str, Slot], abstract
     return to_params({name: tensor.read() for name, tensor in tensors.items()}, keymap, abstract)
 
 
-def _read_mlm_head(
-    heads: dict[str, StoredTensor], params: dict, encoder: EncoderConfig, directory: Path
-) -> dict | None:
-    """Returns the head of a nomic-bert checkpoint. The head of a BERT has a decoder bias and is omitted (None)."""
-    head = {name: tensor for name, tensor in heads.items() if name.startswith("cls.")}
-    decoder = head.pop("cls.predictions.decoder.weight", None)
-    if not head or encoder.use_bias:
+def _read_mlm_head(head: dict[str, StoredTensor], params: dict, encoder: EncoderConfig, directory: Path) -> dict | None:
+    """Returns the masked-LM head; None if there is none, or if it has biases that ours does not have."""
+    names = family_of(encoder).mlm_head
+    keymap = mlm_head_keymap(encoder)
+    if names is None or not head:
         return None
-    # The decoder is tied to the word embeddings. Only transformers has a decoder bias, which starts and stays at zero.
+    decoder = head.pop(names.decoder, None)
+    if not head or (encoder.use_bias and not keymap.keys() <= head.keys()):
+        return None  # the decoder alone, or a next-sentence classifier
+    biases = {name: head.pop(name, None) for name in (*names.biases, names.decoder.replace("weight", "bias"))}
+    # The decoder is tied to the word embeddings.
     words = params["embeddings"]["word"]["embedding"]
     if decoder is not None and not (decoder.shape == words.shape and np.array_equal(decoder.read(), words)):
-        raise CheckpointError(f"{directory}: cls.predictions.decoder.weight differs from the word embeddings")
-    for name in ("cls.predictions.bias", "cls.predictions.decoder.bias", "cls.predictions.transform.dense.bias"):
-        bias = head.pop(name, None)
+        raise CheckpointError(f"{directory}: {names.decoder} differs from the word embeddings")
+    for name, bias in biases.items():
         if bias is None:
             continue
         if len(bias.shape) != 1 or bias.shape[0] > len(words):
             raise CheckpointError(f"{directory}: {name} has the shape {list(bias.shape)}; expected a bias")
         if np.any(bias.read() != 0):
+            if encoder.use_bias:
+                return None  # a pretrained BERT, of which only the encoder is used
             raise CheckpointError(f"{directory}: {name} is not zero; the masked-LM head of nomic-bert has no such bias")
-    return _convert(head, mlm_head_keymap(encoder), abstract_mlm_head(encoder), directory)
+    if encoder.use_bias:
+        head = {name: head[name] for name in keymap}
+    return _convert(head, keymap, abstract_mlm_head(encoder), directory)
 
 
-def _read_classifier(heads: dict[str, StoredTensor], encoder: EncoderConfig, num_labels: int, directory: Path) -> dict:
-    head = {name: tensor for name, tensor in heads.items() if not name.startswith("cls.")}
-    return _convert(head, classifier_keymap(encoder), abstract_classifier(encoder, num_labels), directory)
+def _read_classifier(head: dict[str, StoredTensor], encoder: EncoderConfig, num_labels: int, directory: Path) -> dict:
+    if not (keymap := classifier_keymap(encoder)):
+        raise CheckpointError(f"{directory}: the classifier of {encoder.model_type} is not implemented")
+    return _convert(head, keymap, abstract_classifier(encoder, num_labels), directory)
 
 
 def _labels(content: dict[str, Any], directory: Path) -> tuple[str, ...]:
@@ -209,7 +221,7 @@ def _prompts(sentence: dict[str, Any], encoder: EncoderConfig, directory: Path) 
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise CheckpointError(f"{directory}/config_sentence_transformers.json: prompts should map names to texts")
     # The published nomic directories contain no prompts; their model cards tell the user to add the prefixes.
-    return prompts or (dict(NOMIC_PROMPTS) if encoder.position == "rope" else {})
+    return prompts or (dict(NOMIC_PROMPTS) if encoder.model_type == "nomic_bert" else {})
 
 
 def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: dict[str, dict]) -> Tokenizer | None:

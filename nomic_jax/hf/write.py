@@ -16,6 +16,7 @@ from nomic_jax.files.reading import FileRefused
 from nomic_jax.files.writing import write_json
 from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.config import config_json
+from nomic_jax.hf.families import family_of
 from nomic_jax.hf.files import MAIN_FILE, is_exported
 from nomic_jax.hf.front_matter import CardData
 from nomic_jax.hf.keymap import classifier_keymap, encoder_keymap, from_params, mlm_head_keymap
@@ -46,7 +47,7 @@ def write_checkpoint(
       checkpoint: if its params include a masked-LM head or a classifier, AutoModelForMaskedLM or
         AutoModelForSequenceClassification opens the directory too.
       naming: tensor names: "hub", which text-embeddings-inference and llama.cpp read, or "native", those of
-        transformers. (BERT has only one naming.)
+        transformers. (Most families have only one naming.)
       dtype: type of the tensors: "float32", "bfloat16" or "float16".
       evaluations: suite -> report of ``launch.evaluate``, for the model card.
       name: what the model card tells a user to open, such as "owner/name" of the hub; by default that of the directory.
@@ -57,7 +58,7 @@ def write_checkpoint(
     Raises:
       FileExistsError: such a file would be replaced.
       FileRefused: the directory is the working directory of a run.
-      ValueError: there is no tokenizer, ``dtype`` cannot represent a weight, or a BERT has a masked-LM head.
+      ValueError: there is no tokenizer, ``dtype`` cannot represent a weight, or the family has no such head.
     """
     directory = Path(os.path.realpath(directory))
     if (directory / "checkpoints").exists():
@@ -89,11 +90,10 @@ def _write_files(
 ) -> None:
     config, encoder = checkpoint.config, checkpoint.config.encoder
     write_safetensors(part / "model.safetensors", tensors)
-    family = "NomicBert" if encoder.position == "rope" else "Bert"
     classifier = checkpoint.params.get("classifier")
     # llama.cpp does not support ...ForMaskedLM, and other clients choose the head by the requested class.
     kind = "Model" if classifier is None else "ForSequenceClassification"
-    content = config_json(encoder, family + kind) | {"dtype": dtype}
+    content = config_json(encoder, kind) | {"dtype": dtype}
     if classifier is not None:
         content |= _label_fields(checkpoint.labels, classifier["out"]["bias"].shape[0])
     if checkpoint.matryoshka_dims:
@@ -134,16 +134,22 @@ def _write_files(
 def _tensors(encoder: EncoderConfig, params: dict, naming: str) -> dict[str, np.ndarray]:
     if naming not in ("hub", "native"):
         raise ValueError(f'the naming is {naming!r}; write "hub" or "native"')
-    tensors = from_params(params["encoder"], encoder_keymap(encoder, naming if encoder.position == "rope" else "bert"))
+    family = family_of(encoder)
+    tensors = from_params(params["encoder"], encoder_keymap(encoder, naming))
     if "mlm_head" in params:
-        if encoder.use_bias:
-            raise ValueError("the masked-LM head of a BERT has decoder biases, which this package does not store")
+        if family.mlm_head is None:
+            raise ValueError(
+                f"the masked-LM head of {family.model_type} is not implemented; write the model without it"
+            )
         tensors |= from_params(params["mlm_head"], mlm_head_keymap(encoder))
-        if naming == "native":
-            # transformers' class has biases that the model does not have.
-            tensors["cls.predictions.transform.dense.bias"] = np.zeros(encoder.hidden_size, np.float32)
-            tensors["cls.predictions.bias"] = np.zeros(encoder.vocab_size, np.float32)
+        if naming == "native" or "hub" not in family.tables:
+            # The class of transformers has biases that our head does not have.
+            for name in family.mlm_head.biases:
+                width = encoder.hidden_size if name.endswith("dense.bias") else encoder.vocab_size
+                tensors[name] = np.zeros(width, np.float32)
     if "classifier" in params:
+        if not family.classifier:
+            raise ValueError(f"the classifier of {family.model_type} is not implemented; write the model without it")
         tensors |= from_params(params["classifier"], classifier_keymap(encoder))
     return tensors
 

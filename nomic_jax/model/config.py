@@ -21,6 +21,8 @@ class EncoderConfig:
     ``bert()`` returns configurations of the BERT family (absolute positions, GELU, biases).
 
     Attributes:
+      model_type: the family of models that it belongs to, under the name of transformers
+        (``nomic_jax.hf.families``); it decides in which form the encoder is written, not what it computes.
       vocab_size: rows of the word embedding table (30522 word pieces, padded to a multiple of 64).
       hidden_size: width of the encoder.
       num_layers: number of layers.
@@ -29,8 +31,11 @@ class EncoderConfig:
       type_vocab_size: rows of the token type table; 0 for none. The second text of a pair has type 1, other texts 0.
       max_positions: the longest text accepted, in tokens.
       max_trained_positions: up to this length RoPE is used as trained; beyond it, dynamic NTK applies (paper eq. 5).
+      position_offset: row of the position table that the first token of a text has (RoBERTa: ``pad_token_id`` + 1).
       rope_base: theta of RoPE.
       rope_scaling_factor: alpha of dynamic NTK; with None, texts beyond ``max_trained_positions`` are rejected.
+      activation: "gelu" in an MLP of two matrices, or the gate of one of three: "swiglu", "geglu".
+      use_bias: linear layers have biases, except the two inputs of a gated MLP, which have none in any family.
       pad_token_id: row of the word embeddings that is initialized to zero.
       dtype: computation dtype; parameters are float32, softmax, norms and angles are computed in float32. "auto" is for
         the settings of a training run, which chooses one before it makes the encoder (``nomic_jax.train.choices``).
@@ -40,6 +45,7 @@ class EncoderConfig:
         "none".
     """
 
+    model_type: str = "nomic_bert"
     vocab_size: int = 30528
     hidden_size: int = 768
     num_layers: int = 12
@@ -49,9 +55,10 @@ class EncoderConfig:
     max_positions: int = 8192
     max_trained_positions: int = 2048
     position: Literal["rope", "absolute"] = "rope"
+    position_offset: int = 0
     rope_base: float = 1000.0
     rope_scaling_factor: float | None = 2.0
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     use_bias: bool = False
     layer_norm_eps: float = 1e-12
     init_std: float = 0.02
@@ -63,7 +70,7 @@ class EncoderConfig:
     def __post_init__(self):
         choices = {
             "position": ("rope", "absolute"),
-            "activation": ("swiglu", "gelu"),
+            "activation": ("swiglu", "geglu", "gelu"),
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "attention": IMPLEMENTATIONS,
             "recompute": RECOMPUTE,
@@ -91,6 +98,7 @@ class EncoderConfig:
     def bert(cls, **sizes) -> "EncoderConfig":
         """Returns a BERT configuration (gte, bge, e5, MiniLM): bert-base-uncased with ``sizes`` replaced."""
         bert_base: dict[str, Any] = dict(
+            model_type="bert",
             vocab_size=30522,
             position="absolute",
             activation="gelu",
@@ -111,8 +119,22 @@ class EncoderConfig:
         extrapolates = self.position == "rope" and self.rope_scaling_factor is not None
         return max(self.max_positions, self.max_trained_positions) if extrapolates else self.max_trained_positions
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP is down(up(x) * activation(gate(x)))."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of a layer's attention that a token is multiplied with."""
+        return 4 * self.hidden_size**2
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of a layer's MLP that a token is multiplied with."""
+        return (3 if self.is_gated else 2) * self.hidden_size * self.intermediate_size
+
     def forward_flops_per_token(self, length: int) -> float:
         """Returns forward FLOPs per token (2 per multiply-add, without embeddings and norms) at this text length."""
-        mlp_matrices = 3 if self.activation == "swiglu" else 2
-        weights = 4 * self.hidden_size**2 + mlp_matrices * self.hidden_size * self.intermediate_size
+        weights = self.attention_weights + self.mlp_weights
         return 2.0 * self.num_layers * (weights + 2 * length * self.hidden_size)

@@ -45,11 +45,14 @@ class TextBoundaries(NamedTuple):
 class Linear(nnx.Linear):
     """A matrix product over the last axis. Leading axes are flattened, so that it is one product of two matrices."""
 
-    def __init__(self, in_features: int, out_features: int, config: EncoderConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, in_features: int, out_features: int, config: EncoderConfig, rngs: nnx.Rngs, *, use_bias: bool = True
+    ):
+        """``use_bias``: False for a layer without a bias in models whose other layers have one."""
         super().__init__(
             in_features,
             out_features,
-            use_bias=config.use_bias,
+            use_bias=config.use_bias and use_bias,
             kernel_init=nnx.initializers.normal(config.init_std),
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,
@@ -90,7 +93,9 @@ class Embeddings(nnx.Module):
 
         self.word = table(config.vocab_size)
         self.type = table(config.type_vocab_size) if config.type_vocab_size else None
-        self.position = table(config.max_trained_positions) if config.position == "absolute" else None
+        rows = config.position_offset + config.max_trained_positions
+        self.position = table(rows) if config.position == "absolute" else None
+        self.position_offset = config.position_offset
         self.norm = LayerNorm(config, rngs)
 
     def __call__(self, ids_BL: jax.Array, position_BL: jax.Array, is_second_BL: jax.Array | None) -> jax.Array:
@@ -102,7 +107,7 @@ class Embeddings(nnx.Module):
             else:
                 x_BLD = x_BLD + jnp.where(is_second_BL[:, :, None], type_TD[1], type_TD[0])
         if self.position is not None:
-            x_BLD = x_BLD + lookup(self.position.embedding[...], position_BL)
+            x_BLD = x_BLD + lookup(self.position.embedding[...], position_BL + self.position_offset)
         return self.norm(x_BLD)
 
 
@@ -149,16 +154,22 @@ _split_heads.defvjp(
 
 
 class GatedMlp(nnx.Module):
-    """SwiGLU: down(up(x) * silu(gate(x)))."""
+    """down(up(x) * activation(gate(x))): SwiGLU with SiLU, GeGLU with GELU."""
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        self.up = Linear(config.hidden_size, config.intermediate_size, config, rngs)
-        self.gate = Linear(config.hidden_size, config.intermediate_size, config, rngs)
+        self.activation = config.activation
+        self.up = Linear(config.hidden_size, config.intermediate_size, config, rngs, use_bias=False)
+        self.gate = Linear(config.hidden_size, config.intermediate_size, config, rngs, use_bias=False)
         self.down = Linear(config.intermediate_size, config.hidden_size, config, rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         up_BLF, gate_BLF = checkpoint_name(self.up(x_BLD), "up"), checkpoint_name(self.gate(x_BLD), "gate")
-        return checkpoint_name(self.down(_swiglu(up_BLF, gate_BLF)), "down")
+        product = _swiglu if self.activation == "swiglu" else _geglu
+        return checkpoint_name(self.down(product(up_BLF, gate_BLF)), "down")
+
+
+def _geglu(up: jax.Array, gate: jax.Array) -> jax.Array:
+    return up * jax.nn.gelu(gate, approximate=False)
 
 
 @jax.custom_vjp
@@ -199,7 +210,7 @@ class Block(nnx.Module):
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs)
         self.norm1 = LayerNorm(config, rngs)
-        self.mlp = GatedMlp(config, rngs) if config.activation == "swiglu" else GeluMlp(config, rngs)
+        self.mlp = GatedMlp(config, rngs) if config.is_gated else GeluMlp(config, rngs)
         self.norm2 = LayerNorm(config, rngs)
 
     def __call__(

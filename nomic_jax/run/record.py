@@ -180,8 +180,9 @@ def shuffle_of(record: dict[str, Any]) -> int:
 def parse_model(record: dict[str, Any]) -> EmbeddingConfig:
     """Returns the model that a record describes. An invalid record raises various exceptions."""
     fields = dict(record["model"])
-    encoder = EncoderConfig(**fields["encoder"])
-    encoder_config(config_json(encoder, ""), "model")  # checks the ranges that apply to a config.json
+    named = {"model_type": "bert" if fields["encoder"].get("position") == "absolute" else "nomic_bert"}
+    encoder = EncoderConfig(**named | fields["encoder"])  # earlier records do not have model_type
+    encoder_config(config_json(encoder), "model")  # checks the ranges that apply to a config.json
     floats: dict[str, Any] = {}
     for field in dataclasses.fields(encoder):
         value, kind = getattr(encoder, field.name), type(field.default)
@@ -228,6 +229,9 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
     differences: list[tuple[str, str, Any, Any]] = []  # (name for allow_changed, what, before, now)
     for part in ("config", "model"):
         before, now = _flat(saved[part]), _flat(current[part])
+        if part == "model" and "encoder" in saved[part]:
+            # Records of earlier versions lack the options that came later; what they describe has the defaults.
+            before = _flat(dataclasses.asdict(parse_model(saved))) | before
         for key in sorted(before.keys() | now.keys()):
             group = key.partition(".")[0] if part == "config" else ""
             # The resolved model is compared in place of config.model; the data is compared below.

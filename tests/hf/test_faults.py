@@ -61,7 +61,7 @@ FC2 = "encoder.layers.1.mlp.fc2.weight"
         (lambda t: t | {FC2: t[FC2].astype(np.int8)}, rf"{FC2} has the type int8"),
         (lambda t: t | {FC2: t[FC2] * np.nan}, rf"{FC2} holds values that are not finite"),
         (lambda t: t | {"bert." + FC2: t[FC2]}, rf"{FC2} appears twice"),
-        (lambda t: {"model." + k: v for k, v in t.items()}, r"match no known naming.*model\.emb_ln\.bias"),
+        (lambda t: {"model." + k: v for k, v in t.items()}, r"not those of nomic_bert.*model\.emb_ln\.bias"),
         (lambda t: t | {"cls.predictions.bias": np.ones(30528, np.float32)}, r"cls\.predictions\.bias is not zero"),
         (lambda t: t | {"classifier.weight": np.zeros((2, 64), np.float32)}, r"classifier\.bias is missing"),
     ],

@@ -277,7 +277,7 @@ def test_published_configs_reach_8192_tokens(edit):
 def test_dynamic_ntk_is_written_for_both_kinds_of_readers(factor, positions):
     """transformers reads rope_parameters, text-embeddings-inference rotary_scaling_factor."""
     config = dataclasses.replace(CONFIG.encoder, rope_scaling_factor=factor, max_positions=positions)
-    content = config_json(config, "NomicBertModel")
+    content = config_json(config)
     assert content["rotary_scaling_factor"] == content["rope_parameters"].get("factor") == factor
     assert content["rope_parameters"]["rope_type"] == ("default" if factor is None else "dynamic")
     assert content["n_positions"] == positions and encoder_config(content) == config

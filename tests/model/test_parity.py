@@ -204,4 +204,4 @@ def test_bert_gradients(bert):
     def gradient(params):
         return jnp.sum(encode(params, ids, config, length_B=length) * direction)
 
-    assert_same_gradients(gradient(checkpoint.params["encoder"]), model, config, "bert")
+    assert_same_gradients(gradient(checkpoint.params["encoder"]), model, config, "native")

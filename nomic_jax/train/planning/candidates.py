@@ -174,8 +174,7 @@ def share_recomputed(encoder: EncoderConfig, policy: str) -> float:
     """The share of a forward pass that the backward pass of a layer computes again; an estimate."""
     if policy == "none":
         return 0.0
-    attention = 4 * encoder.hidden_size**2
-    mlp = (3 if encoder.activation == "swiglu" else 2) * encoder.hidden_size * encoder.intermediate_size
+    attention, mlp = encoder.attention_weights, encoder.mlp_weights
     products = {"elementwise": 0.0, "attention": mlp + attention / 4, "layer": mlp + attention}[policy]
     return ELEMENTWISE + products / (attention + mlp)
 

@@ -36,13 +36,12 @@ def training_flops(config: EncoderConfig, batch: Batch) -> float:
     Every weight of the layers costs one multiplication and one addition for each token. Attention costs two products of
     width D for each pair of tokens of a text. Embedding lookups, norms and the loss are left out.
     """
-    D, F, N = config.hidden_size, config.intermediate_size, config.num_layers
-    mlp_matrices = 3 if config.activation == "swiglu" else 2
-    forward = 2.0 * batch.real_tokens * N * (4 * D * D + mlp_matrices * D * F)
+    D, N = config.hidden_size, config.num_layers
+    forward = 2.0 * batch.real_tokens * N * (config.attention_weights + config.mlp_weights)
     forward += 4.0 * batch.token_pairs * N * D
     if "target" in batch.arrays:
         # The masked-LM head and the last MLP run at the predicted positions only. The array is this process's share.
         predictions = batch.arrays["target"].size * jax.process_count()
         forward += 2.0 * predictions * D * (D + config.vocab_size)
-        forward -= 2.0 * (batch.real_tokens - predictions) * (D * D + mlp_matrices * D * F)
+        forward -= 2.0 * (batch.real_tokens - predictions) * (D * D + config.mlp_weights)
     return 3 * forward
