@@ -4,6 +4,7 @@ transformers and sentence-transformers read both files, other clients only token
 module changes the tokenizer as transformers would. What it cannot follow it refuses.
 """
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,7 +114,7 @@ def follow(backend: tokenizers.Tokenizer, config: Mapping[str, Any], where: str)
       ValueError: a field cannot be followed; the message names it.
     """
     for field, neutral in _NEUTRAL.items():
-        if config.get(field) not in neutral and not (field == "add_prefix_space" and _model(backend) == "BPE"):
+        if config.get(field) not in neutral and not (field == "add_prefix_space" and _has_prefix_space(backend)):
             raise ValueError(f"{where}: {field} is {config[field]!r:.100}, which is not implemented; remove the field")
     _add_tokens(backend, config.get("added_tokens_decoder") or {}, where)
     if str(config.get("tokenizer_class", "BertTokenizer")).removesuffix("Fast") != "BertTokenizer":
@@ -159,8 +160,12 @@ def _add_tokens(backend: tokenizers.Tokenizer, added: Any, where: str) -> None:
             )
 
 
-def _model(backend: tokenizers.Tokenizer) -> str:
-    return type(backend.model).__name__
+def _has_prefix_space(backend: tokenizers.Tokenizer) -> bool:
+    """Whether add_prefix_space says what tokenizer.json does anyway: in BPE, and where words begin with a Metaspace."""
+    first = backend.pre_tokenizer and json.loads(backend.pre_tokenizer.__getstate__())
+    steps = first.get("pretokenizers", [first]) if first else []
+    prepends = any(step["type"] == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps)
+    return prepends or type(backend.model).__name__ == "BPE"
 
 
 def is_bert(definition: Mapping[str, Any], special: Mapping[str, str]) -> bool:
@@ -174,7 +179,7 @@ def is_bert(definition: Mapping[str, Any], special: Mapping[str, str]) -> bool:
     ids = sorted(model["vocab"].values()) if isinstance(model.get("vocab"), dict) else []
     added = {token["content"] for token in definition.get("added_tokens") or ()}
     template = definition.get("post_processor") or {}
-    single = [next(iter(piece)) for piece in template.get("single") or ()]
+    single, pair = ([next(iter(piece)) for piece in template.get(name) or ()] for name in ("single", "pair"))
     return (
         model.get("type") == "WordPiece"
         and model.get("continuing_subword_prefix") == "##"
@@ -183,7 +188,13 @@ def is_bert(definition: Mapping[str, Any], special: Mapping[str, str]) -> bool:
         and normalizer.get("type") == "BertNormalizer"
         and normalizer.get("clean_text") is True
         and (definition.get("pre_tokenizer") or {}).get("type") == "BertPreTokenizer"
-        and (template.get("type") == "BertProcessing" or single == ["SpecialToken", "Sequence", "SpecialToken"])
+        and (
+            template.get("type") == "BertProcessing"
+            # MPNet has two tokens between the texts of a pair.
+            or (
+                single == ["SpecialToken", "Sequence", "SpecialToken"] and pair == [*single, "Sequence", "SpecialToken"]
+            )
+        )
         and set(ROLES) == special.keys()
         and added <= set(special.values()) <= model["vocab"].keys()
         and model.get("unk_token") == special["unk"]
