@@ -2,7 +2,8 @@
 
     nomic-jax plan --config=mlm[:variant] [--devices=8 --device=h100] [--config.field=value ...]
 
-It compiles the training step that launch.train would run, from shapes alone: no data, tokenizer, weights or hub. The
+It compiles the training step that launch.train would run, from shapes alone: no data, tokenizer, weights or hub. With
+--config.init_from, the architecture is that of the model there; without it, that of config.model. The
 compiler for GPUs runs on a machine without one, with the extra cuda12 (pip install 'nomic_jax[cuda12]'). Without it,
 the plan is that of XLA's compiler for CPUs, which needs more memory, and there is no estimate of the time.
 
@@ -15,17 +16,20 @@ ran beside them. It leaves out the wait for data, checkpoints, evaluation, compi
 network between machines.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import jax
 from absl import flags
 
+from nomic_jax.run.pretrained import read_pretrained
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.planning.lengths import made_up, of_token_cache
 from nomic_jax.train.planning.plan import Plan, make_plan, measured
 from nomic_jax.train.planning.targets import GPUS, Gpu, MissingCompiler, absent_gpus, allow_absent_gpus
 from nomic_jax.train.sharding import make_mesh
+from nomic_jax.train.start import make_model
 
 from . import config_files
 from .errors import run
@@ -41,6 +45,8 @@ def main(_: list[str]) -> None:
     allow_absent_gpus()
     jax.config.update("jax_num_cpu_devices", FLAGS.devices)  # for a plan without the compiler for GPUs
     config = TrainConfig.from_mapping(FLAGS.config.to_dict())
+    if config.init_from:
+        config = dataclasses.replace(config, model=make_model(config, read_pretrained(config.init_from)).encoder)
     given = (FLAGS.query_tokens, FLAGS.document_tokens)
     if config.data.mixture and given != (None, None):
         raise ValueError(
