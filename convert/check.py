@@ -1,11 +1,11 @@
 """Checks that two checkpoints hold the same model: nomic-jax check A B [--texts=FILE] [--tolerance=1e-5]
 
-A and B are checkpoints in any format: training runs, published or transformers-saved directories, sharded or 16-bit
-files. The command compares the tensors, the embeddings of texts, and the logits of a masked-LM head or a classifier
-that both have. Where transformers is installed, it compares the tokens of the texts with those of transformers for each
-Hugging Face directory, because clients follow tokenizer_config.json. With --torch, sentence-transformers computes the
-embeddings of B. The command prints the largest differences and exits with code 1 if embeddings or logits differ by more
-than the tolerance, or tokens differ.
+A and B are checkpoints of any family (docs/models.md) in any format: training runs, published or transformers-saved
+directories, sharded or 16-bit files. The command compares the tensors, the embeddings of texts, and the logits of a
+masked-LM head or a classifier that both have. Where transformers is installed, it compares the tokens of the texts with
+those of transformers for each Hugging Face directory, because clients follow tokenizer_config.json. With --torch,
+sentence-transformers computes the embeddings of B. The command prints the largest differences and exits with code 1 if
+embeddings or logits differ by more than the tolerance, or tokens differ.
 """
 
 import sys

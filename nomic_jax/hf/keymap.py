@@ -38,7 +38,7 @@ _NORM_PARTS = {"weight": "scale", "bias": "bias"}
 # Names of TensorFlow, which transformers still accepts; google-bert/bert-base-uncased has them.
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 _LINEAR_PARTS = {"weight": "kernel", "bias": "bias"}
-_TABLES = ("word", "type", "position")  # modules that are an embedding table
+_TABLES = ("word", "type", "position", "relative")  # modules that are an embedding table
 _GATED_INPUTS = ("up", "gate")  # without a bias in every family
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from nomic_jax.data.prompts import prompt_for, prompt_text
 from nomic_jax.files import printable
 from nomic_jax.hf.front_matter import HUB_ID, CardData, front_matter
-from nomic_jax.model import EmbeddingConfig
+from nomic_jax.model import EmbeddingConfig, EncoderConfig
 
 _HEAD = """{front}
 # {title}
@@ -63,7 +63,6 @@ def model_card(
       data: language, license and others that no file of the model knows.
     """
     encoder = config.encoder
-    rope = f"RoPE, dynamic NTK beyond {encoder.max_trained_positions} tokens"
     quoted = json.dumps(printable.printable(name), ensure_ascii=False)
     title = name.rpartition("/")[2] if HUB_ID.fullmatch(name) else name
     head = _HEAD.format(
@@ -82,7 +81,7 @@ def model_card(
         made="trained" if training else "converted",
         layers=encoder.num_layers,
         width=encoder.hidden_size,
-        position=rope if encoder.position == "rope" else "absolute positions",
+        position=_position(encoder),
         pooling=config.pooling,
         dim=config.output_dim,
         max_length=max_length,
@@ -92,6 +91,14 @@ def model_card(
     )
     sections = [head, _training(training), *(_evaluation(suite, x) for suite, x in (evaluations or {}).items())]
     return "\n".join(section for section in sections if section)
+
+
+def _position(encoder: EncoderConfig) -> str:
+    if encoder.position == "absolute":
+        return "absolute positions" + (" and relative biases" if encoder.relative_attention_num_buckets else "")
+    if encoder.rope_scaling_factor is None:
+        return "RoPE"
+    return f"RoPE, dynamic NTK beyond {encoder.max_trained_positions} tokens"
 
 
 def _cut(config: EmbeddingConfig) -> str:

@@ -103,7 +103,7 @@ def _write_files(
 
     prompts = dict(NOMIC_PROMPTS) if checkpoint.prompts is None else checkpoint.prompts
     assert checkpoint.tokenizer is not None
-    _write_tokenizer(part, checkpoint.tokenizer, max_length)
+    _write_tokenizer(part, checkpoint.tokenizer, max_length, has_token_types=encoder.type_vocab_size > 1)
     write_modules(
         part,
         config,
@@ -172,7 +172,7 @@ def _label_fields(labels: Sequence[str], count: int) -> dict[str, Any]:
     return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
 
 
-def _write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> None:
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int, *, has_token_types: bool) -> None:
     """Writes what the tokenizer is: a BertTokenizer with vocab.txt, or the class that takes tokenizer.json as it is."""
     tokenizer.save(directory)
     names = tokenizer.token_names
@@ -188,4 +188,7 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> 
             "strip_accents": normalizer["strip_accents"],
             "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
         }
+    if not has_token_types:
+        # Otherwise clients give them to the model, and not every class of transformers takes them.
+        config["model_input_names"] = ["input_ids", "attention_mask"]
     write_json(directory / "tokenizer_config.json", names | config | {"model_max_length": max_length})

@@ -19,7 +19,7 @@ def texts_per_call(encoder: EncoderConfig, length: int, platform: str | None = N
     ``platform`` is that of the device; None for JAX's default backend.
     """
     texts = TOKENS_PER_CALL.get(platform or jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE) // length
-    automatic = choose(encoder.dtype, head_dim=encoder.head_dim)
+    automatic = choose(encoder.dtype, head_dim=encoder.head_dim, biased=encoder.has_relative_bias)
     implementation = automatic if encoder.attention == "auto" else encoder.attention
     if scores := score_bytes(implementation, length, encoder.num_heads):
         texts = min(texts, SCORE_BYTES_PER_CALL // scores)

@@ -80,7 +80,7 @@ class Embedder(TextInputs, SentenceTransformerMethods):
         attention: str = "auto",
         **unknown: Any,
     ):
-        """Opens a checkpoint directory (nomic-bert or BERT family), a training run, or a model of the hub.
+        """Opens a checkpoint directory (``nomic_jax.hf.families``), a training run, or a model of the hub.
 
         Args:
           model_name_or_path: a Hugging Face directory, a run's working directory or one of its checkpoints, or a name

@@ -10,6 +10,9 @@ Each text attends only to itself. Text lengths (``length_B``) describe right-pad
 for padding) describe rows that hold several texts. Outputs at padded positions are finite but have no meaning, and
 padding gets no gradient from cuDNN's kernels.
 
+A bias by relative position exists in the dense formulas alone. cuDNN would take it as an array [H, L, L], larger than
+all activations where L is the length of a packed row; "auto" on a GPU is then "xla".
+
 This module alone decides which implementation computes (``choose``), on this machine or on another one
 (``traced_for``), what it needs besides its arguments (``score_bytes``), and what is done about memory that a kernel
 leaves unwritten.
@@ -22,6 +25,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from nomic_jax.model.relative_bias import bias_of_queries
 
 try:  # private: the public function has no segments (jax-ml/jax#29731); other versions may lack this module
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -71,6 +76,7 @@ def attention(
     length_B: jax.Array | None = None,
     segment_BL: jax.Array | None = None,
     max_segments: int | None = None,
+    bias_HO: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Returns the attention output [B, L, H, K] in the dtype of q. The scale is 1/sqrt(K), the softmax float32.
@@ -83,6 +89,7 @@ def attention(
       length_B: number of real tokens in each row, if each row is one right-padded text.
       segment_BL: 1, 2, ... for the texts of a row, each contiguous, and 0 for padding.
       max_segments: the maximum number of texts per row, if known; no id is larger. ``cudnn_packed`` requires it.
+      bias_HO: added to the scores, by the offset of key and query (``nomic_jax.model.relative_bias``).
       implementation: see the module docstring.
 
     Raises:
@@ -92,7 +99,15 @@ def attention(
         raise ValueError("give length_B (one text per row) or segment_BL (packed rows), not both")
     if implementation == "auto":
         implementation = choose(
-            q_BLHK.dtype, head_dim=q_BLHK.shape[-1], packed=segment_BL is not None, max_segments=max_segments
+            q_BLHK.dtype,
+            head_dim=q_BLHK.shape[-1],
+            packed=segment_BL is not None,
+            max_segments=max_segments,
+            biased=bias_HO is not None,
+        )
+    if is_fused(implementation) and bias_HO is not None:
+        raise ValueError(
+            f'attention="{implementation}" has no relative position bias, which this model needs; use attention="auto"'
         )
     if implementation == "cudnn_packed":
         if segment_BL is None or max_segments is None:
@@ -114,7 +129,7 @@ def attention(
     mask_BLL = _mask(q_BLHK.shape[1], length_B, segment_BL)
     by_head = implementation == "cpu" and q_BLHK.shape[1] > CPU_ALL_HEADS_MAX_LENGTH
     formula = _head_by_head if by_head else _dense
-    return checkpoint_name(formula(q_BLHK, k_BLHK, v_BLHK, mask_BLL), "attention")
+    return checkpoint_name(formula(q_BLHK, k_BLHK, v_BLHK, mask_BLL, bias_HO), "attention")
 
 
 @contextlib.contextmanager
@@ -148,17 +163,24 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def choose(
-    dtype: jax.typing.DTypeLike, *, head_dim: int = 64, packed: bool = False, max_segments: int | None = None
+    dtype: jax.typing.DTypeLike,
+    *,
+    head_dim: int = 64,
+    packed: bool = False,
+    max_segments: int | None = None,
+    biased: bool = False,
 ) -> str:
     """Returns the implementation that "auto" stands for on the default backend, or within ``traced_for``.
 
     Args:
       dtype, head_dim: of queries, keys and values.
       packed: whether rows hold several texts, at most ``max_segments``.
+      biased: whether a relative position bias is added to the scores. Then it is never a fused kernel.
     """
     target = _target.value
     backend = jax.default_backend() if target is None else target.platform
-    if backend == "gpu" and jnp.dtype(dtype).name in FUSED_DTYPES and head_dim % 8 == 0 and head_dim <= FUSED_HEAD_DIM:
+    has_kernel = jnp.dtype(dtype).name in FUSED_DTYPES and head_dim % 8 == 0 and head_dim <= FUSED_HEAD_DIM
+    if backend == "gpu" and has_kernel and not biased:
         if not packed and _has_cudnn("8.0"):
             return "cudnn"
         if packed and max_segments is not None and max_segments <= CUDNN_MAX_SEGMENTS and _has_cudnn("9.0"):
@@ -257,26 +279,29 @@ def _mask(L: int, length_B: jax.Array | None, segment_BL: jax.Array | None) -> j
     return None
 
 
-def _softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _softmax(scores: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None) -> jax.Array:
     scores = scores.astype(jnp.float32)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)
 
 
-def _dense(q_BLHK, k_BLHK, v_BLHK, mask_BLL) -> jax.Array:
+def _dense(q_BLHK, k_BLHK, v_BLHK, mask_BLL, bias_HO) -> jax.Array:
     # Heads come before length, so that both products are plain batched matrix products without strided reads.
     q_BHLK, k_BHLK, v_BHLK = (x.transpose(0, 2, 1, 3) for x in (q_BLHK, k_BLHK, v_BLHK))
     scale = q_BLHK.shape[-1] ** -0.5
     scores_BHLL = jnp.einsum("bhqk,bhlk->bhql", q_BHLK * scale, k_BHLK, preferred_element_type=jnp.float32)
-    weights_BHLL = _softmax(scores_BHLL, None if mask_BLL is None else mask_BLL[:, None])
+    bias_HLL = None if bias_HO is None else bias_of_queries(bias_HO, 0, q_BLHK.shape[1])
+    weights_BHLL = _softmax(scores_BHLL, None if mask_BLL is None else mask_BLL[:, None], bias_HLL)
     out_BHLK = jnp.einsum("bhql,bhlk->bhqk", weights_BHLL.astype(v_BHLK.dtype), v_BHLK)
     return out_BHLK.transpose(0, 2, 1, 3)
 
 
-def _head_by_head(q_BLHK, k_BLHK, v_BLHK, mask_BLL) -> jax.Array:
+def _head_by_head(q_BLHK, k_BLHK, v_BLHK, mask_BLL, bias_HO) -> jax.Array:
     """Computes the dense formula with at most about CPU_SCORES scores at a time, forward and backward."""
-    B, L, _, K = q_BLHK.shape
+    B, L, H, K = q_BLHK.shape
     block = min(L, max(64, CPU_SCORES // (B * L)))
     blocks = -(-L // block)
     if mask_BLL is None:
@@ -291,18 +316,20 @@ def _head_by_head(q_BLHK, k_BLHK, v_BLHK, mask_BLL) -> jax.Array:
     per_query = mask_BLL.shape[1] > 1
     mask_blocks = in_blocks(mask_BLL) if per_query else jnp.zeros((blocks, 0))
 
-    def one_head(qkv):
-        q_BLK, k_BLK, v_BLK = qkv
+    def one_head(qkv_and_bias):
+        q_BLK, k_BLK, v_BLK, bias_O = qkv_and_bias
 
         @jax.checkpoint
-        def one_block(query_and_mask):
-            q_BQK, mask_BQL = query_and_mask
+        def one_block(query_mask_and_start):
+            q_BQK, mask_BQL, start = query_mask_and_start
             scores_BQL = jnp.einsum("bqk,blk->bql", q_BQK, k_BLK, preferred_element_type=jnp.float32)
-            weights_BQL = _softmax(scores_BQL, mask_BQL if per_query else mask_BLL)
+            bias_1QL = None if bias_HO is None else bias_of_queries(bias_O[None], start, block)
+            weights_BQL = _softmax(scores_BQL, mask_BQL if per_query else mask_BLL, bias_1QL)
             return jnp.einsum("bql,blk->bqk", weights_BQL.astype(v_BLK.dtype), v_BLK)
 
-        out = jax.lax.map(one_block, (in_blocks(q_BLK * K**-0.5), mask_blocks))
+        out = jax.lax.map(one_block, (in_blocks(q_BLK * K**-0.5), mask_blocks, block * jnp.arange(blocks)))
         return out.swapaxes(0, 1).reshape(B, blocks * block, K)[:, :L]
 
     heads_first = tuple(jnp.moveaxis(x, 2, 0) for x in (q_BLHK, k_BLHK, v_BLHK))
-    return jnp.moveaxis(jax.lax.map(one_head, heads_first), 0, 2)
+    biases_HO = jnp.zeros((H, 0)) if bias_HO is None else bias_HO
+    return jnp.moveaxis(jax.lax.map(one_head, (*heads_first, biases_HO)), 0, 2)

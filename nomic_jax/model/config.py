@@ -32,9 +32,13 @@ class EncoderConfig:
       max_positions: the longest text accepted, in tokens.
       max_trained_positions: up to this length RoPE is used as trained; beyond it, dynamic NTK applies (paper eq. 5).
       position_offset: row of the position table that the first token of a text has (RoBERTa: ``pad_token_id`` + 1).
+      relative_attention_num_buckets: rows of the table of relative position biases, which all layers share (MPNet); 0
+        for none.
       rope_base: theta of RoPE.
+      rope_linear_factor: positions are divided by it before they become angles (rope_type "linear").
       rope_scaling_factor: alpha of dynamic NTK; with None, texts beyond ``max_trained_positions`` are rejected.
       activation: "gelu" in an MLP of two matrices, or the gate of one of three: "swiglu", "geglu".
+      classifier_activation: between the two layers of a sequence classifier.
       use_bias: linear layers have biases, except the two inputs of a gated MLP, which have none in any family.
       pad_token_id: row of the word embeddings that is initialized to zero.
       dtype: computation dtype; parameters are float32, softmax, norms and angles are computed in float32. "auto" is for
@@ -56,9 +60,12 @@ class EncoderConfig:
     max_trained_positions: int = 2048
     position: Literal["rope", "absolute"] = "rope"
     position_offset: int = 0
+    relative_attention_num_buckets: int = 0
     rope_base: float = 1000.0
+    rope_linear_factor: float = 1.0
     rope_scaling_factor: float | None = 2.0
     activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    classifier_activation: Literal["tanh", "relu"] = "tanh"
     use_bias: bool = False
     layer_norm_eps: float = 1e-12
     init_std: float = 0.02
@@ -71,6 +78,7 @@ class EncoderConfig:
         choices = {
             "position": ("rope", "absolute"),
             "activation": ("swiglu", "geglu", "gelu"),
+            "classifier_activation": ("tanh", "relu"),
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "attention": IMPLEMENTATIONS,
             "recompute": RECOMPUTE,
@@ -88,6 +96,10 @@ class EncoderConfig:
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"RoPE rotates pairs: the head dim, {self.head_dim}, must be even")
+        if self.relative_attention_num_buckets and self.relative_attention_num_buckets < 4:
+            raise ValueError(
+                f"model.relative_attention_num_buckets is {self.relative_attention_num_buckets}; write 0, or at least 4"
+            )
         if self.max_positions > self.longest_text:
             raise ValueError(
                 f"model.max_positions {self.max_positions} exceeds model.max_trained_positions "
@@ -123,6 +135,11 @@ class EncoderConfig:
     def is_gated(self) -> bool:
         """Whether the MLP is down(up(x) * activation(gate(x)))."""
         return self.activation in ("swiglu", "geglu")
+
+    @property
+    def has_relative_bias(self) -> bool:
+        """Whether attention adds a bias by relative position, which no fused kernel has."""
+        return self.relative_attention_num_buckets > 0
 
     @property
     def attention_weights(self) -> int:

@@ -10,7 +10,7 @@ optimizer, the checkpoints and the converters use:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from nomic_jax.model.attention import FUSED_PRIMITIVE, attention
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.layer_norm import STATISTICS, layer_norm
+from nomic_jax.model.linear import Linear
+from nomic_jax.model.mlp import make_mlp
+from nomic_jax.model.relative_bias import relative_bias
 from nomic_jax.model.rope import apply_rope, rope_cos_sin
 from nomic_jax.model.table_lookup import lookup
 from nomic_jax.model.varying import varying_as
@@ -42,29 +45,16 @@ class TextBoundaries(NamedTuple):
     max_segments: int | None
 
 
-class Linear(nnx.Linear):
-    """A matrix product over the last axis. Leading axes are flattened, so that it is one product of two matrices."""
+class Positions(NamedTuple):
+    """What attention knows of the positions in a row, besides what the embeddings say.
 
-    def __init__(
-        self, in_features: int, out_features: int, config: EncoderConfig, rngs: nnx.Rngs, *, use_bias: bool = True
-    ):
-        """``use_bias``: False for a layer without a bias in models whose other layers have one."""
-        super().__init__(
-            in_features,
-            out_features,
-            use_bias=config.use_bias and use_bias,
-            kernel_init=nnx.initializers.normal(config.init_std),
-            dtype=jnp.dtype(config.dtype),
-            rngs=rngs,
-        )
+    Attributes:
+      rope: cosines and sines of the rotation; None without RoPE.
+      bias_HO: relative position bias by offset; None without one.
+    """
 
-    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        # With two leading axes XLA copies the activations into another layout for the kernel's gradient (CPU: 1.5x).
-        flat = inputs.reshape(-1, self.in_features).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        if self.bias is not None:
-            # The sum in float32 makes the gradient of the bias, a sum over all tokens, a sum in float32.
-            flat = (flat.astype(jnp.float32) + self.bias[...]).astype(self.dtype)
-        return flat.reshape(*inputs.shape[:-1], self.out_features)
+    rope: tuple[jax.Array, jax.Array] | None
+    bias_HO: jax.Array | None
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -118,12 +108,13 @@ class Attention(nnx.Module):
         self.out = Linear(config.hidden_size, config.hidden_size, config, rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, rope, boundaries: TextBoundaries, output_position_BP: jax.Array | None
+        self, x_BLD: jax.Array, positions: Positions, boundaries: TextBoundaries, output_position_BP: jax.Array | None
     ) -> jax.Array:
-        qkv_BLHK = _split_heads(self.qkv(x_BLD), rope, self.config.num_heads)
+        qkv_BLHK = _split_heads(self.qkv(x_BLD), positions.rope, self.config.num_heads)
         out_BLHK = attention(
             *(checkpoint_name(part, "qkv") for part in qkv_BLHK),
             **boundaries._asdict(),
+            bias_HO=positions.bias_HO,
             implementation=self.config.attention,
         )
         return checkpoint_name(self.out(_select(out_BLHK.reshape(x_BLD.shape), output_position_BP)), "out")
@@ -153,71 +144,24 @@ _split_heads.defvjp(
 )
 
 
-class GatedMlp(nnx.Module):
-    """down(up(x) * activation(gate(x))): SwiGLU with SiLU, GeGLU with GELU."""
-
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        self.activation = config.activation
-        self.up = Linear(config.hidden_size, config.intermediate_size, config, rngs, use_bias=False)
-        self.gate = Linear(config.hidden_size, config.intermediate_size, config, rngs, use_bias=False)
-        self.down = Linear(config.intermediate_size, config.hidden_size, config, rngs)
-
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        up_BLF, gate_BLF = checkpoint_name(self.up(x_BLD), "up"), checkpoint_name(self.gate(x_BLD), "gate")
-        product = _swiglu if self.activation == "swiglu" else _geglu
-        return checkpoint_name(self.down(product(up_BLF, gate_BLF)), "down")
-
-
-def _geglu(up: jax.Array, gate: jax.Array) -> jax.Array:
-    return up * jax.nn.gelu(gate, approximate=False)
-
-
-@jax.custom_vjp
-def _swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
-    return up * jax.nn.silu(gate)
-
-
-def _swiglu_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    up, gate, gradient = (x.astype(jnp.float32) for x in (*residuals, gradient))
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    of_up, of_gate = gradient * silu, gradient * up * (sigmoid + silu * (1 - sigmoid))
-    return of_up.astype(residuals[0].dtype), of_gate.astype(residuals[1].dtype)
-
-
-def _swiglu_forward(up: jax.Array, gate: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # XLA does not merge kernels that share the result of a product. Behind a barrier it does: those of both gradients.
-    up, gate = jax.lax.optimization_barrier((up, gate))
-    return _swiglu(up, gate), (up, gate)
-
-
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-
-
-class GeluMlp(nnx.Module):
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        self.up = Linear(config.hidden_size, config.intermediate_size, config, rngs)
-        self.down = Linear(config.intermediate_size, config.hidden_size, config, rngs)
-
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        up_BLF = checkpoint_name(self.up(x_BLD), "up")
-        return checkpoint_name(self.down(jax.nn.gelu(up_BLF, approximate=False)), "down")
-
-
 class Block(nnx.Module):
     """Post-norm: the LayerNorm follows the residual sum."""
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs)
         self.norm1 = LayerNorm(config, rngs)
-        self.mlp = GatedMlp(config, rngs) if config.is_gated else GeluMlp(config, rngs)
+        self.mlp = make_mlp(config, rngs)
         self.norm2 = LayerNorm(config, rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, rope, boundaries: TextBoundaries, output_position_BP: jax.Array | None = None
+        self,
+        x_BLD: jax.Array,
+        positions: Positions,
+        boundaries: TextBoundaries,
+        output_position_BP: jax.Array | None = None,
     ) -> jax.Array:
         x_BPD = self.norm1(
-            _select(x_BLD, output_position_BP) + self.attention(x_BLD, rope, boundaries, output_position_BP)
+            _select(x_BLD, output_position_BP) + self.attention(x_BLD, positions, boundaries, output_position_BP)
         )
         return self.norm2(x_BPD + self.mlp(x_BPD))
 
@@ -235,6 +179,10 @@ class Encoder(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embeddings = Embeddings(config, rngs)
+        init = nnx.initializers.normal(config.init_std)
+        buckets = config.relative_attention_num_buckets
+        # One table for all layers.
+        self.relative = nnx.Embed(buckets, config.num_heads, embedding_init=init, rngs=rngs) if buckets else None
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
 
     def __call__(
@@ -245,21 +193,24 @@ class Encoder(nnx.Module):
         is_second_BL: jax.Array | None,
     ) -> jax.Array:
         position_BL, own_length_BL = _positions(ids_BL, boundaries.length_B, boundaries.segment_BL, self.config)
-        rope = rope_cos_sin(position_BL, own_length_BL, self.config) if self.config.position == "rope" else None
+        positions = Positions(
+            rope=rope_cos_sin(position_BL, own_length_BL, self.config) if self.config.position == "rope" else None,
+            bias_HO=None if self.relative is None else relative_bias(self.relative.embedding[...], ids_BL.shape[1]),
+        )
         x_BLD = self.embeddings(ids_BL, position_BL, is_second_BL)
         for block in self.layers[:-1]:
-            x_BLD = self._recomputed(block, boundaries)(x_BLD, rope)
+            x_BLD = self._recomputed(block, boundaries)(x_BLD, positions)
         # After the last attention, compute only the requested positions.
-        return self._recomputed(self.layers[-1], boundaries, output_position_BP)(x_BLD, rope)
+        return self._recomputed(self.layers[-1], boundaries, output_position_BP)(x_BLD, positions)
 
     def _recomputed(
         self, block: Block, boundaries: TextBoundaries, output_position_BP: jax.Array | None = None
-    ) -> Callable[[jax.Array, Any], jax.Array]:
-        def apply_block(x_BLD: jax.Array, rope) -> jax.Array:
+    ) -> Callable[[jax.Array, Positions], jax.Array]:
+        def apply_block(x_BLD: jax.Array, positions: Positions) -> jax.Array:
             structure, params = nnx.split(block)
             params = jax.tree.map(lambda x: varying_as(x, x_BLD), params)
             params, x_BLD = _with_gradients_together(params, x_BLD)
-            return nnx.merge(structure, params)(x_BLD, rope, boundaries, output_position_BP)
+            return nnx.merge(structure, params)(x_BLD, positions, boundaries, output_position_BP)
 
         if self.config.recompute in ("none", "auto"):
             return apply_block

@@ -10,7 +10,8 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from nomic_jax.model.config import EncoderConfig
-from nomic_jax.model.encoder import LayerNorm, Linear, encode
+from nomic_jax.model.encoder import LayerNorm, encode
+from nomic_jax.model.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +150,19 @@ def abstract_mlm_head(config: EncoderConfig) -> dict:
 
 
 class ClassifierHead(nnx.Module):
-    """dense -> tanh on the first token's hidden state, then a linear layer to the labels; both with biases."""
+    """dense -> tanh or ReLU on the first token's hidden state, then a linear layer to the labels; both with biases."""
 
     def __init__(self, config: EncoderConfig, num_labels: int, *, rngs: nnx.Rngs):
         # Unlike the encoder's layers, these have biases in every published classifier. In 16 bits the logits of similar
         # texts would be equal, and their gradients off; for one token of a text, float32 costs nothing.
         config = dataclasses.replace(config, use_bias=True, dtype="float32")
+        self.activation = config.classifier_activation
         self.pooler = Linear(config.hidden_size, config.hidden_size, config, rngs)
         self.out = Linear(config.hidden_size, num_labels, config, rngs)
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
-        return self.out(jnp.tanh(self.pooler(hidden_BLD[:, 0])))
+        activation = jnp.tanh if self.activation == "tanh" else jax.nn.relu
+        return self.out(activation(self.pooler(hidden_BLD[:, 0])))
 
 
 @functools.lru_cache

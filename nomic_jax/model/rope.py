@@ -21,7 +21,7 @@ def rope_cos_sin(
       position_BL: position of each token in its text, from 0.
       own_length_BL: number of tokens of the text that each token belongs to; None if no text is longer than
         ``config.max_trained_positions``, which skips the scaling.
-      config: base, trained length L and alpha of the scaling.
+      config: base, linear factor, trained length L and alpha of the scaling.
 
     Dynamic NTK (paper eq. 5): ``base' = base * (alpha * S / L - (alpha - 1)) ** (K / (K - 2))`` for S > L, so that the
     i-th inverse frequency ``base ** (-2i / K)`` is multiplied by ``(alpha * S / L - (alpha - 1)) ** (-2i / (K - 2))``.
@@ -31,6 +31,8 @@ def rope_cos_sin(
     inverse_frequency = (1.0 / np.float32(config.rope_base) ** exponent).astype(np.float32)
     # float32 for every computation dtype: at position 8191, bfloat16 angles would be off by full turns.
     position = position_BL.astype(jnp.float32)[..., None]
+    if config.rope_linear_factor != 1.0:
+        inverse_frequency = inverse_frequency / np.float32(config.rope_linear_factor)
     if own_length_BL is None:
         angle = position * inverse_frequency
     else:

@@ -20,13 +20,18 @@ _SEGMENTS = 32  # texts of a packed row, usually
 
 
 def make_choices(
-    config: TrainConfig, record: Mapping[str, Any] | None, device_count: int, say: Callable[[str], None]
+    config: TrainConfig,
+    record: Mapping[str, Any] | None,
+    device_count: int,
+    say: Callable[[str], None],
+    biased: bool = False,
 ) -> TrainConfig:
     """Returns the settings without "auto", and says what was chosen.
 
     Args:
       record: of the latest checkpoint of the run, which has chosen before; None for a new run.
       say: prints a line.
+      biased: whether the model has a relative position bias, with which no fused kernel computes attention.
     """
     recorded = (record or {}).get("config") or {}
     chosen = {}
@@ -35,7 +40,8 @@ def make_choices(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         chosen["model.dtype"] = dtype
     if isinstance(config.data, PairData) and config.data.layout == AUTO:
-        layout: Any = (recorded.get("data") or {}).get("layout") or default_layout(config, config.data, device_count)
+        layout: Any = (recorded.get("data") or {}).get("layout")
+        layout = layout or default_layout(config, config.data, device_count, biased)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, layout=layout))
         chosen["data.layout"] = layout
     if chosen:
@@ -49,7 +55,7 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def default_layout(config: TrainConfig, data: PairData, device_count: int) -> str:
+def default_layout(config: TrainConfig, data: PairData, device_count: int, biased: bool = False) -> str:
     """Returns "padded" for a batch no larger than a chunk, "packed" where attention does not pay for it, or "bucketed".
 
     It depends on the settings alone, not on the texts: reading them takes long.
@@ -57,7 +63,7 @@ def default_layout(config: TrainConfig, data: PairData, device_count: int) -> st
     tokens_per_row = data.query_length + (1 + data.num_negatives) * data.document_length
     if tokens_per_row * config.batch_size // device_count <= MAX_CHUNK_TOKENS:
         return "padded"
-    attention = choose(config.model.dtype, packed=True, max_segments=_SEGMENTS)
+    attention = choose(config.model.dtype, packed=True, max_segments=_SEGMENTS, biased=biased)
     longest = max(data.query_length, data.document_length)
     is_cheap = attention == "cudnn_packed" or (attention == "cpu" and longest <= LONGEST_DENSE)
     return "packed" if is_cheap else "bucketed"

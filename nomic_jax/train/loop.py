@@ -89,11 +89,12 @@ def _train(
     """Trains in a working directory that is held."""
     mesh = make_mesh(devices)
     earlier_record = repeated or hosts.on_first_process(lambda: latest_record(workdir))
-    config = make_choices(config, earlier_record, mesh.size, _print_once)
-    config.check(mesh.size)
     # Which checkpoint this is, is decided once, for all processes: the run that it belongs to may still train.
     places = hosts.on_first_process(lambda: [str(resolve(path)) if path else "" for path in _named_models(config)])
     pretrained = read_pretrained(places[0]) if places[0] else None
+    biased = pretrained is not None and pretrained.config.encoder.has_relative_bias
+    config = make_choices(config, earlier_record, mesh.size, _print_once, biased)
+    config.check(mesh.size)
     parent, guide = (identify(path) if path else None for path in places)
     model = make_model(config, pretrained)
     config.check_lengths(model.encoder)
@@ -232,4 +233,5 @@ def _write_once(line: str) -> None:
 
 
 def _should_be_fused(encoder: EncoderConfig) -> bool:
-    return jax.default_backend() == "gpu" and encoder.dtype in FUSED_DTYPES and encoder.attention != "xla"
+    has_kernel = encoder.dtype in FUSED_DTYPES and not encoder.has_relative_bias
+    return jax.default_backend() == "gpu" and has_kernel and encoder.attention != "xla"

@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nomic_jax.model import EncoderConfig
-from nomic_jax.model.encoder import _split_heads, _swiglu
+from nomic_jax.model.encoder import _split_heads
 from nomic_jax.model.layer_norm import layer_norm
+from nomic_jax.model.mlp import _swiglu
 from nomic_jax.model.rope import rope_cos_sin
 
 DTYPES = [("float32", 3e-6), ("bfloat16", 1e-2)]

@@ -16,8 +16,12 @@ from nomic_jax.inference.sentence_transformers.names import refused_parameter
 from nomic_jax.run.pretrained import read_pretrained
 
 ORGANIZATION = "sentence-transformers"
-# Models of the BERT family whose names on the hub have no organisation.
-_BARE_NAMES = ("bert-base-", "bert-large-")
+# Models whose names on the hub have no organisation: names of BERT begin so, of the other families there are these.
+_BARE_PREFIXES = ("bert-base-", "bert-large-")
+_BARE_NAMES = (
+    *("roberta-base", "roberta-large", "distilroberta-base", "xlm-roberta-base", "xlm-roberta-large"),
+    *("distilbert-base-uncased", "distilbert-base-cased", "distilbert-base-multilingual-cased"),
+)
 
 
 class Opened(NamedTuple):
@@ -58,7 +62,8 @@ def open_model(name: str | Path | None, **hub_options: Any) -> Opened:
 
 def hub_name(name: str) -> str:
     """Returns a model's full name on the hub."""
-    return name if "/" in name or name.lower().startswith(_BARE_NAMES) else f"{ORGANIZATION}/{name}"
+    is_bare = name.lower() in _BARE_NAMES or name.lower().startswith(_BARE_PREFIXES)
+    return name if "/" in name or is_bare else f"{ORGANIZATION}/{name}"
 
 
 def configured(

@@ -1,0 +1,64 @@
+"""The MLPs of a layer: with a gate, three matrices, or without one, two."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from nomic_jax.model.config import EncoderConfig
+from nomic_jax.model.linear import Linear
+
+
+def make_mlp(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
+    return GatedMlp(config, rngs) if config.is_gated else GeluMlp(config, rngs)
+
+
+class GatedMlp(nnx.Module):
+    """down(up(x) * activation(gate(x))): SwiGLU with SiLU, GeGLU with GELU."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.activation = config.activation
+        self.up = Linear(config.hidden_size, config.intermediate_size, config, rngs, use_bias=False)
+        self.gate = Linear(config.hidden_size, config.intermediate_size, config, rngs, use_bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config, rngs)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        up_BLF, gate_BLF = checkpoint_name(self.up(x_BLD), "up"), checkpoint_name(self.gate(x_BLD), "gate")
+        product = _swiglu if self.activation == "swiglu" else _geglu
+        return checkpoint_name(self.down(product(up_BLF, gate_BLF)), "down")
+
+
+def _geglu(up: jax.Array, gate: jax.Array) -> jax.Array:
+    return up * jax.nn.gelu(gate, approximate=False)
+
+
+@jax.custom_vjp
+def _swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
+    return up * jax.nn.silu(gate)
+
+
+def _swiglu_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    up, gate, gradient = (x.astype(jnp.float32) for x in (*residuals, gradient))
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    of_up, of_gate = gradient * silu, gradient * up * (sigmoid + silu * (1 - sigmoid))
+    return of_up.astype(residuals[0].dtype), of_gate.astype(residuals[1].dtype)
+
+
+def _swiglu_forward(up: jax.Array, gate: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # XLA does not merge kernels that share the result of a product. Behind a barrier it does: those of both gradients.
+    up, gate = jax.lax.optimization_barrier((up, gate))
+    return _swiglu(up, gate), (up, gate)
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+class GeluMlp(nnx.Module):
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.up = Linear(config.hidden_size, config.intermediate_size, config, rngs)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config, rngs)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        up_BLF = checkpoint_name(self.up(x_BLD), "up")
+        return checkpoint_name(self.down(jax.nn.gelu(up_BLF, approximate=False)), "down")
