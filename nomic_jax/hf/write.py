@@ -142,7 +142,7 @@ def _tensors(encoder: EncoderConfig, params: dict, naming: str) -> dict[str, np.
                 f"the masked-LM head of {family.model_type} is not implemented; write the model without it"
             )
         tensors |= from_params(params["mlm_head"], mlm_head_keymap(encoder))
-        if naming == "native" or "hub" not in family.tables:
+        if naming == "native" or family.mlm_head.in_hub:
             # The class of transformers has biases that our head does not have.
             for name in family.mlm_head.biases:
                 width = encoder.hidden_size if name.endswith("dense.bias") else encoder.vocab_size

@@ -57,12 +57,14 @@ class MlmHead(NamedTuple):
       table: checkpoint module -> our module.
       decoder: the matrix that is tied to the word embeddings.
       biases: vectors of the vocabulary's or the encoder's width that our head does not have: they count as zero.
+      in_hub: whether the naming "hub" has the biases, too.
     """
 
     prefix: str
     table: Table
     decoder: str = ""
     biases: tuple[str, ...] = ()
+    in_hub: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,8 +108,8 @@ GTE = Family(
     mlm_head=MlmHead(
         prefix="lm_head.",
         table=table("""
-            lm_head.dense       dense
-            lm_head.layer_norm  norm
+            lm_head.dense  dense
+            lm_head.norm   norm
         """),
         decoder="lm_head.decoder.weight",
         biases=("lm_head.decoder.bias",),

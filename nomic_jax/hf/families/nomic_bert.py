@@ -153,6 +153,7 @@ NOMIC_BERT = Family(
         decoder="cls.predictions.decoder.weight",
         # Only transformers has these; they start and stay at zero.
         biases=("cls.predictions.bias", "cls.predictions.transform.dense.bias"),
+        in_hub=False,
     ),
     prefixes=("bert.", "nomic_bert.", "trunk."),
     names={field: (*names, *([_GPT2_NAMES[field]] if field in _GPT2_NAMES else [])) for field, names in SIZES.items()},
