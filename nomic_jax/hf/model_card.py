@@ -104,7 +104,7 @@ def _position(encoder: EncoderConfig) -> str:
 def _cut(config: EmbeddingConfig) -> str:
     if config.dim is None:
         return ""
-    width = config.encoder.hidden_size
+    width = config.width
     if not config.normalize:
         return f" Vectors are the first {config.dim} of {width} components."
     return (

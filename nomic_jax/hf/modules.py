@@ -7,6 +7,7 @@ modules.json lists them in order. The supported modules and their order are:
 The LayerNorm is that of nomic-embed-text-v1.5, which has no weights. In the directory its weights are ones and zeros.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,18 @@ from nomic_jax.files.writing import write_json
 from nomic_jax.hf.files import CheckpointError, read_json, read_json_list
 from nomic_jax.hf.tensors import open_safetensors, write_safetensors
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
+from nomic_jax.model.pooling import POOLINGS
 
 _ORDER = ("Transformer", "Pooling", "LayerNorm", "Normalize")
-_MODES = {"cls": "cls", "mean": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+# The booleans of old files, one for each way of pooling, in the order in which the vectors are concatenated.
+_POOLING_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 
 
 def read_modules(directory: Path, width: int) -> dict[str, dict[str, Any]]:
@@ -74,29 +84,53 @@ def embedding_config(
         return EmbeddingConfig(encoder)
     pooling = modules["Pooling"]
     where = f"{directory}: the config of Pooling"
-    # Old files have one boolean per mode; new files name one mode or several.
-    given = pooling.get("pooling_mode", [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on])
-    chosen = given or ["mean"] if isinstance(given, list) else [given]
-    if len(chosen) != 1 or not isinstance(chosen[0], str) or chosen[0] not in _MODES:
-        raise CheckpointError(f"{where}: pooling {' and '.join(map(str, chosen))} is not implemented; cls and mean are")
     width = pooling.get("word_embedding_dimension", pooling.get("embedding_dimension", encoder.hidden_size))
     if width != encoder.hidden_size:
         raise CheckpointError(f"{where}: the width is {width}, but the encoder's is {encoder.hidden_size}")
     if pooling.get("include_prompt") is False and any(prompts.values()):
         raise CheckpointError(f"{where}: include_prompt false is not implemented; prompts are pooled like other tokens")
-    dim = read_json(directory / "config_sentence_transformers.json", optional=True).get("truncate_dim")
-    if dim is not None and not (type(dim) is int and 1 <= dim <= encoder.hidden_size):
-        raise CheckpointError(
-            f"{directory}/config_sentence_transformers.json: truncate_dim is {dim!r}; expected 1 to "
-            f"{encoder.hidden_size}"
-        )
-    return EmbeddingConfig(
+    config = EmbeddingConfig(
         encoder,
-        pooling="cls" if _MODES[chosen[0]] == "cls" else "mean",
+        pooling=_pooling(pooling, where),
         layer_norm="LayerNorm" in modules,
-        dim=dim,
         normalize="Normalize" in modules,
     )
+    dim = read_json(directory / "config_sentence_transformers.json", optional=True).get("truncate_dim")
+    if dim is not None and not (type(dim) is int and 1 <= dim <= config.width):
+        raise CheckpointError(
+            f"{directory}/config_sentence_transformers.json: truncate_dim is {dim!r}; expected 1 to {config.width}"
+        )
+    return dataclasses.replace(config, dim=dim)
+
+
+def _pooling(content: dict[str, Any], where: str) -> str:
+    """Returns ``EmbeddingConfig.pooling``. Old files have one boolean per mode; new files name one mode or several."""
+    on = [key for key, value in content.items() if key.startswith("pooling_mode_") and value]
+    given = content.get("pooling_mode", [_POOLING_KEYS.get(key, key) for key in sorted(on, key=_place)])
+    chosen = given or ["mean"] if isinstance(given, list) else [given]
+    if unknown := [mode for mode in chosen if mode not in POOLINGS]:
+        raise CheckpointError(f"{where}: pooling {unknown[0]!r:.100} is not implemented; {', '.join(POOLINGS)} are")
+    if len(set(chosen)) < len(chosen):
+        raise CheckpointError(f"{where}: pooling {' and '.join(chosen)} repeats one")
+    return "+".join(chosen)
+
+
+def _place(key: str) -> int:
+    """The place of an old file's boolean in the order of concatenation."""
+    return list(_POOLING_KEYS).index(key) if key in _POOLING_KEYS else len(_POOLING_KEYS)
+
+
+def _pooling_json(config: EmbeddingConfig) -> dict[str, Any]:
+    chosen = config.pooling.split("+")
+    booleans = {key: mode in chosen for key, mode in _POOLING_KEYS.items()}
+    # Left out where they are false: old versions of sentence-transformers do not know them.
+    for mode in ("weightedmean", "lasttoken"):
+        if mode not in chosen:
+            del booleans[next(key for key, of in _POOLING_KEYS.items() if of == mode)]
+    content = {"word_embedding_dimension": config.encoder.hidden_size, **booleans, "include_prompt": True}
+    if chosen != sorted(chosen, key=POOLINGS.index):
+        content["pooling_mode"] = chosen  # the only way to name another order, which old versions lack
+    return content
 
 
 def write_modules(
@@ -122,17 +156,7 @@ def write_modules(
         for i, kind in enumerate(kinds)
     ]
     write_json(directory / "modules.json", listed)
-    write_json(
-        directory / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": width,
-            "pooling_mode_cls_token": config.pooling == "cls",
-            "pooling_mode_mean_tokens": config.pooling == "mean",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-            "include_prompt": True,
-        },
-    )
+    write_json(directory / "1_Pooling" / "config.json", _pooling_json(config))
     if config.layer_norm:
         write_json(directory / "2_LayerNorm" / "config.json", {"dimension": width})
         neutral = {"norm.weight": np.ones(width, np.float32), "norm.bias": np.zeros(width, np.float32)}

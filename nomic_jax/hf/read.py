@@ -105,8 +105,9 @@ def _read(directory: Path) -> Checkpoint:
     sentence = read_json(directory / "config_sentence_transformers.json", optional=True)
     prompts = _prompts(sentence, encoder, directory)
     default_prompt_name, similarity = _defaults(sentence, prompts, directory)
+    config = embedding_config(encoder, modules, prompts, directory)
     return Checkpoint(
-        config=embedding_config(encoder, modules, prompts, directory),
+        config=config,
         params=params,
         tokenizer=_read_tokenizer(directory, encoder, modules),
         labels=labels,
@@ -114,7 +115,7 @@ def _read(directory: Path) -> Checkpoint:
         default_prompt_name=default_prompt_name,
         similarity=similarity,
         max_length=_max_length(modules, encoder, directory),
-        matryoshka_dims=_matryoshka_dims(content, encoder),
+        matryoshka_dims=_matryoshka_dims(content, config.width),
         training=_training(directory),
     )
 
@@ -248,10 +249,10 @@ def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: dict[str, 
     return tokenizer
 
 
-def _matryoshka_dims(content: dict[str, Any], encoder: EncoderConfig) -> tuple[int, ...]:
+def _matryoshka_dims(content: dict[str, Any], width: int) -> tuple[int, ...]:
     """Returns the sizes that vLLM accepts in a request; () if there are none. They do not change a vector."""
     dims = content.get("matryoshka_dimensions")
-    if not isinstance(dims, list) or not all(type(dim) is int and 1 <= dim <= encoder.hidden_size for dim in dims):
+    if not isinstance(dims, list) or not all(type(dim) is int and 1 <= dim <= width for dim in dims):
         return ()
     return tuple(sorted(set(dims), reverse=True))
 

@@ -373,8 +373,8 @@ class Embedder(TextInputs, SentenceTransformerMethods):
         return self.encode(inputs, *self._role_prompt("document", prompt_name, prompt), *rest, **options)
 
     def _check_dim(self, dim: int) -> None:
-        if not isinstance(dim, int) or not 1 <= dim <= self.config.encoder.hidden_size:
-            raise ValueError(f"truncate_dim {dim!r} is not within 1..{self.config.encoder.hidden_size}")
+        if not isinstance(dim, int) or not 1 <= dim <= self.config.width:
+            raise ValueError(f"truncate_dim {dim!r} is not within 1..{self.config.width}")
 
 
 # What ``Embedder`` sets, besides its properties.

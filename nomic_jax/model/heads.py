@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.encoder import LayerNorm, encode
 from nomic_jax.model.linear import Linear
+from nomic_jax.model.pooling import POOLINGS, pooled, pooled_segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,40 +18,40 @@ class EmbeddingConfig:
     """An encoder and the settings that turn its hidden states into one vector per text.
 
     Attributes:
-      pooling: "mean" over the real tokens (nomic, gte, e5, MiniLM), or "cls", the first token (bge).
+      pooling: one of ``nomic_jax.model.pooling.POOLINGS``, or several joined by "+", whose vectors are concatenated.
       layer_norm: LayerNorm without scale and bias over the full width, after pooling (nomic-embed-text-v1.5).
       normalize: scale to length 1 at full width.
       dim: keep the first ``dim`` components of the result (Matryoshka), which are shorter than 1; None keeps all.
     """
 
     encoder: EncoderConfig
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: str = "mean"
     layer_norm: bool = False
     dim: int | None = None
     normalize: bool = True
 
     def __post_init__(self):
-        if self.pooling not in ("mean", "cls"):
-            raise ValueError(f'pooling is {self.pooling!r}; write "mean" or "cls"')
-        if self.dim is not None and not 1 <= self.dim <= self.encoder.hidden_size:
-            raise ValueError(f"dim {self.dim} is not within 1..{self.encoder.hidden_size}, the encoder's width")
+        names = self.pooling.split("+")
+        if not set(names) <= set(POOLINGS) or len(set(names)) < len(names):
+            raise ValueError(
+                f'pooling is {self.pooling!r}; write one of {", ".join(POOLINGS)}, or several joined by "+"'
+            )
+        if self.dim is not None and not 1 <= self.dim <= self.width:
+            raise ValueError(f"dim {self.dim} is not within 1..{self.width}, the width of a whole vector")
+
+    @property
+    def width(self) -> int:
+        """The number of components of a vector before it is cut to ``dim``."""
+        return self.encoder.hidden_size * len(self.pooling.split("+"))
 
     @property
     def output_dim(self) -> int:
-        return self.dim or self.encoder.hidden_size
+        return self.dim or self.width
 
 
 def pool(hidden_BLD: jax.Array, length_B: jax.Array, config: EmbeddingConfig) -> jax.Array:
     """Returns embeddings [B, E], float32. A text without tokens gets the zero vector."""
-    # Left to itself, XLA stores the hidden states of all layers length-last, as the mean reads them. On a GPU, each
-    # LayerNorm then takes three kernels instead of one.
-    hidden_BLD = with_layout_constraint(hidden_BLD, Layout((0, 1, 2))).astype(jnp.float32)
-    if config.pooling == "cls":
-        x_BE = hidden_BLD[:, 0]
-    else:
-        real_BL = (jnp.arange(hidden_BLD.shape[1]) < length_B[:, None]).astype(jnp.float32)
-        x_BE = jnp.einsum("bld,bl->bd", hidden_BLD, real_BL) / jnp.maximum(length_B, 1)[:, None]
-    return _finish(x_BE, length_B > 0, config)
+    return _finish(pooled(hidden_BLD, length_B, config.pooling), length_B > 0, config)
 
 
 def pool_segments(
@@ -65,16 +64,7 @@ def pool_segments(
       segment_BL: 1, 2, ... for the texts of a row, each contiguous, and 0 for padding.
       num_segments: S, the maximum number of texts per row; absent texts get the zero vector.
     """
-    hidden_BLD = hidden_BLD.astype(jnp.float32)
-    own_BLS = segment_BL[:, :, None] == jnp.arange(1, num_segments + 1)
-    pooled_BLS = own_BLS
-    if config.pooling == "cls":
-        # A product, not a gather: absent texts would all name one token, and the gradient would be a scatter that adds.
-        is_first_BL = jnp.diff(segment_BL, axis=1, prepend=0) != 0
-        pooled_BLS = own_BLS & is_first_BL[:, :, None]
-    count_BS = jnp.maximum(jnp.sum(pooled_BLS, axis=1), 1)
-    x_BSE = jnp.einsum("bld,bls->bsd", hidden_BLD, pooled_BLS.astype(jnp.float32)) / count_BS[:, :, None]
-    return _finish(x_BSE, jnp.any(own_BLS, axis=1), config)
+    return _finish(*pooled_segments(hidden_BLD, segment_BL, num_segments, config.pooling), config)
 
 
 def _finish(x: jax.Array, has_tokens: jax.Array, config: EmbeddingConfig) -> jax.Array:

@@ -211,7 +211,7 @@ def parse_import(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, An
         raise ValueError(f"imported.similarity is {fields['similarity']!r}, imported.default_prompt_name {name!r}")
     if length is not None and not 2 <= length <= model.encoder.max_positions:
         raise ValueError(f"imported.max_length is {length}, not within 2..{model.encoder.max_positions}")
-    if not isinstance(dims, list) or not all(type(d) is int and 1 <= d <= model.encoder.hidden_size for d in dims):
+    if not isinstance(dims, list) or not all(type(d) is int and 1 <= d <= model.width for d in dims):
         raise ValueError(f"imported.matryoshka_dims is {dims!r}")
     return {name: fields[name] for name in kinds} | {"matryoshka_dims": tuple(dims)}
 

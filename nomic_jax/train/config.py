@@ -253,8 +253,8 @@ class LossConfig:
     guide: str = ""
     guide_margin: float = 0.0
 
-    def check(self, hidden_size: int) -> None:
-        """Raises ConfigurationError for values that cannot work with embeddings of ``hidden_size`` components."""
+    def check(self, width: int) -> None:
+        """Raises ConfigurationError for values that cannot work with embeddings of ``width`` components."""
         if not self.temperature > 0:
             raise ConfigurationError(
                 f"config.loss.temperature is {self.temperature}; it must be positive (paper: 0.02)"
@@ -263,8 +263,8 @@ class LossConfig:
             raise ConfigurationError(
                 f"config.loss.temperature is {self.temperature}; a learnt one starts at {1 / MAX_SCALE} or above"
             )
-        if wrong := [dim for dim in self.matryoshka_dims if not 1 <= dim <= hidden_size]:
-            raise ConfigurationError(f"config.loss.matryoshka_dims holds {wrong[0]}; write 1 to {hidden_size}")
+        if wrong := [dim for dim in self.matryoshka_dims if not 1 <= dim <= width]:
+            raise ConfigurationError(f"config.loss.matryoshka_dims holds {wrong[0]}; write 1 to {width}")
         if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims):
             raise ConfigurationError(
                 f"config.loss.matryoshka_weights has {len(self.matryoshka_weights)} values for "
@@ -387,10 +387,15 @@ class TrainConfig:
                 f"config.kept_chunks is {self.kept_chunks:g}; write 0, or up to 1 with config.data.layout=packed"
             )
 
-    def check_lengths(self, model: EncoderConfig) -> None:
-        """Raises ConfigurationError for texts longer than the model trains on, or loss options it cannot compute."""
+    def check_lengths(self, model: EncoderConfig, width: int | None = None) -> None:
+        """Raises ConfigurationError for texts longer than the model trains on, or loss options it cannot compute.
+
+        Args:
+          model: the encoder.
+          width: that of its embeddings; None for the encoder's.
+        """
         if self.stage != "mlm":
-            self.loss.check(model.hidden_size)
+            self.loss.check(width or model.hidden_size)
         for field in self.data.lengths:
             length = getattr(self.data, field)
             if not 3 <= length <= model.max_trained_positions:

@@ -97,7 +97,7 @@ def _train(
     config.check(mesh.size)
     parent, guide = (identify(path) if path else None for path in places)
     model = make_model(config, pretrained)
-    config.check_lengths(model.encoder)
+    config.check_lengths(model.encoder, model.width)
     tokenizer = find_tokenizer(config, pretrained, model)
     if pretrained is None:
         model = with_pad_token(model, tokenizer)

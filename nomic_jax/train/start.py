@@ -77,7 +77,7 @@ def read_guide(config: TrainConfig, path: str, model: EmbeddingConfig, tokenizer
     if guide.tokenizer is None or guide.tokenizer.vocabulary != tokenizer.vocabulary:
         raise ConfigurationError(f"{where} has another vocabulary than this run: it would take the tokens for others")
     encoder = dataclasses.replace(guide.config.encoder, dtype=model.encoder.dtype, attention=model.encoder.attention)
-    config.check_lengths(encoder)
+    config.check_lengths(encoder, model.width)
     return dataclasses.replace(guide, config=dataclasses.replace(guide.config, encoder=encoder))
 
 

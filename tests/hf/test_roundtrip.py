@@ -227,6 +227,23 @@ def test_what_belongs_to_the_weights_survives(normalize, tmp_path, params, token
     assert (np.linalg.norm(vectors, axis=1) < 0.9).all() if normalize else (np.linalg.norm(vectors, axis=1) > 1).all()
 
 
+@pytest.mark.parametrize(
+    "pooling", ["max", "lasttoken", "cls+max+mean+mean_sqrt_len_tokens+weightedmean+lasttoken", "mean+cls"]
+)
+def test_every_pooling_survives(pooling, tmp_path, tokenizer, SentenceTransformer):
+    encoder = EncoderConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
+    config = EmbeddingConfig(encoder, pooling=pooling)
+    params = {"encoder": randomised(init_encoder(jax.random.key(0), encoder), 0)}
+    write_checkpoint(tmp_path / "model", Checkpoint(config, params, tokenizer, prompts={}))
+    ours = Embedder.from_pretrained(tmp_path / "model")
+    theirs = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert (ours.config, ours.dim) == (config, 16 * len(pooling.split("+")))
+    vectors = theirs.encode(TEXTS[:3])
+    np.testing.assert_allclose(ours.encode(TEXTS[:3]), vectors, atol=1e-5)
+    theirs.save_pretrained(str(tmp_path / "saved"))  # a file of the new form, which names the modes
+    assert read_checkpoint(tmp_path / "saved").config == config
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_vectors_are_cut_after_all_else(normalize, tmp_path, tokenizer, SentenceTransformer):
     """With a size in the file, at loading and in a call; ``normalize_embeddings`` comes after the cut."""
