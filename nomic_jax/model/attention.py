@@ -13,6 +13,10 @@ padding gets no gradient from cuDNN's kernels.
 A bias by relative position exists in the dense formulas alone. cuDNN would take it as an array [H, L, L], larger than
 all activations where L is the length of a packed row; "auto" on a GPU is then "xla".
 
+Causal attention, a window to the left of each token and fewer heads of keys than of queries exist in all of them. A
+window to both sides does not exist in cuDNN: "auto" computes it by the dense formula, whose cost then grows with length
+times window (``nomic_jax.model.dense_attention``). A window that no text of the rows exceeds is none.
+
 This module alone decides which implementation computes (``choose``), on this machine or on another one
 (``traced_for``), what it needs besides its arguments (``score_bytes``), and what is done about memory that a kernel
 leaves unwritten.
@@ -20,13 +24,13 @@ leaves unwritten.
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nomic_jax.model.relative_bias import bias_of_queries
+from nomic_jax.model.dense_attention import BLOCK, dense, head_by_head, local_attention
 
 try:  # private: the public function has no segments (jax-ml/jax#29731); other versions may lack this module
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -77,6 +81,8 @@ def attention(
     segment_BL: jax.Array | None = None,
     max_segments: int | None = None,
     bias_HO: jax.Array | None = None,
+    causal: bool = False,
+    window: int | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Returns the attention output [B, L, H, K] in the dtype of q. The scale is 1/sqrt(K), the softmax float32.
@@ -85,11 +91,14 @@ def attention(
     cuDNN's kernel together with its softmax statistics.
 
     Args:
-      q_BLHK, k_BLHK, v_BLHK: queries, keys and values.
+      q_BLHK, k_BLHK, v_BLHK: queries, keys and values. Keys and values may have fewer heads, G of them: each serves the
+        H / G heads of queries that follow each other (grouped-query attention, arXiv:2305.13245).
       length_B: number of real tokens in each row, if each row is one right-padded text.
       segment_BL: 1, 2, ... for the texts of a row, each contiguous, and 0 for padding.
       max_segments: the maximum number of texts per row, if known; no id is larger. ``cudnn_packed`` requires it.
       bias_HO: added to the scores, by the offset of key and query (``nomic_jax.model.relative_bias``).
+      causal: each token attends only to itself and to the tokens before it.
+      window: each token attends only to tokens that are at most so many positions away; None for all.
       implementation: see the module docstring.
 
     Raises:
@@ -97,6 +106,9 @@ def attention(
     """
     if length_B is not None and segment_BL is not None:
         raise ValueError("give length_B (one text per row) or segment_BL (packed rows), not both")
+    if window is not None and window >= q_BLHK.shape[1] - 1:
+        window = None
+    two_sided = window is not None and not causal
     if implementation == "auto":
         implementation = choose(
             q_BLHK.dtype,
@@ -104,11 +116,14 @@ def attention(
             packed=segment_BL is not None,
             max_segments=max_segments,
             biased=bias_HO is not None,
+            two_sided_window=two_sided,
         )
     if is_fused(implementation) and bias_HO is not None:
         raise ValueError(
             f'attention="{implementation}" has no relative position bias, which this model needs; use attention="auto"'
         )
+    if is_fused(implementation) and two_sided:
+        raise ValueError(f'attention="{implementation}" has no window to both sides of a token; use attention="auto"')
     if implementation == "cudnn_packed":
         if segment_BL is None or max_segments is None:
             raise ValueError(
@@ -117,19 +132,26 @@ def attention(
             )
         is_text_BL = segment_BL > 0
         q_BLHK, k_BLHK, v_BLHK = (_without_gradient_at_padding(x, is_text_BL) for x in (q_BLHK, k_BLHK, v_BLHK))
-        return _zero_padding(fused_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments), is_text_BL)
+        return _zero_padding(fused_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL, max_segments, causal, window), is_text_BL)
     if implementation == "cudnn":
         if segment_BL is not None:
             raise ValueError('attention="cudnn" supports right-padded rows only; use attention="auto" for packed rows')
         if length_B is None:
-            return fused_padded(q_BLHK, k_BLHK, v_BLHK, None)
+            return fused_padded(q_BLHK, k_BLHK, v_BLHK, None, causal, window)
         is_text_BL = jnp.arange(q_BLHK.shape[1]) < length_B[:, None]
         q_BLHK, k_BLHK, v_BLHK = (_without_gradient_at_padding(x, is_text_BL) for x in (q_BLHK, k_BLHK, v_BLHK))
-        return _zero_padding(fused_padded(q_BLHK, k_BLHK, v_BLHK, length_B), is_text_BL)
-    mask_BLL = _mask(q_BLHK.shape[1], length_B, segment_BL)
+        return _zero_padding(fused_padded(q_BLHK, k_BLHK, v_BLHK, length_B, causal, window), is_text_BL)
     by_head = implementation == "cpu" and q_BLHK.shape[1] > CPU_ALL_HEADS_MAX_LENGTH
-    formula = _head_by_head if by_head else _dense
-    return checkpoint_name(formula(q_BLHK, k_BLHK, v_BLHK, mask_BLL, bias_HO), "attention")
+    texts = {"length_B": length_B, "segment_BL": segment_BL, "causal": causal}
+    if window is not None:
+        if bias_HO is not None:
+            raise ValueError("a window and a relative position bias are not implemented together")
+        out_BLHK = local_attention(q_BLHK, k_BLHK, v_BLHK, **texts, window=window, one_head_at_a_time=by_head)
+    elif by_head:
+        out_BLHK = head_by_head(q_BLHK, k_BLHK, v_BLHK, **texts, bias_HO=bias_HO, most_scores=CPU_SCORES)
+    else:
+        out_BLHK = dense(q_BLHK, k_BLHK, v_BLHK, **texts, bias_HO=bias_HO)
+    return checkpoint_name(out_BLHK, "attention")
 
 
 @contextlib.contextmanager
@@ -169,6 +191,7 @@ def choose(
     packed: bool = False,
     max_segments: int | None = None,
     biased: bool = False,
+    two_sided_window: bool = False,
 ) -> str:
     """Returns the implementation that "auto" stands for on the default backend, or within ``traced_for``.
 
@@ -176,11 +199,12 @@ def choose(
       dtype, head_dim: of queries, keys and values.
       packed: whether rows hold several texts, at most ``max_segments``.
       biased: whether a relative position bias is added to the scores. Then it is never a fused kernel.
+      two_sided_window: whether tokens attend to a window to both sides, shorter than the rows; no kernel has it.
     """
     target = _target.value
     backend = jax.default_backend() if target is None else target.platform
     has_kernel = jnp.dtype(dtype).name in FUSED_DTYPES and head_dim % 8 == 0 and head_dim <= FUSED_HEAD_DIM
-    if backend == "gpu" and has_kernel and not biased:
+    if backend == "gpu" and has_kernel and not biased and not two_sided_window:
         if not packed and _has_cudnn("8.0"):
             return "cudnn"
         if packed and max_segments is not None and max_segments <= CUDNN_MAX_SEGMENTS and _has_cudnn("9.0"):
@@ -193,15 +217,19 @@ def is_fused(implementation: str) -> bool:
     return implementation in ("cudnn", "cudnn_packed")
 
 
-def score_bytes(implementation: str, length: int, num_heads: int) -> int:
+def score_bytes(implementation: str, length: int, num_heads: int, window: int | None = None) -> int:
     """Returns the memory in bytes that one text of a forward pass needs for its scores; 0 for fused kernels.
 
     The dense formula holds the float32 scores and their softmax, [H, L, L] each. Above CPU_ALL_HEADS_MAX_LENGTH, "cpu"
-    holds at least 64 queries of one head at a time.
+    holds at least 64 queries of one head at a time. With a window, a block of queries has the scores of three blocks
+    of keys, and "cpu" holds all queries of one head.
     """
     if is_fused(implementation):
         return 0
-    if implementation == "cpu" and length > CPU_ALL_HEADS_MAX_LENGTH:
+    one_head = implementation == "cpu" and length > CPU_ALL_HEADS_MAX_LENGTH
+    if window is not None and window < length - 1:
+        return 2 * 4 * (1 if one_head else num_heads) * length * 3 * max(window, BLOCK)
+    if one_head:
         return 2 * 4 * 64 * length
     return 2 * 4 * num_heads * length**2
 
@@ -215,7 +243,9 @@ def _has_cudnn(compute_capability: str) -> bool:
     )
 
 
-def fused_padded(q_BLHK, k_BLHK, v_BLHK, length_B: jax.Array | None) -> jax.Array:
+def fused_padded(
+    q_BLHK, k_BLHK, v_BLHK, length_B: jax.Array | None, causal: bool = False, window: int | None = None
+) -> jax.Array:
     """cuDNN's attention of right-padded rows; at padding, outputs and gradients are uninitialized memory."""
     return jax.nn.dot_product_attention(
         q_BLHK,
@@ -223,11 +253,21 @@ def fused_padded(q_BLHK, k_BLHK, v_BLHK, length_B: jax.Array | None) -> jax.Arra
         v_BLHK,
         query_seq_lengths=length_B,
         key_value_seq_lengths=length_B,
+        is_causal=causal,
+        local_window_size=None if window is None else (window, 0),
         implementation="cudnn",
     )
 
 
-def fused_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL: jax.Array, max_segments: int) -> jax.Array:
+def fused_packed(
+    q_BLHK,
+    k_BLHK,
+    v_BLHK,
+    segment_BL: jax.Array,
+    max_segments: int,
+    causal: bool = False,
+    window: int | None = None,
+) -> jax.Array:
     """cuDNN's attention of packed rows; at padding, outputs and gradients are uninitialized memory."""
     own_BLS = segment_BL[:, :, None] == jnp.arange(1, max_segments + 1)
     length_BS = jnp.sum(own_BLS, axis=1, dtype=jnp.int32)
@@ -239,6 +279,10 @@ def fused_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL: jax.Array, max_segments: in
     # With one segment per row, cuDNN would expect a padded row, whose lengths have a different form.
     if max_segments == 1:
         offset_BS, length_BS = (jnp.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (offset_BS, length_BS))
+    # The kernel counts positions, and so causality and the window, from the start of each text.
+    options: dict[str, Any] = {"mask_type": cudnn.MaskType.CAUSAL} if causal else {}
+    if window is not None:
+        options["sliding_window_length"] = window + 1  # with the token itself
     return cudnn.dot_product_attention(
         q_BLHK,
         k_BLHK,
@@ -248,6 +292,7 @@ def fused_packed(q_BLHK, k_BLHK, v_BLHK, segment_BL: jax.Array, max_segments: in
         q_offsets=offset_BS,
         kv_offsets=offset_BS,
         scale=q_BLHK.shape[-1] ** -0.5,
+        **options,
     )
 
 
@@ -266,70 +311,3 @@ _without_gradient_at_padding.defvjp(
     lambda x_BLHK, is_text_BL: (x_BLHK, is_text_BL),
     lambda is_text_BL, gradient_BLHK: (_zero_padding(gradient_BLHK, is_text_BL), None),
 )
-
-
-def _mask(L: int, length_B: jax.Array | None, segment_BL: jax.Array | None) -> jax.Array | None:
-    """Returns True where a query (second axis) may attend to a key (third axis); None if there is no restriction."""
-    if segment_BL is not None:
-        # Padding has segment 0 and attends only to padding: its softmax stays finite, and no text attends to it.
-        return segment_BL[:, :, None] == segment_BL[:, None, :]
-    if length_B is not None:
-        # A text without tokens has no key to attend to. It attends to the first position, which avoids NaN.
-        return (jnp.arange(L) < jnp.maximum(length_B, 1)[:, None])[:, None, :]
-    return None
-
-
-def _softmax(scores: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None) -> jax.Array:
-    scores = scores.astype(jnp.float32)
-    if bias is not None:
-        scores = scores + bias
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1)
-
-
-def _dense(q_BLHK, k_BLHK, v_BLHK, mask_BLL, bias_HO) -> jax.Array:
-    # Heads come before length, so that both products are plain batched matrix products without strided reads.
-    q_BHLK, k_BHLK, v_BHLK = (x.transpose(0, 2, 1, 3) for x in (q_BLHK, k_BLHK, v_BLHK))
-    scale = q_BLHK.shape[-1] ** -0.5
-    scores_BHLL = jnp.einsum("bhqk,bhlk->bhql", q_BHLK * scale, k_BHLK, preferred_element_type=jnp.float32)
-    bias_HLL = None if bias_HO is None else bias_of_queries(bias_HO, 0, q_BLHK.shape[1])
-    weights_BHLL = _softmax(scores_BHLL, None if mask_BLL is None else mask_BLL[:, None], bias_HLL)
-    out_BHLK = jnp.einsum("bhql,bhlk->bhqk", weights_BHLL.astype(v_BHLK.dtype), v_BHLK)
-    return out_BHLK.transpose(0, 2, 1, 3)
-
-
-def _head_by_head(q_BLHK, k_BLHK, v_BLHK, mask_BLL, bias_HO) -> jax.Array:
-    """Computes the dense formula with at most about CPU_SCORES scores at a time, forward and backward."""
-    B, L, H, K = q_BLHK.shape
-    block = min(L, max(64, CPU_SCORES // (B * L)))
-    blocks = -(-L // block)
-    if mask_BLL is None:
-        mask_BLL = jnp.ones((1, 1, L), bool)
-
-    def in_blocks(x_BLX: jax.Array) -> jax.Array:
-        """Returns [blocks, B, block, X], with zeros beyond L."""
-        x_BLX = jnp.pad(x_BLX, ((0, 0), (0, blocks * block - L), (0, 0)))
-        return x_BLX.reshape(x_BLX.shape[0], blocks, block, -1).swapaxes(0, 1)
-
-    # The queries of packed rows that fill the last block attend to nothing; their outputs are cut off.
-    per_query = mask_BLL.shape[1] > 1
-    mask_blocks = in_blocks(mask_BLL) if per_query else jnp.zeros((blocks, 0))
-
-    def one_head(qkv_and_bias):
-        q_BLK, k_BLK, v_BLK, bias_O = qkv_and_bias
-
-        @jax.checkpoint
-        def one_block(query_mask_and_start):
-            q_BQK, mask_BQL, start = query_mask_and_start
-            scores_BQL = jnp.einsum("bqk,blk->bql", q_BQK, k_BLK, preferred_element_type=jnp.float32)
-            bias_1QL = None if bias_HO is None else bias_of_queries(bias_O[None], start, block)
-            weights_BQL = _softmax(scores_BQL, mask_BQL if per_query else mask_BLL, bias_1QL)
-            return jnp.einsum("bql,blk->bqk", weights_BQL.astype(v_BLK.dtype), v_BLK)
-
-        out = jax.lax.map(one_block, (in_blocks(q_BLK * K**-0.5), mask_blocks, block * jnp.arange(blocks)))
-        return out.swapaxes(0, 1).reshape(B, blocks * block, K)[:, :L]
-
-    heads_first = tuple(jnp.moveaxis(x, 2, 0) for x in (q_BLHK, k_BLHK, v_BLHK))
-    biases_HO = jnp.zeros((H, 0)) if bias_HO is None else bias_HO
-    return jnp.moveaxis(jax.lax.map(one_head, (*heads_first, biases_HO)), 0, 2)

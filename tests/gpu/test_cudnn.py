@@ -59,6 +59,34 @@ def test_packed_cudnn_equals_the_dense_formula(max_segments):
         assert np.linalg.norm(ours - exact) <= 1e-2 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "causal, window, kv_heads", [(True, None, 4), (True, 33, 1), (False, None, 2), (True, None, 1)]
+)
+def test_causal_windows_and_shared_keys(packed, causal, window, kv_heads):
+    B, L, H, K = 3, 512, 4, 128
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, cotangent = (jax.random.normal(key, (B, L, H, K), jnp.bfloat16) for key in keys[:2])
+    k, v = (jax.random.normal(key, (B, L, kv_heads, K), jnp.bfloat16) for key in keys[2:])
+    length = jnp.array([512, 300, 1])
+    segment = np.zeros((B, L), np.int32)
+    for row, lengths in zip(segment, ([512], [1, 300, 200], [])):
+        row[: sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    texts = {"segment_BL": jnp.array(segment), "max_segments": 3} if packed else {"length_B": length}
+    real = (jnp.array(segment > 0) if packed else jnp.arange(L) < length[:, None])[:, :, None, None]
+    results = {}
+    for implementation, dtype in (("cudnn_packed" if packed else "cudnn", jnp.bfloat16), ("xla", jnp.float32)):
+
+        def function(q, k, v, name=implementation):
+            return attention(q, k, v, **texts, causal=causal, window=window, implementation=name)
+
+        out, pullback = jax.vjp(function, *(x.astype(dtype) for x in (q, k, v)))
+        results[implementation] = [jnp.where(real, x, 0) for x in (out, *pullback((cotangent * real).astype(dtype)))]
+    for ours, exact in zip(*results.values()):
+        ours, exact = np.asarray(ours, np.float32), np.asarray(exact)
+        assert np.linalg.norm(ours - exact) <= 1e-2 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_padding_is_finite_without_masking(pooling):
     """Rows with padding and an empty row: hidden states, vectors and gradients have no NaN anywhere."""

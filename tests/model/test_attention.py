@@ -14,6 +14,7 @@ from nomic_jax.model.attention import Target, attention, choose, traced_for
 from nomic_jax.model.heads import pool_segments
 
 B, H, K = 3, 2, 8
+OTHERS = pytest.mark.exhaustive(reason="each option, and each kind of row, is in a combination that runs by default")
 HOPPER = Target("gpu", (9, 0), 91900)
 
 
@@ -59,6 +60,54 @@ def test_against_float64(implementation, kind, L, monkeypatch):
     np.testing.assert_allclose(np.asarray(out)[real], expected[0][real], atol=2e-6)
     for ours, theirs in zip(pullback(cotangent), expected[1:]):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize(
+    "causal, window, kv_heads",
+    [
+        (True, None, 2),
+        (False, 70, 1),
+        pytest.param(True, 9, 4, marks=OTHERS),
+        pytest.param(False, None, 1, marks=OTHERS),
+    ],
+)
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=OTHERS), "lengths", "segments"])
+def test_causal_windows_and_shared_keys(implementation, causal, window, kv_heads, kind, monkeypatch):
+    # 300 tokens are several blocks; the last one is partly filled.
+    monkeypatch.setattr("nomic_jax.model.attention.CPU_SCORES", B * 300 * 64)
+    L, heads = 300, 4
+    rng = np.random.default_rng(0)
+    q, cotangent = (rng.normal(size=(B, L, heads, K)).astype(np.float32) for _ in range(2))
+    k, v = (rng.normal(size=(B, L, kv_heads, K)).astype(np.float32) for _ in range(2))
+    lengths = np.array([L, L // 3, 1], np.int32)
+    segment = np.repeat([1, 2, 3, 0], [100, 130, 1, 69])[None].repeat(B, 0).astype(np.int32)
+    keywords = {
+        "full": {},
+        "lengths": {"length_B": jnp.array(lengths)},
+        "segments": {"segment_BL": jnp.array(segment)},
+    }[kind]
+    distance = np.arange(L)[:, None] - np.arange(L)
+    allowed = np.ones((B, L, L), bool) & ((distance >= 0) | (not causal)) & (abs(distance) <= (window or L))
+    real = np.ones((B, L), bool)
+    if kind == "lengths":
+        real = np.arange(L) < lengths[:, None]
+        allowed &= real[:, None] | ~real[:, :, None]  # what padding attends to does not matter
+    if kind == "segments":
+        real = segment > 0
+        allowed &= segment[:, :, None] == segment[:, None]
+    cotangent *= real[:, :, None, None]
+    shared = [x.repeat(heads // kv_heads, axis=2) for x in (k, v)]
+    out, of_q, *of_shared = reference(q, *shared, allowed, cotangent)
+    of_k, of_v = (x.reshape(B, L, kv_heads, -1, K).sum(3) for x in of_shared)
+
+    def function(q, k, v):
+        return attention(q, k, v, causal=causal, window=window, implementation=implementation, **keywords)
+
+    ours, pullback = jax.vjp(function, q, k, v)
+    np.testing.assert_allclose(np.asarray(ours)[real], out[real], atol=2e-6)
+    for mine, theirs in zip(pullback(cotangent), (of_q, of_k, of_v)):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5)
 
 
 def packed_kernel(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale):
@@ -133,6 +182,32 @@ def test_programs_for_gpus_call_the_kernel_once_a_layer_and_pass(packed):
         assert calls("layer") == (6, 3)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_programs_for_gpus_of_causal_and_local_layers(packed):
+    """A causal layer calls the kernel, also within a window; a layer with a window to both sides does not."""
+    q_BLHK, k_BLGK = (jax.ShapeDtypeStruct((2, 64, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    text = jax.ShapeDtypeStruct((2, 64) if packed else (2,), jnp.int32)
+
+    def program(**options):
+        def function(q, k, text):
+            texts = {"segment_BL": text, "max_segments": 4} if packed else {"length_B": text}
+            return attention(q, k, k, **texts, **options)
+
+        return jax.jit(function).trace(q_BLHK, k_BLGK, text).lower(lowering_platforms=("cuda",)).as_text()
+
+    with traced_for(HOPPER):
+        causal, local = program(causal=True), program(causal=True, window=5)
+        assert causal.count("@__cudnn$fmhaSoftmax(") == local.count("@__cudnn$fmhaSoftmax(") == 1
+        assert "CAUSAL" in causal and "CAUSAL" in local
+        assert "sliding_window_length\\22: 6" in local
+        assert "sliding_window_length\\22: 0" in causal
+        assert "__cudnn$fmha" not in program(window=5)
+        assert program(window=63).count("@__cudnn$fmhaSoftmax(") == 1  # no token is out of reach
+    with pytest.raises(ValueError, match="no window to both sides"):
+        implementation = "cudnn_packed" if packed else "cudnn"
+        program(window=5, implementation=implementation)
+
+
 def test_the_choice_is_that_of_the_target_and_only_while_it_is_traced_for():
     q_BLHK = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
     segment_BL = jax.ShapeDtypeStruct((2, 64), jnp.int32)
@@ -170,10 +245,10 @@ def unwritten_at_padding(is_text_BL, **keywords):
 @pytest.mark.parametrize("kernel", ["cudnn", "cudnn_packed"])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_what_a_kernel_leaves_unwritten_reaches_no_vector_and_no_gradient(kernel, pooling, monkeypatch):
-    def padded(q, k, v, length):
+    def padded(q, k, v, length, *options):
         return unwritten_at_padding(jnp.arange(L) < length[:, None], length_B=length)(q, k, v)
 
-    def packed(q, k, v, segment, max_segments):
+    def packed(q, k, v, segment, max_segments, *options):
         return unwritten_at_padding(segment > 0, segment_BL=segment)(q, k, v)
 
     monkeypatch.setattr(attention_module, "fused_padded", padded)
