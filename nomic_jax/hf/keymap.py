@@ -23,12 +23,14 @@ class Slot(NamedTuple):
     Attributes:
       path: of the leaf.
       start, stop, parts: all of the leaf is (0, 1, 1).
+      offset: what the leaf is larger than the tensor.
     """
 
     path: tuple[str, ...]
     start: int
     stop: int
     parts: int
+    offset: float = 0.0
 
 
 # Tensor name -> its slots. A tensor with several is split along its first axis.
@@ -68,8 +70,10 @@ def _expand(table: Table, config: EncoderConfig, use_bias: bool) -> KeyMap:
     slots: KeyMap = {}
     for theirs, ours in table.items():
         modules = ours.split(",")
-        leaves = _leaves(modules[0].partition(":")[0].rsplit(".", 1)[-1], config, use_bias)
-        for n in range(config.num_layers) if "{n}" in theirs else [0]:
+        module = modules[0].partition(":")[0].rsplit(".", 1)[-1]
+        leaves = _leaves(module, config, use_bias)
+        first = 1 if module == "norm1" and config.pre_norm and config.embedding_norm else 0
+        for n in range(first, config.num_layers) if "{n}" in theirs else [0]:
             for their_leaf, our_leaf in leaves.items():
                 slots[f"{theirs.format(n=n)}.{their_leaf}"] = tuple(
                     _slot(module.format(n=n), our_leaf, config) for module in modules
@@ -83,8 +87,11 @@ def _leaves(module: str, config: EncoderConfig, use_bias: bool) -> dict[str, str
         return {}
     if module in _TABLES:
         return {"weight": "embedding"}
-    if module.startswith("norm"):
-        return _NORM_PARTS
+    if module == "decoder":
+        return {"bias": "bias"} if config.decoder_bias else {}  # its matrix is that of the word embeddings
+    if "norm" in module:
+        has_bias = config.norm == "layer_norm" and config.norm_bias
+        return _NORM_PARTS if has_bias else {"weight": "scale"}
     is_input = config.is_gated and module in _GATED_INPUTS
     return _LINEAR_PARTS if use_bias and not is_input else {"weight": "kernel"}
 
@@ -93,9 +100,11 @@ def _slot(module: str, leaf: str, config: EncoderConfig) -> Slot:
     module, _, part = module.partition(":")
     path = (*module.split("."), leaf)
     if not part:
-        return Slot(path, 0, 1, 1)
+        return Slot(path, 0, 1, 1, family_of(config).scale_offset if leaf == "scale" else 0.0)
+    # In units of a head: keys and values may have fewer than queries.
+    ends = [0, config.num_heads, config.num_heads + config.kv_heads, config.num_heads + 2 * config.kv_heads]
     index = "qkv".index(part)
-    return Slot(path, index, index + 1, 3)
+    return Slot(path, ends[index], ends[index + 1], ends[-1])
 
 
 def detect_naming(names: set[str], config: EncoderConfig) -> str:
@@ -155,7 +164,7 @@ def to_params(tensors: Mapping[str, np.ndarray], keymap: KeyMap, abstract: dict)
         tensor = tensors[name].T if slots[0].path[-1] == "kernel" else tensors[name]
         ends = np.cumsum([_width(leaves[slot.path], slot) for slot in slots])
         for slot, part in zip(slots, np.split(tensor, ends[:-1], axis=-1)):
-            parts.setdefault(slot.path, {})[slot.start] = part
+            parts.setdefault(slot.path, {})[slot.start] = part + slot.offset if slot.offset else part
 
     def leaf(key_path, expected):
         path = tuple(str(key.key) for key in key_path)
@@ -173,7 +182,8 @@ def from_params(params: dict, keymap: KeyMap) -> dict[str, np.ndarray]:
         for slot in slots:
             leaf = np.asarray(leaves[slot.path])
             unit = leaf.shape[-1] // slot.parts
-            parts.append(leaf[..., slot.start * unit : slot.stop * unit])
+            part = leaf[..., slot.start * unit : slot.stop * unit]
+            parts.append(part - slot.offset if slot.offset else part)
         tensor = np.concatenate(parts, axis=-1)
         tensors[name] = np.ascontiguousarray(tensor.T if slots[0].path[-1] == "kernel" else tensor)
     return tensors

@@ -163,7 +163,8 @@ def _read_mlm_head(head: dict[str, StoredTensor], params: dict, encoder: Encoder
     decoder = head.pop(names.decoder, None)
     if not head or (encoder.use_bias and not keymap.keys() <= head.keys()):
         return None  # the decoder alone, or a next-sentence classifier
-    biases = {name: head.pop(name, None) for name in (*names.biases, names.decoder.replace("weight", "bias"))}
+    absent = [name for name in (*names.biases, names.decoder.replace("weight", "bias")) if name not in keymap]
+    biases = {name: head.pop(name, None) for name in absent}
     # The decoder is tied to the word embeddings.
     words = params["embeddings"]["word"]["embedding"]
     if decoder is not None and not (decoder.shape == words.shape and np.array_equal(decoder.read(), words)):
@@ -176,7 +177,7 @@ def _read_mlm_head(head: dict[str, StoredTensor], params: dict, encoder: Encoder
         if np.any(bias.read() != 0):
             if encoder.use_bias:
                 return None  # a pretrained BERT, of which only the encoder is used
-            raise CheckpointError(f"{directory}: {name} is not zero; the masked-LM head of nomic-bert has no such bias")
+            raise CheckpointError(f"{directory}: {name} is not zero; our masked-LM head has no such bias")
     if encoder.use_bias:
         head = {name: head[name] for name in keymap}
     return _convert(head, keymap, abstract_mlm_head(encoder), directory)

@@ -19,8 +19,14 @@ def texts_per_call(encoder: EncoderConfig, length: int, platform: str | None = N
     ``platform`` is that of the device; None for JAX's default backend.
     """
     texts = TOKENS_PER_CALL.get(platform or jax.default_backend(), TOKENS_PER_CALL_ELSEWHERE) // length
-    automatic = choose(encoder.dtype, head_dim=encoder.head_dim, biased=encoder.has_relative_bias)
-    implementation = automatic if encoder.attention == "auto" else encoder.attention
-    if scores := score_bytes(implementation, length, encoder.num_heads):
-        texts = min(texts, SCORE_BYTES_PER_CALL // scores)
+    for window in {encoder.window_of(layer) for layer in range(encoder.num_layers)}:
+        automatic = choose(
+            encoder.dtype,
+            head_dim=encoder.dim_per_head,
+            biased=encoder.has_relative_bias,
+            two_sided_window=window is not None and window < length - 1 and not encoder.causal,
+        )
+        implementation = automatic if encoder.attention == "auto" else encoder.attention
+        if scores := score_bytes(implementation, length, encoder.num_heads, window):
+            texts = min(texts, SCORE_BYTES_PER_CALL // scores)
     return max(1, texts)

@@ -15,7 +15,7 @@ RECOMPUTE = ("auto", "none", "elementwise", "attention", "layer")
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """A bidirectional, post-norm transformer encoder.
+    """A transformer encoder.
 
     The defaults are nomic-bert-2048, the 137M encoder of the paper (section 3.1): RoPE, SwiGLU, no biases.
     ``bert()`` returns configurations of the BERT family (absolute positions, GELU, biases).
@@ -26,7 +26,10 @@ class EncoderConfig:
       vocab_size: rows of the word embedding table (30522 word pieces, padded to a multiple of 64).
       hidden_size: width of the encoder.
       num_layers: number of layers.
-      num_heads: attention heads of a layer; they divide ``hidden_size``.
+      num_heads: attention heads of a layer; they divide ``hidden_size``, unless ``head_dim`` is given.
+      num_kv_heads: heads of keys and values, each for as many heads of queries (grouped-query attention,
+        arXiv:2305.13245); None: ``num_heads``.
+      head_dim: width of a head; None: ``hidden_size`` / ``num_heads``.
       intermediate_size: width inside the MLP.
       type_vocab_size: rows of the token type table; 0 for none. The second text of a pair has type 1, other texts 0.
       max_positions: the longest text accepted, in tokens.
@@ -36,10 +39,25 @@ class EncoderConfig:
         for none.
       rope_base: theta of RoPE.
       rope_linear_factor: positions are divided by it before they become angles (rope_type "linear").
+      local_rope_base: theta of RoPE in local layers; None: ``rope_base``.
       rope_scaling_factor: alpha of dynamic NTK; with None, texts beyond ``max_trained_positions`` are rejected.
-      activation: "gelu" in an MLP of two matrices, or the gate of one of three: "swiglu", "geglu".
+      activation: "gelu" in an MLP of two matrices, or the gate of one of three: "swiglu", "geglu",
+        or "geglu_tanh", with the approximation of GELU by tanh.
       classifier_activation: between the two layers of a sequence classifier.
       use_bias: linear layers have biases, except the two inputs of a gated MLP, which have none in any family.
+      causal: a token attends only to itself and to the tokens before it.
+      window: in local layers, a token attends only to tokens at most so many positions away; None: no layer is local.
+      global_every, first_global: every ``global_every``-th layer from ``first_global`` on is global, the others are
+        local.
+      norm: "layer_norm" or "rms_norm" (arXiv:1910.07467).
+      norm_bias: whether a LayerNorm has a bias; an RMSNorm has none.
+      pre_norm: norms before attention and MLP and after the last layer, instead of after the residual sums.
+      residual_norm: with ``pre_norm``, a norm also of what attention and MLP add to the residual sums.
+      embedding_scale: factor of the word embeddings.
+      embedding_norm: a norm after the embeddings. With ``pre_norm``, layer 0 then has none before attention.
+      qk_norm: a norm of each head of queries and of keys, before RoPE.
+      decoder_bias: the decoder of masked-LM has a bias.
+      layer_norm_eps: epsilon of all norms.
       pad_token_id: row of the word embeddings that is initialized to zero.
       dtype: computation dtype; parameters are float32, softmax, norms and angles are computed in float32. "auto" is for
         the settings of a training run, which chooses one before it makes the encoder (``nomic_jax.train.choices``).
@@ -54,6 +72,8 @@ class EncoderConfig:
     hidden_size: int = 768
     num_layers: int = 12
     num_heads: int = 12
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
     intermediate_size: int = 3072
     type_vocab_size: int = 2
     max_positions: int = 8192
@@ -63,10 +83,23 @@ class EncoderConfig:
     relative_attention_num_buckets: int = 0
     rope_base: float = 1000.0
     rope_linear_factor: float = 1.0
+    local_rope_base: float | None = None
     rope_scaling_factor: float | None = 2.0
-    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu"] = "swiglu"
     classifier_activation: Literal["tanh", "relu"] = "tanh"
     use_bias: bool = False
+    causal: bool = False
+    window: int | None = None
+    global_every: int = 1
+    first_global: int = 0
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_bias: bool = True
+    pre_norm: bool = False
+    residual_norm: bool = False
+    embedding_scale: float = 1.0
+    embedding_norm: bool = True
+    qk_norm: bool = False
+    decoder_bias: bool = False
     layer_norm_eps: float = 1e-12
     init_std: float = 0.02
     pad_token_id: int = 0
@@ -77,8 +110,9 @@ class EncoderConfig:
     def __post_init__(self):
         choices = {
             "position": ("rope", "absolute"),
-            "activation": ("swiglu", "geglu", "gelu"),
+            "activation": ("swiglu", "geglu", "geglu_tanh", "gelu"),
             "classifier_activation": ("tanh", "relu"),
+            "norm": ("layer_norm", "rms_norm"),
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "attention": IMPLEMENTATIONS,
             "recompute": RECOMPUTE,
@@ -86,16 +120,24 @@ class EncoderConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"model.{field} is {getattr(self, field)!r}; write one of {', '.join(allowed)}")
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field} is {getattr(self, field)}; it must be at least 1")
-        if self.hidden_size % self.num_heads:
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
+        for field in (*sizes, "num_kv_heads", "head_dim", "window", "global_every"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"model.{field} is {value}; it must be at least 1")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_heads {self.num_heads} is not divisible by model.num_kv_heads {self.kv_heads}; each head "
+                f"of keys and values serves as many heads of queries"
+            )
+        if not self.pre_norm and (self.residual_norm or not self.embedding_norm):
+            raise ValueError("model.residual_norm and a False model.embedding_norm need model.pre_norm")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}; "
                 f"choose num_heads among the divisors of hidden_size"
             )
-        if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"RoPE rotates pairs: the head dim, {self.head_dim}, must be even")
+        if self.position == "rope" and self.dim_per_head % 2:
+            raise ValueError(f"RoPE rotates pairs: the head dim, {self.dim_per_head}, must be even")
         if self.relative_attention_num_buckets and self.relative_attention_num_buckets < 4:
             raise ValueError(
                 f"model.relative_attention_num_buckets is {self.relative_attention_num_buckets}; write 0, or at least 4"
@@ -122,8 +164,16 @@ class EncoderConfig:
         return cls(**(bert_base | sizes))
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    def dim_per_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def window_of(self, layer: int) -> int | None:
+        """Returns ``window`` if the layer is local, otherwise None."""
+        return None if layer % self.global_every == self.first_global else self.window
 
     @property
     def longest_text(self) -> int:
@@ -134,7 +184,7 @@ class EncoderConfig:
     @property
     def is_gated(self) -> bool:
         """Whether the MLP is down(up(x) * activation(gate(x)))."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
     @property
     def has_relative_bias(self) -> bool:
@@ -144,7 +194,7 @@ class EncoderConfig:
     @property
     def attention_weights(self) -> int:
         """Weights of a layer's attention that a token is multiplied with."""
-        return 4 * self.hidden_size**2
+        return 2 * self.hidden_size * self.dim_per_head * (self.num_heads + self.kv_heads)
 
     @property
     def mlp_weights(self) -> int:
@@ -153,5 +203,21 @@ class EncoderConfig:
 
     def forward_flops_per_token(self, length: int) -> float:
         """Returns forward FLOPs per token (2 per multiply-add, without embeddings and norms) at this text length."""
-        weights = self.attention_weights + self.mlp_weights
-        return 2.0 * self.num_layers * (weights + 2 * length * self.hidden_size)
+        weights = 2.0 * self.num_layers * (self.attention_weights + self.mlp_weights)
+        return weights + self.attention_flops_per_token(length)
+
+    def attention_flops_per_token(self, length: float) -> float:
+        """Returns the FLOPs of attention's products besides those with weights, in all layers; the mean over a text.
+
+        A token counts the keys that it attends to, which are fewer in causal and in local layers.
+        """
+
+        def keys(window: int | None) -> float:
+            far = length - 1 if window is None else min(window, length - 1)
+            # The tokens before a token that are in reach, on average: the first ``far`` tokens have fewer.
+            before = far - far * (far + 1) / (2 * length)
+            return 1 + (1 if self.causal else 2) * before
+
+        windows = [self.window_of(layer) for layer in range(self.num_layers)]
+        attended = sum(windows.count(window) * keys(window) for window in set(windows)) if length > 0 else 0
+        return 4.0 * self.num_heads * self.dim_per_head * attended

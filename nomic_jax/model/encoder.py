@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nomic_jax.model.attention import FUSED_PRIMITIVE, attention
 from nomic_jax.model.config import EncoderConfig
-from nomic_jax.model.layer_norm import STATISTICS, layer_norm
+from nomic_jax.model.layer_norm import STATISTICS, layer_norm, rms_norm
 from nomic_jax.model.linear import Linear
 from nomic_jax.model.mlp import make_mlp
 from nomic_jax.model.relative_bias import relative_bias
@@ -57,20 +57,28 @@ class Positions(NamedTuple):
     bias_HO: jax.Array | None
 
 
-class LayerNorm(nnx.LayerNorm):
-    """``layer_norm`` with its parameters; the output has the computation dtype."""
+class Norm(nnx.LayerNorm):
+    """``layer_norm`` or ``rms_norm`` over the last axis with its parameters; the output has the computation dtype.
 
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        super().__init__(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+    ``width``: of the last axis, if it is not that of the encoder.
+    """
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, width: int | None = None):
+        self.kind = config.norm
+        has_bias = config.norm == "layer_norm" and config.norm_bias
+        super().__init__(width or config.hidden_size, epsilon=config.layer_norm_eps, use_bias=has_bias, rngs=rngs)
         self.output_dtype = jnp.dtype(config.dtype)
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        assert self.scale is not None and self.bias is not None
-        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon, self.output_dtype)
+        assert self.scale is not None
+        if self.kind == "rms_norm":
+            return rms_norm(x, self.scale[...], self.epsilon, self.output_dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return layer_norm(x, self.scale[...], bias, self.epsilon, self.output_dtype)
 
 
 class Embeddings(nnx.Module):
-    """Word + token type (+ absolute position) embeddings in float32, then LayerNorm.
+    """Word (+ token type) (+ absolute position) embeddings in float32, then a norm.
 
     A row's gradient is a sum over all tokens that use the row. If the tables were cast to 16 bits first, it would be
     added up in 16 bits.
@@ -86,10 +94,14 @@ class Embeddings(nnx.Module):
         rows = config.position_offset + config.max_trained_positions
         self.position = table(rows) if config.position == "absolute" else None
         self.position_offset = config.position_offset
-        self.norm = LayerNorm(config, rngs)
+        self.scale = config.embedding_scale
+        self.norm = Norm(config, rngs) if config.embedding_norm else None
+        self.dtype = jnp.dtype(config.dtype)
 
     def __call__(self, ids_BL: jax.Array, position_BL: jax.Array, is_second_BL: jax.Array | None) -> jax.Array:
         x_BLD = lookup(self.word.embedding[...], ids_BL)
+        if self.scale != 1:
+            x_BLD = x_BLD * self.scale
         if self.type is not None:
             type_TD = self.type.embedding[...]
             if is_second_BL is None or len(type_TD) == 1:
@@ -98,38 +110,60 @@ class Embeddings(nnx.Module):
                 x_BLD = x_BLD + jnp.where(is_second_BL[:, :, None], type_TD[1], type_TD[0])
         if self.position is not None:
             x_BLD = x_BLD + lookup(self.position.embedding[...], position_BL + self.position_offset)
-        return self.norm(x_BLD)
+        return x_BLD.astype(self.dtype) if self.norm is None else self.norm(x_BLD)
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+    """Attention of one layer; ``layer`` is its number, from 0."""
+
+    def __init__(self, config: EncoderConfig, layer: int, rngs: nnx.Rngs):
         self.config = config
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, config, rngs)
-        self.out = Linear(config.hidden_size, config.hidden_size, config, rngs)
+        self.window = config.window_of(layer)
+        heads, kv_heads, K = config.num_heads, config.kv_heads, config.dim_per_head
+        self.qkv = Linear(config.hidden_size, (heads + 2 * kv_heads) * K, config, rngs)
+        self.q_norm = Norm(config, rngs, K) if config.qk_norm else None
+        self.k_norm = Norm(config, rngs, K) if config.qk_norm else None
+        self.out = Linear(heads * K, config.hidden_size, config, rngs)
 
     def __call__(
         self, x_BLD: jax.Array, positions: Positions, boundaries: TextBoundaries, output_position_BP: jax.Array | None
     ) -> jax.Array:
-        qkv_BLHK = _split_heads(self.qkv(x_BLD), positions.rope, self.config.num_heads)
         out_BLHK = attention(
-            *(checkpoint_name(part, "qkv") for part in qkv_BLHK),
+            *self._heads(self.qkv(x_BLD), positions.rope),
             **boundaries._asdict(),
             bias_HO=positions.bias_HO,
+            causal=self.config.causal,
+            window=self.window,
             implementation=self.config.attention,
         )
-        return checkpoint_name(self.out(_select(out_BLHK.reshape(x_BLD.shape), output_position_BP)), "out")
+        out_BLX = out_BLHK.reshape(*x_BLD.shape[:2], -1)
+        return checkpoint_name(self.out(_select(out_BLX, output_position_BP)), "out")
+
+    def _heads(self, qkv_BLX: jax.Array, rope) -> tuple[jax.Array, ...]:
+        """Returns queries, keys and values, [B, L, heads, K] each, of their common product."""
+        heads = self.config.num_heads, self.config.kv_heads
+        if self.q_norm is None or self.k_norm is None:
+            return tuple(checkpoint_name(part, "qkv") for part in _split_heads(qkv_BLX, rope, *heads))
+        # The gradients of the norms need their inputs. From these, norms and RoPE are cheap to recompute.
+        q_BLHK, k_BLHK, v_BLHK = _split_heads(checkpoint_name(qkv_BLX, "qkv"), None, *heads)
+        q_BLHK, k_BLHK = self.q_norm(q_BLHK), self.k_norm(k_BLHK)
+        if rope is not None:
+            q_BLHK, k_BLHK = apply_rope(q_BLHK, *rope), apply_rope(k_BLHK, *rope)
+        return q_BLHK, k_BLHK, v_BLHK
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _split_heads(qkv_BLX: jax.Array, rope, num_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns queries, keys and values [B, L, H, K] of their common product [B, L, 3D], rotated if rope is given."""
-    q_BLHK, k_BLHK, v_BLHK = (part.reshape(*part.shape[:2], num_heads, -1) for part in jnp.split(qkv_BLX, 3, axis=-1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _split_heads(qkv_BLX: jax.Array, rope, num_heads: int, kv_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns queries [B, L, H, K], keys and values [B, L, G, K] of their common product, rotated if rope is given."""
+    K = qkv_BLX.shape[-1] // (num_heads + 2 * kv_heads)
+    parts = jnp.split(qkv_BLX, [num_heads * K, (num_heads + kv_heads) * K], axis=-1)
+    q_BLHK, k_BLHK, v_BLHK = (part.reshape(*part.shape[:2], -1, K) for part in parts)
     if rope is not None:
         q_BLHK, k_BLHK = apply_rope(q_BLHK, *rope), apply_rope(k_BLHK, *rope)
     return q_BLHK, k_BLHK, v_BLHK
 
 
-def _split_heads_backward(num_heads: int, rope, gradients: tuple[jax.Array, jax.Array, jax.Array]):
+def _split_heads_backward(num_heads: int, kv_heads: int, rope, gradients: tuple[jax.Array, jax.Array, jax.Array]):
     q_BLHK, k_BLHK, v_BLHK = gradients
     if rope is not None:
         cos, sin = rope
@@ -140,18 +174,24 @@ def _split_heads_backward(num_heads: int, rope, gradients: tuple[jax.Array, jax.
 
 
 _split_heads.defvjp(
-    lambda qkv_BLX, rope, num_heads: (_split_heads(qkv_BLX, rope, num_heads), rope), _split_heads_backward
+    lambda qkv_BLX, rope, num_heads, kv_heads: (_split_heads(qkv_BLX, rope, num_heads, kv_heads), rope),
+    _split_heads_backward,
 )
 
 
 class Block(nnx.Module):
-    """Post-norm: the LayerNorm follows the residual sum."""
+    """A layer. Post-norm: the norms follow the residual sums; pre-norm: they precede attention and MLP."""
 
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        self.attention = Attention(config, rngs)
-        self.norm1 = LayerNorm(config, rngs)
+    def __init__(self, config: EncoderConfig, layer: int, rngs: nnx.Rngs):
+        self.pre_norm = config.pre_norm
+        self.attention = Attention(config, layer, rngs)
+        # The norm of the embeddings stands for it.
+        is_normalised = config.pre_norm and config.embedding_norm and layer == 0
+        self.norm1 = None if is_normalised else Norm(config, rngs)
         self.mlp = make_mlp(config, rngs)
-        self.norm2 = LayerNorm(config, rngs)
+        self.norm2 = Norm(config, rngs)
+        self.attention_norm = Norm(config, rngs) if config.residual_norm else None
+        self.mlp_norm = Norm(config, rngs) if config.residual_norm else None
 
     def __call__(
         self,
@@ -160,6 +200,15 @@ class Block(nnx.Module):
         boundaries: TextBoundaries,
         output_position_BP: jax.Array | None = None,
     ) -> jax.Array:
+        if self.pre_norm:
+            normalised_BLD = x_BLD if self.norm1 is None else self.norm1(x_BLD)
+            attended_BPD = self.attention(normalised_BLD, positions, boundaries, output_position_BP)
+            if self.attention_norm is not None:
+                attended_BPD = self.attention_norm(attended_BPD)
+            x_BPD = _select(x_BLD, output_position_BP) + attended_BPD
+            mapped_BPD = self.mlp(self.norm2(x_BPD))
+            return x_BPD + (mapped_BPD if self.mlp_norm is None else self.mlp_norm(mapped_BPD))
+        assert self.norm1 is not None
         x_BPD = self.norm1(
             _select(x_BLD, output_position_BP) + self.attention(x_BLD, positions, boundaries, output_position_BP)
         )
@@ -183,7 +232,8 @@ class Encoder(nnx.Module):
         buckets = config.relative_attention_num_buckets
         # One table for all layers.
         self.relative = nnx.Embed(buckets, config.num_heads, embedding_init=init, rngs=rngs) if buckets else None
-        self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Block(config, layer, rngs) for layer in range(config.num_layers)])
+        self.norm = Norm(config, rngs) if config.pre_norm else None
 
     def __call__(
         self,
@@ -193,15 +243,19 @@ class Encoder(nnx.Module):
         is_second_BL: jax.Array | None,
     ) -> jax.Array:
         position_BL, own_length_BL = _positions(ids_BL, boundaries.length_B, boundaries.segment_BL, self.config)
-        positions = Positions(
-            rope=rope_cos_sin(position_BL, own_length_BL, self.config) if self.config.position == "rope" else None,
-            bias_HO=None if self.relative is None else relative_bias(self.relative.embedding[...], ids_BL.shape[1]),
-        )
+        bias_HO = None if self.relative is None else relative_bias(self.relative.embedding[...], ids_BL.shape[1])
+        rope = local_rope = None
+        if self.config.position == "rope":
+            rope = local_rope = rope_cos_sin(position_BL, own_length_BL, self.config)
+            if self.config.local_rope_base is not None:
+                local_rope = rope_cos_sin(position_BL, own_length_BL, self.config, self.config.local_rope_base)
         x_BLD = self.embeddings(ids_BL, position_BL, is_second_BL)
-        for block in self.layers[:-1]:
-            x_BLD = self._recomputed(block, boundaries)(x_BLD, positions)
         # After the last attention, compute only the requested positions.
-        return self._recomputed(self.layers[-1], boundaries, output_position_BP)(x_BLD, positions)
+        output_positions = [None] * (len(self.layers) - 1) + [output_position_BP]
+        for block, output_position in zip(self.layers, output_positions):
+            positions = Positions(rope if block.attention.window is None else local_rope, bias_HO)
+            x_BLD = self._recomputed(block, boundaries, output_position)(x_BLD, positions)
+        return x_BLD if self.norm is None else self.norm(x_BLD)
 
     def _recomputed(
         self, block: Block, boundaries: TextBoundaries, output_position_BP: jax.Array | None = None
@@ -270,7 +324,7 @@ def _graphdef(config: EncoderConfig) -> nnx.GraphDef:
 
 
 def init_encoder(key: jax.Array, config: EncoderConfig) -> dict:
-    """Returns random float32 parameters: normal(0, init_std), biases 0, LayerNorm scale 1 and bias 0, [PAD] row 0."""
+    """Returns random float32 parameters: normal(0, init_std), biases 0, scales of norms 1, [PAD] row 0."""
     params = nnx.to_pure_dict(nnx.state(Encoder(config, rngs=nnx.Rngs(key))))
     word = params["embeddings"]["word"]
     word["embedding"] = word["embedding"].at[config.pad_token_id].set(0.0)
@@ -288,12 +342,12 @@ def cast_kernels(params: dict, config: EncoderConfig) -> dict:
 
 def abstract_encoder(config: EncoderConfig) -> dict:
     """Returns the tree of ``init_encoder`` as ``jax.ShapeDtypeStruct``: the shapes that a checkpoint must have."""
-    # Trace one layer, because all layers have the same shapes. A small config file can specify many layers, and tracing
-    # them would take minutes.
-    one = dataclasses.replace(config, num_layers=1)
-    tree = jax.eval_shape(lambda key: init_encoder(key, one), jax.random.key(0))
-    layer = tree["layers"][0]
-    return tree | {"layers": {i: jax.tree.map(lambda leaf: leaf, layer) for i in range(config.num_layers)}}
+    # Trace one or two layers, because those after the first have the same shapes. A small config file can specify many
+    # layers, and tracing them would take minutes.
+    few = dataclasses.replace(config, num_layers=min(config.num_layers, 2 if config.pre_norm else 1))
+    tree = jax.eval_shape(lambda key: init_encoder(key, few), jax.random.key(0))
+    layers = [tree["layers"][min(i, few.num_layers - 1)] for i in range(config.num_layers)]
+    return tree | {"layers": {i: jax.tree.map(lambda leaf: leaf, layer) for i, layer in enumerate(layers)}}
 
 
 def encode(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nomic_jax.model.config import EncoderConfig
-from nomic_jax.model.encoder import LayerNorm, encode
+from nomic_jax.model.encoder import Norm, encode
 from nomic_jax.model.linear import Linear
 from nomic_jax.model.pooling import POOLINGS, pooled, pooled_segments
 
@@ -96,13 +96,19 @@ def embed(params: dict, batch: dict[str, jax.Array], config: EmbeddingConfig) ->
     return pool(hidden_BLD, batch["length"], config)
 
 
+class DecoderBias(nnx.Module):
+    def __init__(self, config: EncoderConfig):
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size))
+
+
 class MlmTransform(nnx.Module):
-    """dense -> activation -> LayerNorm, before the decoder that is tied to the word embeddings."""
+    """dense -> activation -> norm, before the decoder that is tied to the word embeddings; its bias, if it has one."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.activation = config.activation
         self.dense = Linear(config.hidden_size, config.hidden_size, config, rngs)
-        self.norm = LayerNorm(config, rngs)
+        self.norm = Norm(config, rngs)
+        self.decoder = DecoderBias(config) if config.decoder_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.dense(x)
@@ -126,12 +132,13 @@ def mlm_transform(head_params: dict, hidden: jax.Array, config: EncoderConfig) -
 def mlm_logits(head_params: dict, word_embedding_VD: jax.Array, hidden: jax.Array, config: EncoderConfig) -> jax.Array:
     """Returns vocabulary logits [..., V], float32, of hidden states [..., D]. The word embeddings are the decoder."""
     transformed = mlm_transform(head_params, hidden, config)
-    return jnp.einsum(
+    logits = jnp.einsum(
         "...d,vd->...v",
         transformed,
         word_embedding_VD.astype(transformed.dtype),
         preferred_element_type=jnp.float32,
     )
+    return logits + head_params["decoder"]["bias"] if config.decoder_bias else logits
 
 
 def abstract_mlm_head(config: EncoderConfig) -> dict:

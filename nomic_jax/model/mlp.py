@@ -24,12 +24,11 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         up_BLF, gate_BLF = checkpoint_name(self.up(x_BLD), "up"), checkpoint_name(self.gate(x_BLD), "gate")
-        product = _swiglu if self.activation == "swiglu" else _geglu
-        return checkpoint_name(self.down(product(up_BLF, gate_BLF)), "down")
-
-
-def _geglu(up: jax.Array, gate: jax.Array) -> jax.Array:
-    return up * jax.nn.gelu(gate, approximate=False)
+        if self.activation == "swiglu":
+            product_BLF = _swiglu(up_BLF, gate_BLF)
+        else:
+            product_BLF = up_BLF * jax.nn.gelu(gate_BLF, approximate=self.activation == "geglu_tanh")
+        return checkpoint_name(self.down(product_BLF), "down")
 
 
 @jax.custom_vjp

@@ -13,7 +13,7 @@ from nomic_jax.model.config import EncoderConfig
 
 
 def rope_cos_sin(
-    position_BL: jax.Array, own_length_BL: jax.Array | None, config: EncoderConfig
+    position_BL: jax.Array, own_length_BL: jax.Array | None, config: EncoderConfig, base: float | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the cosines and sines of the rotation angles, float32, each [B, L, 1, K/2] (1 for the heads).
 
@@ -22,13 +22,14 @@ def rope_cos_sin(
       own_length_BL: number of tokens of the text that each token belongs to; None if no text is longer than
         ``config.max_trained_positions``, which skips the scaling.
       config: base, linear factor, trained length L and alpha of the scaling.
+      base: theta, if it is not that of ``config.rope_base``.
 
     Dynamic NTK (paper eq. 5): ``base' = base * (alpha * S / L - (alpha - 1)) ** (K / (K - 2))`` for S > L, so that the
     i-th inverse frequency ``base ** (-2i / K)`` is multiplied by ``(alpha * S / L - (alpha - 1)) ** (-2i / (K - 2))``.
     """
-    K = config.head_dim
+    K = config.dim_per_head
     exponent = np.arange(0, K, 2, dtype=np.float32) / np.float32(K)
-    inverse_frequency = (1.0 / np.float32(config.rope_base) ** exponent).astype(np.float32)
+    inverse_frequency = (1.0 / np.float32(base or config.rope_base) ** exponent).astype(np.float32)
     # float32 for every computation dtype: at position 8191, bfloat16 angles would be off by full turns.
     position = position_BL.astype(jnp.float32)[..., None]
     if config.rope_linear_factor != 1.0:

@@ -9,7 +9,7 @@ import platform
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -184,13 +184,14 @@ def parse_model(record: dict[str, Any]) -> EmbeddingConfig:
     encoder = EncoderConfig(**named | fields["encoder"])  # earlier records do not have model_type
     encoder_config(config_json(encoder), "model")  # checks the ranges that apply to a config.json
     floats: dict[str, Any] = {}
-    for field in dataclasses.fields(encoder):
-        value, kind = getattr(encoder, field.name), type(field.default)
-        is_off = value is None and field.name == "rope_scaling_factor"
-        if not is_off and type(value) is not kind and not (kind is float and type(value) is int):
-            raise TypeError(f"model.encoder.{field.name} is {value!r}")
-        if kind is float and not is_off:
-            floats[field.name] = float(value)  # JAX does not accept integers beyond 64 bits
+    for name, hint in get_type_hints(EncoderConfig).items():
+        value = getattr(encoder, name)
+        # The options of a Literal are texts.
+        kinds = {option if isinstance(option, type) else str for option in get_args(hint) or (hint,)}
+        if type(value) not in kinds and not (float in kinds and type(value) is int):
+            raise TypeError(f"model.encoder.{name} is {value!r}")
+        if float in kinds and value is not None:
+            floats[name] = float(value)  # JAX does not accept integers beyond 64 bits
     model = EmbeddingConfig(**fields | {"encoder": dataclasses.replace(encoder, **floats)})
     if not isinstance(model.dim, int | None) or not all(
         isinstance(x, bool) for x in (model.layer_norm, model.normalize)

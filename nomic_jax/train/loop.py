@@ -13,7 +13,7 @@ from nomic_jax.data.batches.permutation import VERSION
 from nomic_jax.files.writing import write_json
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EncoderConfig
-from nomic_jax.model.attention import FUSED_DTYPES
+from nomic_jax.model.attention import choose, is_fused
 from nomic_jax.run.checkpoints import Checkpoints, latest_record
 from nomic_jax.run.pretrained import at_step, identify, read_pretrained, resolve
 from nomic_jax.run.record import make_record, shuffle_of, trained_prompts
@@ -233,5 +233,6 @@ def _write_once(line: str) -> None:
 
 
 def _should_be_fused(encoder: EncoderConfig) -> bool:
-    has_kernel = encoder.dtype in FUSED_DTYPES and not encoder.has_relative_bias
-    return jax.default_backend() == "gpu" and has_kernel and encoder.attention != "xla"
+    """Whether some of its layers should use a fused kernel, as those of the published models on a GPU."""
+    automatic = choose(encoder.dtype, head_dim=encoder.dim_per_head, biased=encoder.has_relative_bias)
+    return is_fused(automatic) and encoder.attention != "xla"

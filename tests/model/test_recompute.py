@@ -21,6 +21,12 @@ def configured(policy, encoder):
     return EmbeddingConfig(dataclasses.replace(encoder, recompute=policy))
 
 
+# Norms of queries and keys, shared keys, and norms of what is added: as in EmbeddingGemma, but causal.
+PRE_NORM = EncoderConfig(
+    **SIZES,
+    **dict(norm="rms_norm", pre_norm=True, residual_norm=True, embedding_norm=False, qk_norm=True),
+    **dict(num_kv_heads=1, causal=True, window=3, global_every=2),
+)
 POLICIES = ("elementwise", "attention", "layer")
 OTHERS = pytest.mark.exhaustive(reason="both models share the layer parts that policies name; one policy runs for bert")
 
@@ -30,6 +36,8 @@ OTHERS = pytest.mark.exhaustive(reason="both models share the layer parts that p
     [
         pytest.param(EncoderConfig(**SIZES), POLICIES, id="nomic"),
         pytest.param(EncoderConfig.bert(**SIZES), POLICIES[:1], id="bert"),
+        pytest.param(PRE_NORM, POLICIES[1:2], id="pre-norm"),
+        pytest.param(PRE_NORM, POLICIES, id="pre-norm-others", marks=OTHERS),
         pytest.param(EncoderConfig.bert(**SIZES), POLICIES[1:], id="bert-others", marks=OTHERS),
     ],
 )
@@ -48,8 +56,8 @@ def test_gradient_is_the_same(encoder, policies):
             assert difference <= 1e-5 * np.linalg.norm(theirs), (policy, jax.tree_util.keystr(path))
 
 
-def test_each_policy_keeps_less_than_the_one_before():
-    encoder = EncoderConfig(**SIZES)
+@pytest.mark.parametrize("encoder", [EncoderConfig(**SIZES), PRE_NORM], ids=["nomic", "pre-norm"])
+def test_each_policy_keeps_less_than_the_one_before(encoder):
     params = init_encoder(jax.random.key(0), encoder)
 
     def kept(policy):

@@ -30,7 +30,7 @@ def params():
 
 @pytest.mark.parametrize("length", [10, 16, 17, 40, 64])
 def test_angles_are_equation_5(length):
-    K, alpha, trained = CONFIG.head_dim, 2.0, 16
+    K, alpha, trained = CONFIG.dim_per_head, 2.0, 16
     base = CONFIG.rope_base
     if length > trained:
         base *= (alpha * length / trained - (alpha - 1)) ** (K / (K - 2))

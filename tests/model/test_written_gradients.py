@@ -80,7 +80,7 @@ def test_heads_and_their_rotation(dtype, tolerance, rotated):
         heads_torch[i] = torch.cat([turned.real, turned.imag], -1)
     torch.autograd.backward(heads_torch, of_heads_torch)
 
-    heads, pullback = jax.vjp(lambda qkv: _split_heads(qkv, rope, H), qkv)
+    heads, pullback = jax.vjp(lambda qkv: _split_heads(qkv, rope, H, H), qkv)
     for ours, theirs in zip(heads, heads_torch):
         assert ours.dtype == dtype and apart(ours, theirs) < tolerance
     assert apart(pullback(tuple(of_heads))[0], qkv_torch.grad) < tolerance

@@ -33,6 +33,8 @@ IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense
 LARGEST = {
     "num_layers": 512,
     "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**16,
     "hidden_size": 2**16,
     "intermediate_size": 2**18,
     "vocab_size": 2**24,
@@ -53,14 +55,14 @@ class MlmHead(NamedTuple):
     """The names of a masked-LM head.
 
     Attributes:
-      prefix: of all its tensors.
+      prefix: of all its tensors, or several.
       table: checkpoint module -> our module.
       decoder: the matrix that is tied to the word embeddings.
       biases: vectors of the vocabulary's or the encoder's width that our head does not have: they count as zero.
       in_hub: whether the naming "hub" has the biases, too.
     """
 
-    prefix: str
+    prefix: str | tuple[str, ...]
     table: Table
     decoder: str = ""
     biases: tuple[str, ...] = ()
@@ -87,6 +89,7 @@ class Family:
       fixed: field of config.json -> the values that are implemented; the first is written.
       unsupported: fields that are refused if set.
       ignored: tensors that the encoder does not need.
+      scale_offset: what the scale of a norm is larger than its tensor: 1 if the tensor starts at 0.
     """
 
     model_type: str
@@ -102,6 +105,7 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     unsupported: tuple[str, ...] = UNSUPPORTED
     ignored: tuple[str, ...] = IGNORED
+    scale_offset: float = 0.0
 
 
 def table(lines: str) -> dict[str, str]:
@@ -137,13 +141,38 @@ def read_fields(family: Family, content: Mapping[str, Any], where: str) -> dict[
     for field in _REQUIRED:
         if field not in fields:
             raise ConfigError(f"{where}: {' or '.join(dict.fromkeys(family.names[field]))} is missing")
-    for name, implied in (
-        ("head_dim", fields["hidden_size"] // fields["num_heads"]),
-        ("num_key_value_heads", fields["num_heads"]),
+    for field, name, implied in (
+        ("head_dim", "head_dim", fields["hidden_size"] // fields["num_heads"]),
+        ("num_kv_heads", "num_key_value_heads", fields["num_heads"]),
     ):
-        if content.get(name) not in (None, implied):
+        if field not in family.names and content.get(name) not in (None, implied):
             raise ConfigError(f"{where}: {name} is {content[name]!r}; this encoder implements only {implied} here")
     return fields
+
+
+def rope_base(rope: Any, default: float, where: str) -> float:
+    """Returns ``rope_theta`` of an object of config.json's ``rope_parameters``, or ``default`` if there is none.
+
+    Raises:
+      ConfigError: the object asks for a scaling of RoPE, such as yarn, or the base is not a positive number.
+    """
+    if not isinstance(rope, Mapping | None):
+        raise ConfigError(f"{where}: {rope!r} is no description of RoPE; expected an object")
+    kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+    if kind != "default":
+        raise ConfigError(f"{where}: rope_type is {kind!r}; this encoder implements only 'default' here")
+    base = (rope or {}).get("rope_theta", default)
+    if not (is_number(base) and 0 < base <= LARGEST_FLOAT):
+        raise ConfigError(f"{where}: the RoPE base is {base!r}; expected a positive number")
+    return float(base)
+
+
+def read_count(content: Mapping[str, Any], name: str, default: int, where: str, least: int = 1) -> int:
+    """Returns a number of tokens or layers under ``name``, or ``default``."""
+    value = default if content.get(name) is None else content[name]
+    if type(value) is not int or not least <= value <= LARGEST["max_trained_positions"]:
+        raise ConfigError(f"{where}: {name} is {value!r}; expected a number, at least {least}")
+    return value
 
 
 def is_number(value: Any) -> bool:

@@ -8,7 +8,7 @@ from nomic_jax.data.batches.packing import Layout
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, encode, init_encoder, init_mlm_head, mlm_transform
-from nomic_jax.train.config import MlmData, TrainConfig
+from nomic_jax.train.config import ConfigurationError, MlmData, TrainConfig
 from nomic_jax.train.objectives.sources import open_sources
 from nomic_jax.train.objectives.stage import LossSums, Stage
 from nomic_jax.train.objectives.vocabulary_loss import vocabulary_cross_entropy
@@ -34,6 +34,11 @@ def make_stage(
     config: TrainConfig, model: EmbeddingConfig, layout: Layout | None = None, guide: Checkpoint | None = None
 ) -> Stage:
     encoder = model.encoder
+    if encoder.causal:
+        raise ConfigurationError(
+            f'config.stage "mlm": {encoder.model_type} is causal: a masked token would be predicted from the tokens '
+            f"before it alone. Start with the contrastive stage"
+        )
 
     def init(key: jax.Array) -> dict:
         encoder_key, head_key = jax.random.split(key)
@@ -55,6 +60,7 @@ def make_stage(
             transformed_BPD.reshape(-1, encoder.hidden_size),
             params["encoder"]["embeddings"]["word"]["embedding"],
             rows["target"].reshape(-1),
+            params["mlm_head"].get("decoder", {}).get("bias"),
         )
         weight = jnp.sum(rows["target"] >= 0).astype(jnp.float32)
         return LossSums(loss, weight, {"accuracy": correct})

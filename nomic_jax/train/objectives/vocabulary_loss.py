@@ -14,7 +14,7 @@ PREDICTIONS_AT_A_TIME = 8192
 
 
 def vocabulary_cross_entropy(
-    hidden_TD: jax.Array, table_VD: jax.Array, target_T: jax.Array
+    hidden_TD: jax.Array, table_VD: jax.Array, target_T: jax.Array, bias_V: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of the cross-entropy and of correct predictions over tokens, float32.
 
@@ -24,14 +24,18 @@ def vocabulary_cross_entropy(
       hidden_TD: what the decoder multiplies, in the computation dtype. The logits have this dtype; sums are float32.
       table_VD: the decoder, float32.
       target_T: the token to predict; targets of -1 are ignored.
+      bias_V: the decoder's bias, float32, if it has one.
     """
-    return _sums(varying_as(hidden_TD, target_T), varying_as(table_VD, target_T), target_T)
+    bias_V = None if bias_V is None else varying_as(bias_V, target_T)
+    return _sums(varying_as(hidden_TD, target_T), varying_as(table_VD, target_T), bias_V, target_T)
 
 
 @jax.custom_vjp
-def _sums(hidden_TD: jax.Array, table_VD: jax.Array, target_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sums(
+    hidden_TD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, target_T: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     def part(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        loss, correct, _ = _part(*inputs, decoder_VD)
+        loss, correct, _ = _part(*inputs, decoder_VD, bias_V)
         return loss, correct
 
     decoder_VD = table_VD.astype(hidden_TD.dtype)
@@ -39,29 +43,34 @@ def _sums(hidden_TD: jax.Array, table_VD: jax.Array, target_T: jax.Array) -> tup
     return jnp.sum(loss_N), jnp.sum(correct_N)
 
 
-def _forward(hidden_TD: jax.Array, table_VD: jax.Array, target_T: jax.Array):
+def _forward(hidden_TD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, target_T: jax.Array):
     decoder_VD = table_VD.astype(hidden_TD.dtype)
 
-    def part(table_gradient_VD: jax.Array, inputs: tuple[jax.Array, jax.Array]):
-        loss, correct, gradient_PV = _part(*inputs, decoder_VD)
-        table_gradient_VD += jnp.einsum("pv,pd->vd", gradient_PV, inputs[0], preferred_element_type=jnp.float32)
-        return table_gradient_VD, (loss, correct, gradient_PV @ decoder_VD)
+    def part(of_decoder: tuple[jax.Array, jax.Array | None], inputs: tuple[jax.Array, jax.Array]):
+        of_table_VD, of_bias_V = of_decoder
+        loss, correct, gradient_PV = _part(*inputs, decoder_VD, bias_V)
+        of_table_VD += jnp.einsum("pv,pd->vd", gradient_PV, inputs[0], preferred_element_type=jnp.float32)
+        if of_bias_V is not None:
+            of_bias_V += jnp.sum(gradient_PV, axis=0, dtype=jnp.float32)
+        return (of_table_VD, of_bias_V), (loss, correct, gradient_PV @ decoder_VD)
 
     parts = _in_parts(hidden_TD, target_T)
-    zeros_VD = varying_as(jnp.zeros(table_VD.shape, jnp.float32), hidden_TD)
+    zeros = jax.tree.map(lambda x: varying_as(jnp.zeros(x.shape, jnp.float32), hidden_TD), (table_VD, bias_V))
     if len(parts[1]) == 1:
-        table_gradient_VD, sums = part(zeros_VD, jax.tree.map(lambda x: x[0], parts))
+        (of_table_VD, of_bias_V), sums = part(zeros, jax.tree.map(lambda x: x[0], parts))
         loss_N, correct_N, gradient_NPD = jax.tree.map(lambda x: x[None], sums)
     else:
-        table_gradient_VD, (loss_N, correct_N, gradient_NPD) = jax.lax.scan(part, zeros_VD, parts)
+        (of_table_VD, of_bias_V), (loss_N, correct_N, gradient_NPD) = jax.lax.scan(part, zeros, parts)
     gradient_TD = gradient_NPD.reshape(-1, hidden_TD.shape[1])[: len(hidden_TD)]
-    return (jnp.sum(loss_N), jnp.sum(correct_N)), (gradient_TD, table_gradient_VD.astype(table_VD.dtype))
+    gradients = gradient_TD, of_table_VD.astype(table_VD.dtype), of_bias_V
+    return (jnp.sum(loss_N), jnp.sum(correct_N)), gradients
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]):
-    gradient_TD, table_gradient_VD = residuals
+def _backward(residuals: tuple[jax.Array, jax.Array, jax.Array | None], cotangents: tuple[jax.Array, jax.Array]):
+    gradient_TD, of_table_VD, of_bias_V = residuals
     of_loss, _ = cotangents
-    return (gradient_TD * of_loss).astype(gradient_TD.dtype), table_gradient_VD * of_loss, None
+    of_bias_V = None if of_bias_V is None else of_bias_V * of_loss
+    return (gradient_TD * of_loss).astype(gradient_TD.dtype), of_table_VD * of_loss, of_bias_V, None
 
 
 _sums.defvjp(_forward, _backward)
@@ -77,9 +86,13 @@ def _in_parts(hidden_TD: jax.Array, target_T: jax.Array) -> tuple[jax.Array, jax
     return hidden_TD.reshape(count, -1, D), target_T.reshape(count, -1)
 
 
-def _part(hidden_PD: jax.Array, target_P: jax.Array, decoder_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _part(
+    hidden_PD: jax.Array, target_P: jax.Array, decoder_VD: jax.Array, bias_V: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (loss, correct predictions, gradient of the loss by the logits [P, V])."""
     logits_PV = jnp.einsum("pd,vd->pv", hidden_PD, decoder_VD).astype(jnp.float32)
+    if bias_V is not None:
+        logits_PV += bias_V
     used_P = target_P >= 0
     word_V = jnp.arange(logits_PV.shape[1])
     # A comparison, not a gather, whose gradient would be a scatter.

@@ -34,14 +34,15 @@ def training_flops(config: EncoderConfig, batch: Batch) -> float:
     """FLOPs of one step on a global batch: the forward pass, and twice as many for the backward pass.
 
     Every weight of the layers costs one multiplication and one addition for each token. Attention costs two products of
-    width D for each pair of tokens of a text. Embedding lookups, norms and the loss are left out.
+    the heads' width for each pair of tokens of which one attends to the other. Local layers count as if all texts were
+    as long as a token's text is on average. Embedding lookups, norms and the loss are left out.
     """
-    D, N = config.hidden_size, config.num_layers
-    forward = 2.0 * batch.real_tokens * N * (config.attention_weights + config.mlp_weights)
-    forward += 4.0 * batch.token_pairs * N * D
+    D = config.hidden_size
+    forward = batch.real_tokens * config.forward_flops_per_token(batch.token_pairs / max(batch.real_tokens, 1))
     if "target" in batch.arrays:
         # The masked-LM head and the last MLP run at the predicted positions only. The array is this process's share.
         predictions = batch.arrays["target"].size * jax.process_count()
         forward += 2.0 * predictions * D * (D + config.vocab_size)
-        forward -= 2.0 * (batch.real_tokens - predictions) * (D * D + config.mlp_weights)
+        out_weights = config.num_heads * config.dim_per_head * D
+        forward -= 2.0 * (batch.real_tokens - predictions) * (out_weights + config.mlp_weights)
     return 3 * forward

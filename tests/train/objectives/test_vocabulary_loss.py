@@ -51,6 +51,24 @@ def test_equals_float64(at_a_time, dtype, tolerance, monkeypatch):
     np.testing.assert_allclose(vocabulary_cross_entropy(hidden, TABLE, target)[0], loss / 3, rtol=1e-6)
 
 
+def test_a_bias_is_a_column_of_the_table(monkeypatch):
+    monkeypatch.setattr(vocabulary_loss, "PREDICTIONS_AT_A_TIME", 33)
+    bias = RNG.normal(size=V).astype(np.float32)
+
+    def wider(hidden, table, bias):
+        hidden = jnp.concatenate([hidden, jnp.ones((T, 1))], axis=1)
+        return vocabulary_cross_entropy(hidden, jnp.concatenate([table, bias[:, None]], axis=1), TARGET)
+
+    def with_bias(hidden, table, bias):
+        return vocabulary_cross_entropy(hidden, table, TARGET, bias)
+
+    ours, expected = (
+        jax.jit(jax.value_and_grad(function, (0, 1, 2), has_aux=True))(HIDDEN, TABLE, bias)
+        for function in (with_bias, wider)
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), ours, expected)
+
+
 def test_nothing_to_predict():
     loss, gradient = jax.value_and_grad(lambda x: vocabulary_cross_entropy(x, TABLE, np.full(T, -1))[0])(HIDDEN)
     assert loss == 0 and not np.any(gradient)
