@@ -4,14 +4,23 @@ import dataclasses
 
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
+from nomic_jax.hf.config import ConfigError, config_json
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.run.pretrained import read_pretrained
 from nomic_jax.train.config import ConfigurationError, TrainConfig
 
 
 def make_model(config: TrainConfig, pretrained: Checkpoint | None) -> EmbeddingConfig:
-    """The encoder and its pooling: the architecture of ``pretrained``, or of ``config.model`` without one."""
+    """The encoder and its pooling: the architecture of ``pretrained``, or of ``config.model`` without one.
+
+    Raises:
+      ConfigurationError: no family of models has an encoder as ``config.model``, so that it could not be exported.
+    """
     if pretrained is None:
+        try:
+            config_json(config.model)
+        except ConfigError as error:
+            raise ConfigurationError(f"config.model: {error}") from error
         return EmbeddingConfig(config.model, layer_norm=config.loss.layer_norm)
     ours = {name: getattr(config.model, name) for name in ("dtype", "attention", "recompute")}
     encoder = dataclasses.replace(pretrained.config.encoder, **ours)
