@@ -182,7 +182,7 @@ def memory_of_loss(pairs: int, dim: int = 768) -> dict:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from nomic_jax.train.objectives.loss import contrastive_loss
+    from nomic_jax.train.losses.contrastive import contrastive_loss
     from nomic_jax.train.sharding import DATA, make_mesh
 
     mesh = make_mesh()

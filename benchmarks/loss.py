@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nomic_jax.train.objectives.loss import contrastive_loss
+from nomic_jax.train.losses.contrastive import contrastive_loss
 from nomic_jax.train.sharding import DATA, make_mesh
 
 GIB = 2**30

@@ -43,7 +43,8 @@ ROOMS = {
     },
     "train": {
         "typed_fields": set(),
-        "config": {"typed_fields"},
+        "losses": {"typed_fields"},
+        "config": {"typed_fields", "losses"},
         "defaults": set(),
         "sharding": set(),
         "interruption": set(),
@@ -51,7 +52,7 @@ ROOMS = {
         "optim": {"config"},
         "choices": {"config"},
         "start": {"config"},
-        "objectives": {"config", "sharding", "hosts"},
+        "objectives": {"config", "losses", "sharding", "hosts"},
         "state": {"sharding", "objectives"},
         "watch": {"config", "hosts"},
         "planning": {"typed_fields", "config", "sharding", "hosts", "optim", "objectives", "state", "watch"},

@@ -11,7 +11,7 @@ import transformers
 from nomic_jax.hf import read_checkpoint
 from nomic_jax.hf.keymap import encoder_keymap, to_params
 from nomic_jax.model import EncoderConfig, abstract_encoder, encode, mlm_logits
-from nomic_jax.train.objectives.loss import masked_cross_entropy
+from nomic_jax.train.losses.contrastive import masked_cross_entropy
 
 torch = pytest.importorskip("torch", reason="the reference is transformers' model; torch is not installed")
 TOLERANCE = 2e-5

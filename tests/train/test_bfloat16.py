@@ -19,9 +19,9 @@ from nomic_jax.data.batches.packing import Layout, fill_chunks, plan_chunks
 from nomic_jax.data.batches.shapes import Shape, pad_right
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, init_encoder
 from nomic_jax.train.config import LabelledData
+from nomic_jax.train.losses.contrastive import contrastive_loss
 from nomic_jax.train.objectives import make_stage
 from nomic_jax.train.objectives.chunks import embed_chunks
-from nomic_jax.train.objectives.loss import contrastive_loss
 from nomic_jax.train.sharding import DATA, make_mesh
 from tests.train.tiny_configs import load_config
 

@@ -116,7 +116,7 @@ def test_layouts_give_the_same_step(stage, layout, kept_chunks, corpus, minilm, 
 def test_mlm_head_in_parts_gives_the_same_step(corpus, minilm, tokenizer, monkeypatch):
     config = load_config("mlm", corpus, minilm)
     whole = three_steps_on_one_device(config, tokenizer)
-    monkeypatch.setattr("nomic_jax.train.objectives.vocabulary_loss.PREDICTIONS_AT_A_TIME", 60)
+    monkeypatch.setattr("nomic_jax.train.losses.vocabulary.PREDICTIONS_AT_A_TIME", 60)
     assert_same(three_steps(config, tokenizer, 2), whole)
 
 

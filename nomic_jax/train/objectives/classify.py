@@ -12,7 +12,7 @@ from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, encode, init_encoder
 from nomic_jax.model.heads import classifier_logits, init_classifier
 from nomic_jax.train.config import LabelledData, TrainConfig
-from nomic_jax.train.objectives.loss import masked_cross_entropy
+from nomic_jax.train.losses.contrastive import masked_cross_entropy
 from nomic_jax.train.objectives.stage import LossSums, Stage
 
 

@@ -14,8 +14,8 @@ from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, embed, init_encoder
 from nomic_jax.train.config import PairData, TrainConfig
+from nomic_jax.train.losses.contrastive import contrastive_loss, init_temperature, temperature_of
 from nomic_jax.train.objectives.chunks import embed_chunks
-from nomic_jax.train.objectives.loss import contrastive_loss, init_temperature, temperature_of
 from nomic_jax.train.objectives.sources import open_sources
 from nomic_jax.train.objectives.stage import LossSums, Stage
 from nomic_jax.train.sharding import DATA

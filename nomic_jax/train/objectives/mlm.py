@@ -9,9 +9,9 @@ from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, encode, init_encoder, init_mlm_head, mlm_transform
 from nomic_jax.train.config import ConfigurationError, MlmData, TrainConfig
+from nomic_jax.train.losses.vocabulary import vocabulary_cross_entropy
 from nomic_jax.train.objectives.sources import open_sources
 from nomic_jax.train.objectives.stage import LossSums, Stage
-from nomic_jax.train.objectives.vocabulary_loss import vocabulary_cross_entropy
 
 
 def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle: int) -> MlmStream:

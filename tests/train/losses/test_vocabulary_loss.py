@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nomic_jax.train.objectives import vocabulary_loss
-from nomic_jax.train.objectives.vocabulary_loss import vocabulary_cross_entropy
+from nomic_jax.train.losses import vocabulary
+from nomic_jax.train.losses.vocabulary import vocabulary_cross_entropy
 
 T, V, D = 100, 300, 16
 RNG = np.random.default_rng(0)
@@ -29,7 +29,7 @@ def reference(hidden, table, target):
 @pytest.mark.parametrize("at_a_time", [T, 33, 7])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 0.02)])
 def test_equals_float64(at_a_time, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(vocabulary_loss, "PREDICTIONS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(vocabulary, "PREDICTIONS_AT_A_TIME", at_a_time)
     hidden = jnp.asarray(HIDDEN, dtype)
     # Half of the targets are the best words, so that some predictions are correct.
     exact = np.asarray(hidden, np.float32)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nomic_jax.train.config import MAX_SCALE
+from nomic_jax.train.losses.settings import MAX_SCALE
 
 MASKED = jnp.finfo(jnp.float32).min
 

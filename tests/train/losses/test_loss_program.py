@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nomic_jax.train.objectives.loss import contrastive_loss
+from nomic_jax.train.losses.contrastive import contrastive_loss
 from nomic_jax.train.sharding import DATA, make_mesh
-from tests.train.objectives.test_loss import TEMPERATURE, B, E
+from tests.train.losses.test_loss import TEMPERATURE, B, E
 
 
 def compiled_gradient(devices, rows, negatives, **options):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nomic_jax.train.objectives.loss import contrastive_loss, init_temperature, masked_cross_entropy, temperature_of
+from nomic_jax.train.losses.contrastive import contrastive_loss, init_temperature, masked_cross_entropy, temperature_of
 from nomic_jax.train.sharding import DATA, make_mesh
 
 B, E, G, TEMPERATURE = 16, 12, 5, 0.05
