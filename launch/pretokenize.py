@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
 
 def _pretokenize() -> None:
-    sources = read_mixture(FLAGS.mixture, ROW_KINDS[FLAGS.stage], FLAGS.columns)
+    sources = read_mixture(FLAGS.mixture, ROW_KINDS[FLAGS.stage], FLAGS.columns, FLAGS.loss, FLAGS.scores)
     tokenizer = Tokenizer.from_pretrained(FLAGS.tokenizer)
     began, all_tokens = time.monotonic(), 0
     with worker_pool(tokenizer, FLAGS.workers or os.cpu_count() or 1) as pool:
@@ -55,6 +55,8 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "columns", [], "Columns of files that --mixture names directly. [query,document, and negatives; or text]"
     )
+    flags.DEFINE_string("loss", "", "Loss of files that --mixture names directly, as config.data.loss of the run.")
+    flags.DEFINE_list("scores", [], "Columns of a teacher's scores, as config.data.scores of the run.")
     flags.DEFINE_string("tokenizer", None, "A directory with tokenizer.json, or a hub name.", required=True)
     flags.DEFINE_enum(
         "stage",

@@ -29,9 +29,10 @@ ROOMS = {
         "words": set(),
         "formats": set(),
         "prompts": set(),
-        "mixture": {"formats", "prompts"},
+        "source_loss": {"formats"},
+        "mixture": {"formats", "prompts", "source_loss"},
         "tokens": {"formats", "prompts", "mixture"},
-        "batches": {"formats", "mixture", "tokens"},
+        "batches": {"formats", "mixture", "source_loss", "tokens"},
     },
     "curate": {
         "engine": set(),

@@ -19,6 +19,15 @@ A triplet's third column holds a list of negatives, or one text. Instead of it, 
 one negative: [query, document, negative_1, negative_2].
 
 Only name, bucket and objective are required. Paths are relative to the YAML file.
+
+An objective may name a loss (``nomic_jax.data.source_loss``), and where its numbers are:
+
+    objective: {type: scored, columns: [query, document, score], loss: cosent}     # or angle, cosine_mse
+    objective: {type: triplet, columns: [query, document, negatives], scores: teacher_scores, loss: kl}  # or margin_mse
+
+``scores`` is a column with a number for the document and for each negative, in this order, or several columns that are
+joined: [document_score, negatives_scores], which are the original's and those of ``kd_loss: true``. The fields
+``temperature``, ``score_temperature``, ``score_range`` and ``infonce_weight`` are those of ``SourceLoss``.
 """
 
 import dataclasses
@@ -37,6 +46,7 @@ from nomic_jax.data.formats.hub import is_dataset_name
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.text import zip_members
 from nomic_jax.data.prompts import likely_prefix, prompt_text, read_prefix
+from nomic_jax.data.source_loss import INFONCE, LOSSES, SCORED, SourceLoss
 from nomic_jax.files.reading import FileRefused, read_text
 
 Kind = Literal["text", "pair", "triplet"]
@@ -46,11 +56,13 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "triplet": ("query", "document", "negatives"),
 }
 ROW_KINDS: dict[str, Kind] = {"mlm": "text", "contrastive": "pair", "finetune": "triplet"}  # by stage
-_OBJECTIVE_KIND: dict[str, Kind] = {"self": "text", "paired": "pair", "triplet": "triplet"}
+_OBJECTIVE_KIND: dict[str, Kind] = {"self": "text", "paired": "pair", "triplet": "triplet", "scored": "pair"}
+_SCORED_COLUMNS = (*COLUMNS["pair"], "score")
+KD_COLUMNS = ("document_score", "negatives_scores")  # of the original's rows under ``kd_loss``
 LARGEST_YAML = 1_000_000  # values; aliases of aliases can expand a few lines to billions
 LARGEST_FILE = 1 << 22  # bytes of YAML, which take seconds
 MOST_DIGITS = 100  # of an integer in YAML
-_KIND_OBJECTIVE = {kind: objective for objective, kind in _OBJECTIVE_KIND.items()}
+_KIND_OBJECTIVE = {kind: objective for objective, kind in _OBJECTIVE_KIND.items() if objective != "scored"}
 
 
 class MixtureError(ValueError):
@@ -70,6 +82,7 @@ class Source:
       weight: relative weight, used if sources are sampled by weights.
       rows: minimum number of rows of its files, bad rows included.
       in_batch_negatives: whether other rows' documents are negatives; false for a source with few different documents.
+      loss: what its rows are trained on.
     """
 
     name: str
@@ -81,6 +94,7 @@ class Source:
     in_batch_negatives: bool = True
     weight: float = 1.0
     rows: int = 0
+    loss: SourceLoss = INFONCE
 
     def __post_init__(self):
         wanted = len(COLUMNS[self.kind])
@@ -89,15 +103,30 @@ class Source:
                 f"{self.name}: {self.kind} rows take the columns {', '.join(COLUMNS[self.kind])}; found "
                 f"{', '.join(self.columns)}"
             )
-        if len(set(self.columns)) < len(self.columns):
-            raise MixtureError(f"{self.name}: a column is named twice in {', '.join(self.columns)}")
+        named = (*self.columns, *self.loss.columns)
+        if len(set(named)) < len(named):
+            raise MixtureError(f"{self.name}: a column is named twice in {', '.join(named)}")
+        if self.kind != "text" and self.kind not in LOSSES[self.loss.name].kinds:
+            raise MixtureError(
+                f"{self.name}: the loss {self.loss.name} takes {' or '.join(LOSSES[self.loss.name].kinds)} rows, not "
+                f"{self.kind} rows"
+            )
         if not self.name or "/" in self.name or re.search(r"^\.|[\0-\x1f\x7f\ud800-\udfff]", self.name):
             raise MixtureError(f"the source name {self.name!r} cannot be a folder name; use letters and digits")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise MixtureError(f"{self.name}: weight is {self.weight}; write a positive number")
 
+    def negatives_of(self, row: Mapping[str, Any]) -> list[str]:
+        """Returns the negatives of a row: the list in the one column, or the texts of several."""
+        columns = self.columns[2:]
+        return row[columns[0]] if len(columns) == 1 else [row[column] for column in columns]
+
     def check_row(self, row: Mapping[str, Any], where: str) -> None:
-        """Raises BadRow if the row declares other columns in ``metadata.objective``, as rows of the original do."""
+        """Raises BadRow if the loss cannot take the row's numbers, or the row declares other columns.
+
+        Rows of the original declare their columns in ``metadata.objective``.
+        """
+        self.loss.read(row, where, len(self.negatives_of(row)))
         metadata = row.get("metadata")
         objective = metadata.get("objective") if isinstance(metadata, dict) else None
         if not isinstance(objective, dict):
@@ -118,13 +147,19 @@ def _lists(value: Any) -> list[list]:
     return [item if isinstance(item, list) else [item] for item in items]
 
 
-def read_mixture(path: str, kind: Kind, columns: Sequence[str] = ()) -> tuple[Source, ...]:
+def read_mixture(
+    path: str, kind: Kind, columns: Sequence[str] = (), loss: str = "", scores: Sequence[str] = ()
+) -> tuple[Source, ...]:
     """Returns the sources of a mixture YAML, or one source of the given kind for files (or a data set) named directly.
 
-    Files named directly have the prefixes search_query and search_document; text rows have no prefix.
+    Files named directly have the prefixes search_query and search_document; text rows have no prefix. Where pairs or
+    triplets are asked for, sources of scored pairs are returned too, as pairs; where pairs are, those of triplets,
+    without their negatives.
 
     Args:
-      columns: those of files named directly, see ``Source``; () for ``COLUMNS[kind]``.
+      columns: those of files named directly, see ``Source``; () for ``COLUMNS[kind]``. For scored pairs, the score is
+        the third one.
+      loss, scores: of files named directly, see ``SourceLoss``; "" for "kl" with scores, else "infonce".
 
     Raises:
       MixtureError: unknown or missing fields, rows of another kind than the stage needs, or columns for a YAML, which
@@ -135,9 +170,17 @@ def read_mixture(path: str, kind: Kind, columns: Sequence[str] = ()) -> tuple[So
         raise MixtureError("no training data is named; set config.data.mixture to a mixture .yaml or to files")
     if not path.endswith((".yaml", ".yml")):
         prefixes = ("", "") if kind == "text" else ("search_query", "search_document")
-        return (Source("data", path, kind, tuple(columns) or COLUMNS[kind], *prefixes),)
-    if columns:
-        raise MixtureError(f"{path}: a mixture names the columns of each source; leave out columns={','.join(columns)}")
+        objective = {"type": _KIND_OBJECTIVE[kind], "columns": list(columns)}
+        objective |= {"loss": loss} if loss else {}
+        objective |= {"type": "scored"} if loss in SCORED else {"scores": list(scores)} if scores else {}
+        kind, texts, named = _objective(objective, path, kd_loss=False)
+        return (Source("data", path, kind, texts, *prefixes, loss=named),)
+    if columns or loss or scores:
+        given = columns or [loss] if columns or loss else scores
+        raise MixtureError(
+            f"{path}: a mixture names the columns and the loss of each source; leave out "
+            f"{'columns' if columns else 'loss' if loss else 'scores'}={','.join(given)}"
+        )
     content = _load_yaml(path)
     entries = content.get("datasets") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
@@ -148,8 +191,14 @@ def read_mixture(path: str, kind: Kind, columns: Sequence[str] = ()) -> tuple[So
         raise MixtureError(f"{path}: source names must differ, found {sorted(names)}")
     for source in sources:
         # A stage that needs pairs may use triplets without their negatives.
-        if source.kind != kind and (source.kind, kind) != ("triplet", "pair"):
+        is_scored = source.loss.name in SCORED and kind != "text"
+        if source.kind != kind and (source.kind, kind) != ("triplet", "pair") and not is_scored:
             raise MixtureError(f"{path}: source {source.name!r} holds {source.kind} rows; this stage needs {kind} rows")
+        if kind == "pair" and source.loss.numbers == "scores":
+            raise MixtureError(
+                f"{path}: source {source.name!r} has the loss {source.loss.name} on scores of its negatives, but this "
+                f"stage takes pairs; train it in the stage finetune, or write loss: infonce to leave the scores out"
+            )
     if kind == "pair":
         return tuple(dataclasses.replace(s, kind="pair", columns=s.columns[:2]) for s in sources)
     return sources
@@ -233,22 +282,16 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
     for field in ("name", "bucket", "query_prefix", "document_prefix"):
         if not isinstance(entry.get(field, ""), str | int | None) or (field == "bucket" and not entry[field]):
             raise MixtureError(f"{where}: {field} must be a text, found {entry[field]!r}")
-    objective = entry["objective"]
-    kind = _OBJECTIVE_KIND.get(str(objective.get("type"))) if isinstance(objective, dict) else None
-    columns = objective.get("columns") or [] if isinstance(objective, dict) else []
-    if kind is None or not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
-        raise MixtureError(f"{where}: objective must be {{type: self | paired | triplet, columns: [...]}}")
+    kind, columns, loss = _objective(entry["objective"], where, kd_loss=bool(entry.get("kd_loss")))
     query_prefix = _prefix(entry, "query_prefix", where) or ""
     document_prefix = "" if entry.get("query_only") else _prefix(entry, "document_prefix", where)
     if not isinstance(entry.get("in_batch_negatives", True), bool):
         raise MixtureError(f"{where}: in_batch_negatives must be true or false, found {entry['in_batch_negatives']!r}")
-    if kind == "pair" and not entry.get("in_batch_negatives", True):
+    if kind == "pair" and loss.name == "infonce" and not entry.get("in_batch_negatives", True):
         raise MixtureError(
             f"{where}: in_batch_negatives is false, and pairs have no other negatives, so that there is nothing to "
             f"learn; mine negatives for them (launch.mine) and write objective {{type: triplet}}, or leave it out"
         )
-    if entry.get("kd_loss"):
-        raise MixtureError(f"{where}: kd_loss (distillation from a teacher's scores) is not implemented; leave it out")
     for field, kinds in (("weight", int | float), ("rows", int)):
         if not isinstance(entry.get(field, 1), kinds) or isinstance(entry.get(field), bool):
             raise MixtureError(f"{where}: {field} must be a number, found {entry[field]!r}")
@@ -264,14 +307,40 @@ def _source(entry: dict, where: str, folder: Path) -> Source:
             name=str(entry["name"]),
             files=files,
             kind=kind,
-            columns=tuple(columns or COLUMNS[kind]),
+            columns=columns,
             query_prefix=query_prefix,
             document_prefix=query_prefix if document_prefix is None else document_prefix,
             in_batch_negatives=entry.get("in_batch_negatives", True),
             weight=float(entry.get("weight", 1.0)),
             rows=entry.get("rows", 0),
+            loss=loss,
         )
     except MixtureError as error:
+        raise MixtureError(f"{where}: {error}") from error
+
+
+def _objective(objective: Any, where: str, kd_loss: bool) -> tuple[Kind, tuple[str, ...], SourceLoss]:
+    """Returns the kind of rows, their columns of text, and the loss, of the field ``objective`` of a source."""
+    kind = _OBJECTIVE_KIND.get(str(objective.get("type"))) if isinstance(objective, dict) else None
+    columns = objective.get("columns") or [] if isinstance(objective, dict) else []
+    if kind is None or not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
+        raise MixtureError(f"{where}: objective must be {{type: self | paired | triplet | scored, columns: [...]}}")
+    if kd_loss and kind != "triplet":
+        raise MixtureError(f"{where}: kd_loss is for objective {{type: triplet}}: it needs scores of several documents")
+    fields, texts = dict(objective), tuple(columns) or COLUMNS[kind]
+    if objective["type"] == "scored":
+        names = tuple(columns) or _SCORED_COLUMNS
+        if len(names) != 3 or "scores" in objective:
+            raise MixtureError(f"{where}: scored rows take the columns of two texts and of a score, found {names}")
+        texts, fields["scores"] = names[:2], names[2]
+        fields.setdefault("loss", SCORED[0])
+    elif kd_loss:
+        fields.setdefault("scores", list(KD_COLUMNS))
+    if kind == "text" and fields.keys() - {"type", "columns"}:
+        raise MixtureError(f"{where}: rows of type self have no loss to choose; leave out all but type and columns")
+    try:
+        return kind, texts, SourceLoss.from_fields({k: v for k, v in fields.items() if k not in ("type", "columns")})
+    except ValueError as error:
         raise MixtureError(f"{where}: {error}") from error
 
 

@@ -54,7 +54,9 @@ def fit(
 
     The columns say what is trained, as in sentence-transformers: a query and a document (question and answer, anchor
     and positive), with the other rows' documents as negatives; a query, a document and negatives (a list, a text, or
-    several columns); or one column of text, for masked-LM. Rows with scores or labels are refused: see ``config``.
+    several columns); or one column of text, for masked-LM. Two texts and a ``score`` are trained on with CoSENT; a
+    query, a document, negatives and a list of a teacher's ``scores`` with KL divergence; ``loss=`` names another loss
+    (``nomic_jax.data.source_loss``). Rows with labels are refused: see ``config``.
 
     Args:
       model: what training starts from: a run, one of its checkpoints, a Hugging Face directory or a name on the hub,
@@ -84,12 +86,16 @@ def fit(
     named = get_config(config) if config else None
     stage = None if named is None else named.stage
     cache_dir = changes.get("data.cache_dir") or (named or get_config(f"contrastive:{_OWN}")).data.get("cache_dir")
-    found = find_data(_one_pattern(data), columns, stage, cache_dir or "token_cache", (query_prefix, document_prefix))
+    loss = changes.pop("data.loss", "")
+    prefixes = (query_prefix, document_prefix)
+    found = find_data(_one_pattern(data), columns, stage, cache_dir or "token_cache", prefixes, loss)
     values = named or get_config(f"{found.stage}:{_OWN}")
     values.init_from = os.fspath(model)
     if values.init_from:
         values.data.tokenizer = ""  # that of the model
     values.data.mixture, values.data.columns = found.mixture, ",".join(found.columns)
+    if found.loss and found.columns:
+        values.data.loss, values.data.scores = found.loss, ",".join(found.scores)
     if found.num_negatives and (config is None or values.data.num_negatives > found.num_negatives):
         values.data.num_negatives = found.num_negatives
     flat = values.to_dict()

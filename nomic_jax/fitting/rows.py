@@ -13,7 +13,9 @@ import yaml
 from tqdm.auto import tqdm
 
 from nomic_jax.data.formats.reading import read_rows
+from nomic_jax.data.formats.row_checks import number_of
 from nomic_jax.data.mixture import MixtureError, read_mixture
+from nomic_jax.data.source_loss import SCORED
 from nomic_jax.files.writing import atomic_file
 
 # What others call the columns, in the order of a row. A column of either group stands for the first name.
@@ -22,7 +24,8 @@ NAMES = {
     "document": ("document", "positive", "answer", "passage", "sentence2"),
 }
 _NEGATIVES = re.compile(r"negatives?|negative_\d+")
-_LABELS = ("label", "labels", "score", "scores", "similarity_score")
+_SCORES = ("score", "scores", "similarity_score", "teacher_scores")
+_LABELS = ("label", "labels")
 STAGES = {1: "mlm", 2: "contrastive"}  # by the number of columns of text; "finetune" for more
 MOST_NEGATIVES = 7  # as in the paper
 ROWS_LOOKED_AT = 1000
@@ -40,12 +43,15 @@ class Data(NamedTuple):
       mixture: files or a mixture, as ``config.data.mixture``.
       columns: the columns of files, in the order of a row; () for a mixture.
       num_negatives: negatives of every row, at least 1, for the stage "finetune"; else 0.
+      loss, scores: as ``config.data.loss`` and ``config.data.scores``; empty for a mixture.
     """
 
     stage: str
     mixture: str
     columns: tuple[str, ...]
     num_negatives: int
+    loss: str = ""
+    scores: tuple[str, ...] = ()
 
 
 def find_data(
@@ -54,6 +60,7 @@ def find_data(
     stage: str | None,
     cache_dir: str | Path,
     prefixes: tuple[str | None, str | None] = (None, None),
+    loss: str = "",
 ) -> Data:
     """Returns the files of the data, and writes those that are in memory to ``cache_dir``, named by their hash.
 
@@ -63,6 +70,7 @@ def find_data(
       columns: the columns to train on, in the order of a row; () to take them from their names or their order.
       stage: the stage of the configuration; None for that of the columns.
       prefixes: what goes in front of queries and documents, see ``nomic_jax.data.mixture``; None for its default.
+      loss: of rows with scores (``nomic_jax.data.source_loss``); "" for "cosent", or "kl" for a teacher's scores.
 
     Raises:
       DataError: the columns do not say what to train on, or the stage is another one.
@@ -70,6 +78,8 @@ def find_data(
       MixtureError, BadRow, OSError: the files cannot be used.
     """
     if isinstance(data, str | os.PathLike) and os.fspath(data).endswith((".yaml", ".yml")):
+        if loss:
+            raise DataError(f"{os.fspath(data)}: a mixture names the loss of each source; leave out loss={loss!r}")
         return _of_mixture(os.fspath(data), columns, stage, prefixes)
     if isinstance(data, str | os.PathLike):
         files = os.fspath(data)
@@ -83,46 +93,52 @@ def find_data(
     chosen = tuple(columns) or columns_of(sample[0], stage)
     if missing := [name for name in chosen if name not in sample[0]]:
         raise DataError(f"there is no column {missing[0]!r}; the data have {', '.join(map(repr, sample[0]))}")
+    loss, scores = ("", ()) if stage == "classify" else _loss_of(sample[0], chosen, loss)
     found = "classify" if stage == "classify" else STAGES.get(len(chosen), "finetune")
-    if stage == "contrastive" and found == "finetune":  # it leaves the negatives out
-        chosen, found = chosen[:2], "contrastive"
+    if loss in SCORED:
+        found = stage if stage == "finetune" else "contrastive"
+    elif stage == "contrastive" and found == "finetune":  # it leaves the negatives out
+        chosen, found, loss, scores = chosen[:2], "contrastive", "", ()
     if stage not in (None, found):
         raise DataError(f"the columns {', '.join(chosen)} are for the stage {found}, the configuration is for {stage}")
     if not files:
-        kept = (*chosen, "label") if found == "classify" else chosen
+        kept = (*chosen, "label") if found == "classify" else (*chosen, *scores)
         files = _write(data, kept, Path(cache_dir))
-    number = min(MOST_NEGATIVES, *(_negatives(row, chosen) for row in sample)) if found == "finetune" else 0
-    if found == "finetune" and not number:
+    has_negatives = found == "finetune" and loss not in SCORED
+    number = min(MOST_NEGATIVES, *(_negatives(row, chosen) for row in sample)) if has_negatives else 0
+    if has_negatives and not number:
         raise DataError(f"some rows have no negative in {', '.join(chosen[2:])}; leave those out, or mine negatives")
     if prefixes != (None, None) and found in ("contrastive", "finetune"):
-        return Data(found, _write_mixture(files, chosen, prefixes, Path(cache_dir)), (), number)
-    return Data(found, files, chosen, number)
+        return Data(found, _write_mixture(files, chosen, prefixes, Path(cache_dir), loss, scores), (), number)
+    return Data(found, files, chosen, number, loss, scores)
 
 
 def columns_of(row: Mapping[str, Any], stage: str | None) -> tuple[str, ...]:
     """Returns the columns to train on, by their names, else by their order, as sentence-transformers takes them.
 
     Raises:
-      DataError: there are scores or labels, for which there is no loss here, or other columns too.
+      DataError: there are labels, for which there is no loss here, or other columns too.
     """
-    names = list(row)
+    names = [name for name in row if name not in _SCORES]
     texts = [name for name in names if _holds_text(row[name])]
     labels = [name for name in names if name in _LABELS]
     if stage == "classify":
         return tuple(name for name in texts if name not in labels)
     if labels:
         raise DataError(
-            f"the column {labels[0]!r} holds scores or labels, and no objective here trains an embedder on them. To "
-            f"train on the texts alone, name them: columns={_example(texts, labels)}. For a classifier or a regression "
-            f"on top of the encoder, write config='glue' and num_labels="
+            f"the column {labels[0]!r} holds labels, and no objective here trains an embedder on them. To train on "
+            f"the texts alone, name them: columns={_example(texts, labels)}. Name a column of scores 'score'. "
+            f"For a classifier or a regression on top of the encoder, write config='glue' and num_labels="
         )
     if stage == "mlm" and "text" in names:
         return ("text",)
     query, document = (next((name for name in known if name in names), None) for known in NAMES.values())
-    if query and document:
-        return (query, document, *(name for name in names if _NEGATIVES.fullmatch(name)))
-    if texts == names or len(texts) == 1:
-        return tuple(texts)
+    found = (query, document, *(name for name in names if _NEGATIVES.fullmatch(name))) if query and document else ()
+    found = found or (tuple(texts) if texts == names or len(texts) == 1 else ())
+    if len(found) == 2:
+        return (*found, *(name for name in row if name in _SCORES and _is_number(row[name])))[:3]
+    if found:
+        return found
     raise DataError(
         f"the data have the columns {', '.join(map(repr, names))}; say which to train on, in the order query, "
         f"document, negatives: columns={_example(texts, labels)}"
@@ -172,17 +188,47 @@ def _of_mixture(path: str, columns: Sequence[str], stage: str | None, prefixes: 
         if stage not in (None, found):
             continue
         try:
-            read_mixture(path, kind)  # type: ignore[arg-type]
+            sources = read_mixture(path, kind)  # type: ignore[arg-type]
         except MixtureError:
             if stage or number == len(kinds):
                 raise
         else:
+            if stage is None and found == "finetune" and all(source.kind == "pair" for source in sources):
+                continue  # scored pairs, which have no negatives
             return Data(found, path, (), 1 if found == "finetune" else 0)
     raise DataError(f"{path}: the stage {stage} takes files, not a mixture")
 
 
 def _holds_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(number_of(value), int | float) and not isinstance(value, bool)
+
+
+def _loss_of(row: Mapping[str, Any], columns: Sequence[str], loss: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the loss of rows with scores, and the columns of a teacher's scores; ("", ()) for rows without.
+
+    Raises:
+      DataError: there are scores, but not one for each document; or the loss takes scores, and there are none.
+    """
+    third = columns[2] if len(columns) == 3 else ""
+    if third and _is_number(row[third]) and (third in _SCORES or loss in SCORED or not isinstance(row[third], str)):
+        return loss or SCORED[0], ()
+    found = next((name for name in row if name in _SCORES and name not in columns), None)
+    if found is None:
+        if loss not in ("", "infonce"):
+            raise DataError(f"the loss {loss} takes scores, in a column named {_SCORES[0]!r} or {_SCORES[1]!r}")
+        return loss, ()
+    if len(columns) < 3:  # pairs whose columns are named without the score
+        return "", ()
+    if _is_number(row[found]):
+        raise DataError(
+            f"the column {found!r} holds one number, but rows with negatives need a list: the score of the document, "
+            f"then of each negative. To train without scores, leave that column out"
+        )
+    return loss or "kl", (found,)
 
 
 def _plain(value: Any) -> Any:
@@ -223,12 +269,23 @@ def _lines(data: Any, columns: Sequence[str]) -> Iterator[bytes]:
             raise DataError(f"row {i} (counted from 0) of data: {type(error).__name__}: {error}") from error
 
 
-def _write_mixture(files: str, columns: Sequence[str], prefixes: tuple[str | None, str | None], cache_dir: Path) -> str:
+def _write_mixture(
+    files: str,
+    columns: Sequence[str],
+    prefixes: tuple[str | None, str | None],
+    cache_dir: Path,
+    loss: str,
+    scores: Sequence[str],
+) -> str:
+    kind = "scored" if loss in SCORED else "paired" if len(columns) == 2 else "triplet"
+    objective = {"type": kind, "columns": list(columns)}
+    objective |= {"scores": list(scores)} if scores else {}
+    objective |= {"loss": loss} if loss else {}
     query, document = (default if given is None else given for given, default in zip(prefixes, _PREFIXES))
     source = {
         "name": "data",
         "bucket": files if "://" in files or files.startswith(("hf:", "tfds:")) else os.path.abspath(files),
-        "objective": {"type": "paired" if len(columns) == 2 else "triplet", "columns": list(columns)},
+        "objective": objective,
         "query_prefix": query,
         "document_prefix": document,
     }

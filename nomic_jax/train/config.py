@@ -54,7 +54,10 @@ class PairData:
     Attributes:
       mixture: a mixture .yaml, or files with the columns "query" and "document" (and "negatives").
       columns: the columns of files that ``mixture`` names directly: query, document, and for the finetune stage
-        negatives (a list or a text), or several columns with one negative each.
+        negatives (a list or a text), or several columns with one negative each. For a loss on scored pairs, the third
+        is the score.
+      loss, scores: of files that ``mixture`` names directly: the loss (``nomic_jax.data.source_loss``) and the columns
+        of a teacher's scores; empty for InfoNCE, or "kl" with scores. A mixture .yaml names those of each source.
       query_length, document_length: maximum number of tokens of a query and of a document.
       num_negatives: negatives sampled from a row each time it is used; 0 for pairs.
       too_few_negatives: "error", or "random" to take the missing negatives from the documents of other rows.
@@ -79,6 +82,8 @@ class PairData:
     document_length: int
     num_negatives: int
     columns: tuple[str, ...] = ()
+    loss: str = ""
+    scores: tuple[str, ...] = ()
     on_bad_row: Literal["raise", "skip"] = "raise"
     too_few_negatives: Literal["error", "random"] = "error"
     sampling: Literal["rows", "shards", "temperature", "weights"] = "rows"

@@ -236,7 +236,7 @@ def test_fewer_rows_than_the_mixture_expects(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("kd_loss: true", "kd_loss"),
+        ("kd_loss: true", "kd_loss is for objective {type: triplet}"),
         ("weight: heavy", "weight must be a number"),
         ("weight: -1", "write a positive number"),
         ("rows: 1.5", "rows must be a number"),

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 import nomic_jax
 from nomic_jax import Embedder
+from nomic_jax.data.mixture import read_mixture
 from nomic_jax.fitting import fit as fitting
 from nomic_jax.fitting import live_plot
 from nomic_jax.fitting.named_configs import get_config
@@ -129,8 +130,12 @@ def test_columns_by_name_else_by_order(names):
 
 
 def test_data_that_cannot_be_trained_on_are_explained(tmp_path, rows):
-    with pytest.raises(DataError, match=r"the column 'score' holds scores or labels, .* columns=\['a', 'b'\]\. For a"):
-        find_data([{"a": "x", "b": "y", "score": 0.5}], (), None, tmp_path)
+    with pytest.raises(DataError, match=r"the column 'label' holds labels, .* columns=\['a', 'b'\]\. Name a"):
+        find_data([{"a": "x", "b": "y", "label": 0.5}], (), None, tmp_path)
+    with pytest.raises(DataError, match="'score' holds one number, but rows with negatives need a list"):
+        find_data([{"query": "x", "document": "y", "negatives": ["z"], "score": 0.5}], (), None, tmp_path)
+    with pytest.raises(DataError, match="the loss margin_mse takes scores, in a column named 'score' or 'scores'"):
+        find_data([{"query": "x", "document": "y", "negatives": ["z"]}], (), None, tmp_path, loss="margin_mse")
     with pytest.raises(DataError, match=r"columns 'id', 'a', 'b'; say which to train on, .*columns=\['a', 'b'\]"):
         find_data([{"id": 1, "a": "x", "b": "y"}], (), None, tmp_path)
     with pytest.raises(DataError, match="there is no column 'c'; the data have 'a'"):
@@ -151,6 +156,31 @@ def test_data_that_cannot_be_trained_on_are_explained(tmp_path, rows):
         find_data([], (), None, tmp_path)
     labelled = [{"sentence": "x", "label": 1}]
     assert find_data(labelled, (), "classify", tmp_path)[:1] == ("classify",)
+
+
+SCORED_ROWS = {
+    "pairs": ({"sentence1": "x", "sentence2": "y", "score": 0.5}, ("contrastive", 0, "cosent", ())),
+    "pairs of other names": ({"a": "x", "b": "y", "similarity_score": 3}, ("contrastive", 0, "cosent", ())),
+    "a teacher": (
+        {"query": "x", "document": "y", "negatives": ["z"], "scores": [3.0, -1.0]},
+        ("finetune", 1, "kl", ("scores",)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCORED_ROWS)
+def test_scores_say_what_is_trained(tmp_path, case):
+    row, (stage, negatives, loss, scores) = SCORED_ROWS[case]
+    found = find_data([row], (), None, tmp_path)
+    assert (found.stage, found.num_negatives, found.loss, found.scores) == (stage, negatives, loss, scores)
+    assert found.columns + found.scores == tuple(row)
+    assert json.loads(Path(found.mixture).read_text()) == row
+    with_prefixes = find_data([row], (), None, tmp_path, ("query", "passage"))
+    (source,) = read_mixture(with_prefixes.mixture, "triplet")
+    assert (source.loss.name, source.columns + source.loss.columns) == (loss, tuple(row))
+    assert find_data(with_prefixes.mixture, (), None, tmp_path).stage == stage
+    texts = [name for name in row if isinstance(row[name], str)]
+    assert find_data([row], texts, None, tmp_path)[4:] == ("", ())  # the texts alone
 
 
 def test_settings_are_fields_of_the_configuration():

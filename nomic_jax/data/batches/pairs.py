@@ -1,7 +1,7 @@
 """Contrastive batches. Every batch holds queries and documents of one source, padded on the right or in chunks."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from nomic_jax.data.batches.packing import (
 from nomic_jax.data.batches.permutation import VERSION, fingerprinted
 from nomic_jax.data.batches.shapes import hash_texts, pad_flat, padded_length
 from nomic_jax.data.batches.stream import Batch, share
+from nomic_jax.data.source_loss import INFONCE, SourceLoss
 from nomic_jax.data.tokens.store import TokenStore, check_tokenizer, flat_indices
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 
@@ -116,6 +117,9 @@ class PairStream:
       row is the positive. query_hash [b, 2] and document_hash [b, 1 + M, 2], uint32: equal where the token ids that the
       model sees are equal. in_batch_negatives [b]: false for the sources in ``own_candidates_only``, whose queries are
       compared only with their own row.
+    A source in ``losses`` whose loss compares with numbers has them in an array with the name of the loss: [b], or
+      [b, 1 + M] for those of a teacher, and its other options in ``temperature`` and ``infonce_weight``, [b] each.
+    Rows of a source without negatives have M = 0.
     With a layout, the texts are in chunks (``nomic_jax.data.batches.packing.fill_chunks``), and the rows of query_hash,
       document_hash and in_batch_negatives are in the order of the plan, device by device.
     """
@@ -131,6 +135,7 @@ class PairStream:
         num_negatives: int = 0,
         too_few_negatives: Literal["error", "random"] = "error",
         own_candidates_only: frozenset[str] = frozenset(),
+        losses: Mapping[str, SourceLoss] | None = None,
         sampling: Sampling | None = None,
         layout: Layout | None = None,
         devices: int = 1,
@@ -143,16 +148,19 @@ class PairStream:
         self.batch_size, self.seed, self.num_negatives = batch_size, seed, num_negatives
         self.query_length, self.document_length = query_length, document_length
         self.pad_id = tokenizer.special_id("pad")
-        if num_negatives and too_few_negatives == "error":
-            for store in self.stores:
-                _check_negatives(store, num_negatives)
+        self.losses = {name: loss for name, loss in (losses or {}).items() if loss != INFONCE}
+        for store in self.stores:
+            # Documents of other rows have no score.
+            by_teacher = self._loss_of(store).numbers == "scores"
+            if num_negatives and "negatives" in store.columns and (too_few_negatives == "error" or by_teacher):
+                _check_negatives(store, num_negatives, may_fill_up=not by_teacher)
         self.shuffle = shuffle
         self.mixing = Mixing(self.stores, batch_size, seed, sampling, shuffle)
         self.steps_per_epoch = self.mixing.steps_per_epoch
         self.rows = sum(len(store) for store in self.stores)
         self.own_candidates_only = own_candidates_only
         self.layout, self.devices = layout, devices
-        apart = tuple(sorted(own_candidates_only))
+        apart = (*sorted(own_candidates_only), *sorted(map(repr, self.losses.items())))
         settings = (batch_size, query_length, document_length, num_negatives, too_few_negatives, seed, sampling, *apart)
         rest = (*(store.fingerprint for store in self.stores), *fingerprinted(shuffle))
         self.fingerprint = hashlib.sha256(repr(settings + rest).encode()).hexdigest()
@@ -186,6 +194,7 @@ class PairStream:
             "query_hash": hash_texts(queries, query_length),
             "document_hash": hash_texts(documents, document_length).reshape(own.size, -1, 2),
             "in_batch_negatives": np.full(own.size, store.name not in self.own_candidates_only),
+            **self._targets(store, rows[own], candidates[own]),
         }
         if self.layout is not None and plan is not None:
             lengths = plan.length[own_devices]
@@ -207,9 +216,25 @@ class PairStream:
         padded_tokens = self.batch_size * Lq + candidates.size * Ld
         return Batch(arrays, store.name, real_tokens, padded_tokens, token_pairs)
 
+    def _loss_of(self, store: TokenStore) -> SourceLoss:
+        return self.losses.get(store.name, INFONCE)
+
+    def _targets(self, store: TokenStore, rows: np.ndarray, candidates: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns what the loss of the source takes besides embeddings; {} for InfoNCE with the settings of the run."""
+        loss = self._loss_of(store)
+        options = {"temperature": loss.temperature, "infonce_weight": loss.infonce_weight}
+        arrays = {name: np.full(rows.size, value, np.float32) for name, value in options.items() if value}
+        if loss.numbers == "none" or store.scores is None:
+            return arrays
+        if loss.numbers == "scores":
+            # The scores of row r begin after those of r documents and of the negatives of earlier rows.
+            negative = rows[:, None] + 1 + candidates - len(store)
+            rows = np.where(candidates < len(store), candidates + store.negative_rows[rows][:, None], negative)
+        return arrays | {loss.name: loss.scaled(store.scores[rows].astype(np.float32)).astype(np.float32)}
+
     def _candidates(self, store: TokenStore, rows: np.ndarray, step: int) -> np.ndarray:
         """Returns each query's candidates, [B, 1 + M]: r < rows is document r, rows + n is text n of the negatives."""
-        if not self.num_negatives:
+        if not self.num_negatives or "negatives" not in store.columns:
             return rows[:, None]
         return np.stack([self._candidates_of_row(store, row, step) for row in rows.tolist()])
 
@@ -250,12 +275,13 @@ def _gather_candidates(store: TokenStore, candidates: np.ndarray, max_length: in
     return ids, lengths
 
 
-def _check_negatives(store: TokenStore, needed: int) -> None:
+def _check_negatives(store: TokenStore, needed: int, *, may_fill_up: bool) -> None:
     counts = np.diff(store.negative_rows)
     short = np.flatnonzero(counts < needed)
     if len(short):
+        filling_up = 'set config.data.too_few_negatives="random" to fill up with other rows\' documents'
+        others = filling_up if may_fill_up else "leave these rows out: other rows' documents have no score"
         raise ValueError(
             f"source {store.name!r}: {len(short)} of {len(store)} rows have fewer than {needed} negatives, first row "
-            f"{short[0]} with {counts[short[0]]}; mine more, lower config.data.num_negatives, or set "
-            f'config.data.too_few_negatives="random" to fill up with other rows\' documents'
+            f"{short[0]} with {counts[short[0]]}; mine more, lower config.data.num_negatives, or {others}"
         )

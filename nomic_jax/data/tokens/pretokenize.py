@@ -79,7 +79,15 @@ def pretokenize(
     files = expand_files(source.files)
     columns = kinds_of_columns(source)
     with _explain_disk(cache_dir, source.name):
-        scans = scan_files(files, columns, cache_dir, on_bad_row=on_bad_row, executor=pool, progress=progress)
+        scans = scan_files(
+            files,
+            columns,
+            cache_dir,
+            numbers=source.loss.columns,
+            on_bad_row=on_bad_row,
+            executor=pool,
+            progress=progress,
+        )
     settings = {
         "format": FORMAT,
         "source": {
@@ -88,6 +96,7 @@ def pretokenize(
             "columns": list(source.columns),
             "query_prefix": source.query_prefix,
             "document_prefix": source.document_prefix,
+            **({"numbers": source.loss.identity} if source.loss.columns else {}),
         },
         "tokenizer": tokenizer.sha256,
         "on_bad_row": on_bad_row,

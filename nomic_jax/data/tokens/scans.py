@@ -28,6 +28,7 @@ def scan_files(
     columns: Mapping[str, type],
     cache_dir: str | Path,
     *,
+    numbers: tuple[str, ...] = (),
     on_bad_row: str = "raise",
     executor: Executor | None = None,
     progress: bool = True,
@@ -37,6 +38,7 @@ def scan_files(
     Args:
       columns: the columns that the files' rows must have.
       cache_dir: folder of cached results; a file with unchanged size and modification time is not read again.
+      numbers: the columns of numbers that they must have, unchecked.
       on_bad_row: "raise", or "skip" to return the scan of a file that cannot be read to its end.
       executor: reads several files in parallel.
 
@@ -49,7 +51,7 @@ def scan_files(
     unknown = [i for i, scan in enumerate(scans) if scan is None]
     if unknown:
         run: Callable = map if executor is None else executor.map
-        found = run(scan_file, *zip(*((files[i], dict(columns), (), SPAN_BYTES) for i in unknown)))
+        found = run(scan_file, *zip(*((files[i], dict(columns), numbers, SPAN_BYTES) for i in unknown)))
         for i, scan in zip(unknown, tqdm(found, "reading", len(unknown), unit=" files", disable=not progress)):
             if scan.broken and on_bad_row == "raise":
                 raise BadRow(scan.broken)

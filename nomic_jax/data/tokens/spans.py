@@ -21,6 +21,7 @@ from nomic_jax.files.writing import atomic_folder, write_json
 
 ROWS_PER_CALL = 4096  # enough for the tokenizer to use every core, few enough for memory
 LENGTH = np.dtype("<u4")
+SCORE = np.dtype("<f4")
 
 
 class Span(NamedTuple):
@@ -67,7 +68,7 @@ def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any],
     prefixes = {"query": source.query_prefix, "document": source.document_prefix, "negatives": source.document_prefix}
     kinds = kinds_of_columns(source)
     rejected = RejectedRows(part / "rejected.jsonl")
-    numbered = open_file(span.file, kinds, (), [span.mark]).numbered(span.mark.row, span.stop)
+    numbered = open_file(span.file, kinds, source.loss.columns, [span.mark]).numbered(span.mark.row, span.stop)
     rows = usable_rows(numbered, kinds, None, False, span.on_bad_row, rejected, source.check_row)
     tokens = dict.fromkeys(names, 0)
     count = seen = 0
@@ -75,10 +76,11 @@ def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any],
         ids = {name: stack.enter_context((part / f"{name}.ids").open("wb")) for name in names}
         lengths = {name: stack.enter_context((part / f"{name}.lengths").open("wb")) for name in names}
         negatives = stack.enter_context((part / "negatives.counts").open("wb")) if "negatives" in names else None
+        scores = stack.enter_context((part / "scores").open("wb")) if source.loss.columns else None
         while batch := list(itertools.islice(rows, ROWS_PER_CALL)):
             for name, column in zip(names, source.columns):
                 if negatives is not None and name == "negatives":
-                    lists = [negatives_of(row, source.columns[2:]) for row in batch]
+                    lists = [source.negatives_of(row) for row in batch]
                     negatives.write(np.array([len(own) for own in lists], LENGTH).tobytes())
                     texts = [text for own in lists for text in own]
                 else:
@@ -90,17 +92,15 @@ def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any],
                     ids[name].write(np.concatenate(encoded).astype(ids_dtype(tokenizer)).tobytes())
                     lengths[name].write(np.array([len(row) for row in encoded], LENGTH).tobytes())
                     tokens[name] += sum(len(row) for row in encoded)
+            if scores is not None:
+                numbers = [source.loss.read(row, span.file, len(source.negatives_of(row))) for row in batch]
+                scores.write(np.array(list(itertools.chain(*numbers)), SCORE).tobytes())
             count += len(batch)
             advance(count + rejected.count - seen)
             seen = count + rejected.count
     if count + rejected.count != span.stop - span.mark.row:
         raise BadRow(f"{span.file}: changed while it was read; start again")
     return {"rows": count, "rejected": rejected.count, "tokens": tokens}
-
-
-def negatives_of(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    """Returns the negatives of a row: the list in the one column, or the texts of several."""
-    return row[columns[0]] if len(columns) == 1 else [row[column] for column in columns]
 
 
 def join_spans(
@@ -123,6 +123,11 @@ def join_spans(
                 _append(span / f"{column}.ids", f)
     if "negatives" in columns:
         _join_counts(store / "negatives.rows.npy", [span / "negatives.counts" for span in spans])
+    if "numbers" in manifest["source"]:
+        with (store / "scores.npy").open("wb") as f:
+            _write_header(f, SCORE, sum((span / "scores").stat().st_size for span in spans) // SCORE.itemsize)
+            for span in spans:
+                _append(span / "scores", f)
     rejected = RejectedRows(store / "rejected.jsonl")
     for file in quarantined:
         rejected.add(BadRow(str(file)), b"")

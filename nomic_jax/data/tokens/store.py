@@ -6,6 +6,8 @@ A source becomes a directory, written by ``nomic_jax.data.tokens.pretokenize``:
     <column>.ids.npy         token ids of all texts, concatenated (uint16 if the vocabulary fits)
     <column>.offsets.npy     int64 [texts + 1]: text i is ids[offsets[i]:offsets[i + 1]]
     negatives.rows.npy       int64 [rows + 1]: row r has the negatives rows[r] ... rows[r + 1] - 1
+    scores.npy               float32 [rows], scores of pairs; or [rows + negatives]: of each row's document, then of
+                             its negatives, row by row. Only for a source whose loss takes them
     rejected.jsonl           rows that were skipped, with the reason
 
 Texts include their prefix and special tokens and are not truncated, so one store serves every sequence length.
@@ -61,6 +63,7 @@ class TokenStore:
       file_rows: number of rows of each file, in the order of the files.
       fingerprint: digest of the files' content, columns, prefixes and tokenizer.
       quarantined: files that are not used because they cannot be read to their end.
+      scores: the numbers that the loss of the source takes, as the files have them; None without.
     """
 
     def __init__(self, directory: str | Path):
@@ -87,6 +90,11 @@ class TokenStore:
         self.columns = {column: RaggedTokens(directory, column) for column in columns}
         if "negatives" in columns:
             self.negative_rows = np.load(directory / "negatives.rows.npy", mmap_mode="r")
+        self.scores: np.ndarray | None = None
+        if "numbers" in self.manifest["source"]:
+            self.scores = np.load(directory / "scores.npy", mmap_mode="r")
+            if len(self.scores) != self.rows + (int(self.negative_rows[-1]) if "negatives" in columns else 0):
+                raise ValueError("scores.npy does not match the rows")
         texts = {column: self.negative_rows[-1] if column == "negatives" else self.rows for column in columns}
         for column, tokens in self.columns.items():
             if len(tokens) != texts[column] or tokens.offsets[-1] != len(tokens.ids):

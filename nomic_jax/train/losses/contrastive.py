@@ -102,12 +102,7 @@ def contrastive_loss(
       ValueError: Matryoshka dims or weights that do not fit, or half a guide.
     """
     b, C, E = document_bCE.shape
-    dims = matryoshka_dims or (E,)
-    weights = matryoshka_weights or (1.0,) * len(dims)
-    if not all(0 < dim <= E for dim in dims):
-        raise ValueError(f"matryoshka_dims {dims} must lie within 1..{E}, the width of the embeddings")
-    if len(weights) != len(dims):
-        raise ValueError(f"there are {len(weights)} matryoshka_weights for {len(dims)} matryoshka_dims")
+    dims, weights = zip(*weights_of(E, matryoshka_dims, matryoshka_weights))
     if (guide_query_bG is None) != (guide_document_bCG is None):
         raise ValueError("a guide needs both guide_query_bG and guide_document_bCG")
 
@@ -147,7 +142,10 @@ def contrastive_loss(
         guide_NG=guide_NG,
     )
     positive_db = jnp.stack(
-        [jnp.sum(_first(query_bE, dim) * _first(positive_bE, dim), axis=1) / temperature for dim in dims]
+        [
+            jnp.sum(first_components(query_bE, dim) * first_components(positive_bE, dim), axis=1) / temperature
+            for dim in dims
+        ]
     )
     negatives_db, best_db = _logsumexp_of_negatives(anchors, documents, temperature, dims, column_tile)
     # log(e^positive + e^negatives) - positive, without the cancellation between the two when the loss is small.
@@ -171,6 +169,21 @@ def contrastive_loss(
     return jnp.sum(jnp.array(weights)[:, None] * loss_db), metrics
 
 
+def weights_of(E: int, dims: tuple[int, ...], weights: tuple[float, ...]) -> list[tuple[int, float]]:
+    """The (size, weight) of each term of a Matryoshka loss of embeddings of ``E`` components; ((E, 1),) without dims.
+
+    Raises:
+      ValueError: sizes beyond the embeddings, or another number of weights.
+    """
+    dims = dims or (E,)
+    weights = weights or (1.0,) * len(dims)
+    if not all(0 < dim <= E for dim in dims):
+        raise ValueError(f"matryoshka_dims {dims} must lie within 1..{E}, the width of the embeddings")
+    if len(weights) != len(dims):
+        raise ValueError(f"there are {len(weights)} matryoshka_weights for {len(dims)} matryoshka_dims")
+    return list(zip(dims, weights))
+
+
 def _logsumexp_of_negatives(
     anchors: _Anchors, candidates: _Candidates, temperature: float | jax.Array, dims: tuple[int, ...], column_tile: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -180,7 +193,9 @@ def _logsumexp_of_negatives(
         negative_bT = _is_negative(anchors, tile)
         total, best = [], []
         for dim in dims:
-            similarity_bT = _similarity(_first(anchors.embedding_bE, dim), _first(tile.embedding_NE, dim))
+            similarity_bT = _similarity(
+                first_components(anchors.embedding_bE, dim), first_components(tile.embedding_NE, dim)
+            )
             logits_bT = jnp.where(negative_bT, similarity_bT / temperature, MASKED)
             total.append(jax.nn.logsumexp(logits_bT, axis=1))
             best.append(jnp.max(jax.lax.stop_gradient(logits_bT), axis=1))
@@ -218,7 +233,7 @@ def _similarity(a_mE: jax.Array, b_nE: jax.Array) -> jax.Array:
     return jnp.einsum("me,ne->mn", a_mE, b_nE, precision=jax.lax.Precision.HIGHEST)
 
 
-def _first(x_nE: jax.Array, dim: int) -> jax.Array:
+def first_components(x_nE: jax.Array, dim: int) -> jax.Array:
     """The first ``dim`` components, normalised again; unchanged if ``dim`` is the full size."""
     if dim == x_nE.shape[1]:
         return x_nE

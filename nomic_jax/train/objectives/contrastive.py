@@ -1,4 +1,8 @@
-"""Contrastive pretraining on pairs and finetuning with hard negatives (paper sections 3.3 and 3.4)."""
+"""Contrastive pretraining on pairs and finetuning with hard negatives (paper sections 3.3 and 3.4).
+
+A batch is of one source, whose loss decides which arrays it has. So each loss of a run has its own program, and that of
+InfoNCE is the same with and without others beside it.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,11 +19,13 @@ from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, embed, init_encoder
 from nomic_jax.train.config import PairData, TrainConfig
 from nomic_jax.train.losses.contrastive import contrastive_loss, init_temperature, temperature_of
+from nomic_jax.train.losses.scores import PAIR_LOSSES, TEACHER_LOSSES, scored_pair_loss, teacher_score_loss
 from nomic_jax.train.objectives.chunks import embed_chunks
 from nomic_jax.train.objectives.sources import open_sources
 from nomic_jax.train.objectives.stage import LossSums, Stage
 from nomic_jax.train.sharding import DATA
 
+SCORED_TEMPERATURE = 0.05  # of CoSENT and AnglE, as in sentence-transformers
 # The arrays of a batch that ``embed_chunks`` reads.
 CHUNK_ARRAYS = ("ids", "shape", "place", "segment", "length")
 
@@ -32,6 +38,7 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle
         stores,
         tokenizer,
         own_candidates_only=frozenset(source.name for source in sources if not source.in_batch_negatives),
+        losses={source.name: source.loss for source in sources},
         batch_size=config.batch_size,
         query_length=data.query_length,
         document_length=data.document_length,
@@ -92,25 +99,53 @@ def make_stage(
 
     def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
         query_bE, document_bCE = embeddings(params["encoder"], model, rows)
-        guides = (None, None) if guide_model is None else embeddings(params["guide"], guide_model, rows)
-        total, metrics = contrastive_loss(
-            query_bE,
-            document_bCE,
-            rows["query_hash"],
-            rows["document_hash"],
-            temperature=temperature_of(params["temperature"]) if options.learn_temperature else options.temperature,
-            axis_name=DATA,
-            bidirectional=options.bidirectional,
-            in_batch_negatives=rows["in_batch_negatives"],
-            guide_query_bG=guides[0],
-            guide_document_bCG=guides[1],
-            guide_margin=options.guide_margin,
-            matryoshka_dims=options.matryoshka_dims,
-            matryoshka_weights=options.matryoshka_weights,
-            column_tile=options.column_tile,
-        )
+        temperature = temperature_of(params["temperature"]) if options.learn_temperature else options.temperature
         # A constant, but computed from the rows: the weight must vary over devices as the loss does.
         weight = jnp.sum(jnp.ones_like(rows["in_batch_negatives"], jnp.float32))
+        matryoshka = {"dims": options.matryoshka_dims, "weights": options.matryoshka_weights}
+
+        def infonce() -> tuple[jax.Array, dict[str, jax.Array]]:
+            guides = (None, None) if guide_model is None else embeddings(params["guide"], guide_model, rows)
+            return contrastive_loss(
+                query_bE,
+                document_bCE,
+                rows["query_hash"],
+                rows["document_hash"],
+                temperature=temperature,
+                axis_name=DATA,
+                bidirectional=options.bidirectional,
+                in_batch_negatives=rows["in_batch_negatives"],
+                guide_query_bG=guides[0],
+                guide_document_bCG=guides[1],
+                guide_margin=options.guide_margin,
+                matryoshka_dims=options.matryoshka_dims,
+                matryoshka_weights=options.matryoshka_weights,
+                column_tile=options.column_tile,
+            )
+
+        def own_temperature(default: float | jax.Array) -> float | jax.Array:
+            return rows["temperature"][0] if "temperature" in rows else default
+
+        if name := next((name for name in PAIR_LOSSES if name in rows), None):
+            total, metrics = scored_pair_loss(
+                name,
+                query_bE,
+                document_bCE[:, 0],
+                rows[name],
+                temperature=own_temperature(SCORED_TEMPERATURE),
+                axis_name=DATA,
+                **matryoshka,
+            )
+        elif name := next((name for name in TEACHER_LOSSES if name in rows), None):
+            total, metrics = teacher_score_loss(
+                name, query_bE, document_bCE, rows[name], temperature=own_temperature(temperature), **matryoshka
+            )
+            if "infonce_weight" in rows:
+                contrastive, more = infonce()
+                total, metrics = total + rows["infonce_weight"][0] * contrastive, metrics | more
+        else:
+            temperature = own_temperature(temperature)
+            total, metrics = infonce()
         return LossSums(total, weight, metrics)
 
     return Stage(init, loss, {} if guide is None else {"guide": guide.params["encoder"]})

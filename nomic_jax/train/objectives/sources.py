@@ -16,7 +16,8 @@ def open_sources(config: TrainConfig, tokenizer: Tokenizer) -> tuple[tuple[Sourc
     """
     data = config.data
     assert isinstance(data, MlmData | PairData)
-    sources = read_mixture(data.mixture, ROW_KINDS[config.stage], data.columns)
+    loss, scores = (data.loss, data.scores) if isinstance(data, PairData) else ("", ())
+    sources = read_mixture(data.mixture, ROW_KINDS[config.stage], data.columns, loss, scores)
 
     def open_stores(fingerprints: list[str]) -> list[TokenStore]:
         return [

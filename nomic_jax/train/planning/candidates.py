@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nomic_jax.data.batches.packing import Layout, number_compiled
-from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS, sample_lengths, tokens_per_device
+from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS, PairStream, sample_lengths, tokens_per_device
 from nomic_jax.data.batches.stream import Stream
 from nomic_jax.model import EncoderConfig, abstract_encoder, encode
 from nomic_jax.model.attention import Target, traced_for
@@ -23,6 +23,7 @@ from nomic_jax.train.planning.targets import target_of
 Policy = Literal["none", "elementwise", "attention", "layer"]
 POLICIES: tuple[Policy, ...] = ("none", "elementwise", "attention", "layer")
 SHARES = tuple(eighths / 8 for eighths in range(8, -1, -1))
+STEPS_LOOKED_AT = 64  # for a batch of each source
 FILLED = 0.97  # share of the tokens of a packed row that are text, see benchmarks/results/padding.md
 # The rest is for estimates of speed, counted from programs for an H100 (660 TFLOP/s, 3 TB/s). Recomputing the
 # elementwise operations takes this share of a forward pass.
@@ -104,9 +105,16 @@ class Batches(NamedTuple):
 
 def batches_of(config: TrainConfig, stream: Stream, devices: int) -> Batches:
     """The batches of the stream of a run."""
-    data, rows = config.data, stream.batch(0, 0, 1).arrays
+    data = config.data
     if not isinstance(data, PairData):
-        return Batches(rows, stream.layout)
+        return Batches(stream.batch(0, 0, 1).arrays, stream.layout)
+    # Sources may have different losses and numbers of documents, so different arrays. The most documents count.
+    arrays: dict[str, Mapping[str, np.ndarray]] = {}
+    for step in range(STEPS_LOOKED_AT if isinstance(stream, PairStream) and stream.losses else 1):
+        name = next(iter(stream.row_numbers(step)))
+        if name not in arrays:
+            arrays[name] = stream.batch(step, 0, 1).arrays
+    rows = max(arrays.values(), key=lambda rows: rows["document_hash"].shape[1])
     sources = sample_lengths(stream.stores, data.query_length, data.document_length)
     tokens = tokens_per_device(sources, 1 + data.num_negatives, config.batch_size // devices)
     return Batches(rows, stream.layout, tokens, lambda config: layout_of(config, stream.stores, devices))
@@ -214,7 +222,7 @@ def largest_batch(config: TrainConfig, batches: Batches, layout: Layout | None, 
         rows("ids", config.batch_size, data.seq_len)
     elif isinstance(data, PairData) and layout is None:
         rows("query_ids", config.batch_size, data.query_length)
-        rows("document_ids", config.batch_size, 1 + data.num_negatives, data.document_length)
+        rows("document_ids", config.batch_size, arrays["document_hash"][0][1], data.document_length)
     elif isinstance(data, PairData) and layout is not None:
         if layout.packed:
             chunks = devices * chunks_of(batches.tokens[1], layout.tokens, with_parts=len(layout.shapes) > 1)

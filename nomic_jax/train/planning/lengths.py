@@ -77,7 +77,13 @@ def of_token_cache(config: TrainConfig) -> list[Lengths]:
     if isinstance(data, LabelledData):
         raise ConfigurationError("labelled rows have no token cache; leave out config.data.mixture")
     return [
-        _of_store(_newest_store(source, data), data) for source in read_mixture(data.mixture, ROW_KINDS[config.stage])
+        _of_store(_newest_store(source, data), data)
+        for source in read_mixture(
+            data.mixture,
+            ROW_KINDS[config.stage],
+            data.columns,
+            *((data.loss, data.scores) if isinstance(data, PairData) else ()),
+        )
     ]
 
 
@@ -102,7 +108,7 @@ def _of_store(store: TokenStore, data: MlmData | PairData) -> Lengths:
         texts = store.columns["text"]
         return Lengths(store.name, np.zeros(0, np.int64), texts.lengths(rows)[:, None], len(store), len(texts.ids))
     document = store.columns["document"].lengths(rows)[:, None]
-    if data.num_negatives:
+    if data.num_negatives and "negatives" in store.columns:
         negatives = store.columns["negatives"]
         drawn = np.random.default_rng(0).integers(0, max(len(negatives), 1), (len(rows), data.num_negatives))
         # A source without negatives of its own is filled up with documents.

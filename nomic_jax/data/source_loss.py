@@ -1,0 +1,196 @@
+"""The loss of a source, and the numbers of a row that it compares with: scores of pairs, or of a teacher.
+
+A mixture names them in a source's ``objective`` (``nomic_jax.data.mixture``).
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from nomic_jax.data.formats.row_checks import BadRow, listed, number_of
+
+Numbers = Literal["none", "score", "scores"]
+
+
+class LossRows(NamedTuple):
+    """The rows that a loss takes.
+
+    Attributes:
+      kinds: of rows (``nomic_jax.data.mixture.Kind``).
+      numbers: "score" for one number of a row; "scores" for one of each candidate, the document's first.
+    """
+
+    kinds: tuple[str, ...]
+    numbers: Numbers
+
+
+LOSSES: dict[str, LossRows] = {
+    "infonce": LossRows(("pair", "triplet"), "none"),
+    "cosent": LossRows(("pair",), "score"),
+    "angle": LossRows(("pair",), "score"),
+    "cosine_mse": LossRows(("pair",), "score"),
+    "kl": LossRows(("triplet",), "scores"),
+    "margin_mse": LossRows(("triplet",), "scores"),
+}
+LARGEST_SCORE = 3e38  # of float32, in which a token store has them
+_FIELDS = ("temperature", "score_temperature", "infonce_weight")
+SCORED = tuple(name for name, rows in LOSSES.items() if rows.numbers == "score")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceLoss:
+    """The loss of a source; ``nomic_jax.train.objectives`` has the formulas.
+
+    Attributes:
+      name: one of LOSSES.
+      columns: the columns of a row's numbers; if there are several, their numbers are joined in this order.
+      temperature: divides the cosines of the model; 0 for the default of the loss.
+      score_temperature: divides a teacher's scores.
+      score_range: lowest and highest score; rows beyond it are bad rows. "cosine_mse" and "margin_mse" take this range
+        as 0 to 1. None: the scores are taken as they are.
+      infonce_weight: for losses on a teacher's scores, InfoNCE of the same rows is added with this weight.
+    """
+
+    name: str = "infonce"
+    columns: tuple[str, ...] = ()
+    temperature: float = 0.0
+    score_temperature: float = 1.0
+    score_range: tuple[float, float] | None = None
+    infonce_weight: float = 0.0
+
+    def __post_init__(self):
+        if self.name not in LOSSES:
+            raise ValueError(f"loss is {self.name!r}; write one of {', '.join(LOSSES)}")
+        if self.numbers != "none" and not self.columns:
+            raise ValueError(f"the loss {self.name} compares with scores; name their column: scores: COLUMN")
+        for field, lowest in (("temperature", 0.0), ("score_temperature", None), ("infonce_weight", 0.0)):
+            value = getattr(self, field)
+            if not math.isfinite(value) or (value <= 0 if lowest is None else value < lowest):
+                raise ValueError(f"{field} is {value}; write a positive number")
+        if self.infonce_weight and self.numbers != "scores":
+            raise ValueError(f"infonce_weight is for the losses on a teacher's scores, not for {self.name}")
+        if self.score_range is not None and not self.score_range[0] < self.score_range[1]:
+            raise ValueError(f"score_range is {list(self.score_range)}; write the lowest and the highest score")
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "SourceLoss":
+        """The loss that the fields of a mixture name: ``loss``, ``scores``, and those of this class but the first two.
+
+        Raises:
+          ValueError: an unknown or impossible field.
+        """
+        known = ("loss", "scores", "score_range", *_FIELDS)
+        if unknown := sorted(map(str, fields.keys() - set(known))):
+            raise ValueError(f"objective has no field {unknown[0]!r}; it has type, columns, {', '.join(known)}")
+        scores, limits = fields.get("scores") or (), fields.get("score_range")
+        columns = (scores,) if isinstance(scores, str) else scores
+        if not isinstance(columns, list | tuple) or not all(isinstance(column, str) for column in columns):
+            raise ValueError(f"scores must name a column, or several in a list, found {scores!r}")
+        if limits is not None and not (isinstance(limits, list) and len(limits) == 2 and all(map(_is_number, limits))):
+            raise ValueError(f"score_range must be [lowest, highest], found {limits!r}")
+        if wrong := [field for field in _FIELDS if field in fields and not _is_number(fields[field])]:
+            raise ValueError(f"{wrong[0]} must be a number, found {fields[wrong[0]]!r}")
+        name = str(fields.get("loss") or ("kl" if columns else "infonce"))
+        return cls(
+            name,
+            () if name == "infonce" else tuple(columns),  # the scores are there for other runs
+            score_range=None if limits is None else (float(limits[0]), float(limits[1])),
+            **{field: float(fields[field]) for field in _FIELDS if field in fields},
+        )
+
+    @property
+    def numbers(self) -> Numbers:
+        return LOSSES[self.name].numbers
+
+    def count(self, negatives: int) -> int:
+        """The numbers of a row with so many negatives."""
+        return {"none": 0, "score": 1, "scores": 1 + negatives}[self.numbers]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the numbers in a token store depend on; {} without numbers."""
+        if self.numbers == "none":
+            return {}
+        accepted = {"range": list(self.score_range)} if self.score_range else {"largest": self._largest()}
+        return {"numbers": self.numbers, "columns": list(self.columns), **accepted}
+
+    def _largest(self) -> float | None:
+        """The largest score, or the largest difference of a teacher's scores, that cosines can reach."""
+        return {"cosine_mse": 1.0, "margin_mse": 2 * self.score_temperature}.get(self.name)
+
+    def read(self, row: Mapping[str, Any], where: str, negatives: int) -> list[float]:
+        """The numbers of a row.
+
+        Args:
+          where: file and line, for messages.
+          negatives: of the row.
+
+        Raises:
+          BadRow: a column is missing or holds something else than finite numbers; there are too many or too few of
+            them; or they are on another scale than the loss takes.
+        """
+        if self.numbers == "none":
+            return []
+        values = [value for column in self.columns for value in _numbers(row, column, where)]
+        names = " and ".join(map(repr, self.columns))
+        if len(values) != self.count(negatives):
+            wanted = "one score" if self.numbers == "score" else f"the document and {negatives} negatives"
+            raise BadRow(
+                f"{where}: column {names} holds {len(values)} scores for {wanted}; write one for each"
+                f"{', the first for the document' if self.numbers == 'scores' else ''}"
+            )
+        self._check_scale(values, f"{where}: column {names}")
+        return values
+
+    def _check_scale(self, values: Sequence[float], where: str) -> None:
+        if self.score_range is not None:
+            low, high = self.score_range
+            if beyond := [value for value in values if not low <= value <= high]:
+                raise BadRow(f"{where} holds {beyond[0]:g}, beyond the score_range [{low:g}, {high:g}] of its source")
+            return
+        largest = self._largest()
+        if largest is None:
+            return
+        if self.name == "cosine_mse" and (beyond := [value for value in values if abs(value) > largest]):
+            raise BadRow(
+                f"{where} holds {beyond[0]:g}, but the loss cosine_mse compares scores with cosines, -1 to 1; write "
+                f"the scale of the scores into the mixture, such as score_range: [0, 5], or take the loss cosent"
+            )
+        if self.name == "margin_mse" and (width := max(values) - min(values)) > largest:
+            raise BadRow(
+                f"{where} holds scores that differ by {width:g}, but the cosines of the loss margin_mse differ by 2 at "
+                f"most; write their scale into the mixture, such as score_range: [-12, 12], or the loss kl"
+            )
+
+    def scaled(self, numbers: Any) -> Any:
+        """The array of numbers as the loss compares with them."""
+        if self.score_range is not None and self.name in ("cosine_mse", "margin_mse"):
+            low, high = self.score_range
+            return (numbers - low) / (high - low)
+        return numbers / self.score_temperature if self.numbers == "scores" else numbers
+
+
+INFONCE = SourceLoss()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(row: Mapping[str, Any], column: str, where: str) -> list[float]:
+    if column not in row:
+        raise BadRow(f"{where}: no column {column!r} with scores; the row has {listed(row) or 'none'}")
+    value = row[column]
+    if isinstance(value, str) and value.lstrip().startswith("["):  # csv
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    values = [number_of(item) for item in (value if isinstance(value, list) else [value])]
+    for item in values:
+        if not _is_number(item):
+            raise BadRow(f"{where}: column {column!r} should hold numbers, found {type(item).__name__}")
+        if not -LARGEST_SCORE <= item <= LARGEST_SCORE:  # false for NaN
+            raise BadRow(f"{where}: column {column!r} holds {str(item)[:40]}; a score is a finite number")
+    return [float(item) for item in values]

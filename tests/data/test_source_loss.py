@@ -1,0 +1,261 @@
+"""Scores of rows: what a mixture names, what is refused, and their way through token stores to batches."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nomic_jax.data.batches.packing import packed_layout
+from nomic_jax.data.batches.pairs import PairStream
+from nomic_jax.data.formats.row_checks import BadRow
+from nomic_jax.data.mixture import MixtureError, read_mixture
+from nomic_jax.data.source_loss import INFONCE
+from nomic_jax.data.tokens.pretokenize import pretokenize
+
+M = 4  # negatives of each row
+
+
+def scored(i):
+    return {"a": f"first {i}", "b": f"second {i % 5}", "score": i / 40}
+
+
+def triplet(i):
+    negatives = [f"negative {j} of {i}" for j in range(M)]
+    # A score says which row and candidate it is for.
+    scores = [i / 50 + j / 1000 for j in range(1 + M)]
+    return {"query": f"query {i}", "document": f"document {i}", "negatives": negatives, "scores": scores}
+
+
+def write(tmp_path, rows, objective, name="rows.jsonl", **fields):
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(json.dumps([{"name": name, "bucket": name, "objective": objective, **fields}]))
+    return str(path)
+
+
+def read_one(path, kind="triplet"):
+    (source,) = read_mixture(path, kind)
+    return source
+
+
+SCORED = {"type": "scored", "columns": ["a", "b", "score"]}
+TRIPLETS = {"type": "triplet", "scores": "scores"}
+# objective -> (name of the loss, columns of texts, columns of numbers)
+OBJECTIVES = {
+    "scored pairs": (SCORED, {}, ("cosent", ("a", "b"), ("score",))),
+    "by default": ({"type": "scored"}, {}, ("cosent", ("query", "document"), ("score",))),
+    "angle": (SCORED | {"loss": "angle"}, {}, ("angle", ("a", "b"), ("score",))),
+    "teacher": (TRIPLETS, {}, ("kl", ("query", "document", "negatives"), ("scores",))),
+    "margins": (TRIPLETS | {"loss": "margin_mse"}, {}, ("margin_mse", ("query", "document", "negatives"), ("scores",))),
+    "scores unused": (TRIPLETS | {"loss": "infonce"}, {}, ("infonce", ("query", "document", "negatives"), ())),
+    "the original's": (
+        {"type": "triplet", "columns": ["q", "d", "n"]},
+        {"kd_loss": True},
+        ("kl", ("q", "d", "n"), ("document_score", "negatives_scores")),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_a_source_names_its_loss(tmp_path, case):
+    objective, fields, expected = OBJECTIVES[case]
+    source = read_one(write(tmp_path, [], objective, **fields))
+    assert (source.loss.name, source.columns, source.loss.columns) == expected
+
+
+def test_files_named_directly(tmp_path):
+    (pairs,) = read_mixture("sts.csv", "pair", ["a", "b", "score"], "cosine_mse")
+    assert (pairs.kind, pairs.columns, pairs.loss.columns) == ("pair", ("a", "b"), ("score",))
+    (triplets,) = read_mixture("t.jsonl", "triplet", (), "", ["s"])
+    assert (triplets.loss.name, triplets.loss.columns, triplets.columns[2]) == ("kl", ("s",), "negatives")
+    assert read_mixture("p.jsonl", "pair")[0].loss == INFONCE
+    with pytest.raises(
+        MixtureError, match="a mixture names the columns and the loss of each source; leave out loss=kl"
+    ):
+        read_mixture(write(tmp_path, [], TRIPLETS), "triplet", (), "kl")
+
+
+IMPOSSIBLE = {
+    "unknown field": (SCORED | {"scale": 20}, {}, "objective has no field 'scale'; it has type, columns, loss, scores"),
+    "unknown loss": (TRIPLETS | {"loss": "mse"}, {}, "loss is 'mse'; write one of infonce, cosent"),
+    "no column": ({"type": "triplet", "loss": "kl"}, {}, "the loss kl compares with scores; name their column"),
+    "pairs": ({"type": "paired", "scores": "s"}, {}, "the loss kl takes triplet rows, not pair rows"),
+    "triplets": ({"type": "triplet", "scores": "s", "loss": "cosent"}, {}, "the loss cosent takes pair rows"),
+    "two columns": ({"type": "scored", "columns": ["a", "b"]}, {}, "the columns of two texts and of a score"),
+    "text": ({"type": "self", "loss": "cosent"}, {}, "rows of type self have no loss"),
+    "twice": ({"type": "scored", "columns": ["a", "b", "a"]}, {}, "a column is named twice"),
+    "range": (SCORED | {"score_range": [5, 0]}, {}, r"score_range is \[5.0, 0.0\]; write the lowest and the highest"),
+    "half a range": (SCORED | {"score_range": 5}, {}, r"score_range must be \[lowest, highest\], found 5"),
+    "temperature": (TRIPLETS | {"score_temperature": 0}, {}, "score_temperature is 0.0; write a positive number"),
+    "no number": (TRIPLETS | {"temperature": "cold"}, {}, "temperature must be a number, found 'cold'"),
+    "weight": (SCORED | {"infonce_weight": 1}, {}, "infonce_weight is for the losses on a teacher's scores"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_objectives_that_cannot_work(tmp_path, case):
+    objective, fields, message = IMPOSSIBLE[case]
+    path = write(tmp_path, [], objective, **fields)
+    with pytest.raises(MixtureError, match=message) as error:
+        read_mixture(path, "text" if objective["type"] == "self" else "triplet")
+    assert f"{path}: source 1" in str(error.value)
+
+
+def test_a_teachers_scores_need_the_negatives(tmp_path):
+    path = write(tmp_path, [], TRIPLETS)
+    with pytest.raises(MixtureError, match=r"has the loss kl on scores of its negatives, .* in the stage finetune, or"):
+        read_mixture(path, "pair")
+    assert read_one(write(tmp_path, [], TRIPLETS | {"loss": "infonce"}), "pair").loss == INFONCE
+    with pytest.raises(MixtureError, match="holds pair rows; this stage needs text rows"):
+        read_mixture(write(tmp_path, [], SCORED), "text")
+
+
+# changes of row 1 -> message. The objective is that of scored pairs, or of a teacher for rows with negatives.
+BAD_ROWS = {
+    "missing": (SCORED, {"score": ...}, "no column 'score' with scores; the row has 'a', 'b'"),
+    "text": (SCORED, {"score": "high"}, "column 'score' should hold numbers, found str"),
+    "boolean": (SCORED, {"score": True}, "column 'score' should hold numbers, found bool"),
+    "null": (SCORED, {"score": None}, "column 'score' should hold numbers, found NoneType"),
+    "huge": (SCORED, {"score": 10**400}, r"column 'score' holds 1000.*; a score is a finite number"),
+    "several": (SCORED, {"score": [0.1, 0.2]}, "column 'score' holds 2 scores for one score"),
+    "beyond its range": (
+        SCORED | {"score_range": [0, 1]},
+        {"score": 4.2},
+        r"holds 4.2, beyond the score_range \[0, 1\] of its source",
+    ),
+    "another scale": (
+        SCORED | {"loss": "cosine_mse"},
+        {"score": 4.2},
+        r"holds 4.2, but the loss cosine_mse compares scores with cosines, -1 to 1; .* such as score_range: \[0, 5\]",
+    ),
+    "too few": (TRIPLETS, {"scores": [0.1] * M}, "holds 4 scores for the document and 4 negatives; write one for each"),
+    "too many": (TRIPLETS, {"scores": [0.1] * (M + 2)}, "holds 6 scores for the document and 4 negatives"),
+    "not a number": (TRIPLETS, {"scores": [0.1] * M + ["x"]}, "should hold numbers, found str"),
+    "margins": (
+        TRIPLETS | {"loss": "margin_mse"},
+        {"scores": [9.0, 0, 0, 0, 0]},
+        r"differ by 9, but the cosines of the loss margin_mse differ by 2 at most; .* score_range: \[-12, 12\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_name_file_line_and_column(tmp_path, tokenizer, case):
+    objective, changes, message = BAD_ROWS[case]
+    make = scored if objective["type"] == "scored" else triplet
+    rows = [make(i) for i in range(4)]
+    rows[1] = {name: value for name, value in (rows[1] | changes).items() if value is not ...}
+    source = read_one(write(tmp_path, rows, objective))
+    with pytest.raises(BadRow, match=rf"rows\.jsonl:2: .*{message}"):
+        pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
+    kept = pretokenize(source, tokenizer, tmp_path / "cache", on_bad_row="skip", progress=False)
+    assert kept.rows == 3 and kept.manifest["rejected"] == 1
+    column = source.loss.columns[0]
+    np.testing.assert_allclose(kept.scores, np.ravel([rows[i][column] for i in (0, 2, 3)]), rtol=1e-6)
+
+
+def test_nan_in_jsonl_is_named(tmp_path, tokenizer):
+    path = write(tmp_path, [scored(0)], SCORED)
+    (tmp_path / "rows.jsonl").write_text('{"a": "x", "b": "y", "score": NaN}\n')
+    with pytest.raises(BadRow, match=r"rows\.jsonl:1: .*NaN is not JSON"):
+        pretokenize(read_one(path), tokenizer, tmp_path / "cache", progress=False)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_other_formats(tmp_path, tokenizer, suffix):
+    """The scores of csv are texts, and a list of them is JSON; parquet may hold NaN."""
+    rows = [triplet(i) for i in range(3)]
+    file = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        lines = [["query", "document", "negatives", "scores"]]
+        lines += [[row["query"], row["document"], row["negatives"][0], f'"{row["scores"][:2]}"'] for row in rows]
+        file.write_text("".join(",".join(line) + "\n" for line in lines))
+        expected = np.ravel([row["scores"][:2] for row in rows])
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), file)
+        expected = np.ravel([row["scores"] for row in rows])
+    (source,) = read_mixture(str(file), "triplet", (), "kl", ["scores"])
+    store = pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
+    np.testing.assert_allclose(store.scores, expected, rtol=1e-6)
+    (source,) = read_mixture(str(file), "triplet", (), "kl", ["teacher"])
+    with pytest.raises(BadRow, match="no column 'teacher'"):
+        pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
+    if suffix == "parquet":
+        parquet.write_table(arrow.Table.from_pylist([rows[0] | {"scores": [float("nan")] * 5}]), file)
+        (source,) = read_mixture(str(file), "triplet", (), "kl", ["scores"])
+        with pytest.raises(BadRow, match=r"rows\.parquet.*'scores' holds (NaN|nan)"):
+            pretokenize(source, tokenizer, tmp_path / "other", progress=False)
+
+
+class TestBatches:
+    def stream(self, tmp_path, tokenizer, **changes):
+        paths = [
+            write(tmp_path, [scored(i) for i in range(24)], SCORED, "pairs.jsonl"),
+            write(
+                tmp_path,
+                [triplet(i) for i in range(32)],
+                TRIPLETS | {"score_temperature": 2, "infonce_weight": 0.5},
+                "teacher.jsonl",
+            ),
+        ]
+        sources = [read_one(path) for path in paths]
+        stores = [pretokenize(source, tokenizer, tmp_path / "cache", progress=False) for source in sources]
+        settings = {"batch_size": 8, "query_length": 32, "document_length": 32, "num_negatives": 3}
+        losses = {source.name: source.loss for source in sources}
+        return PairStream(stores, tokenizer, losses=losses, **(settings | changes))
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_scores_follow_rows_and_sampled_negatives(self, tmp_path, tokenizer, packed):
+        layout = packed_layout(64, 128) if packed else None
+        stream = self.stream(tmp_path, tokenizer, layout=layout, devices=2)
+        plain = self.stream(tmp_path, tokenizer)
+        seen = set()
+        for step in range(6):
+            source, rows = stream.rows_of_step(step)
+            batch, shards = stream.batch(step), [stream.batch(step, shard, 2) for shard in range(2)]
+            for name, array in batch.arrays.items():
+                np.testing.assert_array_equal(np.concatenate([part.arrays[name] for part in shards]), array)
+            if batch.source == "pairs.jsonl":
+                expected = {tuple(h): rows[i] / 40 for i, h in enumerate(plain.batch(step).arrays["query_hash"])}
+                found = {tuple(h): s for h, s in zip(batch.arrays["query_hash"], batch.arrays["cosent"])}
+                assert found == pytest.approx(expected)
+                assert batch.arrays["document_hash"].shape == (8, 1, 2) and "temperature" not in batch.arrays
+            else:
+                scores = batch.arrays["kl"] * 2  # score_temperature
+                assert scores.shape == (8, 4) and (batch.arrays["infonce_weight"] == 0.5).all()
+                texts = {}
+                store = stream.stores[source]
+                for row in rows:
+                    own = [store.columns["document"][row]]
+                    own += [store.columns["negatives"][j] for j in range(M * row, M * (row + 1))]
+                    texts |= {tuple(ids): row / 50 + j / 1000 for j, ids in enumerate(own)}
+                arrays = plain.batch(step).arrays
+                of_hash = {
+                    tuple(h): texts[tuple(ids[:n])]
+                    for h, ids, n in zip(
+                        arrays["document_hash"].reshape(-1, 2),
+                        arrays["document_ids"].reshape(32, -1),
+                        arrays["document_length"].ravel(),
+                    )
+                }
+                expected = [of_hash[tuple(h)] for h in batch.arrays["document_hash"].reshape(-1, 2)]
+                np.testing.assert_allclose(scores.ravel(), expected, rtol=1e-5)
+            seen.add(batch.source)
+        assert len(seen) == 2
+
+    def test_other_rows_documents_have_no_score(self, tmp_path, tokenizer):
+        with pytest.raises(ValueError, match=r"fewer than 5 negatives, .*lower config.data.num_negatives, or leave"):
+            self.stream(tmp_path, tokenizer, num_negatives=5, too_few_negatives="random")
+
+    def test_the_range_of_scores_is_that_of_cosines(self, tmp_path, tokenizer):
+        path = write(tmp_path, [scored(i) for i in range(8)], SCORED | {"loss": "cosine_mse", "score_range": [0, 0.4]})
+        source = read_one(path)
+        store = pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
+        settings = {"batch_size": 8, "query_length": 32, "document_length": 32}
+        stream = PairStream([store], tokenizer, losses={source.name: source.loss}, **settings)
+        rows = stream.rows_of_step(0)[1]
+        np.testing.assert_allclose(stream.batch(0).arrays["cosine_mse"], rows / 40 / 0.4, rtol=1e-6)
+        # A run does not resume with another loss on the same rows.
+        assert stream.fingerprint != PairStream([store], tokenizer, **settings).fingerprint
