@@ -27,7 +27,7 @@ from nomic_jax.data.formats.file_format import sha256_of_file
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.writing import write_rows
-from nomic_jax.data.mixture import Source, read_mixture
+from nomic_jax.data.mixture import Source, read_pairs
 from nomic_jax.data.prompts import prompt_name
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.writing import atomic_file, write_json
@@ -63,7 +63,7 @@ def hold_out(
         "group": group,
         "seed": seed,
     }
-    sources = read_mixture(mixture, "pair")
+    sources = read_pairs(mixture)
     # The rest of the mixture, such as weights and prefixes, is in its text.
     settings["mixture"] = sha256_of_file(mixture)
     for source in sources:

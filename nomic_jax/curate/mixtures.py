@@ -16,7 +16,7 @@ from nomic_jax.curate.filter.consistency import FilterOptions, scoring
 from nomic_jax.curate.filter.selection import threshold_text, write_selection
 from nomic_jax.curate.mine.negatives import collected, mine_collected
 from nomic_jax.curate.mine.selection import MiningOptions
-from nomic_jax.data.mixture import COLUMNS, Source, read_mixture
+from nomic_jax.data.mixture import COLUMNS, Source, read_pairs
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.printable import code
@@ -150,7 +150,7 @@ def mine_mixture(
 
 def _sources(mixture: str, output: Path, command: str) -> tuple[Source, ...]:
     """Returns the sources of the mixture. Raises FileRefused if ``output`` holds anything else."""
-    sources = read_mixture(mixture, "pair")
+    sources = read_pairs(mixture)
     names = {"mixture.yaml", "report.md", "summary.json", *(source.name for source in sources)}
     check_only(output, names.__contains__, f"{command} with this mixture")
     return sources

@@ -25,9 +25,12 @@ An objective may name a loss (``nomic_jax.data.source_loss``), and where its num
     objective: {type: scored, columns: [query, document, score], loss: cosent}     # or angle, cosine_mse
     objective: {type: triplet, columns: [query, document, negatives], scores: teacher_scores, loss: kl}  # or margin_mse
 
+    objective: {type: self, columns: [text], vectors: teacher_vector, loss: embedding_cosine}        # or embedding_mse
+
 ``scores`` is a column with a number for the document and for each negative, in this order, or several columns that are
-joined: [document_score, negatives_scores], which are the original's and those of ``kd_loss: true``. The fields
-``temperature``, ``score_temperature``, ``score_range`` and ``infonce_weight`` are those of ``SourceLoss``.
+joined: [document_score, negatives_scores], which are the original's and those of ``kd_loss: true``. ``vectors`` is a
+column with a teacher's vector of the text, for pairs a list of two columns; without it, the guide of the run computes
+them. The fields ``temperature``, ``score_temperature``, ``score_range`` and ``infonce_weight`` are ``SourceLoss``'s.
 """
 
 import dataclasses
@@ -106,11 +109,19 @@ class Source:
         named = (*self.columns, *self.loss.columns)
         if len(set(named)) < len(named):
             raise MixtureError(f"{self.name}: a column is named twice in {', '.join(named)}")
-        if self.kind != "text" and self.kind not in LOSSES[self.loss.name].kinds:
+        if self.loss != INFONCE and self.kind not in LOSSES[self.loss.name].kinds:
             raise MixtureError(
                 f"{self.name}: the loss {self.loss.name} takes {' or '.join(LOSSES[self.loss.name].kinds)} rows, not "
                 f"{self.kind} rows"
             )
+        if self.loss.numbers == "vectors" and self.loss.columns:
+            texts = {"text": 1, "pair": 2}.get(self.kind)
+            if len(self.loss.columns) != texts:
+                raise MixtureError(
+                    f"{self.name}: vectors names {len(self.loss.columns)} columns; write one for each text of a "
+                    f"{self.kind} row"
+                    + ("" if texts else ", which only self and paired rows take; leave it out for those of a guide")
+                )
         if not self.name or "/" in self.name or re.search(r"^\.|[\0-\x1f\x7f\ud800-\udfff]", self.name):
             raise MixtureError(f"the source name {self.name!r} cannot be a folder name; use letters and digits")
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -153,8 +164,8 @@ def read_mixture(
     """Returns the sources of a mixture YAML, or one source of the given kind for files (or a data set) named directly.
 
     Files named directly have the prefixes search_query and search_document; text rows have no prefix. Where pairs or
-    triplets are asked for, sources of scored pairs are returned too, as pairs; where pairs are, those of triplets,
-    without their negatives.
+    triplets are asked for, so are sources with losses that take their texts as they are; where pairs are, those of
+    triplets too, without their negatives.
 
     Args:
       columns: those of files named directly, see ``Source``; () for ``COLUMNS[kind]``. For scored pairs, the score is
@@ -191,8 +202,10 @@ def read_mixture(
         raise MixtureError(f"{path}: source names must differ, found {sorted(names)}")
     for source in sources:
         # A stage that needs pairs may use triplets without their negatives.
-        is_scored = source.loss.name in SCORED and kind != "text"
-        if source.kind != kind and (source.kind, kind) != ("triplet", "pair") and not is_scored:
+        has_loss = source.kind != "triplet" and source.loss != INFONCE  # which takes its rows as they are
+        if kind == "text" and has_loss:
+            raise MixtureError(f"{path}: source {source.name!r} has the loss {source.loss.name}; masked-LM takes none")
+        if source.kind != kind and (source.kind, kind) != ("triplet", "pair") and not has_loss:
             raise MixtureError(f"{path}: source {source.name!r} holds {source.kind} rows; this stage needs {kind} rows")
         if kind == "pair" and source.loss.numbers == "scores":
             raise MixtureError(
@@ -200,7 +213,22 @@ def read_mixture(
                 f"stage takes pairs; train it in the stage finetune, or write loss: infonce to leave the scores out"
             )
     if kind == "pair":
-        return tuple(dataclasses.replace(s, kind="pair", columns=s.columns[:2]) for s in sources)
+        pairs = {s: dataclasses.replace(s, kind="pair", columns=s.columns[:2]) for s in sources if s.kind == "triplet"}
+        return tuple(pairs.get(source, source) for source in sources)
+    return sources
+
+
+def read_pairs(path: str) -> tuple[Source, ...]:
+    """Returns the sources of a mixture as ``read_mixture`` does for pairs. MixtureError if one has another loss.
+
+    Its rows are not pairs of a query and its answer, so they cannot be filtered or mined.
+    """
+    sources = read_mixture(path, "pair")
+    for source in sources:
+        if source.loss.name != INFONCE.name:
+            raise MixtureError(
+                f"{path}: source {source.name!r} has the loss {source.loss.name}; this command takes pairs for infonce"
+            )
     return sources
 
 
@@ -336,8 +364,6 @@ def _objective(objective: Any, where: str, kd_loss: bool) -> tuple[Kind, tuple[s
         fields.setdefault("loss", SCORED[0])
     elif kd_loss:
         fields.setdefault("scores", list(KD_COLUMNS))
-    if kind == "text" and fields.keys() - {"type", "columns"}:
-        raise MixtureError(f"{where}: rows of type self have no loss to choose; leave out all but type and columns")
     try:
         return kind, texts, SourceLoss.from_fields({k: v for k, v in fields.items() if k not in ("type", "columns")})
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The loss of a source, and the numbers of a row that it compares with: scores of pairs, or of a teacher.
+"""The loss of a source, and the numbers of a row that it compares with: scores of pairs or of a teacher, vectors.
 
 A mixture names them in a source's ``objective`` (``nomic_jax.data.mixture``).
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from nomic_jax.data.formats.row_checks import BadRow, listed, number_of
 
-Numbers = Literal["none", "score", "scores"]
+Numbers = Literal["none", "score", "scores", "vectors"]
 
 
 class LossRows(NamedTuple):
@@ -20,7 +20,8 @@ class LossRows(NamedTuple):
 
     Attributes:
       kinds: of rows (``nomic_jax.data.mixture.Kind``).
-      numbers: "score" for one number of a row; "scores" for one of each candidate, the document's first.
+      numbers: "score" for one number of a row; "scores" for one of each candidate, the document's first; "vectors" for
+        a teacher's vector of each text.
     """
 
     kinds: tuple[str, ...]
@@ -34,6 +35,8 @@ LOSSES: dict[str, LossRows] = {
     "cosine_mse": LossRows(("pair",), "score"),
     "kl": LossRows(("triplet",), "scores"),
     "margin_mse": LossRows(("triplet",), "scores"),
+    "embedding_mse": LossRows(("text", "pair", "triplet"), "vectors"),
+    "embedding_cosine": LossRows(("text", "pair", "triplet"), "vectors"),
 }
 LARGEST_SCORE = 3e38  # of float32, in which a token store has them
 _FIELDS = ("temperature", "score_temperature", "infonce_weight")
@@ -42,11 +45,12 @@ SCORED = tuple(name for name, rows in LOSSES.items() if rows.numbers == "score")
 
 @dataclasses.dataclass(frozen=True)
 class SourceLoss:
-    """The loss of a source; ``nomic_jax.train.objectives`` has the formulas.
+    """The loss of a source; ``nomic_jax.train.losses`` has the formulas.
 
     Attributes:
       name: one of LOSSES.
-      columns: the columns of a row's numbers; if there are several, their numbers are joined in this order.
+      columns: the columns of a row's numbers; if there are several, their numbers are joined in this order. None for a
+        teacher's vectors that the guide of the run computes.
       temperature: divides the cosines of the model; 0 for the default of the loss.
       score_temperature: divides a teacher's scores.
       score_range: lowest and highest score; rows beyond it are bad rows. "cosine_mse" and "margin_mse" take this range
@@ -62,9 +66,7 @@ class SourceLoss:
     infonce_weight: float = 0.0
 
     def __post_init__(self):
-        if self.name not in LOSSES:
-            raise ValueError(f"loss is {self.name!r}; write one of {', '.join(LOSSES)}")
-        if self.numbers != "none" and not self.columns:
+        if self.numbers in ("score", "scores") and not self.columns:
             raise ValueError(f"the loss {self.name} compares with scores; name their column: scores: COLUMN")
         for field, lowest in (("temperature", 0.0), ("score_temperature", None), ("infonce_weight", 0.0)):
             value = getattr(self, field)
@@ -77,26 +79,35 @@ class SourceLoss:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "SourceLoss":
-        """The loss that the fields of a mixture name: ``loss``, ``scores``, and those of this class but the first two.
+        """The loss that the fields of a mixture name: ``loss``, ``scores``, ``vectors`` and those of this class.
 
         Raises:
           ValueError: an unknown or impossible field.
         """
-        known = ("loss", "scores", "score_range", *_FIELDS)
+        known = ("loss", "scores", "vectors", "score_range", *_FIELDS)
         if unknown := sorted(map(str, fields.keys() - set(known))):
             raise ValueError(f"objective has no field {unknown[0]!r}; it has type, columns, {', '.join(known)}")
-        scores, limits = fields.get("scores") or (), fields.get("score_range")
-        columns = (scores,) if isinstance(scores, str) else scores
-        if not isinstance(columns, list | tuple) or not all(isinstance(column, str) for column in columns):
-            raise ValueError(f"scores must name a column, or several in a list, found {scores!r}")
+        limits, columns = fields.get("score_range"), {}
+        for field in ("scores", "vectors"):
+            named = fields.get(field) or ()
+            columns[field] = (named,) if isinstance(named, str) else named
+            if not isinstance(named, str | list | tuple) or not all(isinstance(name, str) for name in named):
+                raise ValueError(f"{field} must name a column, or several in a list, found {named!r}")
         if limits is not None and not (isinstance(limits, list) and len(limits) == 2 and all(map(_is_number, limits))):
             raise ValueError(f"score_range must be [lowest, highest], found {limits!r}")
         if wrong := [field for field in _FIELDS if field in fields and not _is_number(fields[field])]:
             raise ValueError(f"{wrong[0]} must be a number, found {fields[wrong[0]]!r}")
-        name = str(fields.get("loss") or ("kl" if columns else "infonce"))
+        name = str(fields.get("loss") or ("kl" if columns["scores"] else "infonce"))
+        if name not in LOSSES:
+            raise ValueError(f"loss is {name!r}; write one of {', '.join(LOSSES)}")
+        numbers = LOSSES[name].numbers
+        if columns["vectors"] and numbers != "vectors":
+            raise ValueError(f"the loss {name} takes no vectors; write loss: embedding_cosine, or leave them out")
+        # Scores may be there for other runs.
+        used = columns["vectors"] if numbers == "vectors" else () if numbers == "none" else columns["scores"]
         return cls(
             name,
-            () if name == "infonce" else tuple(columns),  # the scores are there for other runs
+            tuple(used),
             score_range=None if limits is None else (float(limits[0]), float(limits[1])),
             **{field: float(fields[field]) for field in _FIELDS if field in fields},
         )
@@ -106,13 +117,13 @@ class SourceLoss:
         return LOSSES[self.name].numbers
 
     def count(self, negatives: int) -> int:
-        """The numbers of a row with so many negatives."""
-        return {"none": 0, "score": 1, "scores": 1 + negatives}[self.numbers]
+        """The scores of a row with so many negatives."""
+        return 1 + negatives if self.numbers == "scores" else 1
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the numbers in a token store depend on; {} without numbers."""
-        if self.numbers == "none":
+        if not self.columns:
             return {}
         accepted = {"range": list(self.score_range)} if self.score_range else {"largest": self._largest()}
         return {"numbers": self.numbers, "columns": list(self.columns), **accepted}
@@ -132,8 +143,14 @@ class SourceLoss:
           BadRow: a column is missing or holds something else than finite numbers; there are too many or too few of
             them; or they are on another scale than the loss takes.
         """
-        if self.numbers == "none":
+        if not self.columns:
             return []
+        if self.numbers == "vectors":
+            vectors = [_numbers(row, column, where) for column in self.columns]
+            if len({len(vector) for vector in vectors}) > 1 or not vectors[0]:
+                widths = " and ".join(str(len(vector)) for vector in vectors)
+                raise BadRow(f"{where}: columns {', '.join(map(repr, self.columns))} hold vectors of {widths} numbers")
+            return [value for vector in vectors for value in vector]
         values = [value for column in self.columns for value in _numbers(row, column, where)]
         names = " and ".join(map(repr, self.columns))
         if len(values) != self.count(negatives):

@@ -115,6 +115,7 @@ def base_config(stage: str) -> ConfigDict:
             column_tile=0,
             guide="",
             guide_margin=0.0,
+            projection_dim=0,
         )
     )
     config.data = ConfigDict(dict(mixture="", columns="", tokenizer="", cache_dir="token_cache", on_bad_row="raise"))

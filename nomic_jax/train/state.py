@@ -110,7 +110,8 @@ def make_train_step(
     def global_sums(params: dict, frozen: dict, rows: dict[str, jax.Array]):
         # Marked as varying over devices, the parameters get a local gradient, until the one reduction below.
         params = jax.tree.map(_gather, params, param_specs)
-        micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), rows)
+        # Not -1: an array may have no elements.
+        micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, len(x) // accumulate, *x.shape[1:]), rows)
         sums, gradient = value_and_gradient(params, frozen, jax.tree.map(lambda x: x[0], micro_batches))
         if accumulate > 1:
 

@@ -8,7 +8,7 @@ import pytest
 from nomic_jax.data.batches.packing import packed_layout
 from nomic_jax.data.batches.pairs import PairStream
 from nomic_jax.data.formats.row_checks import BadRow
-from nomic_jax.data.mixture import MixtureError, read_mixture
+from nomic_jax.data.mixture import MixtureError, read_mixture, read_pairs
 from nomic_jax.data.source_loss import INFONCE
 from nomic_jax.data.tokens.pretokenize import pretokenize
 
@@ -40,11 +40,18 @@ def read_one(path, kind="triplet"):
 
 SCORED = {"type": "scored", "columns": ["a", "b", "score"]}
 TRIPLETS = {"type": "triplet", "scores": "scores"}
+VECTORS = {"type": "self", "vectors": "vector", "loss": "embedding_cosine"}
 # objective -> (name of the loss, columns of texts, columns of numbers)
 OBJECTIVES = {
     "scored pairs": (SCORED, {}, ("cosent", ("a", "b"), ("score",))),
     "by default": ({"type": "scored"}, {}, ("cosent", ("query", "document"), ("score",))),
     "angle": (SCORED | {"loss": "angle"}, {}, ("angle", ("a", "b"), ("score",))),
+    "vectors": (VECTORS | {"columns": ["t"]}, {}, ("embedding_cosine", ("t",), ("vector",))),
+    "a guide's vectors": (
+        {"type": "paired", "loss": "embedding_mse"},
+        {},
+        ("embedding_mse", ("query", "document"), ()),
+    ),
     "teacher": (TRIPLETS, {}, ("kl", ("query", "document", "negatives"), ("scores",))),
     "margins": (TRIPLETS | {"loss": "margin_mse"}, {}, ("margin_mse", ("query", "document", "negatives"), ("scores",))),
     "scores unused": (TRIPLETS | {"loss": "infonce"}, {}, ("infonce", ("query", "document", "negatives"), ())),
@@ -76,13 +83,20 @@ def test_files_named_directly(tmp_path):
 
 
 IMPOSSIBLE = {
+    "vectors for kl": (TRIPLETS | {"vectors": "v"}, {}, "the loss kl takes no vectors; write loss: embedding_cosine"),
+    "two vectors": (
+        VECTORS | {"vectors": ["v", "w"]},
+        {},
+        "vectors names 2 columns; write one for each text of a text",
+    ),
+    "vectors of negatives": (VECTORS | {"type": "triplet"}, {}, "leave it out for those of a guide"),
     "unknown field": (SCORED | {"scale": 20}, {}, "objective has no field 'scale'; it has type, columns, loss, scores"),
     "unknown loss": (TRIPLETS | {"loss": "mse"}, {}, "loss is 'mse'; write one of infonce, cosent"),
     "no column": ({"type": "triplet", "loss": "kl"}, {}, "the loss kl compares with scores; name their column"),
     "pairs": ({"type": "paired", "scores": "s"}, {}, "the loss kl takes triplet rows, not pair rows"),
     "triplets": ({"type": "triplet", "scores": "s", "loss": "cosent"}, {}, "the loss cosent takes pair rows"),
     "two columns": ({"type": "scored", "columns": ["a", "b"]}, {}, "the columns of two texts and of a score"),
-    "text": ({"type": "self", "loss": "cosent"}, {}, "rows of type self have no loss"),
+    "text": ({"type": "self", "loss": "cosent", "scores": "s"}, {}, "the loss cosent takes pair rows, not text rows"),
     "twice": ({"type": "scored", "columns": ["a", "b", "a"]}, {}, "a column is named twice"),
     "range": (SCORED | {"score_range": [5, 0]}, {}, r"score_range is \[5.0, 0.0\]; write the lowest and the highest"),
     "half a range": (SCORED | {"score_range": 5}, {}, r"score_range must be \[lowest, highest\], found 5"),
@@ -106,8 +120,10 @@ def test_a_teachers_scores_need_the_negatives(tmp_path):
     with pytest.raises(MixtureError, match=r"has the loss kl on scores of its negatives, .* in the stage finetune, or"):
         read_mixture(path, "pair")
     assert read_one(write(tmp_path, [], TRIPLETS | {"loss": "infonce"}), "pair").loss == INFONCE
-    with pytest.raises(MixtureError, match="holds pair rows; this stage needs text rows"):
+    with pytest.raises(MixtureError, match="has the loss cosent; masked-LM takes none"):
         read_mixture(write(tmp_path, [], SCORED), "text")
+    with pytest.raises(MixtureError, match="has the loss cosent; this command takes pairs for infonce"):
+        read_pairs(write(tmp_path, [], SCORED))
 
 
 # changes of row 1 -> message. The objective is that of scored pairs, or of a teacher for rows with negatives.
@@ -187,6 +203,51 @@ def test_other_formats(tmp_path, tokenizer, suffix):
         (source,) = read_mixture(str(file), "triplet", (), "kl", ["scores"])
         with pytest.raises(BadRow, match=r"rows\.parquet.*'scores' holds (NaN|nan)"):
             pretokenize(source, tokenizer, tmp_path / "other", progress=False)
+
+
+def vector(i):
+    return {"text": f"text {i} " + "word " * i, "vector": [i, i + 0.5, i / 2]}
+
+
+class TestVectors:
+    def test_they_follow_the_rows(self, tmp_path, tokenizer):
+        source = read_one(write(tmp_path, [vector(i) for i in range(20)], VECTORS, document_prefix="passage"))
+        store = pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
+        assert store.vectors.shape == (20, 1, 3)
+        expected = tokenizer.encode(["passage: text 3 word word word"])[0]
+        np.testing.assert_array_equal(store.columns["text"][3], expected)
+        settings = {"batch_size": 8, "query_length": 8, "document_length": 16, "losses": {source.name: source.loss}}
+        padded = PairStream([store], tokenizer, **settings)
+        packed = PairStream([store], tokenizer, layout=packed_layout(16, 64), devices=2, **settings)
+        batch, rows = padded.batch(1), padded.rows_of_step(1)[1]
+        np.testing.assert_allclose(batch.arrays["embedding_cosine"][:, 0, 1], rows + 0.5)
+        lengths = np.minimum(store.columns["text"].lengths(rows), 16)  # that of documents
+        np.testing.assert_array_equal(batch.arrays["query_length"], lengths)
+        assert batch.arrays["document_ids"].shape[:2] == (8, 0) and batch.real_tokens == lengths.sum()
+        found = packed.batch(1)
+        by_hash = {tuple(h): v for h, v in zip(batch.arrays["query_hash"], batch.arrays["embedding_cosine"])}
+        for h, v in zip(found.arrays["query_hash"], found.arrays["embedding_cosine"]):
+            np.testing.assert_array_equal(by_hash[tuple(h)], v)
+        assert len(found.arrays["place"]) == 8 and found.real_tokens == batch.real_tokens
+
+    def test_those_of_a_guide_are_empty(self, tmp_path, tokenizer):
+        rows = [{"query": f"q {i}", "document": f"d {i}"} for i in range(8)]
+        source = read_one(write(tmp_path, rows, {"type": "paired", "loss": "embedding_mse"}), "pair")
+        store = pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
+        settings = {"batch_size": 8, "query_length": 8, "document_length": 16}
+        stream = PairStream([store], tokenizer, losses={source.name: source.loss}, **settings)
+        assert stream.batch(0).arrays["embedding_mse"].shape == (8, 2, 0)
+
+    def test_one_teacher_has_one_width(self, tmp_path, tokenizer):
+        rows = [vector(i) for i in range(3)]
+        rows[2]["vector"] = [1.0, 2.0]
+        source = read_one(write(tmp_path, rows, VECTORS))
+        with pytest.raises(
+            BadRow, match=r"rows\.jsonl:3: column 'vector' holds a vector of 2 numbers, those .* have 3"
+        ):
+            pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
+        with pytest.raises(MixtureError, match="holds text rows; this stage needs pair rows"):
+            read_mixture(write(tmp_path, rows, {"type": "self"}), "pair")
 
 
 class TestBatches:

@@ -172,7 +172,7 @@ def plan_chunks(
       ValueError: a text is empty or too long, or the rows cannot be divided evenly.
     """
     for name, lengths in (("query", query_length), ("document", document_length)):
-        if lengths.min() < 1 or lengths.max() > layout.longest:
+        if lengths.size and (lengths.min() < 1 or lengths.max() > layout.longest):
             raise ValueError(
                 f"{name} lengths from {lengths.min()} to {lengths.max()} tokens; chunks take 1 to {layout.longest}"
             )

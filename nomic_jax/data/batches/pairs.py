@@ -19,7 +19,7 @@ from nomic_jax.data.batches.permutation import VERSION, fingerprinted
 from nomic_jax.data.batches.shapes import hash_texts, pad_flat, padded_length
 from nomic_jax.data.batches.stream import Batch, share
 from nomic_jax.data.source_loss import INFONCE, SourceLoss
-from nomic_jax.data.tokens.store import TokenStore, check_tokenizer, flat_indices
+from nomic_jax.data.tokens.store import RaggedTokens, TokenStore, check_tokenizer, flat_indices
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 
 LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths determine the buckets
@@ -52,7 +52,10 @@ def make_layout(
 
 
 class SourceLengths(NamedTuple):
-    """Tokens of a sample of a source's texts, cut to the lengths of the run, and the number of its rows."""
+    """Tokens of a sample of a source's texts, cut to the lengths of the run, and the number of its rows.
+
+    Rows of one text count as queries, with a document of 0 tokens.
+    """
 
     query: np.ndarray
     document: np.ndarray
@@ -63,10 +66,13 @@ def sample_lengths(stores: Sequence[TokenStore], query_length: int, document_len
     def lengths(store: TokenStore, column: str, longest: int) -> np.ndarray:
         return np.minimum(store.columns[column].lengths(np.arange(min(len(store), LAYOUT_SAMPLE))), longest)
 
-    return [
-        SourceLengths(lengths(store, "query", query_length), lengths(store, "document", document_length), len(store))
-        for store in stores
-    ]
+    def of_store(store: TokenStore) -> SourceLengths:
+        if "text" in store.columns:
+            return SourceLengths(lengths(store, "text", document_length), np.zeros(1, np.int64), len(store))
+        query, document = lengths(store, "query", query_length), lengths(store, "document", document_length)
+        return SourceLengths(query, document, len(store))
+
+    return [of_store(store) for store in stores]
 
 
 def tokens_per_device(
@@ -118,8 +124,10 @@ class PairStream:
       model sees are equal. in_batch_negatives [b]: false for the sources in ``own_candidates_only``, whose queries are
       compared only with their own row.
     A source in ``losses`` whose loss compares with numbers has them in an array with the name of the loss: [b], or
-      [b, 1 + M] for those of a teacher, and its other options in ``temperature`` and ``infonce_weight``, [b] each.
-    Rows of a source without negatives have M = 0.
+      [b, 1 + M] for those of a teacher, or [b, texts, T] for a teacher's vectors, T = 0 if the guide computes them. Its
+      other options are in ``temperature`` and ``infonce_weight``, [b] each.
+    Rows of a source without negatives have M = 0. Rows of one text are queries, of ``document_length``, without
+    documents.
     With a layout, the texts are in chunks (``nomic_jax.data.batches.packing.fill_chunks``), and the rows of query_hash,
       document_hash and in_batch_negatives are in the order of the plan, device by device.
     """
@@ -178,7 +186,8 @@ class PairStream:
         store = self.stores[source]
         # For all rows, not only this process's, so that every process gets the same shapes.
         candidates = self._candidates(store, rows, step)
-        query_lengths = np.minimum(store.columns["query"].lengths(rows), self.query_length)
+        of_query, longest = self._queries(store)
+        query_lengths = np.minimum(of_query.lengths(rows), longest)
         document_lengths = np.minimum(_candidate_lengths(store, candidates), self.document_length)
         real_tokens = int(query_lengths.sum() + document_lengths.sum())
         token_pairs = int((query_lengths.astype(np.int64) ** 2).sum() + (document_lengths.astype(np.int64) ** 2).sum())
@@ -188,11 +197,11 @@ class PairStream:
             plan = plan_chunks(query_lengths, document_lengths, self.layout, self.devices)
             own_devices = share(self.devices, shard, shard_count)
             own = plan.rows[own_devices].ravel()  # device by device
-        queries, query_length = store.columns["query"].gather(rows[own], self.query_length)
+        queries, query_length = of_query.gather(rows[own], longest)
         documents, document_length = _gather_candidates(store, candidates[own].ravel(), self.document_length)
         arrays = {
             "query_hash": hash_texts(queries, query_length),
-            "document_hash": hash_texts(documents, document_length).reshape(own.size, -1, 2),
+            "document_hash": hash_texts(documents, document_length).reshape(own.size, candidates.shape[1], 2),
             "in_batch_negatives": np.full(own.size, store.name not in self.own_candidates_only),
             **self._targets(store, rows[own], candidates[own]),
         }
@@ -205,16 +214,23 @@ class PairStream:
             ids[flat_indices(starts[:, b:].ravel(), document_length)] = documents
             arrays |= fill_chunks(plan, self.layout, own_devices, ids, lengths.ravel(), self.pad_id)
             return Batch(arrays, store.name, real_tokens, plan.waited_tokens, token_pairs)
-        Lq = padded_length(int(query_lengths.max()), self.query_length)
-        Ld = padded_length(int(document_lengths.max()), self.document_length)
+        Lq = padded_length(int(query_lengths.max()), longest)
+        Ld = padded_length(int(document_lengths.max(initial=1)), self.document_length)
+        shape = (own.size, candidates.shape[1])
         arrays |= {
             "query_ids": pad_flat(queries, query_length, Lq, self.pad_id),
             "query_length": query_length.astype(np.int32),
-            "document_ids": pad_flat(documents, document_length, Ld, self.pad_id).reshape(own.size, -1, Ld),
-            "document_length": document_length.astype(np.int32).reshape(own.size, -1),
+            "document_ids": pad_flat(documents, document_length, Ld, self.pad_id).reshape(*shape, Ld),
+            "document_length": document_length.astype(np.int32).reshape(shape),
         }
         padded_tokens = self.batch_size * Lq + candidates.size * Ld
         return Batch(arrays, store.name, real_tokens, padded_tokens, token_pairs)
+
+    def _queries(self, store: TokenStore) -> tuple[RaggedTokens, int]:
+        """Returns the first texts of the rows, and their maximum number of tokens."""
+        if "text" in store.columns:
+            return store.columns["text"], self.document_length
+        return store.columns["query"], self.query_length
 
     def _loss_of(self, store: TokenStore) -> SourceLoss:
         return self.losses.get(store.name, INFONCE)
@@ -224,6 +240,9 @@ class PairStream:
         loss = self._loss_of(store)
         options = {"temperature": loss.temperature, "infonce_weight": loss.infonce_weight}
         arrays = {name: np.full(rows.size, value, np.float32) for name, value in options.items() if value}
+        if loss.numbers == "vectors":
+            nothing = np.zeros((rows.size, 1 + candidates.shape[1], 0), np.float32)
+            return arrays | {loss.name: nothing if store.vectors is None else np.array(store.vectors[rows])}
         if loss.numbers == "none" or store.scores is None:
             return arrays
         if loss.numbers == "scores":
@@ -234,6 +253,8 @@ class PairStream:
 
     def _candidates(self, store: TokenStore, rows: np.ndarray, step: int) -> np.ndarray:
         """Returns each query's candidates, [B, 1 + M]: r < rows is document r, rows + n is text n of the negatives."""
+        if "text" in store.columns:
+            return np.zeros((len(rows), 0), np.int64)
         if not self.num_negatives or "negatives" not in store.columns:
             return rows[:, None]
         return np.stack([self._candidates_of_row(store, row, step) for row in rows.tolist()])
@@ -248,6 +269,8 @@ class PairStream:
 
 
 def _candidate_lengths(store: TokenStore, candidates: np.ndarray) -> np.ndarray:
+    if not candidates.size:
+        return np.zeros(candidates.shape, np.int64)
     lengths = store.columns["document"].lengths(np.minimum(candidates, len(store) - 1))
     if (candidates >= len(store)).any():
         of_negatives = store.columns["negatives"].lengths(np.maximum(candidates - len(store), 0))
@@ -257,6 +280,8 @@ def _candidate_lengths(store: TokenStore, candidates: np.ndarray) -> np.ndarray:
 
 def _gather_candidates(store: TokenStore, candidates: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (concatenated ids, lengths) of candidates [N], documents and negatives mixed."""
+    if not candidates.size:
+        return np.zeros(0, np.int32), np.zeros(0, np.int64)
     is_document = candidates < len(store)
     if is_document.all():
         return store.columns["document"].gather(candidates, max_length)

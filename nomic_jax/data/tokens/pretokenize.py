@@ -37,7 +37,7 @@ from nomic_jax.data.formats.row_checks import Quarantined
 from nomic_jax.data.formats.shard_index import check_shards
 from nomic_jax.data.mixture import COLUMNS, Source
 from nomic_jax.data.tokens.scans import scan_files
-from nomic_jax.data.tokens.spans import Span, ids_dtype, join_spans, kinds_of_columns, tokenise_span
+from nomic_jax.data.tokens.spans import Span, ids_dtype, is_prefixed, join_spans, kinds_of_columns, tokenise_span
 from nomic_jax.data.tokens.store import FORMAT, TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files import system
@@ -97,6 +97,7 @@ def pretokenize(
             "query_prefix": source.query_prefix,
             "document_prefix": source.document_prefix,
             **({"numbers": source.loss.identity} if source.loss.columns else {}),
+            **({"prefixed": True} if is_prefixed(source) else {}),
         },
         "tokenizer": tokenizer.sha256,
         "on_bad_row": on_bad_row,
@@ -291,8 +292,13 @@ def _make(
         "file_rows": file_rows,
         "rejected": sum(count["rejected"] for count in counts) + len(quarantined),
         "quarantined": [file._asdict() for file in quarantined],
+        "width": max((count.get("width", 0) for count in counts), default=0),
         "tokens": {column: sum(count["tokens"][column] for count in counts) for column in COLUMNS[kind]},
     }
+    widths = {count["width"]: span for count, span in zip(counts, in_order) if count.get("width")}
+    if len(widths) > 1:
+        found = " and ".join(f"{width} numbers in {span.file}" for width, span in sorted(widths.items()))
+        raise ValueError(f"source {name!r}: its vectors have {found}; one teacher's vectors have one length")
     if totals["rows"] == 0:
         reasons = "".join(f"; {file}" for file in quarantined[:3])
         raise ValueError(f"source {name!r} has no usable row ({totals['rejected']} rejected{reasons})")

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -15,13 +15,15 @@ from nomic_jax.data.formats.reading import open_file, usable_rows
 from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RejectedRows
 from nomic_jax.data.mixture import COLUMNS, Source
 from nomic_jax.data.prompts import prompt_text
+from nomic_jax.data.source_loss import INFONCE
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.folders import remove_folder
 from nomic_jax.files.writing import atomic_folder, write_json
 
 ROWS_PER_CALL = 4096  # enough for the tokenizer to use every core, few enough for memory
 LENGTH = np.dtype("<u4")
-SCORE = np.dtype("<f4")
+NUMBER = np.dtype("<f4")
+NUMBERS_FILE = {"score": "scores.npy", "scores": "scores.npy", "vectors": "vectors.npy"}
 
 
 class Span(NamedTuple):
@@ -46,6 +48,11 @@ def kinds_of_columns(source: Source) -> dict[str, type]:
     return kinds | {source.columns[2]: list} if len(source.columns) == 3 else kinds
 
 
+def is_prefixed(source: Source) -> bool:
+    """Whether texts get the prefix of documents: not for masked-LM."""
+    return source.kind == "text" and source.loss != INFONCE
+
+
 def ids_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
@@ -65,18 +72,33 @@ def tokenise_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any
 
 def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any], part: Path) -> dict[str, Any]:
     source, names = span.source, COLUMNS[span.source.kind]
-    prefixes = {"query": source.query_prefix, "document": source.document_prefix, "negatives": source.document_prefix}
+    prefixes = dict.fromkeys(("document", "negatives"), source.document_prefix) | {"query": source.query_prefix}
+    if is_prefixed(source):
+        prefixes["text"] = source.document_prefix
     kinds = kinds_of_columns(source)
     rejected = RejectedRows(part / "rejected.jsonl")
     numbered = open_file(span.file, kinds, source.loss.columns, [span.mark]).numbered(span.mark.row, span.stop)
-    rows = usable_rows(numbered, kinds, None, False, span.on_bad_row, rejected, source.check_row)
+    widths: set[int] = set()
+
+    def check_row(row: Mapping[str, Any], where: str) -> None:
+        source.check_row(row, where)
+        if source.loss.numbers == "vectors" and (vector := source.loss.read(row, where, 0)):
+            width = len(vector) // len(source.loss.columns)
+            if widths and width not in widths:
+                raise BadRow(
+                    f"{where}: column {source.loss.columns[0]!r} holds a vector of {width} numbers, those before have "
+                    f"{widths.pop()}; one teacher's vectors have one length"
+                )
+            widths.add(width)
+
+    rows = usable_rows(numbered, kinds, None, False, span.on_bad_row, rejected, check_row)
     tokens = dict.fromkeys(names, 0)
     count = seen = 0
     with contextlib.ExitStack() as stack:
         ids = {name: stack.enter_context((part / f"{name}.ids").open("wb")) for name in names}
         lengths = {name: stack.enter_context((part / f"{name}.lengths").open("wb")) for name in names}
         negatives = stack.enter_context((part / "negatives.counts").open("wb")) if "negatives" in names else None
-        scores = stack.enter_context((part / "scores").open("wb")) if source.loss.columns else None
+        numbers = stack.enter_context((part / "numbers").open("wb")) if source.loss.columns else None
         while batch := list(itertools.islice(rows, ROWS_PER_CALL)):
             for name, column in zip(names, source.columns):
                 if negatives is not None and name == "negatives":
@@ -92,15 +114,15 @@ def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any],
                     ids[name].write(np.concatenate(encoded).astype(ids_dtype(tokenizer)).tobytes())
                     lengths[name].write(np.array([len(row) for row in encoded], LENGTH).tobytes())
                     tokens[name] += sum(len(row) for row in encoded)
-            if scores is not None:
-                numbers = [source.loss.read(row, span.file, len(source.negatives_of(row))) for row in batch]
-                scores.write(np.array(list(itertools.chain(*numbers)), SCORE).tobytes())
+            if numbers is not None:
+                of_rows = [source.loss.read(row, span.file, len(source.negatives_of(row))) for row in batch]
+                numbers.write(np.array(list(itertools.chain(*of_rows)), NUMBER).tobytes())
             count += len(batch)
             advance(count + rejected.count - seen)
             seen = count + rejected.count
     if count + rejected.count != span.stop - span.mark.row:
         raise BadRow(f"{span.file}: changed while it was read; start again")
-    return {"rows": count, "rejected": rejected.count, "tokens": tokens}
+    return {"rows": count, "rejected": rejected.count, "tokens": tokens, "width": max(widths, default=0)}
 
 
 def join_spans(
@@ -123,11 +145,11 @@ def join_spans(
                 _append(span / f"{column}.ids", f)
     if "negatives" in columns:
         _join_counts(store / "negatives.rows.npy", [span / "negatives.counts" for span in spans])
-    if "numbers" in manifest["source"]:
-        with (store / "scores.npy").open("wb") as f:
-            _write_header(f, SCORE, sum((span / "scores").stat().st_size for span in spans) // SCORE.itemsize)
+    if numbers := manifest["source"].get("numbers"):
+        with (store / NUMBERS_FILE[numbers["numbers"]]).open("wb") as f:
+            _write_header(f, NUMBER, sum((span / "numbers").stat().st_size for span in spans) // NUMBER.itemsize)
             for span in spans:
-                _append(span / "scores", f)
+                _append(span / "numbers", f)
     rejected = RejectedRows(store / "rejected.jsonl")
     for file in quarantined:
         rejected.add(BadRow(str(file)), b"")

@@ -8,6 +8,7 @@ A source becomes a directory, written by ``nomic_jax.data.tokens.pretokenize``:
     negatives.rows.npy       int64 [rows + 1]: row r has the negatives rows[r] ... rows[r + 1] - 1
     scores.npy               float32 [rows], scores of pairs; or [rows + negatives]: of each row's document, then of
                              its negatives, row by row. Only for a source whose loss takes them
+    vectors.npy              float32 [rows * columns * width], a teacher's vectors of each row; the manifest has `width`
     rejected.jsonl           rows that were skipped, with the reason
 
 Texts include their prefix and special tokens and are not truncated, so one store serves every sequence length.
@@ -64,6 +65,7 @@ class TokenStore:
       fingerprint: digest of the files' content, columns, prefixes and tokenizer.
       quarantined: files that are not used because they cannot be read to their end.
       scores: the numbers that the loss of the source takes, as the files have them; None without.
+      vectors: [rows, columns, width], a teacher's vectors of the texts of each row; None without.
     """
 
     def __init__(self, directory: str | Path):
@@ -91,7 +93,12 @@ class TokenStore:
         if "negatives" in columns:
             self.negative_rows = np.load(directory / "negatives.rows.npy", mmap_mode="r")
         self.scores: np.ndarray | None = None
-        if "numbers" in self.manifest["source"]:
+        self.vectors: np.ndarray | None = None
+        numbers = self.manifest["source"].get("numbers") or {"numbers": "none"}
+        if numbers["numbers"] == "vectors":
+            flat = np.load(directory / "vectors.npy", mmap_mode="r")
+            self.vectors = flat.reshape(self.rows, len(numbers["columns"]), self.manifest["width"])
+        elif numbers["numbers"] != "none":
             self.scores = np.load(directory / "scores.npy", mmap_mode="r")
             if len(self.scores) != self.rows + (int(self.negative_rows[-1]) if "negatives" in columns else 0):
                 raise ValueError("scores.npy does not match the rows")

@@ -25,8 +25,11 @@ class LossConfig:
       guide: a frozen embedder (a run or a Hugging Face directory) with the same tokenizer. Candidates that it scores
         above a query's positive do not count as negatives (GISTEmbed, arXiv:2402.16829). It reads the texts with their
         prefixes.
+        Sources with the losses embedding_mse and embedding_cosine that name no column of vectors learn its embeddings.
       guide_margin: a candidate is dropped if its guide score exceeds the positive's by more than this, in cosine
         similarity.
+      projection_dim: components of a teacher's vectors where the model has others: for embedding_mse and
+        embedding_cosine, a linear projection to them is learnt, which is not part of the model; 0 for none.
     """
 
     temperature: float
@@ -38,6 +41,7 @@ class LossConfig:
     column_tile: int = 0
     guide: str = ""
     guide_margin: float = 0.0
+    projection_dim: int = 0
 
     def check(self, width: int) -> None:
         """Raises ConfigurationError for values that cannot work with embeddings of ``width`` components."""
@@ -56,5 +60,7 @@ class LossConfig:
                 f"config.loss.matryoshka_weights has {len(self.matryoshka_weights)} values for "
                 f"{len(self.matryoshka_dims)} dims; write one for each, or () for 1 each"
             )
+        if self.projection_dim < 0:
+            raise ConfigurationError(f"config.loss.projection_dim is {self.projection_dim}; write 0 for no projection")
         if self.column_tile < 0:
             raise ConfigurationError(f"config.loss.column_tile is {self.column_tile}; write 0 for no tiles")

@@ -17,8 +17,9 @@ from nomic_jax.data.tokens.store import TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, embed, init_encoder
-from nomic_jax.train.config import PairData, TrainConfig
+from nomic_jax.train.config import ConfigurationError, PairData, TrainConfig
 from nomic_jax.train.losses.contrastive import contrastive_loss, init_temperature, temperature_of
+from nomic_jax.train.losses.embeddings import EMBEDDING_LOSSES, embedding_loss, init_projection
 from nomic_jax.train.losses.scores import PAIR_LOSSES, TEACHER_LOSSES, scored_pair_loss, teacher_score_loss
 from nomic_jax.train.objectives.chunks import embed_chunks
 from nomic_jax.train.objectives.sources import open_sources
@@ -34,6 +35,12 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle
     data = config.data
     assert isinstance(data, PairData)
     sources, stores = open_sources(config, tokenizer)
+    for source in sources:
+        if source.loss.numbers == "vectors" and not (source.loss.columns or config.loss.guide):
+            raise ConfigurationError(
+                f"source {source.name!r} has the loss {source.loss.name}, but no teacher: name a column of its vectors "
+                f"in the mixture (vectors: COLUMN), or a model that computes them in config.loss.guide"
+            )
     return PairStream(
         stores,
         tokenizer,
@@ -81,21 +88,30 @@ def make_stage(
 
     def init(key: jax.Array) -> dict:
         params = {"encoder": init_encoder(key, model.encoder)}
-        return params | {"temperature": init_temperature(options.temperature)} if options.learn_temperature else params
+        if options.learn_temperature:
+            params["temperature"] = init_temperature(options.temperature)
+        if options.projection_dim:
+            key = jax.random.fold_in(key, 1)
+            params["projection"] = init_projection(key, model.output_dim, options.projection_dim)
+        return params
 
     def embeddings(encoder: dict, model: EmbeddingConfig, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Embeddings of the queries [b, E] and of their documents [b, C, E]."""
         b, C, _ = rows["document_hash"].shape
+        E = model.output_dim
         if layout is not None:
             chunks = {name: rows[name] for name in CHUNK_ARRAYS if name in rows}
             text_NE = embed_chunks(encoder, chunks, model, layout, kept_chunks=config.kept_chunks)
-            return text_NE[:b], text_NE[b:].reshape(b, C, -1)
+            return text_NE[:b], text_NE[b:].reshape(b, C, E)
         queries = {"ids": rows["query_ids"], "length": rows["query_length"]}
+        if not C:
+            query_bE = embed(encoder, queries, model)
+            return query_bE, query_bE[:, None][:, :0]
         documents = {
             "ids": rows["document_ids"].reshape(-1, rows["document_ids"].shape[-1]),
             "length": rows["document_length"].reshape(-1),
         }
-        return embed(encoder, queries, model), embed(encoder, documents, model).reshape(b, C, -1)
+        return embed(encoder, queries, model), embed(encoder, documents, model).reshape(b, C, E)
 
     def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
         query_bE, document_bCE = embeddings(params["encoder"], model, rows)
@@ -143,6 +159,14 @@ def make_stage(
             if "infonce_weight" in rows:
                 contrastive, more = infonce()
                 total, metrics = total + rows["infonce_weight"][0] * contrastive, metrics | more
+        elif name := next((name for name in EMBEDDING_LOSSES if name in rows), None):
+            own_bnE, target_bnT = jnp.concatenate([query_bE[:, None], document_bCE], axis=1), rows[name]
+            if not target_bnT.shape[-1]:
+                assert guide_model is not None  # make_stream has checked it
+                query_bG, document_bCG = embeddings(params["guide"], guide_model, rows)
+                target_bnT = jnp.concatenate([query_bG[:, None], document_bCG], axis=1)
+            projection = params.get("projection")
+            total, metrics = embedding_loss(name, own_bnE, target_bnT, projection=projection, **matryoshka)
         else:
             temperature = own_temperature(temperature)
             total, metrics = infonce()
