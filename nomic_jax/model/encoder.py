@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nomic_jax.model.attention import FUSED_PRIMITIVE, attention
 from nomic_jax.model.config import EncoderConfig
+from nomic_jax.model.dropout import Dropout, drop
 from nomic_jax.model.layer_norm import STATISTICS, layer_norm, rms_norm
 from nomic_jax.model.linear import Linear
 from nomic_jax.model.mlp import make_mlp
@@ -199,20 +200,20 @@ class Block(nnx.Module):
         positions: Positions,
         boundaries: TextBoundaries,
         output_position_BP: jax.Array | None = None,
+        dropout: Dropout | None = None,
     ) -> jax.Array:
         if self.pre_norm:
             normalised_BLD = x_BLD if self.norm1 is None else self.norm1(x_BLD)
-            attended_BPD = self.attention(normalised_BLD, positions, boundaries, output_position_BP)
+            attended_BPD = drop(self.attention(normalised_BLD, positions, boundaries, output_position_BP), dropout, 0)
             if self.attention_norm is not None:
                 attended_BPD = self.attention_norm(attended_BPD)
             x_BPD = _select(x_BLD, output_position_BP) + attended_BPD
-            mapped_BPD = self.mlp(self.norm2(x_BPD))
+            mapped_BPD = drop(self.mlp(self.norm2(x_BPD)), dropout, 1)
             return x_BPD + (mapped_BPD if self.mlp_norm is None else self.mlp_norm(mapped_BPD))
         assert self.norm1 is not None
-        x_BPD = self.norm1(
-            _select(x_BLD, output_position_BP) + self.attention(x_BLD, positions, boundaries, output_position_BP)
-        )
-        return self.norm2(x_BPD + self.mlp(x_BPD))
+        attended_BPD = drop(self.attention(x_BLD, positions, boundaries, output_position_BP), dropout, 0)
+        x_BPD = self.norm1(_select(x_BLD, output_position_BP) + attended_BPD)
+        return self.norm2(x_BPD + drop(self.mlp(x_BPD), dropout, 1))
 
 
 def _select(x_BLD: jax.Array, output_position_BP: jax.Array | None) -> jax.Array:
@@ -241,6 +242,7 @@ class Encoder(nnx.Module):
         boundaries: TextBoundaries,
         output_position_BP: jax.Array | None,
         is_second_BL: jax.Array | None,
+        dropout: Dropout | None,
     ) -> jax.Array:
         position_BL, own_length_BL = _positions(ids_BL, boundaries.length_B, boundaries.segment_BL, self.config)
         bias_HO = None if self.relative is None else relative_bias(self.relative.embedding[...], ids_BL.shape[1])
@@ -249,22 +251,27 @@ class Encoder(nnx.Module):
             rope = local_rope = rope_cos_sin(position_BL, own_length_BL, self.config)
             if self.config.local_rope_base is not None:
                 local_rope = rope_cos_sin(position_BL, own_length_BL, self.config, self.config.local_rope_base)
-        x_BLD = self.embeddings(ids_BL, position_BL, is_second_BL)
+        x_BLD = drop(self.embeddings(ids_BL, position_BL, is_second_BL), dropout)
         # After the last attention, compute only the requested positions.
         output_positions = [None] * (len(self.layers) - 1) + [output_position_BP]
-        for block, output_position in zip(self.layers, output_positions):
+        for number, (block, output_position) in enumerate(zip(self.layers, output_positions), 1):
             positions = Positions(rope if block.attention.window is None else local_rope, bias_HO)
-            x_BLD = self._recomputed(block, boundaries, output_position)(x_BLD, positions)
+            own_dropout = dropout and dropout.of_layer(number)
+            x_BLD = self._recomputed(block, boundaries, own_dropout, output_position)(x_BLD, positions)
         return x_BLD if self.norm is None else self.norm(x_BLD)
 
     def _recomputed(
-        self, block: Block, boundaries: TextBoundaries, output_position_BP: jax.Array | None = None
+        self,
+        block: Block,
+        boundaries: TextBoundaries,
+        dropout: Dropout | None,
+        output_position_BP: jax.Array | None = None,
     ) -> Callable[[jax.Array, Positions], jax.Array]:
         def apply_block(x_BLD: jax.Array, positions: Positions) -> jax.Array:
             structure, params = nnx.split(block)
             params = jax.tree.map(lambda x: varying_as(x, x_BLD), params)
             params, x_BLD = _with_gradients_together(params, x_BLD)
-            return nnx.merge(structure, params)(x_BLD, positions, boundaries, output_position_BP)
+            return nnx.merge(structure, params)(x_BLD, positions, boundaries, output_position_BP, dropout)
 
         if self.config.recompute in ("none", "auto"):
             return apply_block
@@ -360,6 +367,7 @@ def encode(
     max_segments: int | None = None,
     output_position_BP: jax.Array | None = None,
     first_length_B: jax.Array | None = None,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
     """Returns the last hidden states, [B, L, D] in ``config.dtype``, or [B, P, D] at ``output_position_BP``.
 
@@ -376,11 +384,12 @@ def encode(
         With few positions the last layer computes less (masked-LM saves 5 % of the FLOPs of 12 layers); the result is
         the same.
       first_length_B: for pairs of texts, the number of tokens with token type 0; later ones have type 1. None: all 0.
+      dropout: of the embeddings and of the outputs of attention and MLP (BERT's ``hidden_dropout_prob``), for training.
 
     Raises:
       ValueError: the rows are longer than the encoder accepts.
     """
     is_second_BL = None if first_length_B is None else jnp.arange(ids_BL.shape[1]) >= first_length_B[:, None]
     return nnx.merge(_graphdef(config), params)(
-        ids_BL, TextBoundaries(length_B, segment_BL, max_segments), output_position_BP, is_second_BL
+        ids_BL, TextBoundaries(length_B, segment_BL, max_segments), output_position_BP, is_second_BL, dropout
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nomic_jax.model.config import EncoderConfig
+from nomic_jax.model.dropout import Dropout
 from nomic_jax.model.encoder import Norm, encode
 from nomic_jax.model.linear import Linear
 from nomic_jax.model.pooling import POOLINGS, pooled, pooled_segments
@@ -81,18 +82,21 @@ def _finish(x: jax.Array, has_tokens: jax.Array, config: EmbeddingConfig) -> jax
     return jnp.where(has_tokens[..., None], x, 0.0)
 
 
-def embed(params: dict, batch: dict[str, jax.Array], config: EmbeddingConfig) -> jax.Array:
+def embed(
+    params: dict, batch: dict[str, jax.Array], config: EmbeddingConfig, dropout: Dropout | None = None
+) -> jax.Array:
     """Returns the embeddings of a batch of texts. Callers can jit, differentiate and shard this pure function.
 
     Args:
       params: encoder parameters (``Embedder.params``).
       batch: ``ids`` [B, L] int32, texts padded on the right, and ``length`` [B] int32, their numbers of tokens.
       config: the encoder and its pooling (``Embedder.config``).
+      dropout: for training, see ``encode``.
 
     Returns:
       float32 [B, config.output_dim].
     """
-    hidden_BLD = encode(params, batch["ids"], config.encoder, length_B=batch["length"])
+    hidden_BLD = encode(params, batch["ids"], config.encoder, length_B=batch["length"], dropout=dropout)
     return pool(hidden_BLD, batch["length"], config)
 
 

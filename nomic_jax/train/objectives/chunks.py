@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from nomic_jax.data.batches.packing import Layout
 from nomic_jax.data.batches.shapes import Shape
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, encode
+from nomic_jax.model.dropout import Dropout
 from nomic_jax.model.encoder import cast_kernels
 from nomic_jax.model.heads import pool_segments
 from nomic_jax.model.varying import varying_as
@@ -21,7 +22,13 @@ KEPT_CHUNKS, RECOMPUTED_CHUNKS = "kept_chunks", "recomputed_chunks"
 
 
 def embed_chunks(
-    params: dict, chunks: dict[str, jax.Array], model: EmbeddingConfig, layout: Layout, *, kept_chunks: float = 0.0
+    params: dict,
+    chunks: dict[str, jax.Array],
+    model: EmbeddingConfig,
+    layout: Layout,
+    *,
+    kept_chunks: float = 0.0,
+    dropout_rate: float = 0.0,
 ) -> jax.Array:
     """Returns embeddings [N, E] of a device's texts, in the order of the plan; may run inside ``jax.shard_map``.
 
@@ -30,11 +37,12 @@ def embed_chunks(
 
     Args:
       params: encoder parameters.
-      chunks: one device's arrays of ``fill_chunks``.
+      chunks: one device's arrays of ``fill_chunks``; for dropout, also ``dropout``, a seed of each chunk.
       model: the encoder and its pooling.
       layout: the shapes of the chunks.
       kept_chunks: share of the chunks whose activations are kept for the backward pass; the others are recomputed in
         it. Kept chunks are computed in the largest shape. Above 0 only for layouts whose rows all have one length.
+      dropout_rate: see ``nomic_jax.model.dropout``; used if there are seeds.
     """
     if kept_chunks and len({shape.length for shape in layout.shapes}) > 1:
         raise ValueError("kept_chunks is for packed layouts; chunks of several row lengths are always computed twice")
@@ -45,7 +53,9 @@ def embed_chunks(
     params = jax.tree.map(lambda x: varying_as(x, chunks["ids"]), params)
 
     def compute(shape: Shape, params: dict, chunk: Chunk) -> jax.Array:
-        embedding_SE = _embed_chunk(params, chunk, shape, model, layout)
+        seed = chunk.get("dropout")
+        dropout = None if seed is None else Dropout(jax.random.key(seed), dropout_rate)
+        embedding_SE = _embed_chunk(params, chunk, shape, model, layout, dropout)
         return jnp.pad(embedding_SE, ((0, layout.slots - len(embedding_SE)), (0, 0)))
 
     if count == kept == 1:
@@ -196,14 +206,18 @@ class _Residuals:
         return jax.tree.unflatten(self._structure, leaves)
 
 
-def _embed_chunk(params: dict, chunk: Chunk, shape: Shape, model: EmbeddingConfig, layout: Layout) -> jax.Array:
+def _embed_chunk(
+    params: dict, chunk: Chunk, shape: Shape, model: EmbeddingConfig, layout: Layout, dropout: Dropout | None
+) -> jax.Array:
     """Embeddings [rows * segments, E] of a chunk of a known shape."""
     tokens = shape.rows * shape.length
     ids_BL = chunk["ids"][:tokens].reshape(shape)
     if not layout.packed:
         # An unused row has length 0, for which attention kernels return unspecified values. One pad token avoids that.
         length_B = jnp.maximum(chunk["length"][: shape.rows], 1)
-        return embed(params, {"ids": ids_BL, "length": length_B}, model)
+        return embed(params, {"ids": ids_BL, "length": length_B}, model, dropout)
     segment_BL = chunk["segment"][:tokens].reshape(shape)
-    hidden_BLD = encode(params, ids_BL, model.encoder, segment_BL=segment_BL, max_segments=layout.segments)
+    hidden_BLD = encode(
+        params, ids_BL, model.encoder, segment_BL=segment_BL, max_segments=layout.segments, dropout=dropout
+    )
     return pool_segments(hidden_BLD, segment_BL, layout.segments, model).reshape(-1, model.output_dim)
