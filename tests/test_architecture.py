@@ -32,7 +32,7 @@ ROOMS = {
         "source_loss": {"formats"},
         "mixture": {"formats", "prompts", "source_loss"},
         "tokens": {"formats", "prompts", "mixture"},
-        "batches": {"formats", "mixture", "source_loss", "tokens"},
+        "batches": {"formats", "prompts", "mixture", "source_loss", "tokens"},
     },
     "curate": {
         "engine": set(),

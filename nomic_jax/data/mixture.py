@@ -26,6 +26,8 @@ An objective may name a loss (``nomic_jax.data.source_loss``), and where its num
     objective: {type: triplet, columns: [query, document, negatives], scores: teacher_scores, loss: kl}  # or margin_mse
 
     objective: {type: self, columns: [text], vectors: teacher_vector, loss: embedding_cosine}        # or embedding_mse
+    objective: {type: self, columns: [text], loss: spans}     # InfoNCE of two spans of a text, which get both prefixes
+    objective: {type: self, columns: [text], loss: simcse}    # of the text and itself under dropout; document_prefix
 
 ``scores`` is a column with a number for the document and for each negative, in this order, or several columns that are
 joined: [document_score, negatives_scores], which are the original's and those of ``kd_loss: true``. ``vectors`` is a
@@ -49,7 +51,7 @@ from nomic_jax.data.formats.hub import is_dataset_name
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.text import zip_members
 from nomic_jax.data.prompts import likely_prefix, prompt_text, read_prefix
-from nomic_jax.data.source_loss import INFONCE, LOSSES, SCORED, SourceLoss
+from nomic_jax.data.source_loss import INFONCE, LOSSES, SCORED, TEXT_ALONE, SourceLoss
 from nomic_jax.files.reading import FileRefused, read_text
 
 Kind = Literal["text", "pair", "triplet"]
@@ -183,7 +185,8 @@ def read_mixture(
         prefixes = ("", "") if kind == "text" else ("search_query", "search_document")
         objective = {"type": _KIND_OBJECTIVE[kind], "columns": list(columns)}
         objective |= {"loss": loss} if loss else {}
-        objective |= {"type": "scored"} if loss in SCORED else {"scores": list(scores)} if scores else {}
+        objective |= {"type": "scored"} if loss in SCORED else {"type": "self"} if loss in TEXT_ALONE else {}
+        objective |= {"scores": list(scores)} if scores else {}
         kind, texts, named = _objective(objective, path, kd_loss=False)
         return (Source("data", path, kind, texts, *prefixes, loss=named),)
     if columns or loss or scores:

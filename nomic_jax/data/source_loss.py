@@ -35,12 +35,15 @@ LOSSES: dict[str, LossRows] = {
     "cosine_mse": LossRows(("pair",), "score"),
     "kl": LossRows(("triplet",), "scores"),
     "margin_mse": LossRows(("triplet",), "scores"),
+    "simcse": LossRows(("text",), "none"),
+    "spans": LossRows(("text",), "none"),
     "embedding_mse": LossRows(("text", "pair", "triplet"), "vectors"),
     "embedding_cosine": LossRows(("text", "pair", "triplet"), "vectors"),
 }
 LARGEST_SCORE = 3e38  # of float32, in which a token store has them
 _FIELDS = ("temperature", "score_temperature", "infonce_weight")
 SCORED = tuple(name for name, rows in LOSSES.items() if rows.numbers == "score")
+TEXT_ALONE = tuple(name for name, rows in LOSSES.items() if rows.kinds == ("text",))
 
 
 @dataclasses.dataclass(frozen=True)

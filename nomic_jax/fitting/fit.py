@@ -56,7 +56,8 @@ def fit(
     and positive), with the other rows' documents as negatives; a query, a document and negatives (a list, a text, or
     several columns); or one column of text, for masked-LM. Two texts and a ``score`` are trained on with CoSENT; a
     query, a document, negatives and a list of a teacher's ``scores`` with KL divergence; ``loss=`` names another loss
-    (``nomic_jax.data.source_loss``). Rows with labels are refused: see ``config``.
+    (``nomic_jax.data.source_loss``), such as "spans" or "simcse" for texts alone. Rows with labels are refused: see
+    ``config``.
 
     Args:
       model: what training starts from: a run, one of its checkpoints, a Hugging Face directory or a name on the hub,

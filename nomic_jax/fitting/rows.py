@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import number_of
 from nomic_jax.data.mixture import MixtureError, read_mixture
-from nomic_jax.data.source_loss import SCORED
+from nomic_jax.data.source_loss import SCORED, TEXT_ALONE
 from nomic_jax.files.writing import atomic_file
 
 # What others call the columns, in the order of a row. A column of either group stands for the first name.
@@ -70,7 +70,7 @@ def find_data(
       columns: the columns to train on, in the order of a row; () to take them from their names or their order.
       stage: the stage of the configuration; None for that of the columns.
       prefixes: what goes in front of queries and documents, see ``nomic_jax.data.mixture``; None for its default.
-      loss: of rows with scores (``nomic_jax.data.source_loss``); "" for "cosent", or "kl" for a teacher's scores.
+      loss: see ``nomic_jax.data.source_loss``; "" for "cosent" where pairs have a score, "kl" for a teacher's scores.
 
     Raises:
       DataError: the columns do not say what to train on, or the stage is another one.
@@ -95,7 +95,8 @@ def find_data(
         raise DataError(f"there is no column {missing[0]!r}; the data have {', '.join(map(repr, sample[0]))}")
     loss, scores = ("", ()) if stage == "classify" else _loss_of(sample[0], chosen, loss)
     found = "classify" if stage == "classify" else STAGES.get(len(chosen), "finetune")
-    if loss in SCORED:
+    without_negatives = loss in (*SCORED, *TEXT_ALONE)
+    if without_negatives:
         found = stage if stage == "finetune" else "contrastive"
     elif stage == "contrastive" and found == "finetune":  # it leaves the negatives out
         chosen, found, loss, scores = chosen[:2], "contrastive", "", ()
@@ -104,7 +105,7 @@ def find_data(
     if not files:
         kept = (*chosen, "label") if found == "classify" else (*chosen, *scores)
         files = _write(data, kept, Path(cache_dir))
-    has_negatives = found == "finetune" and loss not in SCORED
+    has_negatives = found == "finetune" and not without_negatives
     number = min(MOST_NEGATIVES, *(_negatives(row, chosen) for row in sample)) if has_negatives else 0
     if has_negatives and not number:
         raise DataError(f"some rows have no negative in {', '.join(chosen[2:])}; leave those out, or mine negatives")
@@ -193,8 +194,8 @@ def _of_mixture(path: str, columns: Sequence[str], stage: str | None, prefixes: 
             if stage or number == len(kinds):
                 raise
         else:
-            if stage is None and found == "finetune" and all(source.kind == "pair" for source in sources):
-                continue  # scored pairs, which have no negatives
+            if stage is None and found == "finetune" and not any(source.kind == "triplet" for source in sources):
+                continue  # scored pairs or texts, which have no negatives
             return Data(found, path, (), 1 if found == "finetune" else 0)
     raise DataError(f"{path}: the stage {stage} takes files, not a mixture")
 
@@ -213,6 +214,10 @@ def _loss_of(row: Mapping[str, Any], columns: Sequence[str], loss: str) -> tuple
     Raises:
       DataError: there are scores, but not one for each document; or the loss takes scores, and there are none.
     """
+    if loss in TEXT_ALONE:
+        if len(columns) != 1:
+            raise DataError(f"the loss {loss} takes one column of text, found {', '.join(columns)}; name it: columns=")
+        return loss, ()
     third = columns[2] if len(columns) == 3 else ""
     if third and _is_number(row[third]) and (third in _SCORES or loss in SCORED or not isinstance(row[third], str)):
         return loss or SCORED[0], ()
@@ -277,7 +282,7 @@ def _write_mixture(
     loss: str,
     scores: Sequence[str],
 ) -> str:
-    kind = "scored" if loss in SCORED else "paired" if len(columns) == 2 else "triplet"
+    kind = "scored" if loss in SCORED else {1: "self", 2: "paired"}.get(len(columns), "triplet")
     objective = {"type": kind, "columns": list(columns)}
     objective |= {"scores": list(scores)} if scores else {}
     objective |= {"loss": loss} if loss else {}

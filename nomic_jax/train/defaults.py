@@ -116,6 +116,7 @@ def base_config(stage: str) -> ConfigDict:
             guide="",
             guide_margin=0.0,
             projection_dim=0,
+            dropout=0.1,
         )
     )
     config.data = ConfigDict(dict(mixture="", columns="", tokenizer="", cache_dir="token_cache", on_bad_row="raise"))

@@ -22,7 +22,7 @@ def scored(i):
 def triplet(i):
     negatives = [f"negative {j} of {i}" for j in range(M)]
     # A score says which row and candidate it is for.
-    scores = [i / 50 + j / 1000 for j in range(1 + M)]
+    scores = [10 * i + j / 4 for j in range(1 + M)]
     return {"query": f"query {i}", "document": f"document {i}", "negatives": negatives, "scores": scores}
 
 
@@ -291,7 +291,7 @@ class TestBatches:
                 for row in rows:
                     own = [store.columns["document"][row]]
                     own += [store.columns["negatives"][j] for j in range(M * row, M * (row + 1))]
-                    texts |= {tuple(ids): row / 50 + j / 1000 for j, ids in enumerate(own)}
+                    texts |= {tuple(ids): 10 * row + j / 4 for j, ids in enumerate(own)}
                 arrays = plain.batch(step).arrays
                 of_hash = {
                     tuple(h): texts[tuple(ids[:n])]
@@ -320,3 +320,51 @@ class TestBatches:
         np.testing.assert_allclose(stream.batch(0).arrays["cosine_mse"], rows / 40 / 0.4, rtol=1e-6)
         # A run does not resume with another loss on the same rows.
         assert stream.fingerprint != PairStream([store], tokenizer, **settings).fingerprint
+
+
+class TestSpans:
+    def stream(self, tmp_path, tokenizer, **changes):
+        rows = [{"text": " ".join(f"{i} {j}" for j in range(3 + i))} for i in range(24)]
+        objective = {"type": "self", "loss": "spans"}
+        path = write(tmp_path, rows, objective, query_prefix="search_query", document_prefix="")
+        source = read_one(path, "pair")
+        store = pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
+        settings = {"batch_size": 8, "query_length": 16, "document_length": 24, "seed": 3}
+        return PairStream([store], tokenizer, losses={source.name: source.loss}, **(settings | changes))
+
+    def test_query_and_document_are_spans_of_one_text(self, tmp_path, tokenizer):
+        stream = self.stream(tmp_path, tokenizer)
+        cls, sep = tokenizer.encode([""])[0]
+        prompt = tokenizer.encode(["search_query: "])[0][:-1].tolist()
+        seen: dict[int, set] = {}
+        starts = []
+        for step in range(30):
+            arrays, rows = stream.batch(step).arrays, stream.rows_of_step(step)[1]
+            assert arrays["document_ids"].shape[:2] == (8, 1)
+            for i, row in enumerate(rows):
+                text = stream.stores[0].columns["text"][row].tolist()[1:-1]
+                query = arrays["query_ids"][i, : arrays["query_length"][i]].tolist()
+                document = arrays["document_ids"][i, 0, : arrays["document_length"][i, 0]].tolist()
+                assert query[: len(prompt)] == prompt and document[0] == cls and query[-1] == document[-1] == sep
+                assert len(query) <= 16 and len(document) <= 24
+                for span in (query[len(prompt) : -1], document[1:-1]):
+                    places = [s for s in range(len(text) - len(span) + 1) if text[s : s + len(span)] == span]
+                    assert places and (len(span) >= 8 or len(span) == min(len(text), 16 - len(prompt) - 1))
+                    assert len(span) <= max(8, round(len(text) / 2))
+                    if len(text) >= 40:
+                        starts.append(places[0] / (len(text) - len(span)))
+                seen.setdefault(row, set()).add(tuple(query))
+        assert np.mean([len(spans) > 1 for row, spans in seen.items() if row > 10]) > 0.9  # drawn anew
+        assert 0.35 < np.mean(starts) < 0.65 and min(starts) < 0.1 and max(starts) > 0.9
+
+    def test_shards_and_layouts_hold_the_same_spans(self, tmp_path, tokenizer):
+        stream = self.stream(tmp_path, tokenizer)
+        whole = stream.batch(2)
+        for name, array in whole.arrays.items():
+            parts = [stream.batch(2, shard, 4).arrays[name] for shard in range(4)]
+            np.testing.assert_array_equal(np.concatenate(parts), array)
+        packed = self.stream(tmp_path, tokenizer, layout=packed_layout(24, 96), devices=2).batch(2)
+        for name in ("query_hash", "document_hash"):
+            left, right = (sorted(map(tuple, batch.arrays[name].reshape(8, 2))) for batch in (whole, packed))
+            assert left == right
+        assert packed.real_tokens == whole.real_tokens

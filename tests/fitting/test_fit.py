@@ -183,6 +183,19 @@ def test_scores_say_what_is_trained(tmp_path, case):
     assert find_data([row], texts, None, tmp_path)[4:] == ("", ())  # the texts alone
 
 
+def test_a_loss_for_texts_alone(tmp_path):
+    rows = [{"text": "x"}, {"text": "y"}]
+    found = find_data(rows, (), None, tmp_path, loss="spans")
+    assert (found.stage, found.columns, found.loss) == ("contrastive", ("text",), "spans")
+    (source,) = read_mixture(found.mixture, "pair", found.columns, found.loss)
+    assert (source.kind, source.loss.name, source.query_prefix) == ("text", "spans", "search_query")
+    mixture = find_data(rows, (), None, tmp_path, ("query", ""), loss="simcse").mixture
+    assert read_mixture(mixture, "pair")[0].loss.name == "simcse"
+    assert find_data(mixture, (), None, tmp_path).stage == "contrastive"
+    with pytest.raises(DataError, match="the loss spans takes one column of text, found a, b"):
+        find_data([{"a": "x", "b": "y"}], (), None, tmp_path, loss="spans")
+
+
 def test_settings_are_fields_of_the_configuration():
     changes = fitting._changes({"lr": 1e-4, "checkpoint": {"every": 50}, "data.layout": "packed", "steps": 7})
     assert changes == {"optim.lr": 1e-4, "checkpoint.every": 50, "data.layout": "packed", "steps": 7}

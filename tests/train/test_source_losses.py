@@ -99,6 +99,28 @@ def test_a_guide_that_is_the_model_has_nothing_to_teach(tmp_path, corpus, minilm
     assert found == pytest.approx({"loss": 0, "teacher_cosine": 1}, abs=1e-6)
 
 
+OTHER = pytest.mark.exhaustive(reason="tests of dropout compare chunks with rows")
+
+
+@pytest.mark.parametrize("layout", ["padded", pytest.param("packed", marks=OTHER)])
+def test_a_text_twice_differs_by_dropout_alone(tmp_path, corpus, minilm, tokenizer, layout):
+    source = {"name": "text", "bucket": str(corpus / "text.jsonl"), "objective": {"type": "self", "loss": "simcse"}}
+    (tmp_path / "mixture.yaml").write_text(json.dumps([source]))
+    changes = {"data.mixture": str(tmp_path / "mixture.yaml"), "data.cache_dir": str(tmp_path / "cache")}
+    changes |= {"data.layout": layout, "loss.temperature": 0.05}
+    config = load_config("contrastive", corpus, minilm, **changes)
+    stream = make_stream(config, tokenizer, 8)
+    seeds = [stream.batch(step).arrays["dropout"] for step in range(2)]
+    assert len(set(np.concatenate(seeds).tolist())) == sum(map(len, seeds))  # other masks everywhere, and in each step
+    np.testing.assert_array_equal(stream.batch(1, 1, 2).arrays["dropout"], np.split(seeds[1], 2)[1])
+
+    def loss(rate):
+        own = dataclasses.replace(config, loss=dataclasses.replace(config.loss, dropout=rate))
+        return mean_loss(own, stream, 8)["loss"]
+
+    assert loss(0.1) == loss(0.1) > loss(0.0) + 1e-3
+
+
 @pytest.mark.exhaustive(reason="compiles three programs, twice; streams and formulas are tested by themselves")
 def test_a_run_of_several_losses_resumes_exactly(tmp_path, corpus, minilm):
     changes = {"data.mixture": write_mixture(tmp_path, corpus, *OBJECTIVES), "data.cache_dir": str(tmp_path / "cache")}

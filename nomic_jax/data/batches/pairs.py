@@ -18,6 +18,7 @@ from nomic_jax.data.batches.packing import (
 from nomic_jax.data.batches.permutation import VERSION, fingerprinted
 from nomic_jax.data.batches.shapes import hash_texts, pad_flat, padded_length
 from nomic_jax.data.batches.stream import Batch, share
+from nomic_jax.data.batches.text_pairs import PairedTexts, around, dropout_seeds
 from nomic_jax.data.source_loss import INFONCE, SourceLoss
 from nomic_jax.data.tokens.store import RaggedTokens, TokenStore, check_tokenizer, flat_indices
 from nomic_jax.data.tokens.tokenizer import Tokenizer
@@ -126,6 +127,8 @@ class PairStream:
     A source in ``losses`` whose loss compares with numbers has them in an array with the name of the loss: [b], or
       [b, 1 + M] for those of a teacher, or [b, texts, T] for a teacher's vectors, T = 0 if the guide computes them. Its
       other options are in ``temperature`` and ``infonce_weight``, [b] each.
+    Rows of texts with the losses "spans" and "simcse" become pairs (``nomic_jax.data.batches.text_pairs``); for the
+      latter, the seeds of dropout are in ``dropout``, one of each chunk, or of each row of the global batch.
     Rows of a source without negatives have M = 0. Rows of one text are queries, of ``document_length``, without
     documents.
     With a layout, the texts are in chunks (``nomic_jax.data.batches.packing.fill_chunks``), and the rows of query_hash,
@@ -162,6 +165,11 @@ class PairStream:
             by_teacher = self._loss_of(store).numbers == "scores"
             if num_negatives and "negatives" in store.columns and (too_few_negatives == "error" or by_teacher):
                 _check_negatives(store, num_negatives, may_fill_up=not by_teacher)
+        self._around = {
+            store.name: (around(tokenizer, source["query_prefix"]), around(tokenizer, source["document_prefix"]))
+            for store in self.stores
+            if self._loss_of(store).name == "spans" and (source := store.manifest["source"])
+        }
         self.shuffle = shuffle
         self.mixing = Mixing(self.stores, batch_size, seed, sampling, shuffle)
         self.steps_per_epoch = self.mixing.steps_per_epoch
@@ -184,9 +192,12 @@ class PairStream:
     def batch(self, step: int, shard: int = 0, shard_count: int = 1) -> Batch:
         source, rows = self.rows_of_step(step)
         store = self.stores[source]
+        is_twice = self._loss_of(store).name == "simcse"
+        if store.name in self._around or is_twice:
+            store = PairedTexts(store, self._around.get(store.name), self.seed, step)
         # For all rows, not only this process's, so that every process gets the same shapes.
         candidates = self._candidates(store, rows, step)
-        of_query, longest = self._queries(store)
+        of_query, longest = self._queries(store, as_document=is_twice)
         query_lengths = np.minimum(of_query.lengths(rows), longest)
         document_lengths = np.minimum(_candidate_lengths(store, candidates), self.document_length)
         real_tokens = int(query_lengths.sum() + document_lengths.sum())
@@ -213,10 +224,16 @@ class PairStream:
             ids[flat_indices(starts[:, :b].ravel(), query_length)] = queries
             ids[flat_indices(starts[:, b:].ravel(), document_length)] = documents
             arrays |= fill_chunks(plan, self.layout, own_devices, ids, lengths.ravel(), self.pad_id)
+            if is_twice:
+                chunks = plan.shape.shape[1]
+                places = range(own_devices.start * chunks, own_devices.stop * chunks)
+                arrays["dropout"] = dropout_seeds(self.seed, step, places)
             return Batch(arrays, store.name, real_tokens, plan.waited_tokens, token_pairs)
         Lq = padded_length(int(query_lengths.max()), longest)
         Ld = padded_length(int(document_lengths.max(initial=1)), self.document_length)
         shape = (own.size, candidates.shape[1])
+        if is_twice:
+            arrays["dropout"] = dropout_seeds(self.seed, step, range(own[0], own[-1] + 1))
         arrays |= {
             "query_ids": pad_flat(queries, query_length, Lq, self.pad_id),
             "query_length": query_length.astype(np.int32),
@@ -226,11 +243,11 @@ class PairStream:
         padded_tokens = self.batch_size * Lq + candidates.size * Ld
         return Batch(arrays, store.name, real_tokens, padded_tokens, token_pairs)
 
-    def _queries(self, store: TokenStore) -> tuple[RaggedTokens, int]:
+    def _queries(self, store: TokenStore, as_document: bool) -> tuple[RaggedTokens, int]:
         """Returns the first texts of the rows, and their maximum number of tokens."""
         if "text" in store.columns:
             return store.columns["text"], self.document_length
-        return store.columns["query"], self.query_length
+        return store.columns["query"], self.document_length if as_document else self.query_length
 
     def _loss_of(self, store: TokenStore) -> SourceLoss:
         return self.losses.get(store.name, INFONCE)

@@ -34,13 +34,14 @@ def hash_texts(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """
     ends = np.cumsum(lengths)
     position = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
-    hashed = _mix(ids.astype(np.uint64) << np.uint64(32) | position.astype(np.uint64))
+    hashed = mix_bits(ids.astype(np.uint64) << np.uint64(32) | position.astype(np.uint64))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashed)])
-    hashes = _mix(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
+    hashes = mix_bits(sums[ends] - sums[ends - lengths] + lengths.astype(np.uint64))
     return np.ascontiguousarray(hashes.astype("<u8")).view("<u4").reshape(-1, 2)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix_bits(x: np.ndarray) -> np.ndarray:
+    """Returns 64 bits that depend on all bits of each uint64 (splitmix64)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

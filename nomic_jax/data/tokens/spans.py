@@ -15,7 +15,6 @@ from nomic_jax.data.formats.reading import open_file, usable_rows
 from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RejectedRows
 from nomic_jax.data.mixture import COLUMNS, Source
 from nomic_jax.data.prompts import prompt_text
-from nomic_jax.data.source_loss import INFONCE
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.folders import remove_folder
 from nomic_jax.files.writing import atomic_folder, write_json
@@ -49,8 +48,8 @@ def kinds_of_columns(source: Source) -> dict[str, type]:
 
 
 def is_prefixed(source: Source) -> bool:
-    """Whether texts get the prefix of documents: not for masked-LM."""
-    return source.kind == "text" and source.loss != INFONCE
+    """Whether texts get the prefix of documents: not for masked-LM, and not where spans of them get prefixes."""
+    return source.kind == "text" and (source.loss.numbers == "vectors" or source.loss.name == "simcse")
 
 
 def ids_dtype(tokenizer: Tokenizer) -> np.dtype:

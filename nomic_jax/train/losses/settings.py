@@ -30,6 +30,7 @@ class LossConfig:
         similarity.
       projection_dim: components of a teacher's vectors where the model has others: for embedding_mse and
         embedding_cosine, a linear projection to them is learnt, which is not part of the model; 0 for none.
+      dropout: rate of the dropout in the encoder for sources with the loss simcse, whose pairs differ by it alone.
     """
 
     temperature: float
@@ -42,6 +43,7 @@ class LossConfig:
     guide: str = ""
     guide_margin: float = 0.0
     projection_dim: int = 0
+    dropout: float = 0.1
 
     def check(self, width: int) -> None:
         """Raises ConfigurationError for values that cannot work with embeddings of ``width`` components."""
@@ -62,5 +64,7 @@ class LossConfig:
             )
         if self.projection_dim < 0:
             raise ConfigurationError(f"config.loss.projection_dim is {self.projection_dim}; write 0 for no projection")
+        if not 0 <= self.dropout < 1:
+            raise ConfigurationError(f"config.loss.dropout is {self.dropout}; write a rate from 0 to below 1")
         if self.column_tile < 0:
             raise ConfigurationError(f"config.loss.column_tile is {self.column_tile}; write 0 for no tiles")

@@ -17,6 +17,7 @@ from nomic_jax.data.tokens.store import TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, embed, init_encoder
+from nomic_jax.model.dropout import Dropout
 from nomic_jax.train.config import ConfigurationError, PairData, TrainConfig
 from nomic_jax.train.losses.contrastive import contrastive_loss, init_temperature, temperature_of
 from nomic_jax.train.losses.embeddings import EMBEDDING_LOSSES, embedding_loss, init_projection
@@ -28,7 +29,7 @@ from nomic_jax.train.sharding import DATA
 
 SCORED_TEMPERATURE = 0.05  # of CoSENT and AnglE, as in sentence-transformers
 # The arrays of a batch that ``embed_chunks`` reads.
-CHUNK_ARRAYS = ("ids", "shape", "place", "segment", "length")
+CHUNK_ARRAYS = ("ids", "shape", "place", "segment", "length", "dropout")
 
 
 def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int, shuffle: int) -> PairStream:
@@ -95,13 +96,16 @@ def make_stage(
             params["projection"] = init_projection(key, model.output_dim, options.projection_dim)
         return params
 
-    def embeddings(encoder: dict, model: EmbeddingConfig, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def embeddings(
+        encoder: dict, model: EmbeddingConfig, rows: dict[str, jax.Array], dropout_rate: float = 0.0
+    ) -> tuple[jax.Array, jax.Array]:
         """Embeddings of the queries [b, E] and of their documents [b, C, E]."""
         b, C, _ = rows["document_hash"].shape
         E = model.output_dim
         if layout is not None:
             chunks = {name: rows[name] for name in CHUNK_ARRAYS if name in rows}
-            text_NE = embed_chunks(encoder, chunks, model, layout, kept_chunks=config.kept_chunks)
+            settings = {"kept_chunks": config.kept_chunks, "dropout_rate": dropout_rate}
+            text_NE = embed_chunks(encoder, chunks, model, layout, **settings)
             return text_NE[:b], text_NE[b:].reshape(b, C, E)
         queries = {"ids": rows["query_ids"], "length": rows["query_length"]}
         if not C:
@@ -111,10 +115,13 @@ def make_stage(
             "ids": rows["document_ids"].reshape(-1, rows["document_ids"].shape[-1]),
             "length": rows["document_length"].reshape(-1),
         }
-        return embed(encoder, queries, model), embed(encoder, documents, model).reshape(b, C, E)
+        dropout = Dropout(jax.random.key(rows["dropout"][0]), dropout_rate) if "dropout" in rows else None
+        others = dropout and dropout.of_layer(1 << 20)  # another key, which no layer has
+        query_bE, document_NE = embed(encoder, queries, model, dropout), embed(encoder, documents, model, others)
+        return query_bE, document_NE.reshape(b, C, E)
 
     def loss(params: dict, rows: dict[str, jax.Array]) -> LossSums:
-        query_bE, document_bCE = embeddings(params["encoder"], model, rows)
+        query_bE, document_bCE = embeddings(params["encoder"], model, rows, options.dropout)
         temperature = temperature_of(params["temperature"]) if options.learn_temperature else options.temperature
         # A constant, but computed from the rows: the weight must vary over devices as the loss does.
         weight = jnp.sum(jnp.ones_like(rows["in_batch_negatives"], jnp.float32))

@@ -231,5 +231,7 @@ def largest_batch(config: TrainConfig, batches: Batches, layout: Layout | None, 
             chunks = devices * -(-math.prod(arrays["ids"][0]) // (layout.tokens * devices))
         rows("ids", chunks, layout.tokens)
         rows("shape", chunks)
+        if "dropout" in arrays:
+            arrays["dropout"] = (chunks,), np.dtype(np.uint32)
         rows(*("segment", chunks, layout.tokens) if layout.packed else ("length", chunks, layout.slots))
     return {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
