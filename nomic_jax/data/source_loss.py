@@ -7,8 +7,11 @@ import contextlib
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from nomic_jax.data.formats.row_checks import BadRow, listed, number_of
 
@@ -40,6 +43,7 @@ LOSSES: dict[str, LossRows] = {
     "embedding_mse": LossRows(("text", "pair", "triplet"), "vectors"),
     "embedding_cosine": LossRows(("text", "pair", "triplet"), "vectors"),
 }
+NOTHING_TO_LEARN = 0.01  # nats
 LARGEST_SCORE = 3e38  # of float32, in which a token store has them
 _FIELDS = ("temperature", "score_temperature", "infonce_weight")
 SCORED = tuple(name for name, rows in LOSSES.items() if rows.numbers == "score")
@@ -183,6 +187,29 @@ class SourceLoss:
             raise BadRow(
                 f"{where} holds scores that differ by {width:g}, but the cosines of the loss margin_mse differ by 2 at "
                 f"most; write their scale into the mixture, such as score_range: [-12, 12], or the loss kl"
+            )
+
+    def warn_of_scale(self, source: str, rows: Sequence[np.ndarray]) -> None:
+        """Warns if a teacher's scores of some rows are nearly equal, or one is far above the others, for the loss "kl".
+
+        The first is so for cosines, the second for logits of a cross-encoder that is very sure.
+        """
+        if self.name != "kl" or not rows:
+            return
+        entropies, most = [], []
+        for scores in rows:
+            logits = np.asarray(scores, np.float64) / self.score_temperature
+            share = np.exp(logits - logits.max())
+            share /= share.sum()
+            entropies.append(-np.sum(share * np.log(np.maximum(share, 1e-300))))
+            most.append(np.log(len(share)))
+        spread = float(np.mean([np.std(scores) for scores in rows]))
+        if np.mean(most) - np.mean(entropies) < NOTHING_TO_LEARN or np.mean(entropies) < NOTHING_TO_LEARN:
+            kind = "nearly equal" if np.mean(entropies) > NOTHING_TO_LEARN else "decided by one candidate"
+            warnings.warn(
+                f"source {source!r}: the softmax of its scores is {kind}: they spread by {spread:.3g}; the loss kl "
+                f"learns most from a spread of about 1, so write score_temperature: {max(spread, 1e-6):.2g}",
+                stacklevel=3,
             )
 
     def scaled(self, numbers: Any) -> Any:

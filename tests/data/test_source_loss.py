@@ -1,6 +1,8 @@
 """Scores of rows: what a mixture names, what is refused, and their way through token stores to batches."""
 
 import json
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -24,6 +26,10 @@ def triplet(i):
     # A score says which row and candidate it is for.
     scores = [10 * i + j / 4 for j in range(1 + M)]
     return {"query": f"query {i}", "document": f"document {i}", "negatives": negatives, "scores": scores}
+
+
+def spread(by, i):
+    return triplet(i) | {"scores": (by * np.random.default_rng(i).normal(size=1 + M)).tolist()}
 
 
 def write(tmp_path, rows, objective, name="rows.jsonl", **fields):
@@ -309,6 +315,27 @@ class TestBatches:
     def test_other_rows_documents_have_no_score(self, tmp_path, tokenizer):
         with pytest.raises(ValueError, match=r"fewer than 5 negatives, .*lower config.data.num_negatives, or leave"):
             self.stream(tmp_path, tokenizer, num_negatives=5, too_few_negatives="random")
+
+    @pytest.mark.parametrize(
+        "by, temperature, message",
+        [
+            (0.05, 1, r"nearly equal: .* score_temperature: 0\.0"),
+            (300, 1, "decided by one"),
+            (2, 1, ""),
+            (0.05, 0.05, ""),
+        ],
+    )
+    def test_scores_on_a_scale_that_teaches_nothing(self, tmp_path, tokenizer, by, temperature, message):
+        objective = TRIPLETS | {"score_temperature": temperature}
+        source = read_one(write(tmp_path, [spread(by, i) for i in range(40)], objective))
+        store = pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            settings = {"batch_size": 8, "query_length": 8, "document_length": 8, "num_negatives": 2}
+            PairStream([store], tokenizer, losses={source.name: source.loss}, **settings)
+        assert len(caught) == bool(message)
+        if message:
+            assert re.search(message, str(caught[0].message))
 
     def test_the_range_of_scores_is_that_of_cosines(self, tmp_path, tokenizer):
         path = write(tmp_path, [scored(i) for i in range(8)], SCORED | {"loss": "cosine_mse", "score_range": [0, 0.4]})

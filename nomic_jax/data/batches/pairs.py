@@ -1,6 +1,7 @@
 """Contrastive batches. Every batch holds queries and documents of one source, padded on the right or in chunks."""
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from nomic_jax.data.source_loss import INFONCE, SourceLoss
 from nomic_jax.data.tokens.store import RaggedTokens, TokenStore, check_tokenizer, flat_indices
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 
+SCORES_LOOKED_AT = 1000  # rows of each source with a teacher's scores
 LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths determine the buckets
 MARGIN = 5.0  # standard deviations: a larger batch comes once in 3 million steps
 MAX_CHUNK_TOKENS = 16_384  # fills a GPU; larger chunks have coarser buckets, hence more padding
@@ -165,6 +167,11 @@ class PairStream:
             by_teacher = self._loss_of(store).numbers == "scores"
             if num_negatives and "negatives" in store.columns and (too_few_negatives == "error" or by_teacher):
                 _check_negatives(store, num_negatives, may_fill_up=not by_teacher)
+            if by_teacher and store.scores is not None:
+                starts = np.arange(min(len(store), SCORES_LOOKED_AT) + 1)
+                starts = (starts + store.negative_rows[: len(starts)]).tolist()
+                own = [np.array(store.scores[first:last]) for first, last in itertools.pairwise(starts)]
+                self._loss_of(store).warn_of_scale(store.name, own)
         self._around = {
             store.name: (around(tokenizer, source["query_prefix"]), around(tokenizer, source["document_prefix"]))
             for store in self.stores
