@@ -9,6 +9,7 @@ import pytest
 
 from nomic_jax.data.batches.packing import packed_layout
 from nomic_jax.data.batches.pairs import PairStream
+from nomic_jax.data.batches.text_pairs import DrawnSpans, around
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.mixture import MixtureError, read_mixture, read_pairs
 from nomic_jax.data.source_loss import INFONCE
@@ -338,13 +339,15 @@ class TestBatches:
             assert re.search(message, str(caught[0].message))
 
     def test_the_range_of_scores_is_that_of_cosines(self, tmp_path, tokenizer):
-        path = write(tmp_path, [scored(i) for i in range(8)], SCORED | {"loss": "cosine_mse", "score_range": [0, 0.4]})
+        path = write(
+            tmp_path, [scored(i) for i in range(8)], SCORED | {"loss": "cosine_mse", "score_range": [-0.1, 0.4]}
+        )
         source = read_one(path)
         store = pretokenize(source, tokenizer, tmp_path / "cache", progress=False)
         settings = {"batch_size": 8, "query_length": 32, "document_length": 32}
         stream = PairStream([store], tokenizer, losses={source.name: source.loss}, **settings)
         rows = stream.rows_of_step(0)[1]
-        np.testing.assert_allclose(stream.batch(0).arrays["cosine_mse"], rows / 40 / 0.4, rtol=1e-6)
+        np.testing.assert_allclose(stream.batch(0).arrays["cosine_mse"], (rows / 40 + 0.1) / 0.5, rtol=1e-6)
         # A run does not resume with another loss on the same rows.
         assert stream.fingerprint != PairStream([store], tokenizer, **settings).fingerprint
 
@@ -383,6 +386,16 @@ class TestSpans:
                 seen.setdefault(row, set()).add(tuple(query))
         assert np.mean([len(spans) > 1 for row, spans in seen.items() if row > 10]) > 0.9  # drawn anew
         assert 0.35 < np.mean(starts) < 0.65 and min(starts) < 0.1 and max(starts) > 0.9
+
+    def test_where_a_span_begins_does_not_depend_on_its_length(self, tmp_path, tokenizer):
+        store = self.stream(tmp_path, tokenizer).stores[0]
+        row, texts = np.array([23]), store.columns["text"]
+        drawn = [DrawnSpans(texts, around(tokenizer, ""), (3, step, 0))._drawn(row) for step in range(300)]
+        start, length = (np.ravel(x) for x in zip(*drawn))
+        inner = texts.lengths(row)[0] - 2
+        assert length.min() == 8 and length.max() == round(inner / 2)  # 5 % are less than the shortest span
+        place = (start - texts.offsets[23] - 1) / (inner - length)
+        assert abs(np.corrcoef(place, length)[0, 1]) < 0.2 and place.min() == 0 and place.max() == 1
 
     def test_shards_and_layouts_hold_the_same_spans(self, tmp_path, tokenizer):
         stream = self.stream(tmp_path, tokenizer)
