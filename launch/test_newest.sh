@@ -15,5 +15,5 @@ export NOMIC_JAX_PYTHON NOMIC_JAX_VENV=.venv-py312 NOMIC_JAX_LOCK=requirements-c
 use_venv test
 python -c 'import sys, jax; print(f"Python {sys.version.split()[0]}, jax {jax.__version__}")'
 # launch/test.sh holds the limit of 20 seconds a test.
-python -m pytest -n 2 --dist=loadfile --slow-limit=0 tests/model tests/train/objectives/test_loss.py \
+python -m pytest -n 2 --dist=loadfile --slow-limit=0 tests/model tests/train/losses \
   tests/train/test_optim.py tests/launch/test_commands.py "$@"
