@@ -50,7 +50,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.data.num_negatives = 0
     config.data.too_few_negatives = "error"
     config.model.recompute = "auto"
-    config.optim = ConfigDict(
+    config.optim.update(
         dict(lr=2e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0, warmup=700.0, decay="inverse_sqrt")
     )
     return apply_variant(config, VARIANTS, variant)

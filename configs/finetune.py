@@ -49,7 +49,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.data.num_negatives = 7
     config.data.too_few_negatives = "error"
     config.model.recompute = "auto"
-    config.optim = ConfigDict(
+    config.optim.update(
         dict(lr=2e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0, warmup=400.0, decay="linear")
     )
     return apply_variant(config, VARIANTS, variant)

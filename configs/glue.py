@@ -26,7 +26,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.batch_size = 16
     config.epochs = 10.0
     config.data = ConfigDict(dict(mixture="", tokenizer="", columns="sentence", num_labels=2, seq_len=128))
-    config.optim = ConfigDict(
+    config.optim.update(
         dict(lr=3e-5, b1=0.9, b2=0.98, eps=1e-6, weight_decay=1e-6, clip_norm=0.0, warmup=0.06, decay="linear")
     )
     config.log_every = 10

@@ -49,7 +49,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.data.mask_rate = 0.3
     config.data.document_mask = False
     config.model.recompute = "auto"
-    config.optim = ConfigDict(
+    config.optim.update(
         dict(lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, weight_decay=1e-5, clip_norm=0.0, warmup=0.06, decay="linear")
     )
     return apply_variant(config, VARIANTS, variant)

@@ -35,6 +35,11 @@ def main() -> None:
     )
     parser.add_argument("--step", default="", help=STEP)
     parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help="of a run with config.optim.ema: the moving average of its weights, the default, or the last weights",
+    )
+    parser.add_argument(
         "--format",
         choices=("hub", "native"),
         default="hub",
@@ -91,7 +96,7 @@ def write(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} needs --push_to_hub")
     if args.create_pr and args.revision:
         raise ValueError("--create_pr opens a pull request against the main branch; leave out --revision")
-    source = read_pretrained(at_step(args.checkpoint, args.step))
+    source = read_pretrained(at_step(args.checkpoint, args.step), args.weights)
     for part in ("mlm_head", "classifier"):
         if getattr(args, part) and part not in source.params:
             raise ValueError(f"{args.checkpoint} has no {part}; it has {', '.join(source.params)}")

@@ -201,6 +201,9 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
     if isinstance(packages, Mapping) and packages:
         versions = ", ".join(_cell(f"{package} {version}") for package, version in packages.items())
         text += f"\nVersions of the last stage: {versions}."
+    if _field(stages[-1], "weights") == "ema":
+        decay = _cell(_field(stages[-1], "config", "optim", "ema"))
+        text += f"\nThe weights are their moving average over the updates of the last stage, with a decay of {decay}.\n"
     return f"{text}\nEvery setting of every stage is in `training.json`.\n"
 
 

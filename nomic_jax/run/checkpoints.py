@@ -1,6 +1,7 @@
 """Saves the checkpoints of a run in the background, prunes them, and verifies them before a run resumes.
 
-A checkpoint holds the trees `params` and `training` (step and optimizer state), and a record.
+A checkpoint holds the trees `params`, `training` (step and optimizer state) and, with a moving average, `ema`, and a
+record.
 """
 
 import contextlib

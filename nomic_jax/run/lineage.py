@@ -163,7 +163,9 @@ def _parent(record: dict[str, Any], earlier: list[dict[str, Any]], files: "_File
             yield Finding("changed", f"{role} {found[0]}", f"it had the sha256 {origin['sha256']}, it has {found[1]}")
         elif (found[0] / MANIFEST).exists():
             inner = _record(found[0])
-            if role == "parent" and earlier and (inner or {}) | {"earlier": 0} != earlier[-1] | {"earlier": 0}:
+            # What a copy leaves out, and what the reader adds to it.
+            other = {"earlier": 0, "weights": 0}
+            if role == "parent" and earlier and (inner or {}) | other != earlier[-1] | other:
                 yield Finding("changed", f"record of {found[0]}", "it differs from the copy in later checkpoints")
             yield from _checkpoint(found[0], files)
             continue

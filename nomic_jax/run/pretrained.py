@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,36 +47,50 @@ from nomic_jax.run.workdir import (
 
 # Arrays of real checkpoints are up to four times as large as their files: the optimizer's start as zeros.
 LARGEST_RATIO = 32
+# Of a run with ``config.optim.ema``: the moving average of its weights, or the weights after its last update.
+Weights = Literal["ema", "raw"]
 
 
-def read_pretrained(path: str | Path) -> Checkpoint:
+def read_pretrained(path: str | Path, weights: Weights | None = None) -> Checkpoint:
     """Reads a run, one of its checkpoints (``best`` too), a Hugging Face directory, or a model of the hub.
 
     Of a run's working directory, it reads the best checkpoint if the run was evaluated, and warns if that is not the
     latest one; else the latest. If that one is damaged, it warns and reads the latest sound one. A model of the hub is
     ORGANISATION/NAME or ORGANISATION/NAME@REVISION.
 
+    Args:
+      path: what to read.
+      weights: which weights of a run; None for the average of a run that has one.
+
     Raises:
       FileNotFoundError: ``path`` is none of these.
       DamagedCheckpoint: the checkpoint at ``path``, or every checkpoint of the run, is damaged.
+      ValueError: ``weights`` is "ema", and there is no average.
     """
     if is_hub_name(path):
+        _check_average(path, weights, exists=False)
         return read_checkpoint(download(str(path)))
     path = Path(path)
     named, path = path, follow(path)
     path = path if named.is_symlink() else named
     if (path / "checkpoints").is_dir():
-        return _read_run(path, None)
+        return _read_run(path, None, weights)
     # An export in progress removes the main file, but only while READY exists.
     if any((path / name).exists() for name in (MAIN_FILE, READY, MAIN_FILE)):
+        _check_average(path, weights, exists=False)
         return read_checkpoint(path)
     if path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir():
-        return _read_run(path.parent.parent, int(path.name))
+        return _read_run(path.parent.parent, int(path.name), weights)
     if (path / ADAPTER).exists():
         refuse_adapter(path)
     raise FileNotFoundError(
         f"{path} is neither the working directory of a run, nor a checkpoint in it, nor a Hugging Face directory"
     )
+
+
+def _check_average(path: str | Path, weights: Weights | None, *, exists: bool) -> None:
+    if weights == "ema" and not exists:
+        raise ValueError(f"{path} has no moving average of its weights; runs with config.optim.ema have one")
 
 
 def resolve(path: str | Path) -> Path:
@@ -186,7 +200,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     return {"path": str(path), "sha256": hash_files(path, model_files(path))}
 
 
-def _read_run(workdir: Path, step: int | None) -> Checkpoint:
+def _read_run(workdir: Path, step: int | None, weights: Weights | None) -> Checkpoint:
     from orbax.checkpoint import v1 as ocp  # takes seconds to import, and only runs need it
 
     directory = (workdir / "checkpoints").absolute()
@@ -206,12 +220,15 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
     check_format(record, path)
     with explained(path, "record"):
         model = parse_model(record)
+    has_average = "ema" in dict(saved.metadata)
+    _check_average(path, weights, exists=has_average)
     with explained(path, "arrays"):
         # Check before reading the arrays, because memory is allocated for the sizes that the record states.
         abstract = check_sizes(record, model, saved.metadata, stored_bytes(path))
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-        params = ocp.load_checkpointables(path, {"params": abstract})["params"]
+        tree = "ema" if has_average and weights != "raw" else "params"
+        params = ocp.load_checkpointables(path, {tree: abstract})[tree]
     try:
         for name in ("tokenizer.json", "special_tokens_map.json"):
             if (workdir / name).exists():
@@ -238,6 +255,8 @@ def _read_run(workdir: Path, step: int | None) -> Checkpoint:
         read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(earlier))
         if "imported" in record:
             return dataclasses.replace(read, **parse_import(record["imported"], model))
+        if has_average:
+            record["weights"] = "ema" if tree == "ema" else "raw"
         return dataclasses.replace(
             read,
             prompts=trained_prompts(record),
@@ -266,7 +285,8 @@ def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any, stor
         abstract["temperature"] = {"log_scale": jax.ShapeDtypeStruct((), jnp.float32)}
     if num_labels := record.get("num_labels", 0):
         abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
-    check_same_arrays({"params": saved["params"]}, {"params": abstract})
+    for tree in ("params", "ema") if "ema" in dict(saved) else ("params",):
+        check_same_arrays({tree: saved[tree]}, {tree: abstract})
     # Missing parts of an array are read as zeros, so that a few bytes can stand for an array of any size.
     size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(dict(saved)))
     if size > LARGEST_RATIO * stored + 2**20:

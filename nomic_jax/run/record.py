@@ -217,6 +217,10 @@ def parse_import(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, An
     return {name: fields[name] for name in kinds} | {"matryoshka_dims": tuple(dims)}
 
 
+# Fields that earlier versions do not record, and the values that do what these versions did.
+_ADDED_FIELDS = {"config.optim.ema": 0.0}
+
+
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
     """Raises ResumeError, with what was found and expected, if the checkpoint at ``path`` belongs to another run."""
     check_format(saved, path)
@@ -237,7 +241,8 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
             group = key.partition(".")[0] if part == "config" else ""
             # The resolved model is compared in place of config.model; the data is compared below.
             if group not in (*_FREE_FIELDS, "model", "data") and (part != "model" or key not in _FREE_OF_MODEL):
-                differences.append((group, f"{part}.{key}", before.get(key), now.get(key)))
+                name = f"{part}.{key}"
+                differences.append((group, name, before.get(key, _ADDED_FIELDS.get(name)), now.get(key)))
     differences += [("tokenizer", "tokenizer_sha256", saved["tokenizer_sha256"], current["tokenizer_sha256"])]
     if "shuffle" in saved:  # the identities of earlier records leave out the folders of modules
         guides = [(record.get("guide") or {}).get("sha256") for record in (saved, current)]

@@ -6,8 +6,8 @@
     goodput.json         how the time was spent, over all restarts
     evaluation.jsonl     the scores of each evaluation
     skipped.jsonl        the steps whose loss or gradient was not finite, if there were any
-    checkpoints/<step>/  orbax: `params`, `training` (step, optimizer state), and a record of config, data and versions;
-                         SHA-256 of every file, see ``nomic_jax.run.manifest``
+    checkpoints/<step>/  orbax: `params`, `training` (step, optimizer state), `ema` if there is a moving average, and a
+                         record of config, data and versions; SHA-256 of every file, see ``nomic_jax.run.manifest``
     best                 a link to the checkpoint with the best evaluation figure, if there are evaluations
     lock                 while a process trains: which one; see ``nomic_jax.files.locks``
     rejected/<step>/     damaged checkpoints, moved aside when the run resumed from an earlier one

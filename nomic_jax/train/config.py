@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from nomic_jax.model import EncoderConfig
 from nomic_jax.train.losses.settings import LossConfig
+from nomic_jax.train.optim.settings import OptimConfig
 from nomic_jax.train.typed_fields import ConfigurationError, build
 
 
@@ -141,29 +142,6 @@ DATA_SETTINGS = {"mlm": MlmData, "contrastive": PairData, "finetune": PairData, 
 def _check_cache_dir(cache_dir: str) -> None:
     if cache_dir == "":
         raise ConfigurationError("config.data.cache_dir is empty; name a directory for the tokenised text")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule.
-
-    Attributes:
-      lr: peak learning rate, reached after the warm-up.
-      b1, b2, eps: decay rates of the means of the gradient and of its square; what is added to the denominator.
-      weight_decay: decoupled weight decay of the matrices.
-      clip_norm: maximum global gradient norm; 0 for no clipping.
-      warmup: number of optimizer steps; below 1, the share of all steps.
-      decay: "linear" to 0, "inverse_sqrt", or "cosine" to 0.
-    """
-
-    lr: float
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    warmup: float
-    decay: Literal["linear", "inverse_sqrt", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +303,7 @@ class TrainConfig:
                 "to save memory, write config.data.layout=bucketed, whose chunks are computed one at a time"
             )
         self.data.check(self.stage)
+        self.optim.check()
         self.evaluation.check()
         _ = self.profiled_steps
         if self.memory_gb < 0:

@@ -127,7 +127,8 @@ def _train(
         model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, recompute=config.model.recompute))
         stream = make_stream(config, tokenizer, mesh.size, shuffle)
     stage = make_stage(config, model, stream.layout, guide_model)
-    train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding, config.deterministic)
+    ema = config.optim.ema
+    train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding, config.deterministic, ema)
     record = make_record(
         settings,
         model,
@@ -155,7 +156,7 @@ def _train(
         checkpoints.check_same_run()
         start = checkpoints.latest_step or 0
         pretrained_params = start_values(config, pretrained)
-        state = init_state(jax.random.key(config.seed), stage, optimizer, mesh, pretrained_params, config.sharding)
+        state = init_state(jax.random.key(config.seed), stage, optimizer, mesh, pretrained_params, config.sharding, ema)
         frozen = jax.device_put(stage.frozen, replicated(mesh))
         if checkpoints.latest_step is not None:
             state = TrainState.from_checkpoint(checkpoints.restore(state.to_checkpoint()))
@@ -186,7 +187,7 @@ def _train(
             progress.add(step, batch, metrics)
             evaluating = evaluations.is_due(step, steps)
             if evaluating:
-                params = gather_locally(state.params, mesh)
+                params = gather_locally(state.to_use, mesh)
                 to_score = Checkpoint(model, params, tokenizer, prompts=trained_prompts(record))
                 with goodput.spending("evaluation"):
                     scores = evaluations.run(step, to_score)

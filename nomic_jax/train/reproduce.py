@@ -178,7 +178,8 @@ def _arrays(checkpoint: Path) -> dict[str, np.ndarray]:
     saved = ocp.checkpointables_metadata(checkpoint).metadata
     abstract = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved[name])
-        for name in ("params", "training")
+        for name in ("params", "training", "ema")
+        if name in saved
     }
     trees = ocp.load_checkpointables(checkpoint, abstract)
     return {

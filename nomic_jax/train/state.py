@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nomic_jax.train.objectives.stage import Stage
+from nomic_jax.train.optim.ema import start_average, update_average
 from nomic_jax.train.sharding import DATA, Sharding, divided, replicated, whole
 
 # Options of XLA for the same bits in every run on a GPU: no atomic additions, cuDNN's deterministic backward pass of
@@ -18,19 +19,30 @@ DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
 
 class TrainState(NamedTuple):
-    """Attributes: step: number of steps, skipped ones included, int32; params and optimizer state: float32."""
+    """Attributes:
+    step: number of steps, skipped ones included, int32.
+    params, opt_state: float32.
+    ema: the moving average of ``params``, float32; None without ``config.optim.ema``.
+    """
 
     step: jax.Array
     params: dict
     opt_state: optax.OptState
+    ema: dict | None = None
 
     def to_checkpoint(self) -> dict[str, Any]:
         """The trees that a checkpoint holds, see ``nomic_jax.run.checkpoints``."""
-        return {"params": self.params, "training": {"step": self.step, "opt_state": self.opt_state}}
+        trees = {"params": self.params, "training": {"step": self.step, "opt_state": self.opt_state}}
+        return trees if self.ema is None else trees | {"ema": self.ema}
 
     @classmethod
     def from_checkpoint(cls, trees: dict[str, Any]) -> "TrainState":
-        return cls(trees["training"]["step"], trees["params"], trees["training"]["opt_state"])
+        return cls(trees["training"]["step"], trees["params"], trees["training"]["opt_state"], trees.get("ema"))
+
+    @property
+    def to_use(self) -> dict:
+        """The weights that are evaluated: the average if there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 def init_state(
@@ -40,11 +52,12 @@ def init_state(
     mesh: Mesh,
     pretrained: dict,
     sharding: Sharding = "replicated",
+    ema: float = 0.0,
 ) -> TrainState:
     """A new state on the mesh. Top-level entries of ``pretrained`` replace the random values."""
 
     def init(key: jax.Array, pretrained: dict) -> TrainState:
-        return _new_state(stage, optimizer, key, pretrained)
+        return _new_state(stage, optimizer, key, pretrained, ema)
 
     specs = state_specs(jax.eval_shape(init, key, pretrained), mesh, sharding)
     out_shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
@@ -52,12 +65,16 @@ def init_state(
 
 
 def abstract_state(
-    stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, sharding: Sharding = "replicated"
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    sharding: Sharding = "replicated",
+    ema: float = 0.0,
 ) -> TrainState:
     """The state of ``init_state`` as ``jax.ShapeDtypeStruct``: the shapes, types and places of its arrays."""
 
     def init(key: jax.Array) -> TrainState:
-        return _new_state(stage, optimizer, key, {})
+        return _new_state(stage, optimizer, key, {}, ema)
 
     state = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(
@@ -67,16 +84,21 @@ def abstract_state(
     )
 
 
-def _new_state(stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array, pretrained: dict) -> TrainState:
+def _new_state(
+    stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array, pretrained: dict, ema: float
+) -> TrainState:
     params = stage.init(key) | pretrained
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    average = start_average(params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
 def state_specs(state: TrainState, mesh: Mesh, sharding: Sharding) -> Any:
     """The state with a PartitionSpec for every array."""
     params = divided(state.params, mesh) if sharding == "fsdp" else whole(state.params)
-    opt_state = whole(state.opt_state) if sharding == "replicated" else divided(state.opt_state, mesh)
-    return state._replace(step=P(), params=params, opt_state=opt_state)  # type: ignore[arg-type]
+    opt_state, ema = (
+        whole(tree) if sharding == "replicated" else divided(tree, mesh) for tree in (state.opt_state, state.ema)
+    )
+    return state._replace(step=P(), params=params, opt_state=opt_state, ema=ema)  # type: ignore[arg-type]
 
 
 def make_train_step(
@@ -86,13 +108,15 @@ def make_train_step(
     accumulate: int = 1,
     sharding: Sharding = "replicated",
     deterministic: bool = False,
+    ema: float = 0.0,
 ) -> jax.stages.Wrapped:
     """The jitted step (state, rows, the stage's frozen parameters if it has any) -> (state, metrics).
 
     The state is donated. Each device computes the gradient of the sums over its rows, micro-batch by micro-batch in
     float32. One reduction adds the gradients over devices, and one division gives the gradient of the global mean. A
     step whose loss or gradient is not finite changes neither parameters nor optimizer state (metric "skipped").
-    With ``deterministic``, a GPU computes the same bits in every run (``DETERMINISTIC``).
+    With ``deterministic``, a GPU computes the same bits in every run (``DETERMINISTIC``). ``ema`` is the decay rate of
+    the average in the state.
     """
     params = jax.eval_shape(stage.init, jax.random.key(0))
     param_specs = divided(params, mesh) if sharding == "fsdp" else whole(params)
@@ -129,7 +153,10 @@ def make_train_step(
         gradient = jax.tree.map(lambda x: x / sums.weight, gradient)
         loss, grad_norm = sums.loss / sums.weight, optax.tree.norm(gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        updated = TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
+        params, average = optax.apply_updates(state.params, updates), state.ema
+        if average is not None:
+            average = update_average(average, params, _updates_before(state) + 1, ema)
+        updated = TrainState(state.step, params, opt_state, average)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
         specs = state_specs(state, mesh, sharding)

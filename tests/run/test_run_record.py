@@ -27,3 +27,15 @@ def test_a_guide_with_other_weights_at_the_same_path_is_refused(before, now):
 
 def test_a_run_without_a_guide_resumes():
     check_same_run(record(None, shuffle=2), record(None, shuffle=2), PATH)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_record_of_before_a_setting_resumes_without_it(ema):
+    """Earlier versions had no moving average; their checkpoints have none to go on with."""
+    before, now = record(None, shuffle=2), record(None, shuffle=2)
+    before["config"]["optim"], now["config"]["optim"] = {"lr": 1.0}, {"lr": 1.0, "ema": ema}
+    if not ema:
+        check_same_run(before, now, PATH)
+        return
+    with pytest.raises(ResumeError, match=r"config.optim.ema was 0.0; now it is 0.9"):
+        check_same_run(before, now, PATH)

@@ -83,11 +83,12 @@ def compile_stage(
     mesh: Mesh,
 ) -> jax.stages.Compiled:
     """Does the same with a stage and an optimizer that were made before."""
-    step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding, config.deterministic)
+    ema = config.optim.ema
+    step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding, config.deterministic, ema)
     split = NamedSharding(mesh, P(DATA))
     frozen = jax.tree.map(lambda x: _placed(x, replicated(mesh)), stage.frozen)
     with traced_for(target_of(mesh.devices.flat[0])):
-        state = abstract_state(stage, optimizer, mesh, config.sharding)
+        state = abstract_state(stage, optimizer, mesh, config.sharding, ema)
         lowered = step.lower(state, {name: _placed(array, split) for name, array in rows.items()}, frozen)
         return lowered.compile()
 

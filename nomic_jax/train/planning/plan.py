@@ -39,7 +39,7 @@ class Plan:
 
     Attributes:
       device: its name; ``devices`` of them.
-      parameters, optimizer, frozen, batch: bytes of the arguments of a step.
+      parameters, optimizer, frozen, batch: bytes of the arguments of a step; a moving average counts as optimizer.
       memory: as the compiler plans it; what is not listed before are activations, gradients and scratch.
       device_bytes: the whole memory of a device; None on a CPU.
       chunks, chunks_with_text: of the device with the most text; 0 without chunks.
@@ -139,7 +139,7 @@ def make_plan(
     largest = outlines[most]
     stage = make_stage(config, model, largest.layout, guide)
     compiled = compile_stage(config, stage, optimizer, largest.batch.arrays, mesh)
-    state = abstract_state(stage, optimizer, mesh, config.sharding)
+    state = abstract_state(stage, optimizer, mesh, config.sharding, config.optim.ema)
     hlo = compiled.as_text() or ""
     program = read_program(hlo)
     # Chunks with text, and the lengths of the texts, are those of each source, in the same program.
@@ -173,7 +173,7 @@ def make_plan(
         },
         rows=config.batch_size,
         parameters=_bytes_on_a_device(state.params),
-        optimizer=_bytes_on_a_device(state.opt_state),
+        optimizer=_bytes_on_a_device((state.opt_state, state.ema)),
         frozen=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stage.frozen)),
         batch=sum(array.nbytes for array in batch.arrays.values()) // mesh.size,
         memory=memory_plan(compiled),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nomic_jax.train.config import OptimConfig
+from nomic_jax.train.optim.settings import OptimConfig
 
 # No decay on norms, biases and scalars; embeddings are decayed.
 DECAYED = ("kernel", "embedding")

@@ -1,0 +1,39 @@
+"""The settings of the optimizer, a group of ``nomic_jax.train.config.TrainConfig``."""
+
+import dataclasses
+from typing import Literal
+
+from nomic_jax.train.typed_fields import ConfigurationError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      lr: peak learning rate, reached after the warm-up.
+      b1, b2, eps: decay rates of the means of the gradient and of its square; what is added to the denominator.
+      weight_decay: decoupled weight decay of the matrices.
+      clip_norm: maximum global gradient norm; 0 for no clipping.
+      warmup: number of optimizer steps; below 1, the share of all steps.
+      decay: "linear" to 0, "inverse_sqrt", or "cosine" to 0.
+      ema: decay rate of an exponential moving average of the weights, such as 0.999, which is evaluated and exported in
+        place of the last weights; 0 for none. See ``nomic_jax.train.optim.ema``.
+    """
+
+    lr: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    warmup: float
+    decay: Literal["linear", "inverse_sqrt", "cosine"]
+    ema: float = 0.0
+
+    def check(self) -> None:
+        """Raises ConfigurationError for values that cannot work."""
+        if not 0 <= self.ema < 1:
+            raise ConfigurationError(
+                f"config.optim.ema is {self.ema:g}; write a decay rate below 1, such as 0.999, or 0 for no average"
+            )
