@@ -218,7 +218,7 @@ def parse_import(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, An
 
 
 # Fields that earlier versions do not record, and the values that do what these versions did.
-_ADDED_FIELDS = {"config.optim.ema": 0.0}
+_ADDED_FIELDS = {"config.optim.ema": 0.0, "config.optim.layer_decay": 1.0}
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:

@@ -31,11 +31,39 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.chain(
+    adamw = (
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
+    )
+    if config.layer_decay == 1:
+        return optax.chain(*adamw)
+
+    def scaled(updates: dict, params: dict | None) -> dict:
+        return jax.tree.map(lambda update, factor: factor * update, updates, rate_factors(updates, config.layer_decay))
+
+    return optax.chain(*adamw, optax.stateless(scaled))
+
+
+def rate_factors(params: dict, layer_decay: float) -> dict:
+    """Returns the factor of the learning rate of every leaf: layer-wise decay (ELECTRA, arXiv:2003.10555; BEiT).
+
+    Of N layers, the embeddings get ``layer_decay ** (N + 1)``, layer i of 0 ... N - 1 gets ``layer_decay ** (N - i)``,
+    and heads, a learnt temperature and all else 1. The weight decay shrinks with the rate, as in groups of torch's
+    AdamW.
+    """
+
+    def depth(path: tuple) -> int | None:
+        names = [key.key for key in path]
+        if "layers" in names:
+            return int(names[names.index("layers") + 1]) + 1
+        return 0 if "embeddings" in names else None
+
+    depths = jax.tree.map_with_path(lambda path, _: depth(path), params)
+    top = 1 + max(jax.tree.leaves(depths), default=0)  # None is no leaf
+    return jax.tree.map(
+        lambda depth: 1.0 if depth is None else layer_decay ** (top - depth), depths, is_leaf=lambda x: x is None
     )
 
 

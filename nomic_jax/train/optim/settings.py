@@ -19,6 +19,8 @@ class OptimConfig:
       decay: "linear" to 0, "inverse_sqrt", or "cosine" to 0.
       ema: decay rate of an exponential moving average of the weights, such as 0.999, which is evaluated and exported in
         place of the last weights; 0 for none. See ``nomic_jax.train.optim.ema``.
+      layer_decay: factor of the learning rate from a layer to the one below it, such as 0.9; 1 for one rate. See
+        ``nomic_jax.train.optim.adamw.rate_factors``.
     """
 
     lr: float
@@ -30,10 +32,15 @@ class OptimConfig:
     warmup: float
     decay: Literal["linear", "inverse_sqrt", "cosine"]
     ema: float = 0.0
+    layer_decay: float = 1.0
 
     def check(self) -> None:
         """Raises ConfigurationError for values that cannot work."""
         if not 0 <= self.ema < 1:
             raise ConfigurationError(
                 f"config.optim.ema is {self.ema:g}; write a decay rate below 1, such as 0.999, or 0 for no average"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigurationError(
+                f"config.optim.layer_decay is {self.layer_decay:g}; write a factor above 0, or 1 for one rate"
             )
