@@ -156,6 +156,12 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
     if not stages:
         return ""
     rows, data = [], []
+    members = _field(stages[-1], "average")
+    averaged = f"\nThe weights are the average of {len(members)} checkpoints.\n" if isinstance(members, list) else ""
+    # The members' own last stages differ; training.json has them all.
+    stages = [stage for stage in stages if "average" not in stage]
+    if not stages:
+        return f"## Training\n{averaged}\nEvery setting of every stage is in `training.json`.\n"
     for stage in stages:
         name, started = _field(stage, "config", "stage"), _field(stage, "config", "init_from")
         rows.append(
@@ -204,7 +210,7 @@ def _training(stages: Sequence[Mapping[str, Any]]) -> str:
     if _field(stages[-1], "weights") == "ema":
         decay = _cell(_field(stages[-1], "config", "optim", "ema"))
         text += f"\nThe weights are their moving average over the updates of the last stage, with a decay of {decay}.\n"
-    return f"{text}\nEvery setting of every stage is in `training.json`.\n"
+    return f"{text}{averaged}\nEvery setting of every stage is in `training.json`.\n"
 
 
 def _prefixes(source: Any) -> str | None:

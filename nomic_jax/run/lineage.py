@@ -130,7 +130,11 @@ def _tokenizer(file: Path, record: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _stage(record: dict[str, Any], files: "_Files") -> Iterator[Finding]:
-    """Yields findings for the data of one stage."""
+    """Yields findings for the data of one stage, or for the members of an average."""
+    for member in record.get("average", []):
+        yield from _origin("member", member, member["training"], files)
+    if "average" in record:
+        return
     if "config" not in record:
         yield Finding("not recorded", "origin of the imported weights")
         return
@@ -152,37 +156,47 @@ def _stage(record: dict[str, Any], files: "_Files") -> Iterator[Finding]:
 def _parent(record: dict[str, Any], earlier: list[dict[str, Any]], files: "_Files") -> Iterator[Finding]:
     """Yields findings for the parent and the guide of a stage; for a missing parent, from the ``earlier`` records."""
     for role in ("parent", "guide"):
-        origin = record.get(role)
-        if not origin:
-            continue
-        what = f"{role} {origin['path']}"
-        found = files.checkpoint(origin)
-        if found is None:
-            yield Finding("not found", what, f"sha256 {origin['sha256']}")
-        elif found[1] != origin["sha256"]:
-            yield Finding("changed", f"{role} {found[0]}", f"it had the sha256 {origin['sha256']}, it has {found[1]}")
-        elif (found[0] / MANIFEST).exists():
-            inner = _record(found[0])
-            # What a copy leaves out, and what the reader adds to it.
-            other = {"earlier": 0, "weights": 0}
-            if role == "parent" and earlier and (inner or {}) | other != earlier[-1] | other:
-                yield Finding("changed", f"record of {found[0]}", "it differs from the copy in later checkpoints")
-            yield from _checkpoint(found[0], files)
-            continue
-        else:
-            yield Finding("verified", f"{role} {found[0]}", f"sha256 {origin['sha256']}")
-        if role == "parent":
-            for before in reversed(earlier):
-                yield from _stage(before, files)
+        if origin := record.get(role):
+            yield from _origin(role, origin, earlier if role == "parent" else [], files)
+
+
+def _origin(role: str, origin: dict[str, Any], earlier: list[dict[str, Any]], files: "_Files") -> Iterator[Finding]:
+    """Yields findings for weights that others were made from; ``earlier`` are the records of their training."""
+    found = files.checkpoint(origin)
+    if found is None:
+        yield Finding("not found", f"{role} {origin['path']}", f"sha256 {origin['sha256']}")
+    elif found[1] != origin["sha256"]:
+        yield Finding("changed", f"{role} {found[0]}", f"it had the sha256 {origin['sha256']}, it has {found[1]}")
+    elif found[0] in files.traced:
+        return
+    elif (found[0] / MANIFEST).exists():
+        files.traced.add(found[0])
+        inner = _record(found[0])
+        # What a copy leaves out, and what the reader adds to it. Imports and averages have no record of a stage.
+        other = {"earlier": 0, "weights": 0}
+        if earlier and "config" in (inner or earlier[-1]) and (inner or {}) | other != earlier[-1] | other:
+            yield Finding("changed", f"record of {found[0]}", "it differs from the copy in later checkpoints")
+        yield from _checkpoint(found[0], files)
+        return
+    else:
+        files.traced.add(found[0])
+        yield Finding("verified", f"{role} {found[0]}", f"sha256 {origin['sha256']}")
+    for before in reversed(earlier):
+        yield from _stage(before, files)
 
 
 class _Files:
-    """Finds files below some folders, by name or hash, and at the paths of the record if these may be opened."""
+    """Finds files below some folders, by name or hash, and at the paths of the record if these may be opened.
+
+    Attributes:
+      traced: checkpoints that have their findings; the members of an average have ancestors in common.
+    """
 
     def __init__(self, folders: Sequence[str | Path], recorded_paths: bool):
         self._recorded_paths = recorded_paths
         self._by_name: dict[str, list[Path]] = {}
         self._hashes: dict[Path, str] = {}
+        self.traced: set[Path] = set()
         for folder in folders:
             if not Path(folder).exists():
                 raise FileNotFoundError(f"{folder} does not exist")

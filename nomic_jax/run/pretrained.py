@@ -254,7 +254,9 @@ def _read_run(workdir: Path, step: int | None, weights: Weights | None) -> Check
             raise ValueError("earlier should be a list of records")
         read = Checkpoint(model, jax.device_get(params), tokenizer, training=tuple(earlier))
         if "imported" in record:
-            return dataclasses.replace(read, **parse_import(record["imported"], model))
+            read = dataclasses.replace(read, **parse_import(record["imported"], model))
+            averaged = {name: record[name] for name in ("average",) if name in record}
+            return dataclasses.replace(read, training=(*read.training, averaged)) if averaged else read
         if has_average:
             record["weights"] = "ema" if tree == "ema" else "raw"
         return dataclasses.replace(
@@ -281,7 +283,7 @@ def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any, stor
     abstract: dict[str, Any] = {"encoder": abstract_encoder(model.encoder)}
     if record["has_mlm_head"]:
         abstract["mlm_head"] = abstract_mlm_head(model.encoder)
-    if record.get("config", {}).get("loss", {}).get("learn_temperature"):
+    if record.get("has_temperature") or record.get("config", {}).get("loss", {}).get("learn_temperature"):
         abstract["temperature"] = {"log_scale": jax.ShapeDtypeStruct((), jnp.float32)}
     if num_labels := record.get("num_labels", 0):
         abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
@@ -306,10 +308,15 @@ def explained(path: Path, what: str) -> Iterator[None]:
         raise DamagedCheckpoint(f"{path}: its {what} cannot be used ({type(error).__name__}: {reason})") from error
 
 
-def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
+def write_pretrained(workdir: str | Path, source: Checkpoint, average: list[dict[str, Any]] | None = None) -> None:
     """Writes weights as a working directory with one checkpoint, which ``read_pretrained`` and ``init_from`` accept.
 
     A classifier is omitted, because it belongs to one task.
+
+    Args:
+      workdir: a new or empty folder.
+      source: the weights.
+      average: what they are the average of, see ``nomic_jax.run.average``.
 
     Raises:
       FileExistsError: the directory already holds checkpoints.
@@ -325,11 +332,12 @@ def write_pretrained(workdir: str | Path, source: Checkpoint) -> None:
         "format": FORMAT,
         "model": dataclasses.asdict(source.config),
         "has_mlm_head": "mlm_head" in source.params,
+        "has_temperature": "temperature" in source.params,
         "tokenizer_sha256": source.tokenizer.sha256,
         "earlier": list(source.training),
         "imported": {name: getattr(source, name) for name in imported},
         "step": 0,
-    }
+    } | ({"average": average} if average else {})
     params = {name: part for name, part in source.params.items() if name != "classifier"}
     with used_workdir(workdir):
         if finished_steps(workdir / "checkpoints"):

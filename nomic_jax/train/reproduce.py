@@ -13,8 +13,9 @@ from orbax.checkpoint import v1 as ocp
 
 from nomic_jax.hf.files import check_file
 from nomic_jax.hf.hub import is_hub_name, split_revision
+from nomic_jax.run.average import average
 from nomic_jax.run.manifest import find_damage, stored_bytes
-from nomic_jax.run.pretrained import check_sizes, explained
+from nomic_jax.run.pretrained import Weights, check_sizes, explained
 from nomic_jax.run.record import changed_environment, check_format, describe_environment, parse_model
 from nomic_jax.run.workdir import DamagedCheckpoint
 from nomic_jax.train.config import CheckpointConfig, ConfigurationError, EvaluationConfig, TrainConfig
@@ -72,6 +73,8 @@ def reproduce(
         raise ConfigurationError(f"{checkpoint} is not a checkpoint; give RUN/checkpoints/STEP, or RUN/best")
     if problem := find_damage(path):
         raise DamagedCheckpoint(f"{path}: {problem}")
+    if members := _members(path):
+        return _average_again(path, members, workdir, recorded_paths)
     record, config = _read_record(path)
     given = {"mixture": mixture, "init_from": init_from, "guide": guide}
     named = {"mixture": config.data.mixture, "init_from": config.init_from, "guide": config.loss.guide}
@@ -127,6 +130,36 @@ def reproduce(
         + [f"config.deterministic is off, so a {devices[0].device_kind} computes other last bits in every run"]
         * (devices[0].platform == "gpu" and not config.deterministic),
     )
+
+
+def _members(path: Path) -> list[dict[str, Any]]:
+    """Returns the members of the average that a checkpoint is; [] if it is none."""
+    with explained(path, "record"):
+        return list(dict(ocp.checkpointables_metadata(path).custom_metadata or {}).get("average", []))
+
+
+def _average_again(
+    path: Path, members: list[dict[str, Any]], workdir: str | Path, recorded_paths: bool
+) -> Reproduction:
+    if not recorded_paths:
+        raise ConfigurationError(
+            f"the record names the averaged checkpoints: {', '.join(repr(member['path']) for member in members)}. If "
+            f"the average is yours, or you trust it, write --recorded_paths to open them"
+        )
+    with explained(path, "record"):
+        paths = [member["path"] for member in members]
+        shares = [member["share"] for member in members]
+        weights: Weights | None = "raw" if any(member.get("weights") == "raw" for member in members) else None
+    again = average(paths, workdir, shares=shares, weights=weights)
+    for before, now in zip(members, again):
+        if before["sha256"] != now["sha256"]:
+            raise ConfigurationError(
+                f"{before['path']}: its sha256 is {now['sha256'][:16]}, it had {before['sha256'][:16]}; the average "
+                f"was of another checkpoint"
+            )
+    expected, found = _arrays(path), _arrays(Path(workdir).absolute() / "checkpoints" / "0")
+    differing = dict(_differences(expected, found))
+    return Reproduction(0, _sha256(expected), _sha256(found), differing, [])
 
 
 def _read_record(path: Path) -> tuple[dict[str, Any], TrainConfig]:
