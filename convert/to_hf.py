@@ -48,6 +48,14 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the tensors"
     )
+    parser.add_argument(
+        "--adapter",
+        nargs="?",
+        const="",
+        metavar="BASE",
+        help="of a run with config.lora.rank: write its adapter for peft, not merged weights. BASE: folder or hub name "
+        "of the model it belongs to; by default that of config.init_from",
+    )
     parser.add_argument("--mlm_head", action="store_true", help="also write the masked-LM head")
     parser.add_argument("--classifier", action="store_true", help="also write the sequence classifier")
     parser.add_argument("--max_length", type=int, help="tokens kept of a text; the checkpoint's setting by default")
@@ -105,6 +113,11 @@ def write(args: argparse.Namespace) -> None:
         layer_norm=source.config.layer_norm or args.layer_norm,
         dim=args.truncate_dim or source.config.dim,
     )
+    if args.adapter == "" and source.adapter and Path(source.adapter.base, "checkpoints").is_dir():
+        raise ValueError(
+            f"{args.checkpoint} was trained on the run {source.adapter.base}, which peft cannot open; export that run "
+            f"too (nomic-jax to-hf {source.adapter.base} DIR), and write --adapter=DIR"
+        )
     wanted = ("encoder", *(part for part in ("mlm_head", "classifier") if getattr(args, part)))
     write_checkpoint(
         args.out_dir,
@@ -120,6 +133,7 @@ def write(args: argparse.Namespace) -> None:
         evaluations={name: read_report(file) for name, file in names_of(args.evaluation).items()},
         name=args.push_to_hub,
         card=card,
+        adapter_for=args.adapter,
     )
 
 

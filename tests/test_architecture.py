@@ -53,7 +53,7 @@ ROOMS = {
         "hosts": {"interruption"},
         "choices": {"config"},
         "start": {"config"},
-        "objectives": {"config", "losses", "sharding", "hosts"},
+        "objectives": {"config", "losses", "optim", "sharding", "hosts"},
         "state": {"sharding", "optim", "objectives"},
         "watch": {"config", "hosts"},
         "planning": {"typed_fields", "config", "sharding", "hosts", "optim", "objectives", "state", "watch"},

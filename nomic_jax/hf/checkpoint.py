@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.hf.adapters.lora import Adapter
 from nomic_jax.model import EmbeddingConfig
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
@@ -23,6 +24,7 @@ class Checkpoint:
       similarity: "cosine", "dot", "euclidean" or "manhattan".
       max_length: maximum number of tokens per text, beyond which texts are cut; None for the encoder's maximum.
       matryoshka_dims: numbers of components that the model was trained to be cut to, the largest first; () if none.
+      adapter: the LoRA adapter that is merged into the encoder; None without one.
       training: the records of the training stages, first to last (``nomic_jax.run.record.make_record``).
     """
 
@@ -35,4 +37,5 @@ class Checkpoint:
     similarity: str = "cosine"
     max_length: int | None = None
     matryoshka_dims: tuple[int, ...] = ()
+    adapter: Adapter | None = None
     training: tuple[dict[str, Any], ...] = ()

@@ -1,19 +1,22 @@
 """Reads a Hugging Face checkpoint directory. No code in it is executed."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from nomic_jax.data.prompts import NOMIC_PROMPTS
 from nomic_jax.data.tokens.tokenizer import LARGEST_FILE, Tokenizer
-from nomic_jax.files.merging import finish_merge, mark
+from nomic_jax.files.merging import READY, finish_merge, mark
+from nomic_jax.hf.adapters.files import ADAPTER, base_of, read_adapter
 from nomic_jax.hf.checkpoint import SIMILARITIES, Checkpoint
 from nomic_jax.hf.config import encoder_config
 from nomic_jax.hf.families import family_of
 from nomic_jax.hf.files import MAIN_FILE, CheckpointError, check_file, is_exported, read_json, read_json_list
+from nomic_jax.hf.hub import download, is_hub_name
 from nomic_jax.hf.keymap import (
     KeyMap,
     check_shapes,
@@ -29,7 +32,6 @@ from nomic_jax.hf.tensors import StoredTensor, open_tensors
 from nomic_jax.model import EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 
-ADAPTER = "adapter_config.json"
 MOST_LABELS = 1 << 20
 
 
@@ -66,22 +68,16 @@ def finish_export(directory: Path) -> None:
       CheckpointError: it cannot be completed.
     """
     try:
-        if finish_merge(directory, main=MAIN_FILE, is_ours=is_exported):
+        main = ADAPTER if (directory / READY / ADAPTER).exists() else MAIN_FILE
+        if finish_merge(directory, main=main, is_ours=is_exported):
             warnings.warn(f"{directory}: an export was interrupted; its last step has been done now", stacklevel=2)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{directory}: an export was interrupted ({error}); run it again") from error
 
 
-def refuse_adapter(directory: Path) -> NoReturn:
-    raise CheckpointError(
-        f"{directory / ADAPTER}: a LoRA adapter, which transformers would add to the weights. Merge it into them first "
-        f"(peft: model.merge_and_unload().save_pretrained(DIR)) and give DIR; or remove it to use the weights alone"
-    )
-
-
 def _read(directory: Path) -> Checkpoint:
     if (directory / ADAPTER).exists():
-        refuse_adapter(directory)
+        return _read_adapted(directory)
     content = read_json(directory / "config.json")
     encoder = encoder_config(content, str(directory / "config.json"))
     modules = read_modules(directory, encoder.hidden_size)
@@ -102,22 +98,57 @@ def _read(directory: Path) -> Checkpoint:
         params["mlm_head"] = head
     if is_classifier:
         params["classifier"] = _read_classifier(classifier, encoder, len(labels), directory)
+    settings = _settings(directory, encoder, modules)
+    return Checkpoint(
+        params=params,
+        labels=labels,
+        matryoshka_dims=_matryoshka_dims(content, settings["config"].width),
+        training=_training(directory),
+        **settings,
+    )
+
+
+def _settings(directory: Path, encoder: EncoderConfig, modules: dict[str, dict]) -> dict[str, Any]:
+    """Returns the fields of a Checkpoint that the files of sentence-transformers and of the tokenizer say."""
     sentence = read_json(directory / "config_sentence_transformers.json", optional=True)
     prompts = _prompts(sentence, encoder, directory)
     default_prompt_name, similarity = _defaults(sentence, prompts, directory)
-    config = embedding_config(encoder, modules, prompts, directory)
-    return Checkpoint(
-        config=config,
-        params=params,
-        tokenizer=_read_tokenizer(directory, encoder, modules),
-        labels=labels,
-        prompts=prompts,
-        default_prompt_name=default_prompt_name,
-        similarity=similarity,
-        max_length=_max_length(modules, encoder, directory),
-        matryoshka_dims=_matryoshka_dims(content, config.width),
-        training=_training(directory),
-    )
+    return {
+        "config": embedding_config(encoder, modules, prompts, directory),
+        "tokenizer": _read_tokenizer(directory, encoder, modules),
+        "prompts": prompts,
+        "default_prompt_name": default_prompt_name,
+        "similarity": similarity,
+        "max_length": _max_length(modules, encoder, directory),
+    }
+
+
+def _read_adapted(directory: Path) -> Checkpoint:
+    """Returns the base of an adapter with the adapter merged into it.
+
+    A directory that has modules.json says itself how it is pooled and prompted; else the base does. Weights beside an
+    adapter are not read: transformers does not read them either.
+    """
+    name = base_of(directory)
+    where = f"{directory / ADAPTER}: base_model_name_or_path is {name!r:.200}"
+    if is_hub_name(name):
+        folder = download(name)
+    elif (Path(name) / "checkpoints").is_dir():
+        raise CheckpointError(f"{where}, a run; export it (nomic-jax to-hf) and write the path of the export there")
+    elif (Path(name) / MAIN_FILE).exists() or (Path(name) / ADAPTER).exists():
+        folder = Path(name)
+    else:
+        raise CheckpointError(f"{where}, which is neither here nor a name on the hub; write where that model is there")
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(f"{where}, an adapter too; merge that one into its base first")
+    adapted = read_adapter(directory, read_checkpoint(folder))
+    training = _training(directory)
+    if (directory / "modules.json").exists():
+        encoder = adapted.config.encoder
+        settings = _settings(directory, encoder, read_modules(directory, encoder.hidden_size))
+        tokenizer = settings["tokenizer"] or adapted.tokenizer
+        adapted = dataclasses.replace(adapted, **settings | {"tokenizer": tokenizer})
+    return dataclasses.replace(adapted, training=training or adapted.training)
 
 
 def _taken(tensors: dict[str, StoredTensor], is_taken: Callable[[str], bool]) -> dict[str, StoredTensor]:

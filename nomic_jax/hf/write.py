@@ -14,6 +14,7 @@ from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files.merging import merged_into
 from nomic_jax.files.reading import FileRefused
 from nomic_jax.files.writing import write_json
+from nomic_jax.hf.adapters.files import ADAPTER, write_adapter
 from nomic_jax.hf.checkpoint import Checkpoint
 from nomic_jax.hf.config import config_json
 from nomic_jax.hf.families import family_of
@@ -37,6 +38,7 @@ def write_checkpoint(
     card: CardData | None = None,
     readme: str | None = None,
     overwrite: bool = False,
+    adapter_for: str | None = None,
 ) -> None:
     """Writes model, tokenizer, pooling, prompts and model card: all or nothing. Other files in the directory stay.
 
@@ -54,6 +56,8 @@ def write_checkpoint(
       card: language, license and others, for the model card.
       readme: a model card to write as it is; None for one that is made here, "" for none.
       overwrite: also replace files that no export wrote, or that were changed since.
+      adapter_for: write the checkpoint's adapter in the form of peft in place of the weights, for this base (a folder
+        or a name on the hub; "" for the one that it was trained on); None to write the merged weights.
 
     Raises:
       FileExistsError: such a file would be replaced.
@@ -69,26 +73,25 @@ def write_checkpoint(
     max_length = checkpoint.max_length or encoder.max_positions
     if not 2 <= max_length <= encoder.max_positions:
         raise ValueError(f"max_length {max_length} is not within 2..{encoder.max_positions}")
-    tensors = _cast(_tensors(encoder, checkpoint.params, naming), dtype)
-    with merged_into(directory, main=MAIN_FILE, is_ours=is_exported, overwrite=overwrite) as part:
-        _write_files(part, name or directory.name, checkpoint, tensors, dtype, max_length, evaluations, card)
+    if adapter_for is None:
+        tensors = _cast(_tensors(encoder, checkpoint.params, naming), dtype)
+    elif checkpoint.adapter is None or checkpoint.params.keys() > {"encoder"}:
+        raise ValueError("only an embedder that was trained with config.lora.rank can be written as an adapter")
+    main = MAIN_FILE if adapter_for is None else ADAPTER
+    with merged_into(directory, main=main, is_ours=is_exported, overwrite=overwrite) as part:
+        if adapter_for is None:
+            _write_model(part, checkpoint, tensors, dtype)
+        else:
+            write_adapter(part, checkpoint, adapter_for)
+        _write_files(part, name or directory.name, checkpoint, dtype, max_length, evaluations, card)
         if readme:
             (part / "README.md").write_text(readme, encoding="utf-8")
         elif readme is not None:
             (part / "README.md").unlink()
 
 
-def _write_files(
-    part: Path,
-    name: str,
-    checkpoint: Checkpoint,
-    tensors: dict[str, np.ndarray],
-    dtype: str,
-    max_length: int,
-    evaluations: Mapping[str, Mapping[str, Any]] | None,
-    data: CardData | None,
-) -> None:
-    config, encoder = checkpoint.config, checkpoint.config.encoder
+def _write_model(part: Path, checkpoint: Checkpoint, tensors: dict[str, np.ndarray], dtype: str) -> None:
+    encoder = checkpoint.config.encoder
     write_safetensors(part / "model.safetensors", tensors)
     classifier = checkpoint.params.get("classifier")
     # llama.cpp does not support ...ForMaskedLM, and other clients choose the head by the requested class.
@@ -101,6 +104,18 @@ def _write_files(
         content |= {"matryoshka_dimensions": list(checkpoint.matryoshka_dims)}
     write_json(part / "config.json", content)
 
+
+def _write_files(
+    part: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    dtype: str,
+    max_length: int,
+    evaluations: Mapping[str, Mapping[str, Any]] | None,
+    data: CardData | None,
+) -> None:
+    """Writes what a directory holds besides the weights and their config.json."""
+    config = checkpoint.config
     prompts = dict(NOMIC_PROMPTS) if checkpoint.prompts is None else checkpoint.prompts
     assert checkpoint.tokenizer is not None
     _write_tokenizer(part, checkpoint.tokenizer, max_length, has_token_types=encoder.type_vocab_size > 1)
@@ -123,7 +138,7 @@ def _write_files(
         dtype=dtype,
         default_prompt_name=checkpoint.default_prompt_name,
         matryoshka_dims=checkpoint.matryoshka_dims,
-        is_classifier=classifier is not None,
+        is_classifier="classifier" in checkpoint.params,
         training=checkpoint.training,
         evaluations=evaluations,
         data=data,

@@ -181,6 +181,8 @@ def _origin(role: str, origin: dict[str, Any], earlier: list[dict[str, Any]], fi
     else:
         files.traced.add(found[0])
         yield Finding("verified", f"{role} {found[0]}", f"sha256 {origin['sha256']}")
+    if "base" in origin:  # of an adapter
+        yield from _origin("base", origin["base"], [], files)
     for before in reversed(earlier):
         yield from _stage(before, files)
 

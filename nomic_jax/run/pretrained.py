@@ -19,9 +19,10 @@ from nomic_jax.files.folders import make_folder
 from nomic_jax.files.merging import READY
 from nomic_jax.files.reading import read_json
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint
+from nomic_jax.hf.adapters.files import ADAPTER, base_of, merged
+from nomic_jax.hf.adapters.lora import Adapter, abstract_adapter
 from nomic_jax.hf.files import MAIN_FILE, check_file
 from nomic_jax.hf.hub import download, is_hub_name, pinned
-from nomic_jax.hf.read import ADAPTER, refuse_adapter
 from nomic_jax.model import EmbeddingConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
 from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, model_files, stored_bytes
@@ -76,13 +77,11 @@ def read_pretrained(path: str | Path, weights: Weights | None = None) -> Checkpo
     if (path / "checkpoints").is_dir():
         return _read_run(path, None, weights)
     # An export in progress removes the main file, but only while READY exists.
-    if any((path / name).exists() for name in (MAIN_FILE, READY, MAIN_FILE)):
+    if any((path / name).exists() for name in (MAIN_FILE, ADAPTER, READY, MAIN_FILE, ADAPTER)):
         _check_average(path, weights, exists=False)
         return read_checkpoint(path)
     if path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir():
         return _read_run(path.parent.parent, int(path.name), weights)
-    if (path / ADAPTER).exists():
-        refuse_adapter(path)
     raise FileNotFoundError(
         f"{path} is neither the working directory of a run, nor a checkpoint in it, nor a Hugging Face directory"
     )
@@ -197,7 +196,10 @@ def identify(path: str | Path) -> dict[str, Any]:
     if path.parent.name == "checkpoints":
         manifest = read_json(path / MANIFEST, within=path)
         return {"path": str(path), "step": int(path.name), "sha256": manifest["sha256"]}
-    return {"path": str(path), "sha256": hash_files(path, model_files(path))}
+    identity = {"path": str(path), "sha256": hash_files(path, model_files(path))}
+    if (path / ADAPTER).exists():
+        identity["base"] = identify(base_of(path))
+    return identity
 
 
 def _read_run(workdir: Path, step: int | None, weights: Weights | None) -> Checkpoint:
@@ -227,8 +229,12 @@ def _read_run(workdir: Path, step: int | None, weights: Weights | None) -> Check
         abstract = check_sizes(record, model, saved.metadata, stored_bytes(path))
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-        tree = "ema" if has_average and weights != "raw" else "params"
-        params = ocp.load_checkpointables(path, {tree: abstract})[tree]
+        trees = {"params": abstract}
+        if has_average and weights != "raw":
+            # The average of an adapter does not have its base. A tree is read as a whole.
+            trees = (trees if "lora" in abstract else {}) | {"ema": _trained(abstract)}
+        loaded = ocp.load_checkpointables(path, trees)
+        params = loaded.get("params", {}) | loaded.get("ema", {})
     try:
         for name in ("tokenizer.json", "special_tokens_map.json"):
             if (workdir / name).exists():
@@ -258,7 +264,9 @@ def _read_run(workdir: Path, step: int | None, weights: Weights | None) -> Check
             averaged = {name: record[name] for name in ("average",) if name in record}
             return dataclasses.replace(read, training=(*read.training, averaged)) if averaged else read
         if has_average:
-            record["weights"] = "ema" if tree == "ema" else "raw"
+            record["weights"] = "ema" if "ema" in trees else "raw"
+        if "lora" in params:
+            read = merged(read, _adapter(record, read.params))
         return dataclasses.replace(
             read,
             prompts=trained_prompts(record),
@@ -287,13 +295,28 @@ def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any, stor
         abstract["temperature"] = {"log_scale": jax.ShapeDtypeStruct((), jnp.float32)}
     if num_labels := record.get("num_labels", 0):
         abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
-    for tree in ("params", "ema") if "ema" in dict(saved) else ("params",):
-        check_same_arrays({tree: saved[tree]}, {tree: abstract})
+    lora = record.get("config", {}).get("lora", {})
+    if lora.get("rank"):
+        abstract["lora"] = abstract_adapter(model.encoder, tuple(lora["target_modules"]), lora["rank"])
+    check_same_arrays({"params": saved["params"]}, {"params": abstract})
+    if "ema" in dict(saved):
+        check_same_arrays({"ema": saved["ema"]}, {"ema": _trained(abstract)})
     # Missing parts of an array are read as zeros, so that a few bytes can stand for an array of any size.
     size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(dict(saved)))
     if size > LARGEST_RATIO * stored + 2**20:
         raise ValueError(f"its arrays would take {size:,} bytes, its files have {stored:,}")
     return abstract
+
+
+def _trained(params: dict[str, Any]) -> dict[str, Any]:
+    """Returns the parameters that a run trains: all, or with an adapter all but the encoder."""
+    return {name: part for name, part in params.items() if name != "encoder" or "lora" not in params}
+
+
+def _adapter(record: dict[str, Any], params: dict[str, Any]) -> Adapter:
+    lora = record["config"]["lora"]
+    base = str(record["config"]["init_from"])
+    return Adapter(params["lora"], lora["rank"], float(lora["alpha"]), bool(lora["rslora"]), base)
 
 
 @contextlib.contextmanager

@@ -218,7 +218,14 @@ def parse_import(fields: dict[str, Any], model: EmbeddingConfig) -> dict[str, An
 
 
 # Fields that earlier versions do not record, and the values that do what these versions did.
-_ADDED_FIELDS = {"config.optim.ema": 0.0, "config.optim.layer_decay": 1.0}
+_ADDED_FIELDS = {
+    "config.optim.ema": 0.0,
+    "config.optim.layer_decay": 1.0,
+    "config.lora.rank": 0,
+    "config.lora.alpha": 16.0,
+    "config.lora.rslora": False,
+    "config.lora.target_modules": [],
+}
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:

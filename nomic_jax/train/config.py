@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from nomic_jax.model import EncoderConfig
 from nomic_jax.train.losses.settings import LossConfig
-from nomic_jax.train.optim.settings import OptimConfig
+from nomic_jax.train.optim.settings import LoraConfig, OptimConfig
 from nomic_jax.train.typed_fields import ConfigurationError, build
 
 
@@ -249,6 +249,7 @@ class TrainConfig:
     data: MlmData | PairData | LabelledData
     optim: OptimConfig
     checkpoint: CheckpointConfig
+    lora: LoraConfig = LoraConfig()  # noqa: RUF009 - it is frozen
     sharding: Literal["replicated", "zero1", "fsdp"] = "replicated"
     kept_chunks: float = 0.0
     memory_gb: float = 0.0
@@ -304,6 +305,7 @@ class TrainConfig:
             )
         self.data.check(self.stage)
         self.optim.check()
+        self.lora.check(self.stage, self.init_from)
         self.evaluation.check()
         _ = self.profiled_steps
         if self.memory_gb < 0:

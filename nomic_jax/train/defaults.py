@@ -124,6 +124,7 @@ def base_config(stage: str) -> ConfigDict:
         config.data.update(dict(sampling="rows", sampling_temperature=1.0, remainder="drop", loss="", scores=""))
         config.data.update(dict(layout="bucketed", chunk_tokens=0))
     config.optim = ConfigDict(dict(ema=0.0, layer_decay=1.0))
+    config.lora = ConfigDict(dict(rank=0, alpha=16.0, rslora=False, target_modules=""))
     config.sharding = "replicated"
     config.checkpoint = ConfigDict(dict(every=500, keep=3, keep_every=0, allow_changed=""))
     return config

@@ -24,6 +24,7 @@ from nomic_jax.train.config import ConfigurationError, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, Evaluations
 from nomic_jax.train.interruption import Interruption, Preempted
 from nomic_jax.train.objectives import make_stage, make_stream
+from nomic_jax.train.objectives.lora import BASE, merged_weights
 from nomic_jax.train.optim import learning_rate, make_optimizer
 from nomic_jax.train.planning import recomputation
 from nomic_jax.train.planning.candidates import batches_of
@@ -126,7 +127,8 @@ def _train(
         config.check(mesh.size)
         model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, recompute=config.model.recompute))
         stream = make_stream(config, tokenizer, mesh.size, shuffle)
-    stage = make_stage(config, model, stream.layout, guide_model)
+    base = pretrained.params["encoder"] if pretrained else None
+    stage = make_stage(config, model, stream.layout, guide_model, base)
     ema = config.optim.ema
     train_step = make_train_step(stage, optimizer, mesh, config.accumulate, config.sharding, config.deterministic, ema)
     record = make_record(
@@ -158,8 +160,12 @@ def _train(
         pretrained_params = start_values(config, pretrained)
         state = init_state(jax.random.key(config.seed), stage, optimizer, mesh, pretrained_params, config.sharding, ema)
         frozen = jax.device_put(stage.frozen, replicated(mesh))
+        merge = jax.jit(merged_weights, static_argnums=(1, 2))
         if checkpoints.latest_step is not None:
-            state = TrainState.from_checkpoint(checkpoints.restore(state.to_checkpoint()))
+            restored = checkpoints.restore(state.to_checkpoint(frozen.get(BASE)))
+            state = TrainState.from_checkpoint(restored)
+            if BASE in frozen:
+                frozen[BASE] = restored["params"]["encoder"]
             if hosts.is_first_process():
                 print(f"{config.stage}: resuming from step {start} of {steps} in {workdir}")
         else:
@@ -167,7 +173,7 @@ def _train(
                 tokenizer.save(workdir)
                 resolved = dataclasses.asdict(config) | {"model": dataclasses.asdict(model.encoder)}
                 write_json(workdir / "config.json", resolved)
-            checkpoints.save(0, state.to_checkpoint())
+            checkpoints.save(0, state.to_checkpoint(frozen.get(BASE)))
         if start < end and hosts.is_first_process():
             stack.enter_context(goodput.recorded(workdir, start))
 
@@ -187,7 +193,10 @@ def _train(
             progress.add(step, batch, metrics)
             evaluating = evaluations.is_due(step, steps)
             if evaluating:
-                params = gather_locally(state.to_use, mesh)
+                params = state.to_use
+                if BASE in frozen:
+                    params = merge(params | frozen, config.lora, model.encoder)
+                params = gather_locally(params, mesh)
                 to_score = Checkpoint(model, params, tokenizer, prompts=trained_prompts(record))
                 with goodput.spending("evaluation"):
                     scores = evaluations.run(step, to_score)
@@ -198,7 +207,7 @@ def _train(
                 skipped.catch_up()
                 goodput.saved(step)
                 with goodput.spending("checkpoint"):
-                    checkpoints.save(step, state.to_checkpoint())
+                    checkpoints.save(step, state.to_checkpoint(frozen.get(BASE)))
             checkpoints.check()
             if evaluating and evaluations.is_over and step < end:
                 _write_once(

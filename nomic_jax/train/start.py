@@ -94,7 +94,7 @@ def start_values(config: TrainConfig, pretrained: Checkpoint | None) -> dict:
     """The entries of the parameter tree that do not start at random."""
     if pretrained is None:
         return {}
-    names = ["encoder"]
+    names = [] if config.lora.rank else ["encoder"]
     if config.stage == "mlm":
         names.append("mlm_head")
     elif config.loss.learn_temperature:

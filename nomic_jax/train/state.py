@@ -30,14 +30,18 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     ema: dict | None = None
 
-    def to_checkpoint(self) -> dict[str, Any]:
-        """The trees that a checkpoint holds, see ``nomic_jax.run.checkpoints``."""
-        trees = {"params": self.params, "training": {"step": self.step, "opt_state": self.opt_state}}
+    def to_checkpoint(self, base: dict | None = None) -> dict[str, Any]:
+        """The trees that a checkpoint holds, see ``nomic_jax.run.checkpoints``; with an adapter, its ``base`` too."""
+        params = self.params if base is None else self.params | {"encoder": base}
+        trees = {"params": params, "training": {"step": self.step, "opt_state": self.opt_state}}
         return trees if self.ema is None else trees | {"ema": self.ema}
 
     @classmethod
     def from_checkpoint(cls, trees: dict[str, Any]) -> "TrainState":
-        return cls(trees["training"]["step"], trees["params"], trees["training"]["opt_state"], trees.get("ema"))
+        params, training = trees["params"], trees["training"]
+        if "lora" in params:
+            params = {name: part for name, part in params.items() if name != "encoder"}
+        return cls(training["step"], params, training["opt_state"], trees.get("ema"))
 
     @property
     def to_use(self) -> dict:

@@ -122,7 +122,7 @@ _REASONS: dict[str, str] = {
         extend insert pop transformers_model processor get_sentence_features smart_batching_collate""",
     "train with `nomic_jax.fit`, which takes this model's directory or name": """
         fit old_fit train requires_grad_ zero_grad gradient_checkpointing_enable model_card_data_class""",
-    "a LoRA adapter must be merged into the weights first: peft's model.merge_and_unload()": """
+    "a folder with a LoRA adapter opens as the merged model; training one is config.lora.rank of nomic-jax train": """
         active_adapter active_adapters add_adapter check_peft_compatible_model delete_adapter disable_adapters
         enable_adapters get_adapter_state_dict has_peft_compatible_model load_adapter set_adapter""",
     "average the weights with sentence-transformers, save them and open the directory": "merge",

@@ -8,6 +8,7 @@ from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig
 from nomic_jax.train.config import TrainConfig
 from nomic_jax.train.objectives import classify, contrastive, mlm
+from nomic_jax.train.objectives.lora import with_adapter
 from nomic_jax.train.objectives.stage import Objective, Stage
 
 OBJECTIVES = {
@@ -24,7 +25,12 @@ def make_stream(config: TrainConfig, tokenizer: Tokenizer, devices: int = 1, shu
 
 
 def make_stage(
-    config: TrainConfig, model: EmbeddingConfig, layout: Layout | None = None, guide: Checkpoint | None = None
+    config: TrainConfig,
+    model: EmbeddingConfig,
+    layout: Layout | None = None,
+    guide: Checkpoint | None = None,
+    base: dict | None = None,
 ) -> Stage:
-    """See ``MakeStage``."""
-    return OBJECTIVES[config.stage].make_stage(config, model, layout, guide)
+    """See ``MakeStage``; ``base`` are the encoder's frozen parameters for ``config.lora``, None for their shapes."""
+    stage = OBJECTIVES[config.stage].make_stage(config, model, layout, guide)
+    return with_adapter(stage, config.lora, model.encoder, base) if config.lora.rank else stage

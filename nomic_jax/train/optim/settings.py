@@ -1,4 +1,4 @@
-"""The settings of the optimizer, a group of ``nomic_jax.train.config.TrainConfig``."""
+"""The settings of the optimizer and of what it trains, groups of ``nomic_jax.train.config.TrainConfig``."""
 
 import dataclasses
 from typing import Literal
@@ -43,4 +43,37 @@ class OptimConfig:
         if not 0 < self.layer_decay <= 1:
             raise ConfigurationError(
                 f"config.optim.layer_decay is {self.layer_decay:g}; write a factor above 0, or 1 for one rate"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """An adapter that is trained in place of the encoder, whose own weights stay (LoRA, arXiv:2106.09685).
+
+    Attributes:
+      rank: r of the paper, such as 16; 0 to train the encoder itself.
+      alpha: what an adapter adds is scaled by alpha / rank.
+      rslora: scale by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732).
+      target_modules: the linear layers that get an adapter, by the ends of their names in transformers, separated by
+        commas, such as query,value; empty for all of the encoder's layers.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    rslora: bool = False
+    target_modules: tuple[str, ...] = ()
+
+    def check(self, stage: str, init_from: str) -> None:
+        """Raises ConfigurationError for values that cannot work."""
+        if self.rank < 0:
+            raise ConfigurationError(f"config.lora.rank is {self.rank}; write a rank such as 16, or 0 for no adapter")
+        if not self.rank:
+            return
+        if not self.alpha > 0:
+            raise ConfigurationError(f"config.lora.alpha is {self.alpha:g}; it must be positive")
+        if stage == "mlm":
+            raise ConfigurationError("config.lora.rank must be 0 in the mlm stage, which trains word embeddings too")
+        if not init_from:
+            raise ConfigurationError(
+                "config.lora.rank needs config.init_from: an adapter belongs to a model that has been trained"
             )
