@@ -19,6 +19,7 @@ class Checkpoint:
       params: "encoder", and "mlm_head" or "classifier" if the model has one; float32.
       tokenizer: None if the checkpoint has none.
       labels: the names of the classifier's labels, in the order of its logits.
+      activation: what turns the classifier's logits into scores, "identity" or "sigmoid"; None if no file says.
       prompts: name -> text prepended to an input; None for those of nomic-embed, {} for a model trained without any.
       default_prompt_name: the prompt that is used if none is named.
       similarity: "cosine", "dot", "euclidean" or "manhattan".
@@ -32,6 +33,7 @@ class Checkpoint:
     params: dict[str, Any]
     tokenizer: Tokenizer | None = None
     labels: tuple[str, ...] = ()
+    activation: str | None = None
     prompts: dict[str, str] | None = None
     default_prompt_name: str | None = None
     similarity: str = "cosine"

@@ -27,10 +27,11 @@ from nomic_jax.hf.keymap import (
     mlm_head_keymap,
     to_params,
 )
-from nomic_jax.hf.modules import embedding_config, read_modules
+from nomic_jax.hf.modules import Modules, embedding_config, read_module_weights, read_modules
 from nomic_jax.hf.tensors import StoredTensor, open_tensors
-from nomic_jax.model import EncoderConfig, abstract_encoder
+from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder
 from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
+from nomic_jax.model.modules import MODULES
 
 MOST_LABELS = 1 << 20
 
@@ -88,6 +89,8 @@ def _read(directory: Path) -> Checkpoint:
     classifier = _taken(tensors, lambda name: name.partition(".")[0] in classifier_modules)
     is_classifier = any(name.startswith("classifier.") for name in classifier)
     _taken(tensors, lambda name: name in family.ignored)
+    if modules and modules.pooling is None and not is_classifier:
+        raise CheckpointError(f"{directory / 'modules.json'}: expected Transformer -> Pooling, found Transformer alone")
     try:
         naming = detect_naming(set(tensors), encoder)
     except ValueError as error:
@@ -100,15 +103,24 @@ def _read(directory: Path) -> Checkpoint:
         params["classifier"] = _read_classifier(classifier, encoder, len(labels), directory)
     settings = _settings(directory, encoder, modules)
     return Checkpoint(
-        params=params,
+        params=_with_modules(params, modules, settings["config"]),
         labels=labels,
+        activation=_activation(content, directory) if is_classifier else None,
         matryoshka_dims=_matryoshka_dims(content, settings["config"].width),
         training=_training(directory),
         **settings,
     )
 
 
-def _settings(directory: Path, encoder: EncoderConfig, modules: dict[str, dict]) -> dict[str, Any]:
+def _with_modules(params: dict, modules: Modules | None, config: EmbeddingConfig) -> dict:
+    """Returns the parameters with the weights of the modules after the pooling."""
+    encoder = {name: part for name, part in params["encoder"].items() if name != MODULES}
+    if config.modules and modules:
+        encoder[MODULES] = read_module_weights(modules, config)
+    return params | {"encoder": encoder}
+
+
+def _settings(directory: Path, encoder: EncoderConfig, modules: Modules | None) -> dict[str, Any]:
     """Returns the fields of a Checkpoint that the files of sentence-transformers and of the tokenizer say."""
     sentence = read_json(directory / "config_sentence_transformers.json", optional=True)
     prompts = _prompts(sentence, encoder, directory)
@@ -145,9 +157,11 @@ def _read_adapted(directory: Path) -> Checkpoint:
     training = _training(directory)
     if (directory / "modules.json").exists():
         encoder = adapted.config.encoder
-        settings = _settings(directory, encoder, read_modules(directory, encoder.hidden_size))
-        tokenizer = settings["tokenizer"] or adapted.tokenizer
-        adapted = dataclasses.replace(adapted, **settings | {"tokenizer": tokenizer})
+        modules = read_modules(directory, encoder.hidden_size)
+        settings = _settings(directory, encoder, modules)
+        settings["tokenizer"] = settings["tokenizer"] or adapted.tokenizer
+        settings["params"] = _with_modules(adapted.params, modules, settings["config"])
+        adapted = dataclasses.replace(adapted, **settings)
     return dataclasses.replace(adapted, training=training or adapted.training)
 
 
@@ -235,6 +249,27 @@ def _labels(content: dict[str, Any], directory: Path) -> tuple[str, ...]:
     return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
+def _activation(content: dict[str, Any], directory: Path) -> str | None:
+    """Returns ``Checkpoint.activation`` of a cross-encoder, which versions of sentence-transformers store in 3 places.
+
+    A function of other modules than torch's is custom code; like sentence-transformers, this reader does not run it.
+    """
+    sentence = read_json(directory / "config_sentence_transformers.json", optional=True)
+    of_config = content.get("sentence_transformers")
+    places = (
+        sentence.get("activation_fn"),
+        of_config.get("activation_fn") if isinstance(of_config, dict) else None,
+        content.get("sbert_ce_default_activation_function"),
+    )
+    name = next((place for place in places if place is not None), None)
+    if name is None or not str(name).startswith("torch."):
+        return None
+    known = {"Identity": "identity", "Sigmoid": "sigmoid"}
+    if (kind := str(name).rpartition(".")[2]) not in known:
+        raise CheckpointError(f"{directory}: the activation {name!r:.100} is not implemented; Identity and Sigmoid are")
+    return known[kind]
+
+
 def _defaults(sentence: dict[str, Any], prompts: dict[str, str], directory: Path) -> tuple[str | None, str]:
     """Returns default_prompt_name and similarity_fn_name."""
     name, similarity = sentence.get("default_prompt_name"), sentence.get("similarity_fn_name") or "cosine"
@@ -257,7 +292,7 @@ def _prompts(sentence: dict[str, Any], encoder: EncoderConfig, directory: Path) 
     return prompts or (dict(NOMIC_PROMPTS) if encoder.model_type == "nomic_bert" else {})
 
 
-def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: dict[str, dict]) -> Tokenizer | None:
+def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: Modules | None) -> Tokenizer | None:
     if not (directory / "tokenizer.json").exists() and not (directory / "vocab.txt").exists():
         return None
     try:
@@ -265,7 +300,7 @@ def _read_tokenizer(directory: Path, encoder: EncoderConfig, modules: dict[str, 
             if (directory / name).exists():
                 check_file(directory / name, limit=LARGEST_FILE)
         tokenizer = Tokenizer.from_directory(directory)
-        if modules.get("Transformer", {}).get("do_lower_case"):
+        if modules and modules.transformer.get("do_lower_case"):
             tokenizer = tokenizer.lowercased()
     except CheckpointError:
         raise
@@ -294,8 +329,8 @@ def _training(directory: Path) -> tuple[dict[str, Any], ...]:
     return tuple(read_json_list(file)) if file.exists() else ()
 
 
-def _max_length(modules: dict[str, dict], encoder: EncoderConfig, directory: Path) -> int:
-    given = modules.get("Transformer", {}).get("max_seq_length")
+def _max_length(modules: Modules | None, encoder: EncoderConfig, directory: Path) -> int:
+    given = modules.transformer.get("max_seq_length") if modules else None
     if given is None:
         # In a plain BERT directory, only the tokenizer's configuration may contain the length.
         given = read_json(directory / "tokenizer_config.json", optional=True).get("model_max_length")

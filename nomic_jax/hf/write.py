@@ -25,6 +25,7 @@ from nomic_jax.hf.model_card import model_card
 from nomic_jax.hf.modules import write_modules
 from nomic_jax.hf.tensors import write_safetensors
 from nomic_jax.model import EncoderConfig
+from nomic_jax.model.modules import MODULES
 
 
 def write_checkpoint(
@@ -99,6 +100,9 @@ def _write_model(part: Path, checkpoint: Checkpoint, tensors: dict[str, np.ndarr
     content = config_json(encoder, kind) | {"dtype": dtype}
     if classifier is not None:
         content |= _label_fields(checkpoint.labels, classifier["out"]["bias"].shape[0])
+        if checkpoint.activation is not None:
+            kind = {"identity": "linear.Identity", "sigmoid": "activation.Sigmoid"}[checkpoint.activation]
+            content |= {"sentence_transformers": {"activation_fn": f"torch.nn.modules.{kind}"}}
     if checkpoint.matryoshka_dims:
         # vLLM refuses the request field `dimensions` for a model without it, and any value that is not in it.
         content |= {"matryoshka_dimensions": list(checkpoint.matryoshka_dims)}
@@ -118,10 +122,11 @@ def _write_files(
     config = checkpoint.config
     prompts = dict(NOMIC_PROMPTS) if checkpoint.prompts is None else checkpoint.prompts
     assert checkpoint.tokenizer is not None
-    _write_tokenizer(part, checkpoint.tokenizer, max_length, has_token_types=encoder.type_vocab_size > 1)
+    _write_tokenizer(part, checkpoint.tokenizer, max_length, has_token_types=config.encoder.type_vocab_size > 1)
     write_modules(
         part,
         config,
+        checkpoint.params["encoder"].get(MODULES, {}),
         # Empty prompts are written, because readers give a nomic-bert directory without prompts the published ones.
         prompts=prompts or {"query": "", "document": ""},
         default_prompt_name=checkpoint.default_prompt_name,

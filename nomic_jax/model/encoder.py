@@ -23,6 +23,7 @@ from nomic_jax.model.dropout import Dropout, drop
 from nomic_jax.model.layer_norm import STATISTICS, layer_norm, rms_norm
 from nomic_jax.model.linear import Linear
 from nomic_jax.model.mlp import make_mlp
+from nomic_jax.model.modules import MODULES
 from nomic_jax.model.relative_bias import relative_bias
 from nomic_jax.model.rope import apply_rope, rope_cos_sin
 from nomic_jax.model.table_lookup import lookup
@@ -342,7 +343,8 @@ def cast_kernels(params: dict, config: EncoderConfig) -> dict:
     """Returns the parameters with the kernels of matrix products in the computation dtype, in which they are used."""
 
     def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(config.dtype) if path[-1].key == "kernel" else leaf
+        is_cast = path[-1].key == "kernel" and path[0].key != MODULES
+        return leaf.astype(config.dtype) if is_cast else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -372,7 +374,7 @@ def encode(
     """Returns the last hidden states, [B, L, D] in ``config.dtype``, or [B, P, D] at ``output_position_BP``.
 
     Args:
-      params: the tree made by ``init_encoder`` or read from a checkpoint.
+      params: the tree made by ``init_encoder`` or read from a checkpoint, with or without those of modules.
       ids_BL: token ids, texts padded on the right.
       config: the encoder that the parameters belong to.
       length_B: number of real tokens in each row, if each row is one padded text.
@@ -390,6 +392,7 @@ def encode(
       ValueError: the rows are longer than the encoder accepts.
     """
     is_second_BL = None if first_length_B is None else jnp.arange(ids_BL.shape[1]) >= first_length_B[:, None]
+    params = {name: part for name, part in params.items() if name != MODULES}
     return nnx.merge(_graphdef(config), params)(
         ids_BL, TextBoundaries(length_B, segment_BL, max_segments), output_position_BP, is_second_BL, dropout
     )

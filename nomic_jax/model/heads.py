@@ -9,8 +9,18 @@ from flax import nnx
 
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.dropout import Dropout
-from nomic_jax.model.encoder import Norm, encode
+from nomic_jax.model.encoder import Norm, abstract_encoder, encode, init_encoder
 from nomic_jax.model.linear import Linear
+from nomic_jax.model.modules import (
+    MODULES,
+    Module,
+    abstract_modules,
+    apply_modules,
+    check_modules,
+    init_modules,
+    normalized,
+    standardized,
+)
 from nomic_jax.model.pooling import POOLINGS, pooled, pooled_segments
 
 
@@ -20,7 +30,8 @@ class EmbeddingConfig:
 
     Attributes:
       pooling: one of ``nomic_jax.model.pooling.POOLINGS``, or several joined by "+", whose vectors are concatenated.
-      layer_norm: LayerNorm without scale and bias over the full width, after pooling (nomic-embed-text-v1.5).
+      modules: layers after pooling, in order, with weights and those among them (``nomic_jax.model.modules``).
+      layer_norm: LayerNorm without scale and bias over the full width, after these (nomic-embed-text-v1.5).
       normalize: scale to length 1 at full width.
       dim: keep the first ``dim`` components of the result (Matryoshka), which are shorter than 1; None keeps all.
     """
@@ -30,6 +41,7 @@ class EmbeddingConfig:
     layer_norm: bool = False
     dim: int | None = None
     normalize: bool = True
+    modules: tuple[Module, ...] = ()
 
     def __post_init__(self):
         names = self.pooling.split("+")
@@ -37,26 +49,43 @@ class EmbeddingConfig:
             raise ValueError(
                 f'pooling is {self.pooling!r}; write one of {", ".join(POOLINGS)}, or several joined by "+"'
             )
+        check_modules(self.modules, self.pooled_width)
         if self.dim is not None and not 1 <= self.dim <= self.width:
             raise ValueError(f"dim {self.dim} is not within 1..{self.width}, the width of a whole vector")
 
     @property
+    def pooled_width(self) -> int:
+        """The number of components of a vector after pooling."""
+        return self.encoder.hidden_size * len(self.pooling.split("+"))
+
+    @property
     def width(self) -> int:
         """The number of components of a vector before it is cut to ``dim``."""
-        return self.encoder.hidden_size * len(self.pooling.split("+"))
+        return self.modules[-1].width if self.modules else self.pooled_width
 
     @property
     def output_dim(self) -> int:
         return self.dim or self.width
 
 
-def pool(hidden_BLD: jax.Array, length_B: jax.Array, config: EmbeddingConfig) -> jax.Array:
-    """Returns embeddings [B, E], float32. A text without tokens gets the zero vector."""
-    return _finish(pooled(hidden_BLD, length_B, config.pooling), length_B > 0, config)
+def pool(hidden_BLD: jax.Array, length_B: jax.Array, config: EmbeddingConfig, params: dict | None = None) -> jax.Array:
+    """Returns embeddings [B, E], float32. A text without tokens gets the zero vector.
+
+    Args:
+      hidden_BLD: hidden states of padded rows.
+      length_B: numbers of real tokens.
+      config: the encoder and its pooling.
+      params: those of ``embed``, for a model with ``config.modules``.
+    """
+    return _finish(pooled(hidden_BLD, length_B, config.pooling), length_B > 0, config, params)
 
 
 def pool_segments(
-    hidden_BLD: jax.Array, segment_BL: jax.Array, num_segments: int, config: EmbeddingConfig
+    hidden_BLD: jax.Array,
+    segment_BL: jax.Array,
+    num_segments: int,
+    config: EmbeddingConfig,
+    params: dict | None = None,
 ) -> jax.Array:
     """Returns embeddings [B, S, E], float32, of the texts of packed rows. Segment s of a row has index s - 1.
 
@@ -64,19 +93,19 @@ def pool_segments(
       hidden_BLD: hidden states of rows that hold several texts each.
       segment_BL: 1, 2, ... for the texts of a row, each contiguous, and 0 for padding.
       num_segments: S, the maximum number of texts per row; absent texts get the zero vector.
+      config, params: see ``pool``.
     """
-    return _finish(*pooled_segments(hidden_BLD, segment_BL, num_segments, config.pooling), config)
+    return _finish(*pooled_segments(hidden_BLD, segment_BL, num_segments, config.pooling), config, params)
 
 
-def _finish(x: jax.Array, has_tokens: jax.Array, config: EmbeddingConfig) -> jax.Array:
+def _finish(x: jax.Array, has_tokens: jax.Array, config: EmbeddingConfig, params: dict | None) -> jax.Array:
     """Turns pooled hidden states [..., D] into embeddings [..., E]."""
+    if config.modules:
+        x = apply_modules((params or {}).get(MODULES, {}), x, config.modules)
     if config.layer_norm:
-        # Not jax.nn.standardize: its variance E[x^2] - E[x]^2 loses a small spread around a large mean.
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)  # torch.nn.functional.layer_norm's eps
+        x = standardized(x)
     if config.normalize:
-        # rsqrt of the clamped squared norm, not a division by the norm: the gradient at the zero vector is 0, not NaN.
-        x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+        x = normalized(x)
     # Last, as in sentence-transformers.
     x = x[..., : config.output_dim]
     return jnp.where(has_tokens[..., None], x, 0.0)
@@ -88,7 +117,7 @@ def embed(
     """Returns the embeddings of a batch of texts. Callers can jit, differentiate and shard this pure function.
 
     Args:
-      params: encoder parameters (``Embedder.params``).
+      params: those of the encoder and of its modules (``Embedder.params``).
       batch: ``ids`` [B, L] int32, texts padded on the right, and ``length`` [B] int32, their numbers of tokens.
       config: the encoder and its pooling (``Embedder.config``).
       dropout: for training, see ``encode``.
@@ -97,7 +126,20 @@ def embed(
       float32 [B, config.output_dim].
     """
     hidden_BLD = encode(params, batch["ids"], config.encoder, length_B=batch["length"], dropout=dropout)
-    return pool(hidden_BLD, batch["length"], config)
+    return pool(hidden_BLD, batch["length"], config, params)
+
+
+def init_embedder(key: jax.Array, config: EmbeddingConfig) -> dict:
+    """Returns random float32 parameters of an embedder: those of its encoder, and of its modules if it has any."""
+    params = init_encoder(key, config.encoder)
+    modules = init_modules(key, config.modules, config.pooled_width, config.encoder.init_std)
+    return params | {MODULES: modules} if modules else params
+
+
+def abstract_embedder(config: EmbeddingConfig) -> dict:
+    """Returns the tree of ``init_embedder`` as ``jax.ShapeDtypeStruct``: the shapes that a checkpoint must have."""
+    modules = abstract_modules(config.modules, config.pooled_width)
+    return abstract_encoder(config.encoder) | ({MODULES: modules} if modules else {})
 
 
 class DecoderBias(nnx.Module):

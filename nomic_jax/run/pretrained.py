@@ -23,13 +23,14 @@ from nomic_jax.hf.adapters.files import ADAPTER, base_of, merged
 from nomic_jax.hf.adapters.lora import Adapter, abstract_adapter
 from nomic_jax.hf.files import MAIN_FILE, check_file
 from nomic_jax.hf.hub import download, is_hub_name, pinned
-from nomic_jax.model import EmbeddingConfig, abstract_encoder
-from nomic_jax.model.heads import abstract_classifier, abstract_mlm_head
+from nomic_jax.model import EmbeddingConfig
+from nomic_jax.model.heads import abstract_classifier, abstract_embedder, abstract_mlm_head
 from nomic_jax.run.manifest import MANIFEST, find_damage, follow, hash_files, model_files, stored_bytes
 from nomic_jax.run.record import (
     FORMAT,
     check_format,
     check_same_arrays,
+    model_fields,
     parse_import,
     parse_model,
     trained_matryoshka_dims,
@@ -288,7 +289,7 @@ def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any, stor
       ResumeError: the checkpoint's arrays are others.
       ValueError: they are far larger than its files. Other exceptions: the record has fields of another type.
     """
-    abstract: dict[str, Any] = {"encoder": abstract_encoder(model.encoder)}
+    abstract: dict[str, Any] = {"encoder": abstract_embedder(model)}
     if record["has_mlm_head"]:
         abstract["mlm_head"] = abstract_mlm_head(model.encoder)
     if record.get("has_temperature") or record.get("config", {}).get("loss", {}).get("learn_temperature"):
@@ -353,7 +354,7 @@ def write_pretrained(workdir: str | Path, source: Checkpoint, average: list[dict
     imported = ("prompts", "default_prompt_name", "similarity", "max_length", "matryoshka_dims")
     record = {
         "format": FORMAT,
-        "model": dataclasses.asdict(source.config),
+        "model": model_fields(source.config),
         "has_mlm_head": "mlm_head" in source.params,
         "has_temperature": "temperature" in source.params,
         "tokenizer_sha256": source.tokenizer.sha256,

@@ -24,6 +24,7 @@ from nomic_jax.hf import NOMIC_PROMPTS
 from nomic_jax.hf.checkpoint import SIMILARITIES
 from nomic_jax.hf.config import config_json, encoder_config
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
+from nomic_jax.model.modules import Module
 
 FORMAT = 2
 _PACKAGES = ("nomic_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
@@ -59,7 +60,7 @@ def make_record(
     return {
         "format": FORMAT,
         "config": settings,
-        "model": dataclasses.asdict(model),
+        "model": model_fields(model),
         "has_mlm_head": settings["stage"] == "mlm",
         "parent": parent,
         "guide": guide,
@@ -177,6 +178,12 @@ def shuffle_of(record: dict[str, Any]) -> int:
     return version
 
 
+def model_fields(model: EmbeddingConfig) -> dict[str, Any]:
+    """Returns the field ``model`` of a record. Models without modules have none there, as in earlier records."""
+    fields = dataclasses.asdict(model)
+    return fields if fields["modules"] else {name: value for name, value in fields.items() if name != "modules"}
+
+
 def parse_model(record: dict[str, Any]) -> EmbeddingConfig:
     """Returns the model that a record describes. An invalid record raises various exceptions."""
     fields = dict(record["model"])
@@ -192,6 +199,7 @@ def parse_model(record: dict[str, Any]) -> EmbeddingConfig:
             raise TypeError(f"model.encoder.{name} is {value!r}")
         if float in kinds and value is not None:
             floats[name] = float(value)  # JAX does not accept integers beyond 64 bits
+    fields["modules"] = tuple(Module(**module) for module in fields.get("modules", ()))
     model = EmbeddingConfig(**fields | {"encoder": dataclasses.replace(encoder, **floats)})
     if not isinstance(model.dim, int | None) or not all(
         isinstance(x, bool) for x in (model.layer_norm, model.normalize)

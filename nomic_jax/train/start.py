@@ -6,6 +6,7 @@ from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.hf.config import ConfigError, config_json
 from nomic_jax.model import EmbeddingConfig
+from nomic_jax.model.modules import MODULES
 from nomic_jax.run.pretrained import read_pretrained
 from nomic_jax.train.config import ConfigurationError, TrainConfig
 
@@ -32,6 +33,8 @@ def make_model(config: TrainConfig, pretrained: Checkpoint | None) -> EmbeddingC
         layer_norm=pretrained.config.layer_norm or config.loss.layer_norm,
         dim=None,
         normalize=True,
+        # The other stages train the encoder alone.
+        modules=pretrained.config.modules if config.stage in ("contrastive", "finetune") else (),
     )
 
 
@@ -99,4 +102,7 @@ def start_values(config: TrainConfig, pretrained: Checkpoint | None) -> dict:
         names.append("mlm_head")
     elif config.loss.learn_temperature:
         names.append("temperature")
-    return {name: pretrained.params[name] for name in names if name in pretrained.params}
+    values = {name: pretrained.params[name] for name in names if name in pretrained.params}
+    if config.stage not in ("contrastive", "finetune"):
+        values["encoder"] = {name: part for name, part in values["encoder"].items() if name != MODULES}
+    return values

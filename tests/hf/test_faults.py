@@ -14,6 +14,7 @@ from nomic_jax import Embedder
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
 from nomic_jax.hf.config import ConfigError
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, init_encoder
+from nomic_jax.model.modules import Module
 
 CONFIG = EmbeddingConfig(EncoderConfig(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=256))
 
@@ -116,8 +117,8 @@ def test_config(exported, fields, message):
         ("modules.json", "{}", "expected a list"),
         (
             "modules.json",
-            '[{"type": "sentence_transformers.models.Dense", "path": "2"}]',
-            "module Dense is not implemented",
+            '[{"type": "sentence_transformers.models.WordWeights", "path": "2"}]',
+            "module WordWeights is not implemented",
         ),
         (
             "modules.json",
@@ -223,13 +224,30 @@ def test_shards(exported, change, error, message):
         read_checkpoint(exported)
 
 
-def test_a_trained_layer_norm_is_refused(tmp_path, params, tokenizer):
-    config = EmbeddingConfig(CONFIG.encoder, layer_norm=True)
-    write_checkpoint(tmp_path / "model", Checkpoint(config, params, tokenizer))
-    file = tmp_path / "model" / "2_LayerNorm" / "model.safetensors"
-    save_file({"norm.weight": np.full(64, 2, np.float32), "norm.bias": np.zeros(64, np.float32)}, file)
-    with pytest.raises(CheckpointError, match=r"norm\.weight is trained"):
-        read_checkpoint(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({}, {"linear.bias": (4,)}, r"2_Dense: expected linear\.bias with the shape \[3\]"),
+        ({}, {"linear.extra": (3,)}, r"expected the tensors linear\.weight, linear\.bias, not linear\.extra"),
+        ({"bias": False}, {}, r"expected the tensors linear\.weight, not linear\.bias"),
+        ({"bias": "no"}, {}, "and bias 'no'"),
+        ({"in_features": 32}, {}, "in_features is 32, but its input has 64"),
+        ({"out_features": 0}, {}, "a module of width 0"),
+        ({"activation_function": "torch.nn.ReLU"}, {}, r"activation 'torch\.nn\.ReLU' is not implemented"),
+        ({"use_residual": True}, {}, "use_residual is not implemented"),
+        ({"module_input_name": "token_embeddings"}, {}, "module_input_name is 'token_embeddings'"),
+    ],
+)
+def test_a_dense_that_cannot_be_used_is_named(tmp_path, params, tokenizer, config, tensors, message):
+    model = EmbeddingConfig(CONFIG.encoder, modules=(Module("Dense", 3, activation="tanh"),))
+    own = {"0_Dense": {"kernel": np.ones((64, 3), np.float32), "bias": np.ones(3, np.float32)}}
+    write_checkpoint(tmp_path, Checkpoint(model, {"encoder": params["encoder"] | {"modules": own}}, tokenizer))
+    edit_json(tmp_path / "2_Dense" / "config.json", **config)
+    changed = {"linear.weight": (3, 64), "linear.bias": (3,)} | tensors
+    file = tmp_path / "2_Dense" / "model.safetensors"
+    save_file({name: np.ones(shape, np.float32) for name, shape in changed.items()}, file)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):

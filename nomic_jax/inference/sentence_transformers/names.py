@@ -117,7 +117,7 @@ _REASONS: dict[str, str] = {
     "JAX has no hooks; wrap `nomic_jax.embed` in a function of your own": """
         register_forward_hook register_forward_pre_hook register_backward_hook register_full_backward_hook
         register_full_backward_pre_hook""",
-    "the modules are fixed: `config` names the encoder, pooling, layer_norm and normalize": """
+    "the modules are fixed: `config` names the encoder, pooling, modules, layer_norm and normalize": """
         modules named_modules children named_children get_submodule set_submodule add_module register_module append
         extend insert pop transformers_model processor get_sentence_features smart_batching_collate""",
     "train with `nomic_jax.fit`, which takes this model's directory or name": """

@@ -220,4 +220,4 @@ def _embed_chunk(
     hidden_BLD = encode(
         params, ids_BL, model.encoder, segment_BL=segment_BL, max_segments=layout.segments, dropout=dropout
     )
-    return pool_segments(hidden_BLD, segment_BL, layout.segments, model).reshape(-1, model.output_dim)
+    return pool_segments(hidden_BLD, segment_BL, layout.segments, model, params).reshape(-1, model.output_dim)

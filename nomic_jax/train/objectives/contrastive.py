@@ -16,8 +16,9 @@ from nomic_jax.data.batches.pairs import PairStream, make_layout
 from nomic_jax.data.tokens.store import TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
-from nomic_jax.model import EmbeddingConfig, embed, init_encoder
+from nomic_jax.model import EmbeddingConfig, embed
 from nomic_jax.model.dropout import Dropout
+from nomic_jax.model.heads import init_embedder
 from nomic_jax.train.config import ConfigurationError, PairData, TrainConfig
 from nomic_jax.train.losses.contrastive import contrastive_loss, init_temperature, temperature_of
 from nomic_jax.train.losses.embeddings import EMBEDDING_LOSSES, embedding_loss, init_projection
@@ -88,7 +89,7 @@ def make_stage(
     guide_model = None if guide is None else dataclasses.replace(guide.config, dim=None, normalize=True)
 
     def init(key: jax.Array) -> dict:
-        params = {"encoder": init_encoder(key, model.encoder)}
+        params = {"encoder": init_embedder(key, model)}
         if options.learn_temperature:
             params["temperature"] = init_temperature(options.temperature)
         if options.projection_dim:

@@ -52,7 +52,7 @@ def test_equals_float64(at_a_time, dtype, tolerance, monkeypatch):
 
 
 def test_a_bias_is_a_column_of_the_table(monkeypatch):
-    monkeypatch.setattr(vocabulary_loss, "PREDICTIONS_AT_A_TIME", 33)
+    monkeypatch.setattr(vocabulary, "PREDICTIONS_AT_A_TIME", 33)
     bias = RNG.normal(size=V).astype(np.float32)
 
     def wider(hidden, table, bias):
