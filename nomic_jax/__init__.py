@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nomic_jax.fitting.fit import fit
     from nomic_jax.fitting.run import Run
-    from nomic_jax.inference.classifier import Classifier
+    from nomic_jax.inference.classifier import Classifier, CrossEncoder
     from nomic_jax.inference.embedder import Embedder
     from nomic_jax.inference.integrations import langchain_embeddings, llama_index_embedding, mteb_encoder
     from nomic_jax.inference.sentence_transformers.quantization import quantize_embeddings
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "Classifier",
+    "CrossEncoder",
     "Embedder",
     "EmbeddingConfig",
     "EncoderConfig",
@@ -31,6 +32,7 @@ _MODULES = {
     "Run": "nomic_jax.fitting.run",
     "fit": "nomic_jax.fitting.fit",
     "Classifier": "nomic_jax.inference.classifier",
+    "CrossEncoder": "nomic_jax.inference.classifier",
     "Embedder": "nomic_jax.inference.embedder",
     "langchain_embeddings": "nomic_jax.inference.integrations",
     "llama_index_embedding": "nomic_jax.inference.integrations",
