@@ -1,12 +1,13 @@
-"""The flags that launch.filter and launch.mine share, and the teacher and engine that these flags select."""
+"""The flags that launch.filter, mine and score share, and the teacher and engine that these flags select."""
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
-from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.embedding import Encoder, Scorer, encode_checked
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.data.prompts import prompt_for
 
@@ -76,21 +77,34 @@ WORKERS = flags.DEFINE_integer(
 
 def load_teacher() -> Encoder:
     """The teacher that the flags select. Its identity covers everything the embeddings depend on."""
+    _leave_devices_to_actors()
+    return open_teacher(**_settings())
+
+
+def load_scorer(activation: str) -> Scorer:
+    """The teacher that the flags select, as one that gives scores; see ``open_scorer``."""
+    _leave_devices_to_actors()
+    return open_scorer(activation=activation, **_settings())
+
+
+def _leave_devices_to_actors() -> None:
     if ENGINE.value == "ray":
         import jax
 
         # This process only identifies the teacher; the actors use the devices.
         jax.config.update("jax_platforms", "cpu")
-    return open_teacher(**_settings())
 
 
-def engine() -> Engine:
-    """The engine that the flags select."""
+def engine(scores_by: str | None = None) -> Engine:
+    """The engine that the flags select; ``scores_by`` is the argument of ``load_scorer``, None for ``load_teacher``."""
     if ENGINE.value == "local":
         return local_engine
     from nomic_jax.curate.engine.ray_engine import ray_engine
 
-    made = ray_engine(functools.partial(open_teacher, **_settings()), WORKERS.value)
+    load: Callable[[], Encoder | Scorer] = functools.partial(open_teacher, **_settings())
+    if scores_by is not None:
+        load = functools.partial(open_scorer, activation=scores_by, **_settings())
+    made = ray_engine(load, WORKERS.value)
     from ray import cloudpickle
 
     # The other machines have nomic_jax installed, but not the launch package.
@@ -166,6 +180,76 @@ def open_teacher(
         has_unit_length=similarity == "cosine",
         count_above=None if jax.default_backend() == "cpu" else count_above,
     )
+
+
+def open_scorer(
+    model: str,
+    dtype: str,
+    max_length: int | None,
+    batch_size: int | None,
+    prompts: tuple[str, str] | None,
+    activation: str,
+) -> Scorer:
+    """Opens a cross-encoder, or an embedder, whose scores are its own similarity, as a teacher that gives scores.
+
+    Args:
+      activation: "model" for the scores that ``CrossEncoder.predict`` gives; "identity" for logits, "sigmoid".
+    """
+    import jax
+    import numpy as np
+
+    from nomic_jax.inference.classifier import CrossEncoder
+    from nomic_jax.inference.compilation_cache import use_compilation_cache
+    from nomic_jax.inference.sentence_transformers.opening import open_model
+
+    use_compilation_cache()
+    checkpoint, _ = open_model(model)
+    if "classifier" not in checkpoint.params:
+        if activation != "model":
+            raise ValueError(
+                f"--activation={activation} is for the logits of a cross-encoder, and {model} has no classifier: it is "
+                f"an embedder, whose scores are similarities; leave --activation out"
+            )
+        return _similarity_scorer(open_teacher(model, dtype, max_length, batch_size, prompts))
+    if any(prompts or ()):
+        raise ValueError(f"--query_prompt and --document_prompt are for embedders, and {model} is a cross-encoder")
+    cross_encoder = CrossEncoder.from_checkpoint(
+        checkpoint,
+        model,
+        max_length=max_length,
+        dtype=dtype,
+        activation_fn=None if activation == "model" else activation,
+    )
+    if cross_encoder.num_labels != 1:
+        raise ValueError(
+            f"--model: {model} gives a pair {cross_encoder.num_labels} numbers, one for each of its labels "
+            f"({', '.join(cross_encoder.classifier.labels[:5])}); a teacher gives one score"
+        )
+    all_devices = (batch_size or (64 if jax.default_backend() == "cpu" else 256)) * jax.local_device_count()
+
+    def score(queries: list[str], documents: list[str]) -> np.ndarray:
+        return cross_encoder.predict(list(zip(queries, documents, strict=True)), all_devices)
+
+    return Scorer(
+        score,
+        {
+            **{f"{part} of --model": value for part, value in cross_encoder.identity.items()},
+            "activation": cross_encoder.activation_fn.__name__,
+        },
+    )
+
+
+def _similarity_scorer(encoder: Encoder) -> Scorer:
+    import numpy as np
+
+    def score(queries: list[str], documents: list[str]) -> np.ndarray:
+        vectors = []
+        for texts, encode in ((queries, encoder.query), (documents, encoder.document)):
+            number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+            vectors.append(encode_checked(encode, list(number), encoder.has_unit_length)[[number[x] for x in texts]])
+        return np.einsum("nd,nd->n", *vectors)
+
+    return Scorer(score, encoder.identity)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ ROOMS = {
         "clean": {"engine"},
         "filter": {"engine"},
         "mine": {"engine"},
-        "mixtures": {"engine", "filter", "mine"},
+        "score": {"engine"},
+        "mixtures": {"engine", "filter", "mine", "score"},
     },
     "train": {
         "typed_fields": set(),

@@ -1,4 +1,4 @@
-"""Consistency filtering and mining of hard negatives for every source of a mixture."""
+"""Consistency filtering, mining of hard negatives and scoring for every source of a mixture."""
 
 import contextlib
 import os
@@ -9,14 +9,15 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.embedding import Encoder, Scorer
 from nomic_jax.curate.engine.report import quarantine, table
 from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.consistency import FilterOptions, scoring
 from nomic_jax.curate.filter.selection import threshold_text, write_selection
-from nomic_jax.curate.mine.negatives import collected, mine_collected
+from nomic_jax.curate.mine.negatives import SCORE_COLUMNS, collected, mine_collected
 from nomic_jax.curate.mine.selection import MiningOptions
-from nomic_jax.data.mixture import COLUMNS, Source, read_pairs
+from nomic_jax.curate.score.scoring import ScoreOptions, opened_task, write_scores
+from nomic_jax.data.mixture import COLUMNS, MixtureError, Source, read_pairs, read_sources
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.printable import code
@@ -137,7 +138,11 @@ def mine_mixture(
             )
             quarantined += summary.get("quarantined", [])
             counts.append({"source": source.name, **{field: summary[field] for field in fields}})
-            objectives[source.name] = {"objective": {"type": "triplet", "columns": [*columns, COLUMNS["triplet"][2]]}}
+            objective = {"type": "triplet", "columns": [*columns, COLUMNS["triplet"][2]]}
+            if encoder:
+                # The rows are trained by InfoNCE, as those of random negatives; a loss on the scores is one word away.
+                objective |= {"scores": list(SCORE_COLUMNS), "loss": "infonce"}
+            objectives[source.name] = {"objective": objective}
     total = {field: sum(count[field] for count in counts) for field in fields} | {"quarantined": quarantined}
     report = (
         f"# Negatives of {code(mixture)}\n\nEach source's folder has a report with sample rows.\n\n{quarantine(total)}"
@@ -148,9 +153,63 @@ def mine_mixture(
     return summary
 
 
-def _sources(mixture: str, output: Path, command: str) -> tuple[Source, ...]:
-    """Returns the sources of the mixture. Raises FileRefused if ``output`` holds anything else."""
-    sources = read_pairs(mixture)
+def score_mixture(
+    mixture: str,
+    output: str | os.PathLike,
+    scorer: Scorer,
+    options: ScoreOptions,
+    *,
+    on_bad_row: str = "raise",
+    engine: Engine = local_engine,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs ``score_rows`` on every source of a mixture, which names the columns: pairs, or triplets.
+
+    ``output`` receives a folder for each source, with the source's name; mixture.yaml, in which the triplets name their
+    column of scores; and summary.json and report.md with the counts of each source. Returns the summary.
+    """
+    output = Path(output)
+    sources = _sources(mixture, output, "launch.score", read_sources(mixture))
+    if texts := [source.name for source in sources if source.kind == "text"]:
+        raise MixtureError(f"{mixture}: source {texts[0]!r} holds single texts, which have no candidates to score")
+    summaries: dict[str, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        tasks = {}
+        for source in _with_progress(sources, progress):
+            arguments = (source.files, output / source.name, scorer, options, source.columns)
+            tasks[source.name] = stack.enter_context(opened_task(*arguments, on_bad_row=on_bad_row, progress=progress))
+        for task in tasks.values():
+            # Do not wait for blocks of other processes yet: the next source has work.
+            engine(task, scorer, False)
+        for source in sources:
+            engine(tasks[source.name], scorer, True)
+            summaries[source.name] = write_scores(source.files, output / source.name, tasks[source.name], options)
+    totals = ("rows", "scores", "rows_whose_document_is_best", "rejected")
+    fields = (*totals, "mean_of_documents", "mean_of_negatives", "lowest", "highest")
+    counts = [{"source": name, **{field: found[field] for field in fields}} for name, found in summaries.items()]
+    summary = {field: sum(count[field] for count in counts) for field in totals} | {
+        "column": options.column,
+        "quarantined": [entry for found in summaries.values() for entry in found["quarantined"]],
+        "sources": counts,
+    }
+    lines = [tuple("" if value is None else value for value in count.values()) for count in counts]
+    report = (
+        f"# Scores of {code(mixture)}\n\nThe column {code(options.column)} has the teacher's scores. Each source's "
+        f"folder has a report with sample rows.\n\n{quarantine(summary)}"
+        f"{table([field.replace('_', ' ') for field in counts[0]], lines)}"
+    )
+    scored = {
+        source.name: {"objective": {**_without_infonce(objective), "scores": options.column}}
+        for source, objective in zip(sources, _objectives(mixture), strict=True)
+        if source.kind == "triplet"
+    }
+    _write(mixture, output, "scored.jsonl", scored, summary, report)
+    return summary
+
+
+def _sources(mixture: str, output: Path, command: str, sources: tuple[Source, ...] | None = None) -> tuple[Source, ...]:
+    """Returns the sources of the mixture, pairs if not given. Raises FileRefused if ``output`` holds anything else."""
+    sources = sources or read_pairs(mixture)
     names = {"mixture.yaml", "report.md", "summary.json", *(source.name for source in sources)}
     check_only(output, names.__contains__, f"{command} with this mixture")
     return sources
@@ -174,6 +233,17 @@ def _write(
             with atomic_file(output / name) as part:
                 part.write_text(text, encoding="utf-8")
         write_json(output / "summary.json", summary)
+
+
+def _without_infonce(objective: dict[str, Any]) -> dict[str, Any]:
+    """Returns the objective without the loss that ``mine_mixture`` names, which would leave the scores out."""
+    return {field: value for field, value in objective.items() if (field, value) != ("loss", "infonce")}
+
+
+def _objectives(mixture: str) -> list[dict[str, Any]]:
+    """Returns the field ``objective`` of each source, as it is written."""
+    content = yaml.safe_load(Path(mixture).read_text(encoding="utf-8"))
+    return [entry["objective"] for entry in (content["datasets"] if isinstance(content, dict) else content)]
 
 
 def replace_files(mixture: str, file: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> str:

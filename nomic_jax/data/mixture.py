@@ -195,14 +195,7 @@ def read_mixture(
             f"{path}: a mixture names the columns and the loss of each source; leave out "
             f"{'columns' if columns else 'loss' if loss else 'scores'}={','.join(given)}"
         )
-    content = _load_yaml(path)
-    entries = content.get("datasets") if isinstance(content, dict) else content
-    if not isinstance(entries, list) or not entries:
-        raise MixtureError(f"{path}: expected a list of sources under `datasets`")
-    sources = tuple(_source(entry, f"{path}: source {i}", Path(path).parent) for i, entry in enumerate(entries, 1))
-    names = [source.name for source in sources]
-    if len(set(names)) < len(names):
-        raise MixtureError(f"{path}: source names must differ, found {sorted(names)}")
+    sources = read_sources(path)
     for source in sources:
         # A stage that needs pairs may use triplets without their negatives.
         has_loss = source.kind != "triplet" and source.loss != INFONCE  # which takes its rows as they are
@@ -232,6 +225,24 @@ def read_pairs(path: str) -> tuple[Source, ...]:
             raise MixtureError(
                 f"{path}: source {source.name!r} has the loss {source.loss.name}; this command takes pairs for infonce"
             )
+    return sources
+
+
+def read_sources(path: str) -> tuple[Source, ...]:
+    """Returns the sources of a mixture YAML as they are, of all kinds.
+
+    Raises:
+      MixtureError: unknown or missing fields.
+      FileNotFoundError: the YAML does not exist.
+    """
+    content = _load_yaml(path)
+    entries = content.get("datasets") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not entries:
+        raise MixtureError(f"{path}: expected a list of sources under `datasets`")
+    sources = tuple(_source(entry, f"{path}: source {i}", Path(path).parent) for i, entry in enumerate(entries, 1))
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise MixtureError(f"{path}: source names must differ, found {sorted(names)}")
     return sources
 
 

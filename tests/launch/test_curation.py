@@ -1,5 +1,6 @@
 """Runs launch.filter, launch.mine and launch.clean as a user types them, and on Ray."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,14 +13,17 @@ import jax
 import numpy as np
 import pytest
 
-from launch.teacher import open_teacher
-from nomic_jax import Embedder
+from launch.teacher import open_scorer, open_teacher
+from nomic_jax import CrossEncoder, Embedder
 from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.hf import read_checkpoint, write_checkpoint
+from nomic_jax.model.heads import init_classifier
 from tests.commands import Command
 from tests.corpus import pairs_of_words, write_teacher
 
 ROOT = Path(__file__).parent.parent.parent
 FILTERED = ("kept.jsonl", "scores.jsonl", "summary.json", "report.md")
+SCORED = ("scored.jsonl", "summary.json", "report.md")
 MINED = ("triplets.jsonl", "summary.json", "report.md")
 
 
@@ -78,6 +82,33 @@ def test_scores_are_those_of_the_teacher_with_its_prefixes(teacher, pairs, tmp_p
     np.testing.assert_allclose([line["score"] for line in scores], (queries * documents).sum(1), atol=3e-6)
 
 
+def test_an_embedder_scores_by_its_similarity_and_a_cross_encoder_by_its_label(teacher, pairs, tmp_path):
+    finish(Command("launch.score", f"--input={pairs}", f"--model={teacher}", f"--output={tmp_path / 'embedder'}"))
+    rows = [json.loads(line) for line in (tmp_path / "embedder" / "scored.jsonl").read_text().splitlines()]
+    embedder = Embedder.from_pretrained(teacher)
+    queries = embedder.encode_query([row["query"] for row in rows]).astype(np.float64)
+    documents = embedder.encode_document([row["document"] for row in rows]).astype(np.float64)
+    np.testing.assert_allclose([row["scores"] for row in rows], (queries * documents).sum(1)[:, None], atol=3e-6)
+
+    checkpoint = read_checkpoint(teacher)
+    for labels in (("score",), ("no", "perhaps", "yes")):
+        head = init_classifier(jax.random.key(1), checkpoint.config.encoder, len(labels))
+        params = checkpoint.params | {"classifier": jax.tree.map(lambda x: x + 0.1, head)}
+        write_checkpoint(tmp_path / f"{len(labels)}", dataclasses.replace(checkpoint, params=params, labels=labels))
+    texts = [row["query"] for row in rows[:9]], [row["document"] for row in rows[:9]]
+    options = dict(dtype="float32", max_length=None, batch_size=4, prompts=None)
+    scores = {
+        activation: open_scorer(str(tmp_path / "1"), activation=activation, **options)
+        for activation in ("model", "identity")
+    }
+    want = CrossEncoder(tmp_path / "1").predict(list(zip(*texts)))
+    np.testing.assert_allclose(scores["model"].score(*texts), want, atol=1e-6)
+    np.testing.assert_allclose(scores["identity"].score(*texts), np.log(want / (1 - want)), atol=1e-4)
+    assert scores["model"].identity != scores["identity"].identity
+    with pytest.raises(ValueError, match=r"3 numbers, one for each of its labels \(no, perhaps, yes\)"):
+        open_scorer(str(tmp_path / "3"), activation="model", **options)
+
+
 @pytest.mark.slow(reason="starts Ray with four processes")
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs the extra "ray"')
 def test_ray_with_two_workers_killed_and_restarted(teacher, pairs, tmp_path):
@@ -92,6 +123,11 @@ def test_ray_with_two_workers_killed_and_restarted(teacher, pairs, tmp_path):
     finish(start(*mining, f"--output={tmp_path / 'local_mined'}"))
     finish(start(*mining, *ray, f"--output={tmp_path / 'ray_mined'}"))
     same(tmp_path / "local_mined", tmp_path / "ray_mined", MINED)
+    scoring = ["launch.score", *common, "--block_size=30"]
+    finish(start(*scoring, f"--output={tmp_path / 'local_scored'}"))
+    kill_after(start(*scoring, *ray, f"--output={tmp_path / 'ray_scored'}"), tmp_path / "ray_scored", 2)
+    finish(start(*scoring, *ray, f"--output={tmp_path / 'ray_scored'}"))
+    same(tmp_path / "local_scored", tmp_path / "ray_scored", SCORED)
 
 
 def test_every_local_device_embeds(teacher):
@@ -138,6 +174,9 @@ def test_cleaning_against_a_task(pairs, tmp_path):
             ["launch.mine", "--random", "--margin=0.5"],
             "--random has neither a teacher nor ranks nor scores: leave --margin",
         ),
+        (["launch.score", "--activation=identity"], "is an embedder, whose scores are similarities"),
+        (["launch.score", "--negatives_column=negatives"], "pairs.jsonl:1: no column 'negatives'"),
+        (["launch.score", "--scores_column=id"], "pairs.jsonl: its rows have a column 'id' already"),
         (["launch.clean", "--near=80"], "threshold of near-duplicates is 80.0"),
         (["launch.clean", "--min_words=1000"], "no row is left"),
         (["launch.clean", "--columns=query,body"], "pairs.jsonl:1: no column 'body'"),

@@ -36,6 +36,19 @@ class Encoder:
     has_unit_length: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """The teacher of ``nomic_jax.curate.score``, which gives scores and no vectors: a cross-encoder, or an embedder.
+
+    Attributes:
+      score: (queries, documents) -> the score of each pair, float32 [N].
+      identity: the settings that the scores depend on, such as weights and prompts; see ``locked_settings``.
+    """
+
+    score: Callable[[list[str], list[str]], np.ndarray]
+    identity: Mapping[str, Any]
+
+
 def texts_per_file(count: int) -> int:
     """Returns how many of ``count`` texts a file holds: a 64th, as a power of two, within 2048 to 16384.
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.embedding import Encoder, Scorer
 from nomic_jax.curate.engine.tasks import WAIT_SECONDS, Engine, Task, make_shard, missing_shards
 from nomic_jax.extras import needs
 
 
-def ray_engine(load: Callable[[], Encoder], workers: int | None = None) -> Engine:
+def ray_engine(load: Callable[[], Encoder | Scorer], workers: int | None = None) -> Engine:
     """Returns an ``Engine`` that runs on Ray Data.
 
     Args:
@@ -30,7 +30,7 @@ def ray_engine(load: Callable[[], Encoder], workers: int | None = None) -> Engin
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
-    def run(task: Task, encoder: Encoder | None, wait: bool = True) -> None:
+    def run(task: Task, encoder: Encoder | Scorer | None, wait: bool = True) -> None:
         pending = missing_shards(task)
         if not pending:
             return
@@ -67,7 +67,9 @@ def _connected() -> Any:
     return ray
 
 
-def _make(pending: list[int], task: Task, load: Callable[[], Encoder] | None, workers: int | None, bar: Any) -> int:
+def _make(
+    pending: list[int], task: Task, load: Callable[[], Encoder | Scorer] | None, workers: int | None, bar: Any
+) -> int:
     import ray.data
 
     resources, gpus = ray.cluster_resources(), cluster_gpus()
@@ -96,9 +98,9 @@ def _make(pending: list[int], task: Task, load: Callable[[], Encoder] | None, wo
 class _Worker:
     """An actor, which makes shards."""
 
-    def __init__(self, task: Task, load: Callable[[], Encoder] | None):
+    def __init__(self, task: Task, load: Callable[[], Encoder | Scorer] | None):
         self.task, self.load = task, load
-        self.encoder: Encoder | None = None
+        self.encoder: Encoder | Scorer | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from nomic_jax.curate.engine.embedding import Encoder
+from nomic_jax.curate.engine.embedding import Encoder, Scorer
 from nomic_jax.curate.engine.sharded_array import save_array
 from nomic_jax.files.locks import claim
 
@@ -25,7 +25,9 @@ class Task(Protocol):
 
     def file(self, shard: int) -> Path: ...
 
-    def make(self, shard: int, encoder: Encoder | None) -> np.ndarray: ...
+    def make(self, shard: int, encoder: Any) -> np.ndarray:
+        """Returns a shard. ``encoder`` is the teacher that the task needs, or None for a task that needs none."""
+        ...
 
     def tidy(self, shard: int) -> None:
         """Deletes intermediate files of a finished shard; called after the shard is made and at every start."""
@@ -33,10 +35,10 @@ class Task(Protocol):
 
 # (task, encoder, wait): makes the missing shards. With ``wait``, it also waits for the shards of other processes, and
 # makes those whose process was killed. Without, it returns when no unclaimed shard is left.
-Engine = Callable[[Task, Encoder | None, bool], None]
+Engine = Callable[[Task, Encoder | Scorer | None, bool], None]
 
 
-def make_shard(task: Task, shard: int, encoder: Encoder | None) -> bool:
+def make_shard(task: Task, shard: int, encoder: Encoder | Scorer | None) -> bool:
     """Makes a shard unless its file exists. Returns False if another process is making it."""
     file = task.file(shard)
     if not file.exists():
@@ -61,7 +63,7 @@ def missing_shards(task: Task) -> list[int]:
     return missing
 
 
-def local_engine(task: Task, encoder: Encoder | None, wait: bool = True) -> None:
+def local_engine(task: Task, encoder: Encoder | Scorer | None, wait: bool = True) -> None:
     """The ``Engine`` that makes the shards in this process."""
     pending = missing_shards(task)
     if not pending:

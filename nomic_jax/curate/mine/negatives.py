@@ -22,6 +22,7 @@ from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.printable import code
 from nomic_jax.files.writing import atomic_file, write_json
 
+SCORE_COLUMNS = ("document_score", "negative_scores")  # the teacher's
 OUTPUTS = {"triplets.jsonl", "rejected.jsonl", "summary.json", "report.md", "work"}
 
 
@@ -194,8 +195,9 @@ def _write_triplets(
             triplet = row | {"negatives": [pairs.documents[document] for document, _ in negatives]}
             _declare(triplet, [query_column, document_column, "negatives"])
             if search:
-                triplet["negative_scores"] = [round(score, 6) for _, score in negatives]
-                triplet["document_score"] = round(candidates.score, 6)
+                of_document, of_negatives = SCORE_COLUMNS
+                triplet[of_negatives] = [round(score, 6) for _, score in negatives]
+                triplet[of_document] = round(candidates.score, 6)
             sizes[len(negatives)] += 1
             written.add((number, query, row[document_column], triplet))
             yield triplet

@@ -1,0 +1,1 @@
+"""A teacher's scores of every candidate of a row, as a column."""
