@@ -11,7 +11,12 @@ from nomic_jax.extras import needs
 
 
 def run(task: RetrievalTask) -> Iterator[tuple[str, float]]:
-    """Returns (metric, mean over the queries) of BM25.
+    """Returns (metric, mean over the queries) of BM25. Raises MissingPackage: bm25s is not installed."""
+    return task.score(rank(task))
+
+
+def rank(task: RetrievalTask) -> np.ndarray:
+    """Returns document indices [Q, K], best first, as ``RetrievalTask.rank`` does.
 
     The settings are those of bm25s: Lucene's variant, k1 1.5, b 0.75, lowercase, English stop words, words of at least
     two letters. The words are those of ``nomic_jax.data.words``: bm25s itself cuts at combining marks, and takes a
@@ -31,7 +36,7 @@ def run(task: RetrievalTask) -> Iterator[tuple[str, float]]:
         top_k([(index.get_scores(words) if words else np.zeros(len(task.documents)))[None]], DEPTH)
         for words in tokens(task.queries)
     ]
-    return task.score(np.concatenate(ranking))
+    return np.concatenate(ranking)
 
 
 def tokens(texts: Sequence[str]) -> list[list[str]]:

@@ -114,15 +114,21 @@ class RetrievalTask:
 
     def run(self, embed: Embed, similarity: Similarity = inner_product) -> Iterator[tuple[str, float]]:
         """Returns (metric, mean over the queries), with the vectors of ``embed`` compared by ``similarity``."""
+        return self.score(self.rank(embed, similarity))
+
+    def rank(self, embed: Embed, similarity: Similarity = inner_product) -> np.ndarray:
+        """Returns document indices [Q, K], best first, K = DEPTH or all documents."""
         query_QE = embedded(embed, list(self.queries), self.query_prompt)
         document_NE = embedded(embed, list(self.documents), self.document_prompt)
-        return self.score(search(query_QE, document_NE, DEPTH, similarity))
+        return search(query_QE, document_NE, DEPTH, similarity)
 
     def score(self, ranking_QK: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Yields (metric, mean over the queries) of document indices [Q, K], best first, K = DEPTH or all documents.
+        """Yields (metric, mean over the queries) of the ranking of ``rank``."""
+        for metric, value_Q in self.score_queries(ranking_QK):
+            yield metric, float(np.mean(value_Q))
 
-        The documents of ``ignored`` are left out here.
-        """
+    def score_queries(self, ranking_QK: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (metric, value of each query [Q]) of a ranking. The documents of ``ignored`` are left out."""
         gain_QK = np.zeros(ranking_QK.shape)
         ignored = self.ignored or (-1,) * len(self.queries)
         for gain_K, gains, own, row in zip(gain_QK, self.relevance, ignored, ranking_QK.tolist()):
@@ -133,13 +139,13 @@ class RetrievalTask:
             top = sorted(gains.values(), reverse=True)[:10]
             best_K[: len(top)] = top
         # Where the ideal DCG is 0, the DCG is 0 too.
-        yield "ndcg@10", float(np.mean(_dcg(gain_QK[:, :10]) / np.maximum(_dcg(best_QK), 1e-9)))
+        yield "ndcg@10", _dcg(gain_QK[:, :10]) / np.maximum(_dcg(best_QK), 1e-9)
         hit_QK = gain_QK > 0
         relevant_Q = np.maximum([len(gains) for gains in self.relevance], 1)
         for k in RECALL_AT:
-            yield f"recall@{k}", float(np.mean(hit_QK[:, :k].sum(axis=1) / relevant_Q))
+            yield f"recall@{k}", hit_QK[:, :k].sum(axis=1) / relevant_Q
         first_Q = hit_QK[:, :10].argmax(axis=1)
-        yield "mrr@10", float(np.mean(hit_QK[:, :10].any(axis=1) / (first_Q + 1)))
+        yield "mrr@10", hit_QK[:, :10].any(axis=1) / (first_Q + 1)
 
 
 def search(query_QE: np.ndarray, document_NE: np.ndarray, k: int, similarity: Similarity = inner_product) -> np.ndarray:
