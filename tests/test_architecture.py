@@ -21,7 +21,7 @@ ALLOWED = {
     "run": {"model", "hf", "data"},
     "train": {"model", "hf", "data", "run"},
     "inference": {"model", "hf", "data", "run", "evals"},
-    "fitting": {"model", "hf", "data", "run", "train", "evals", "inference"},
+    "fitting": {"model", "hf", "data", "curate", "run", "train", "evals", "inference"},
 }
 # Package -> its rooms (subpackages and modules) -> the rooms of that package that they may import from.
 ROOMS = {

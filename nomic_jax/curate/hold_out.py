@@ -89,11 +89,22 @@ class Split(NamedTuple):
         return int.from_bytes(sampling_key(self.seed, f"{purpose} {self._group(row)}")[:4]) < share * 2**32
 
     def write_task(
-        self, folder: Path, held: HeldOut, queries: int, query_prompt: str, document_prompt: str
+        self,
+        folder: Path,
+        held: HeldOut,
+        queries: int,
+        query_prompt: str,
+        document_prompt: str,
+        further: Iterable[str] = (),
     ) -> tuple[int, int]:
-        """Writes a task with at most ``queries`` held-out queries and all held-out documents; returns both counts."""
+        """Writes a task with at most ``queries`` held-out queries and all held-out documents; returns both counts.
+
+        Args:
+          further: documents that are relevant for none of the queries, which make the search harder.
+        """
         query, document = self.columns
-        document_ids = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(row[document] for row in held.rows))}
+        documents = dict.fromkeys([*(row[document] for row in held.rows), *further])
+        document_ids = {text: f"d{i}" for i, text in enumerate(documents)}
         relevant: dict[str, set[str]] = {}
         for row in held.rows:
             relevant.setdefault(row[query], set()).add(document_ids[row[document]])
