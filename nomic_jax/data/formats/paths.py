@@ -16,6 +16,7 @@ from nomic_jax.data.formats import hub
 from nomic_jax.data.formats.file_systems import check_protocols, file_system, is_local, open_stored
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.text import zip_members
+from nomic_jax.data.formats.text.passages import TEXT_SUFFIXES
 from nomic_jax.files.reading import LARGEST_JSON, FileRefused
 
 MAX_FILES = 1_000_000  # that a pattern names, or that a glob looks at
@@ -27,6 +28,7 @@ OTHER_SUFFIXES = (
     tuple(f"{table}{packed}" for table in (".csv", ".tsv") for packed in _PACKED),
     tuple(f".json{packed}" for packed in _PACKED),
     (".zip",),
+    tuple(f"{text}{packed}" for text in TEXT_SUFFIXES for packed in _PACKED),
 )
 _IN_ZIP = (*SUFFIXES[: len(_PACKED)], *OTHER_SUFFIXES[0], *OTHER_SUFFIXES[1])
 ALL_SUFFIXES = (*SUFFIXES, *(suffix for suffixes in OTHER_SUFFIXES for suffix in suffixes))

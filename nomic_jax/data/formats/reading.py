@@ -27,6 +27,7 @@ from nomic_jax.data.formats.text.beir import BeirRows, is_beir
 from nomic_jax.data.formats.text.compression import compression_of
 from nomic_jax.data.formats.text.delimited import DelimitedRows
 from nomic_jax.data.formats.text.json_array import JsonArrayRows, is_json_array
+from nomic_jax.data.formats.text.passages import PassageRows, is_text
 from nomic_jax.data.formats.text.zip_members import is_member, name_inside
 
 _SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
@@ -66,6 +67,8 @@ def open_file(
         return ArrowRows(file, columns, others)
     if is_array_record(file):
         return ArrayRecordRows(file, columns, others)
+    if is_text(file):
+        return PassageRows(file, columns, others, marks)
     return JsonlRows(file, columns, others, marks)
 
 
