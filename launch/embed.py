@@ -2,11 +2,15 @@
 
     nomic-jax embed --model=DIR --input='shards/*.jsonl.gz' --output=vectors.npy --prompt_name=search_document
     nomic-jax embed --model=DIR --input=corpus/ --output=vectors.parquet --keep_columns=id,title
+    nomic-jax embed --model=DIR --input='notes/**/*.md' --output=notes.parquet --prompt_name=document
 
 vectors.npy is float32 [rows, dim]. vectors.parquet has `row` (the row's number over all input files, from 0), the kept
 columns and `embedding` (lists of dim float32). Every row is read and checked before the first is embedded, unless
 --on_bad_row=skip. Unfinished work is in .NAME.parts beside the output: after an interruption, the same command
 continues after the last finished shard.
+
+Text files (.txt, .md, .rst) are cut into passages, whose path, line and text a .parquet keeps, so that
+`nomic-jax search --vectors=notes.parquet` can show them. --update embeds only what is new.
 """
 
 from absl import flags
@@ -41,9 +45,11 @@ def main(argv: list[str]) -> None:
         normalize=FLAGS.normalize,
         on_bad_row=FLAGS.on_bad_row,
         overwrite=FLAGS.overwrite,
+        update=FLAGS.update,
     )
-    now, seconds = done["rows"] - done["rows_before"], done["seconds"]
+    now, seconds = done["rows"] - done["rows_before"] - done["reused"], done["seconds"]
     before = f" after {done['rows_before']:,} embedded before" if done["rows_before"] else ""
+    before += f" and kept the vectors of {done['reused']:,}" if done["reused"] else ""
     rate = f", {now / seconds:,.1f} texts/s" if now else ""
     rejected = f"; rejected {done['rejected']:,} rows, see {FLAGS.output}.rejected.jsonl" if done["rejected"] else ""
     print(
@@ -59,7 +65,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "input",
         None,
-        "Input rows: a jsonl(.gz) or parquet file, a folder, a glob, a brace range or a URL.",
+        "Files of rows (jsonl, csv, parquet, ...) or of text (txt, md, rst): a path, folder, glob, brace range or URL.",
         required=True,
     )
     flags.DEFINE_string("output", None, "The file to write, .npy or .parquet.", required=True)
@@ -83,7 +89,9 @@ if __name__ == "__main__":
         "Rows in a shard, the unit of work after an interruption. One shard is held in memory.",
         lower_bound=1,
     )
-    flags.DEFINE_list("keep_columns", [], "Input columns to copy into a .parquet output.")
+    flags.DEFINE_list(
+        "keep_columns", [], "Input columns to copy into a .parquet output. [none; path, line and text of text files]"
+    )
     flags.DEFINE_bool(
         "normalize", None, "Scale vectors to length 1. [if the model's similarity is the cosine; not for dot products]"
     )
@@ -92,6 +100,9 @@ if __name__ == "__main__":
         "raise",
         ["raise", "skip"],
         "raise: stop at an unusable row. skip: write it to OUTPUT.rejected.jsonl.",
+    )
+    flags.DEFINE_bool(
+        "update", False, "Replace an existing .parquet, and keep its vectors of texts that are in the input again."
     )
     flags.DEFINE_bool("overwrite", False, "Replace an existing output, once the new one is complete.")
     run(main)

@@ -24,12 +24,15 @@ from nomic_jax.data.formats.parquet import read_parquet_footer
 from nomic_jax.data.formats.paths import input_files
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow, RejectedRows
+from nomic_jax.data.formats.text.passages import COLUMNS, is_text
 from nomic_jax.data.formats.text.zip_members import stored_in
 from nomic_jax.extras import needs
 from nomic_jax.files import system
 from nomic_jax.files.folders import check_only, is_file, make_folder
 from nomic_jax.files.writing import atomic_file, open_new, open_own, write_json
 from nomic_jax.inference.kept_columns import check_values_fit, kept_schema, kept_table, unify
+from nomic_jax.inference.vectors.made_with import describe, with_record
+from nomic_jax.inference.vectors.reused import ReusedVectors
 
 if TYPE_CHECKING:  # imported where used: a .npy of jsonl needs none
     import pyarrow as pa
@@ -62,12 +65,14 @@ def embed_files(
     normalize: bool | None = None,
     on_bad_row: str = "raise",
     overwrite: bool = False,
+    update: bool = False,
 ) -> dict[str, Any]:
-    """Writes ``output`` and returns {rows, dim, rows_before, rejected, seconds}.
+    """Writes ``output`` and returns {rows, dim, rows_before, reused, rejected, seconds}.
 
-    rows_before is the number of rows that an earlier, killed run embedded. The arguments are the flags of
-    ``launch.embed``. Memory holds one shard: its texts, its kept columns, and its vectors, of which there are several
-    copies while parquet is written (1 GB in all for 50,000 rows of dim 384).
+    rows_before is the number of rows that an earlier, killed run embedded, reused that of vectors that ``update`` kept.
+    The arguments are the flags of ``launch.embed``. Of text files, a .parquet keeps path, line and text if no columns
+    are named. Memory holds one shard: its texts, its kept columns, and its vectors, of which there are several copies
+    while parquet is written (1 GB in all for 50,000 rows of dim 384); with ``update``, the old vectors too.
 
     Raises:
       FileExistsError: ``output`` exists, and ``overwrite`` is not set.
@@ -78,14 +83,16 @@ def embed_files(
     if "://" in str(output):
         raise ValueError(f"--output={output} is a URL; write to a local file and copy it")
     output, keep = Path(output), list(dict.fromkeys(keep_columns))
-    _check_options(output, keep, prompt_name, prompt, on_bad_row)
     files = input_files(input, f"{output}.rejected.jsonl")
+    if not keep and output.suffix == ".parquet" and all(map(is_text, files)):
+        keep = [*COLUMNS]
+    _check_options(output, keep, prompt_name, prompt, on_bad_row, update)
     if output.exists() and any(os.path.exists(file) and output.samefile(file) for file in files):
         raise ValueError(f"--output={output} is also a file of --input={input}; write to another file")
     total, declared = _survey(files, text_column, keep, on_bad_row)
     with _work_folder(output) as parts:
         published = _is_published(parts, output)
-        if output.exists() and not (overwrite or published):
+        if output.exists() and not (overwrite or update or published):
             raise _exists(output)
         from nomic_jax.inference.embedder import Embedder  # jax and a model: not for --help or a mistyped path
 
@@ -112,9 +119,11 @@ def embed_files(
             _clear(parts)
             if complete:
                 rows, dim = _shape(output)
-                return {"rows": rows, "dim": dim, "rows_before": rows, "rejected": 0, "seconds": 0.0}
-            if not overwrite:
+                return {"rows": rows, "dim": dim, "rows_before": rows, "reused": 0, "rejected": 0, "seconds": 0.0}
+            if not (overwrite or update):
                 raise _exists(output)
+        record = describe(model, plan)
+        known = ReusedVectors(output, record, text_column) if update and output.exists() else None
         _record_plan(parts, plan, output)
 
         shards = _finished(parts, output.suffix)
@@ -141,6 +150,8 @@ def embed_files(
             normalize_embeddings=normalize,
             truncate_dim=truncate_dim,
         )
+        if known is not None:
+            encode = functools.partial(known.encode, compute=encode)
         started = time.monotonic()
         schema = kept_schema(shards)
         with tqdm(desc="embedding", unit=" texts", total=total, initial=before) as bar:
@@ -160,12 +171,15 @@ def embed_files(
             why = f": all {rejected.count} are bad, see {rejected.side_file}" if rejected.count else ""
             raise ValueError(f"--input={input} holds no row to embed{why}")
         seconds = time.monotonic() - started
-        _publish(shards, parts, output)
+        _publish(shards, parts, output, record)
         rows, dim = _shape(output)
-        return {"rows": rows, "dim": dim, "rows_before": before, "rejected": rejected.count, "seconds": seconds}
+        counts = {"rows_before": before, "reused": known.reused if known else 0, "rejected": rejected.count}
+        return {"rows": rows, "dim": dim, **counts, "seconds": seconds}
 
 
-def _check_options(output: Path, keep: list[str], prompt_name: str | None, prompt: str | None, on_bad_row: str) -> None:
+def _check_options(
+    output: Path, keep: list[str], prompt_name: str | None, prompt: str | None, on_bad_row: str, update: bool
+) -> None:
     if output.suffix not in SUFFIXES:
         raise ValueError(f"--output={output} ends in {output.suffix!r}; write one of {', '.join(SUFFIXES)}")
     if output.suffix == ".parquet":
@@ -175,6 +189,8 @@ def _check_options(output: Path, keep: list[str], prompt_name: str | None, promp
         raise ValueError("--prompt_name and --prompt are both given; give only one of them")
     if output.suffix == ".npy" and keep:
         raise ValueError("--keep_columns needs a .parquet output; a .npy holds only vectors")
+    if output.suffix == ".npy" and update:
+        raise ValueError("--update needs a .parquet output; a .npy does not hold the texts of its vectors")
     if output.suffix == ".npy" and on_bad_row == "skip":
         raise ValueError(
             "--on_bad_row=skip needs a .parquet output, whose column `row` identifies the remaining rows; in a .npy "
@@ -353,7 +369,7 @@ def _write_parquet(path: Path, schema: "pa.Schema", tables: "Iterable[pa.Table]"
             writer.write_table(table.cast(schema), row_group_size=len(table))
 
 
-def _publish(shards: list[Path], parts: Path, output: Path) -> None:
+def _publish(shards: list[Path], parts: Path, output: Path, record: dict[str, Any]) -> None:
     """Assembles the output, shard by shard. It appears complete or not at all."""
     assembled = parts / f"assembled{output.suffix}"
     if output.suffix == ".npy":
@@ -368,7 +384,8 @@ def _publish(shards: list[Path], parts: Path, output: Path) -> None:
 
         tables = (pq.ParquetFile(shard).read() for shard in shards)
         open_new(assembled).close()
-        _write_parquet(assembled, unify(pq.read_schema(shard) for shard in shards), tables)
+        schema = with_record(unify(pq.read_schema(shard) for shard in shards), record)
+        _write_parquet(assembled, schema, tables)
     with assembled.open("rb") as f:
         os.fsync(f.fileno())
     # After a kill, the next run recognizes the output by this record.
