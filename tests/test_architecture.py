@@ -11,6 +11,7 @@ PACKAGE = ROOT / "nomic_jax"
 # Package -> the packages of nomic_jax that it may import from, besides itself, extras and files, which import none.
 ALLOWED = {
     "arguments": set(),
+    "cpu": set(),
     "extras": set(),
     "files": set(),
     "model": set(),
@@ -19,8 +20,8 @@ ALLOWED = {
     "curate": {"data"},
     "evals": {"data"},
     "run": {"model", "hf", "data"},
-    "train": {"model", "hf", "data", "run"},
-    "inference": {"model", "hf", "data", "run", "evals"},
+    "train": {"cpu", "model", "hf", "data", "run"},
+    "inference": {"cpu", "model", "hf", "data", "run", "evals"},
     "fitting": {"model", "hf", "data", "curate", "run", "train", "evals", "inference"},
 }
 # Package -> its rooms (subpackages and modules) -> the rooms of that package that they may import from.
