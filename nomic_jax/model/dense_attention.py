@@ -18,11 +18,28 @@ BLOCK = 64
 def softmax(scores: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None) -> jax.Array:
     """Returns the float32 softmax over the last axis of scores + bias where ``mask`` is True; uniform without any."""
     scores = scores.astype(jnp.float32)
-    if bias is not None:
-        scores = scores + bias
+    return _masked_softmax(scores if bias is None else scores + bias, mask)
+
+
+@jax.custom_vjp
+def _masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The backward pass keeps the result alone."""
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores, axis=-1)
+
+
+def _softmax_forward(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    weights = _masked_softmax(scores, mask)
+    return weights, weights
+
+
+def _softmax_backward(weights: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+    # Where the mask is False, the weights are 0, and so is this.
+    return weights * (gradient - jnp.sum(gradient * weights, axis=-1, keepdims=True)), None
+
+
+_masked_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def dense(q_BLHK, k_BLGK, v_BLGK, *, length_B, segment_BL, causal: bool, bias_HO) -> jax.Array:

@@ -11,6 +11,7 @@ from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.dropout import Dropout
 from nomic_jax.model.encoder import Norm, abstract_encoder, encode, init_encoder
 from nomic_jax.model.linear import Linear
+from nomic_jax.model.mlp import gelu
 from nomic_jax.model.modules import (
     MODULES,
     Module,
@@ -158,7 +159,7 @@ class MlmTransform(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.dense(x)
-        return self.norm(jax.nn.silu(x) if self.activation == "swiglu" else jax.nn.gelu(x, approximate=False))
+        return self.norm(jax.nn.silu(x) if self.activation == "swiglu" else gelu(x))
 
 
 @functools.lru_cache

@@ -1,5 +1,7 @@
 """The MLPs of a layer: with a gate, three matrices, or without one, two."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,8 +28,10 @@ class GatedMlp(nnx.Module):
         up_BLF, gate_BLF = checkpoint_name(self.up(x_BLD), "up"), checkpoint_name(self.gate(x_BLD), "gate")
         if self.activation == "swiglu":
             product_BLF = _swiglu(up_BLF, gate_BLF)
+        elif self.activation == "geglu":
+            product_BLF = up_BLF * gelu(gate_BLF)
         else:
-            product_BLF = up_BLF * jax.nn.gelu(gate_BLF, approximate=self.activation == "geglu_tanh")
+            product_BLF = up_BLF * jax.nn.gelu(gate_BLF, approximate=True)
         return checkpoint_name(self.down(product_BLF), "down")
 
 
@@ -60,4 +64,25 @@ class GeluMlp(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         up_BLF = checkpoint_name(self.up(x_BLD), "up")
-        return checkpoint_name(self.down(jax.nn.gelu(up_BLF, approximate=False)), "down")
+        return checkpoint_name(self.down(gelu(up_BLF)), "down")
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x * Phi(x), computed in float32. Its backward pass keeps ``x`` alone (arXiv:1606.08415)."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * _normal_cdf(x32)).astype(x.dtype)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    # As in torch. With erfc, as in jax.nn.gelu, a CPU computes both of its branches for every element.
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    x32 = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * x32 * x32) * (1 / math.sqrt(2 * math.pi))
+    return ((gradient.astype(jnp.float32) * (_normal_cdf(x32) + x32 * density)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)

@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nomic_jax.model import EncoderConfig
+from nomic_jax.model.dense_attention import softmax
 from nomic_jax.model.encoder import _split_heads
 from nomic_jax.model.layer_norm import layer_norm
-from nomic_jax.model.mlp import _swiglu
+from nomic_jax.model.mlp import _swiglu, gelu
 from nomic_jax.model.rope import rope_cos_sin
 
 DTYPES = [("float32", 3e-6), ("bfloat16", 1e-2)]
@@ -61,6 +62,36 @@ def test_swiglu(dtype, tolerance):
     assert apart(y, y_torch) < tolerance
     for ours, theirs in zip(pullback(of_y), (up_torch, gate_torch)):
         assert ours.dtype == dtype and apart(ours, theirs.grad) < tolerance
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
+def test_gelu(dtype, tolerance):
+    (x, of_y), _ = drawn((5, 33), (5, 33), dtype=dtype)
+    import torch
+
+    x = 3 * x
+    x_torch = torch.tensor(np.asarray(x, np.float64), requires_grad=True)
+    y_torch = torch.nn.functional.gelu(x_torch)
+    y_torch.backward(torch.tensor(np.asarray(of_y, np.float64)))
+    y, pullback = jax.vjp(gelu, x)
+    (of_x,) = pullback(of_y)
+    assert y.dtype == of_x.dtype == dtype
+    assert apart(y, y_torch) < tolerance and apart(of_x, x_torch.grad) < tolerance
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_softmax(masked):
+    (scores, of_weights), (scores_torch, of_weights_torch) = drawn((2, 3, 5, 5), (2, 3, 5, 5))
+    import torch
+
+    mask = np.arange(5) < np.array([[[[5]]], [[[2]]]]) if masked else None
+    expected = scores_torch if mask is None else scores_torch.masked_fill(~torch.tensor(mask), -torch.inf)
+    expected = torch.softmax(expected, -1)
+    expected.backward(of_weights_torch)
+    weights, pullback = jax.vjp(lambda scores: softmax(scores, mask), scores)
+    (of_scores,) = pullback(of_weights)
+    assert apart(weights, expected) < 3e-6 and apart(of_scores, scores_torch.grad) < 3e-6
+    assert mask is None or not np.asarray(of_scores)[~np.broadcast_to(mask, of_scores.shape)].any()
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
