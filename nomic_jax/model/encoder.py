@@ -70,13 +70,14 @@ class Norm(nnx.LayerNorm):
         has_bias = config.norm == "layer_norm" and config.norm_bias
         super().__init__(width or config.hidden_size, epsilon=config.layer_norm_eps, use_bias=has_bias, rngs=rngs)
         self.output_dtype = jnp.dtype(config.dtype)
+        self.all_kept = config.recompute in ("none", "auto")
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         assert self.scale is not None
+        how = {"epsilon": self.epsilon, "dtype": self.output_dtype, "all_kept": self.all_kept}
         if self.kind == "rms_norm":
-            return rms_norm(x, self.scale[...], self.epsilon, self.output_dtype)
-        bias = None if self.bias is None else self.bias[...]
-        return layer_norm(x, self.scale[...], bias, self.epsilon, self.output_dtype)
+            return rms_norm(x, self.scale[...], **how)
+        return layer_norm(x, self.scale[...], None if self.bias is None else self.bias[...], **how)
 
 
 class Embeddings(nnx.Module):

@@ -31,8 +31,8 @@ def drawn(*shapes, dtype="float32"):
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
-@pytest.mark.parametrize("mean", [0, 50])
-def test_layer_norm(dtype, tolerance, mean):
+@pytest.mark.parametrize("mean, all_kept", [(0, False), (50, False), (50, True)])
+def test_layer_norm(dtype, tolerance, mean, all_kept):
     (x, of_y), _ = drawn((3, 7, 24), (3, 7, 24), dtype=dtype)
     (scale, bias), (scale_torch, bias_torch) = drawn((24,), (24,))
     import torch
@@ -41,7 +41,7 @@ def test_layer_norm(dtype, tolerance, mean):
     x_torch = torch.tensor(np.asarray(x, np.float64), requires_grad=True)
     y_torch = torch.nn.functional.layer_norm(x_torch, (24,), scale_torch, bias_torch, 1e-12)
     y_torch.backward(torch.tensor(np.asarray(of_y, np.float64)))
-    y, pullback = jax.vjp(lambda *args: layer_norm(*args, 1e-12, dtype), x, scale, bias)
+    y, pullback = jax.vjp(lambda *args: layer_norm(*args, 1e-12, dtype, all_kept=all_kept), x, scale, bias)
     gradients = pullback(of_y)
     # A mean of 50 costs a float32 one or two digits; a bfloat16 is already rounded.
     tolerance = tolerance if dtype == "bfloat16" else tolerance * max(1, mean)

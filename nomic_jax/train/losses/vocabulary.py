@@ -90,7 +90,8 @@ def _part(
     hidden_PD: jax.Array, target_P: jax.Array, decoder_VD: jax.Array, bias_V: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (loss, correct predictions, gradient of the loss by the logits [P, V])."""
-    logits_PV = jnp.einsum("pd,vd->pv", hidden_PD, decoder_VD).astype(jnp.float32)
+    # XLA merges the kernels of sums over the logits only if they do not share the result of a product.
+    logits_PV = jax.lax.optimization_barrier(jnp.einsum("pd,vd->pv", hidden_PD, decoder_VD)).astype(jnp.float32)
     if bias_V is not None:
         logits_PV += bias_V
     used_P = target_P >= 0

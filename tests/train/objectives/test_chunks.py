@@ -163,6 +163,16 @@ def test_memory_is_that_of_one_shape(params):
     assert temporary_bytes(Layout(shapes)) < 1.3 * temporary_bytes(Layout(shapes[:1]))
 
 
+@pytest.mark.parametrize("count, kept_chunks, has_loop", [(1, 1, False), (1, 0, True), (2, 1, True)])
+def test_a_single_kept_chunk_is_computed_without_a_loop(params, count, kept_chunks, has_loop):
+    layout = LAYOUTS["one chunk"]
+    size = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    tokens = size((count, 64 * 64))
+    chunks = {"ids": tokens, "segment": tokens, "shape": size((count,)), "place": size((8,))}
+    gradient = jax.grad(lambda *args: embed_chunks(*args, model("mean"), layout, kept_chunks=kept_chunks).sum())
+    assert ("while[" in str(jax.make_jaxpr(gradient)(params, chunks))) == has_loop
+
+
 def test_chunks_of_several_lengths_cannot_be_kept(params):
     with pytest.raises(ValueError, match="kept_chunks is for packed layouts"):
         jax.eval_shape(
