@@ -30,7 +30,9 @@ def test_bias_of_every_block_of_queries(length):
             assert np.array_equal(bias_of_queries(bias_HO, start, count)[:, : part.shape[1]], part)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(False, marks=pytest.mark.exhaustive(reason="packed rows do more")), True]
+)
 def test_one_head_at_a_time_gives_the_values_and_gradients_of_the_definition(packed, monkeypatch):
     """In blocks of 64 queries, the last of which is not full."""
     monkeypatch.setattr(attention_module, "CPU_ALL_HEADS_MAX_LENGTH", 32)

@@ -15,6 +15,10 @@ from nomic_jax.model.config import EncoderConfig
 
 def _read(content: Mapping[str, Any], fields: dict[str, Any], where: str) -> EncoderConfig:
     rope = _object(content, "rope_parameters", where)
+    if not rope and (content.get("rope_theta") or content.get("rope_scaling")):
+        return _read_new(content, fields, where)  # arctic-embed-m-v2.0: with code on the hub under this name
+    if content.get("rope_scaling"):
+        raise ConfigError(f"{where}: rope_parameters and rope_scaling are two forms of the same; keep the first")
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear"):
         raise ConfigError(f"{where}: rope_type is {kind!r}; this encoder implements default and linear")
@@ -115,13 +119,7 @@ GTE = Family(
         biases=("lm_head.decoder.bias",),
     ),
     prefixes=("gte.", "new."),
-    fixed={"hidden_act": ("gelu",)},
-)
-# What is read as "new" is a "gte" from then on.
-NEW = dataclasses.replace(
-    GTE,
-    model_type="new",
-    read=_read_new,
+    # The fields of the code on the hub.
     fixed={
         "hidden_act": ("gelu",),
         "position_embedding_type": ("rope",),
@@ -131,3 +129,5 @@ NEW = dataclasses.replace(
     },
     unsupported=tuple(name for name in UNSUPPORTED if name != "rope_scaling"),
 )
+# What is read as "new" is a "gte" from then on.
+NEW = dataclasses.replace(GTE, model_type="new", read=_read_new)
