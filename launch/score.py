@@ -53,8 +53,8 @@ def main(argv: list[str]) -> None:
         summary = score_mixture(files, output, teacher.load_scorer(_ACTIVATION.value), options, **common)
     else:
         expand_files(files)  # report a mistyped path before loading the model
-        columns = (teacher.QUERY_COLUMN.value, teacher.DOCUMENT_COLUMN.value)
-        columns += (_NEGATIVES.value,) if _NEGATIVES.value else ()
+        negatives = [_NEGATIVES.value] if _NEGATIVES.value else []
+        columns = [teacher.QUERY_COLUMN.value, teacher.DOCUMENT_COLUMN.value, *negatives]
         scorer = teacher.load_scorer(_ACTIVATION.value)
         summary = score_rows(files, output, scorer, options, columns=columns, **common)
     print(

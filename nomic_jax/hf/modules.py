@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from nomic_jax.model.modules import Module, abstract_modules, module_name
 from nomic_jax.model.pooling import POOLINGS
 
 _ORDER = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize")
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Literal["identity", "tanh"]] = {
     "torch.nn.modules.linear.Identity": "identity",
     "torch.nn.Identity": "identity",
     "torch.nn.modules.activation.Tanh": "tanh",
@@ -224,12 +224,14 @@ def _place(key: str) -> int:
 
 def _pooling_json(config: EmbeddingConfig) -> dict[str, Any]:
     chosen = config.pooling.split("+")
-    booleans = {key: mode in chosen for key, mode in _POOLING_KEYS.items()}
-    # Left out where they are false: old versions of sentence-transformers do not know them.
-    for mode in ("weightedmean", "lasttoken"):
-        if mode not in chosen:
-            del booleans[next(key for key, of in _POOLING_KEYS.items() if of == mode)]
-    content = {"word_embedding_dimension": config.encoder.hidden_size, **booleans, "include_prompt": True}
+    # The last two are left out where they are false: old versions of sentence-transformers do not know them.
+    known = ("cls", "max", "mean", "mean_sqrt_len_tokens", *chosen)
+    booleans = {key: mode in chosen for key, mode in _POOLING_KEYS.items() if mode in known}
+    content: dict[str, Any] = {
+        "word_embedding_dimension": config.encoder.hidden_size,
+        **booleans,
+        "include_prompt": True,
+    }
     if chosen != sorted(chosen, key=POOLINGS.index):
         content["pooling_mode"] = chosen  # the only way to name another order, which old versions lack
     return content

@@ -110,6 +110,14 @@ class Classifier:
             devices=devices,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Devices cannot be pickled. The receiving process puts the parameters on as many of its own, if it has them.
+        return vars(self) | {"params": jax.tree.map(np.asarray, self.params), "_rows": self._rows.mesh.size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.params, self._rows = place(state["params"], jax.local_devices()[: state["_rows"]])
+
     def logits(self, texts: Sequence[str] | Sequence[tuple[str, ...]], batch_size: int = 64) -> np.ndarray:
         """Returns logits, float32 [N, labels], in the order of the inputs. For a regression, the logit is the value."""
         check_not_forked()
@@ -267,9 +275,7 @@ class CrossEncoder:
         """
         pairs = list(inputs)
         is_single = len(pairs) > 0 and isinstance(pairs[0], str)
-        rows = [tuple(pairs)] if is_single else [_pair(pair, i) for i, pair in enumerate(pairs)]
-        if is_single:
-            _pair(rows[0], 0)
+        rows = [_pair(pairs, 0)] if is_single else [_pair(pair, i) for i, pair in enumerate(pairs)]
         logits = self.classifier.logits(rows, batch_size)
         scores = np.asarray((activation_fn or self.activation_fn)(logits), np.float32)
         if self.num_labels == 1:

@@ -1,6 +1,7 @@
 """Cross-encoders against sentence-transformers' CrossEncoder: scores, ranks, activations and cut pairs."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -72,6 +73,7 @@ def test_scores_are_those_of_sentence_transformers(activation, edited):
     np.testing.assert_allclose(scores, want, atol=1e-5)
     assert np.ptp(want) > 0.01, "the pairs do not differ"
     np.testing.assert_allclose(ours.predict(PAIRS[0]), want[0], atol=1e-5)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(ours)).predict(PAIRS), scores)
     swapped = ours.predict([pair[::-1] for pair in PAIRS])
     assert np.abs(swapped - scores).max() > 1e-3, "the order of a pair does not matter"
 
