@@ -85,7 +85,7 @@ def amounts_for(
 ) -> Amounts:
     """Returns the settings for this number of training pairs; those that are given count."""
     seen = minutes * 60 * _rate() / flops_per_pair
-    epochs = epochs or min(MOST_EPOCHS, max(1.0, round(seen / pairs)))
+    epochs = epochs or min(MOST_EPOCHS, max(1.0, seen // pairs))
     # The other documents of a batch are the negatives, so it is as large as leaves some steps to warm up and decay.
     size = batch_size or next((size for size in (64, 32, 16) if pairs * epochs / size >= LEAST_STEPS), 8)
     seconds = epochs * pairs * flops_per_pair / _rate()
