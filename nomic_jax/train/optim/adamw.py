@@ -49,16 +49,16 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
 def rate_factors(params: dict, layer_decay: float) -> dict:
     """Returns the factor of the learning rate of every leaf: layer-wise decay (ELECTRA, arXiv:2003.10555; BEiT).
 
-    Of N layers, the embeddings get ``layer_decay ** (N + 1)``, layer i of 0 ... N - 1 gets ``layer_decay ** (N - i)``,
-    and heads, a learnt temperature and all else 1. The weight decay shrinks with the rate, as in groups of torch's
-    AdamW.
+    Of N layers, the embeddings (and MPNet's table of relative positions) get ``layer_decay ** (N + 1)``, layer i of
+    0 ... N - 1 gets ``layer_decay ** (N - i)``, and heads, a learnt temperature and all else 1. The weight decay
+    shrinks with the rate, as in groups of torch's AdamW.
     """
 
     def depth(path: tuple) -> int | None:
         names = [key.key for key in path]
         if "layers" in names:
             return int(names[names.index("layers") + 1]) + 1
-        return 0 if "embeddings" in names else None
+        return None if {"embeddings", "relative"}.isdisjoint(names) else 0
 
     depths = jax.tree.map_with_path(lambda path, _: depth(path), params)
     top = 1 + max(jax.tree.leaves(depths), default=0)  # None is no leaf
