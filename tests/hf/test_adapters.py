@@ -1,6 +1,7 @@
 """LoRA adapters: merged weights against the definition in float64, and files, values and gradients against peft."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
-from nomic_jax.hf.adapters.files import ADAPTER, WEIGHTS, merged
+from nomic_jax.hf.adapters.files import ADAPTER, WEIGHTS, merged, write_adapter
 from nomic_jax.hf.adapters.lora import Adapter, init_adapter, linear_modules, merge, targeted
 from nomic_jax.hf.keymap import encoder_keymap, from_params
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, encode, init_encoder
@@ -229,6 +230,32 @@ def test_we_open_that_of_peft_and_have_its_gradients(base, rslora, tmp_path):
                 np.testing.assert_allclose(pair[part]["kernel"] / scale, theirs_here / scale, atol=2e-5, err_msg=module)
                 compared += 1
     assert compared == 2 * len(linear_modules(ours.config.encoder))
+
+
+@pytest.mark.exhaustive(reason="nomic-bert and BERT have one part of a kernel and whole kernels; peft is seldom there")
+@pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "distilbert", "mpnet", "gte"])
+def test_adapters_of_peft_for_other_families(model_type, tmp_path):
+    torch, peft, transformers = libraries()
+    family_models = importlib.import_module("tests.hf.family_models")
+    family_models.saved(family_models.make_model(model_type, family_models.SMALL), tmp_path / "base")
+    plain = transformers.AutoModel.from_pretrained(tmp_path / "base").eval()
+    theirs = peft.get_peft_model(plain, peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear"))
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name and "pooler" not in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    drop_pooler(tmp_path / "adapter")
+    ours = read_checkpoint(tmp_path / "adapter")
+    ids, length, mask = family_models.ids_and_lengths([9, 5], 99, ours.config.encoder.pad_token_id)
+    expected = theirs(input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
+    found = encode(ours.params["encoder"], ids, ours.config.encoder, length_B=length)
+    np.testing.assert_allclose(np.asarray(found)[mask], expected.detach().numpy()[mask], atol=5e-5)
+    # Ours comes back to peft with the same names.
+    (tmp_path / "again").mkdir()
+    write_adapter(tmp_path / "again", ours)
+    both = [load_file(tmp_path / name / WEIGHTS) for name in ("adapter", "again")]
+    assert both[0].keys() == both[1].keys()
+    assert all(np.array_equal(both[0][name], both[1][name]) for name in both[0])
 
 
 def drop_pooler(folder):
