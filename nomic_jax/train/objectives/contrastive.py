@@ -6,6 +6,7 @@ InfoNCE is the same with and without others beside it.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def make_stage(
         temperature = temperature_of(params["temperature"]) if options.learn_temperature else options.temperature
         # A constant, but computed from the rows: the weight must vary over devices as the loss does.
         weight = jnp.sum(jnp.ones_like(rows["in_batch_negatives"], jnp.float32))
-        matryoshka = {"dims": options.matryoshka_dims, "weights": options.matryoshka_weights}
+        matryoshka: dict[str, Any] = {"dims": options.matryoshka_dims, "weights": options.matryoshka_weights}
 
         def infonce() -> tuple[jax.Array, dict[str, jax.Array]]:
             guides = (None, None) if guide_model is None else embeddings(params["guide"], guide_model, rows)

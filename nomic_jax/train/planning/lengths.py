@@ -108,8 +108,8 @@ def _of_store(store: TokenStore, data: MlmData | PairData) -> Lengths:
         texts = store.columns["text"]
         return Lengths(store.name, np.zeros(0, np.int64), texts.lengths(rows)[:, None], len(store), len(texts.ids))
     if "text" in store.columns:  # rows of one text, in a stage of pairs
-        texts = store.columns["text"].lengths(rows)
-        return Lengths(store.name, texts, texts[:, None], len(store), 0)
+        query = store.columns["text"].lengths(rows)
+        return Lengths(store.name, query, query[:, None], len(store), 0)
     document = store.columns["document"].lengths(rows)[:, None]
     if data.num_negatives and "negatives" in store.columns:
         negatives = store.columns["negatives"]
