@@ -4,6 +4,7 @@
   cudnn_packed  the same (Hopper or later) for packed rows, described by segment ids
   xla           the dense formula, on any backend
   cpu           the dense formula, arranged for CPU caches
+  cpu_packed    packed rows in blocks of queries and keys, of which those of different texts are skipped; no gradient
   auto          cudnn or cudnn_packed on GPU with 16-bit types, cpu on CPU, otherwise xla
 
 Each text attends only to itself. Text lengths (``length_B``) describe right-padded rows; segment ids (``segment_BL``, 0
@@ -31,13 +32,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nomic_jax.model.dense_attention import BLOCK, dense, head_by_head, local_attention
+from nomic_jax.model.packed_attention import CPU_BLOCK, CPU_LONG_BLOCK, block_by_block
 
 try:  # private: the public function has no segments (jax-ml/jax#29731); other versions may lack this module
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 except ImportError:
     cudnn = None  # type: ignore[assignment]
 
-IMPLEMENTATIONS = ("auto", "cudnn", "cudnn_packed", "xla", "cpu")
+IMPLEMENTATIONS = ("auto", "cudnn", "cudnn_packed", "xla", "cpu", "cpu_packed")
 # cuDNN has no fused kernel for other types.
 FUSED_DTYPES = ("bfloat16", "float16")
 FUSED_HEAD_DIM = 128  # the largest on every GPU; a multiple of 8
@@ -141,6 +143,19 @@ def attention(
         is_text_BL = jnp.arange(q_BLHK.shape[1]) < length_B[:, None]
         q_BLHK, k_BLHK, v_BLHK = (_without_gradient_at_padding(x, is_text_BL) for x in (q_BLHK, k_BLHK, v_BLHK))
         return _zero_padding(fused_padded(q_BLHK, k_BLHK, v_BLHK, length_B, causal, window), is_text_BL)
+    if implementation == "cpu_packed":
+        if (
+            segment_BL is None
+            or causal
+            or window is not None
+            or bias_HO is not None
+            or k_BLHK.shape[2] < q_BLHK.shape[2]
+        ):
+            raise ValueError(
+                'attention="cpu_packed" needs packed rows, and all tokens of a text attend to all of it, without a '
+                'bias and with as many heads of keys as of queries; use attention="auto" for others'
+            )
+        return block_by_block(q_BLHK, k_BLHK, v_BLHK, segment_BL)
     by_head = implementation == "cpu" and q_BLHK.shape[1] > CPU_ALL_HEADS_MAX_LENGTH
     texts = {"length_B": length_B, "segment_BL": segment_BL, "causal": causal}
     if window is not None:
@@ -231,6 +246,8 @@ def score_bytes(implementation: str, length: int, num_heads: int, window: int | 
         return 2 * 4 * (1 if one_head else num_heads) * length * 3 * max(window, BLOCK)
     if one_head:
         return 2 * 4 * 64 * length
+    if implementation == "cpu_packed":
+        return 2 * 4 * num_heads * CPU_BLOCK * CPU_LONG_BLOCK
     return 2 * 4 * num_heads * length**2
 
 

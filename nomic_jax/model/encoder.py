@@ -24,6 +24,7 @@ from nomic_jax.model.layer_norm import STATISTICS, layer_norm, rms_norm
 from nomic_jax.model.linear import Linear
 from nomic_jax.model.mlp import make_mlp
 from nomic_jax.model.modules import MODULES
+from nomic_jax.model.packed_attention import rows_in_blocks
 from nomic_jax.model.relative_bias import relative_bias
 from nomic_jax.model.rope import apply_rope, rope_cos_sin
 from nomic_jax.model.table_lookup import lookup
@@ -247,6 +248,12 @@ class Encoder(nnx.Module):
         dropout: Dropout | None,
     ) -> jax.Array:
         position_BL, own_length_BL = _positions(ids_BL, boundaries.length_B, boundaries.segment_BL, self.config)
+        shape = ids_BL.shape
+        if self.config.attention == "cpu_packed" and boundaries.segment_BL is not None and output_position_BP is None:
+            boundaries = boundaries._replace(segment_BL=rows_in_blocks(boundaries.segment_BL))
+            ids_BL, position_BL, own_length_BL, is_second_BL = jax.tree.map(
+                lambda x: x.reshape(boundaries.segment_BL.shape), (ids_BL, position_BL, own_length_BL, is_second_BL)
+            )
         bias_HO = None if self.relative is None else relative_bias(self.relative.embedding[...], ids_BL.shape[1])
         rope = local_rope = None
         if self.config.position == "rope":
@@ -260,7 +267,8 @@ class Encoder(nnx.Module):
             positions = Positions(rope if block.attention.window is None else local_rope, bias_HO)
             own_dropout = dropout and dropout.of_layer(number)
             x_BLD = self._recomputed(block, boundaries, own_dropout, output_position)(x_BLD, positions)
-        return x_BLD if self.norm is None else self.norm(x_BLD)
+        x_BLD = x_BLD if self.norm is None else self.norm(x_BLD)
+        return x_BLD if output_position_BP is not None else x_BLD.reshape(*shape, -1)
 
     def _recomputed(
         self,
@@ -309,22 +317,26 @@ def _save_policy(names: tuple[str, ...]) -> Callable[..., bool]:
 def _positions(ids_BL: jax.Array, length_B, segment_BL, config: EncoderConfig):
     """Returns each token's position in its text, [B or 1, L], and its text's length, or None if no length is needed."""
     B, L = ids_BL.shape
-    if config.longest_text < L:
+    # A packed row may be longer than its texts may be.
+    if config.longest_text < L and segment_BL is None:
         raise ValueError(f"the rows have {L} tokens; this encoder accepts at most {config.longest_text}")
     index_L = jnp.arange(L)
-    needs_length = config.position == "rope" and config.max_trained_positions < L
+    may_stretch = config.position == "rope" and config.rope_scaling_factor is not None
+    needs_length = may_stretch and config.max_trained_positions < L
     if segment_BL is None:
         if not needs_length:
             return index_L[None], None
         return index_L[None], jnp.broadcast_to(jnp.array(L) if length_B is None else length_B[:, None], (B, L))
     starts_BL = jnp.concatenate([jnp.ones((B, 1), bool), segment_BL[:, 1:] != segment_BL[:, :-1]], axis=1)
     start_BL = jax.lax.cummax(jnp.where(starts_BL, index_L, 0), axis=1)
+    # Padding may be longer than any text, and has no position: an absolute one would not be in the table.
+    position_BL = jnp.where(segment_BL > 0, index_L - start_BL, 0)
     if not needs_length:
-        return index_L - start_BL, None
+        return position_BL, None
     # Segments are contiguous: a token's text ends where the next segment starts.
     next_start_BL = jnp.concatenate([jnp.where(starts_BL, index_L, L)[:, 1:], jnp.full((B, 1), L)], axis=1)
     end_BL = jax.lax.cummin(next_start_BL, axis=1, reverse=True)
-    return index_L - start_BL, end_BL - start_BL
+    return position_BL, end_BL - start_BL
 
 
 @functools.lru_cache
@@ -390,7 +402,7 @@ def encode(
       dropout: of the embeddings and of the outputs of attention and MLP (BERT's ``hidden_dropout_prob``), for training.
 
     Raises:
-      ValueError: the rows are longer than the encoder accepts.
+      ValueError: the rows are longer than the encoder accepts. Packed rows may be; their texts are not checked.
     """
     is_second_BL = None if first_length_B is None else jnp.arange(ids_BL.shape[1]) >= first_length_B[:, None]
     params = {name: part for name, part in params.items() if name != MODULES}

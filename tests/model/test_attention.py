@@ -12,6 +12,7 @@ import nomic_jax.model.attention as attention_module
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, abstract_encoder, embed, encode, init_encoder
 from nomic_jax.model.attention import Target, attention, choose, traced_for
 from nomic_jax.model.heads import pool_segments
+from nomic_jax.model.packed_attention import rows_in_blocks
 
 B, H, K = 3, 2, 8
 OTHERS = pytest.mark.exhaustive(reason="each option, and each kind of row, is in a combination that runs by default")
@@ -108,6 +109,27 @@ def test_causal_windows_and_shared_keys(implementation, causal, window, kv_heads
     np.testing.assert_allclose(np.asarray(ours)[real], out[real], atol=2e-6)
     for mine, theirs in zip(pullback(cotangent), (of_q, of_k, of_v)):
         np.testing.assert_allclose(mine, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("L, long_row", [(48, 2048), (384, 2048), (384, 256)])
+def test_blocks_of_packed_rows_against_float64(L, long_row, monkeypatch):
+    """Texts of one token, of a part of a block, of more than one; the last ones go on in the next row."""
+    monkeypatch.setattr("nomic_jax.model.packed_attention.CPU_LONG_ROW", long_row)
+    rng = np.random.default_rng(L)
+    q, k, v = (rng.normal(size=(B, L, H, K)).astype(np.float32) for _ in range(3))
+    parts = np.array([1, 5, 0.1 * L, 0.5 * L, 0.2 * L], int)
+    segment = np.zeros((B, L), np.int32)
+    for row, texts in enumerate((parts, parts[::-1], parts[:2])):
+        segment[row, : texts.sum()] = np.repeat(np.arange(1, len(texts) + 1), texts)
+    # Scores far below 0: blocks without a key of the own text come first.
+    q[segment == 2] *= -10
+    expected, *_ = reference(q, k, v, segment[:, :, None] == segment[:, None], np.zeros_like(q))
+    short = rows_in_blocks(jnp.array(segment))
+    q_k_v = (jnp.array(x).reshape(*short.shape, H, K) for x in (q, k, v))
+    out = attention(*q_k_v, segment_BL=short, implementation="cpu_packed")
+    real = segment > 0
+    np.testing.assert_allclose(np.asarray(out).reshape(q.shape)[real], expected[real], atol=5e-6)
+    assert np.isfinite(out).all()
 
 
 def packed_kernel(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale):
