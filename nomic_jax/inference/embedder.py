@@ -303,7 +303,8 @@ class Embedder(TextInputs, SentenceTransformerMethods):
             cut, with a warning.
           prompt_name: key of ``prompts``; its text is prepended to every input.
           prompt: a prefix, instead of a name.
-          batch_size: maximum number of texts per batch, over all devices; batches of long texts are smaller.
+          batch_size: maximum number of texts per batch, over all devices, where texts are padded. Packed texts (on a
+            CPU, and on a GPU with flash attention of packed rows) are limited by their tokens instead.
           show_progress_bar: None shows one only if the work takes more than 3 seconds.
           output_value: "token_embeddings" returns the encoder's output for the tokens of each text, a list of float32
             [tokens, D]; None a list of dictionaries with input_ids, attention_mask and both kinds of embeddings.

@@ -4,7 +4,8 @@ import jax
 import pytest
 
 import nomic_jax.model.attention as attention_module
-from nomic_jax.inference.call_size import SCORE_BYTES_PER_CALL, texts_per_call
+from nomic_jax.inference import call_size
+from nomic_jax.inference.call_size import SCORE_BYTES_PER_CALL, packed_attention, packing, texts_per_call
 from nomic_jax.model import EncoderConfig
 
 
@@ -25,6 +26,40 @@ def test_on_a_gpu(dtype, attention, length, texts, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention_module, "_has_cudnn", lambda compute_capability: True)
     assert texts_per_call(EncoderConfig(dtype=dtype, attention=attention), length) == texts
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, attention, capability, implementation",
+    [
+        ("cpu", "float32", "auto", "", "cpu_packed"),
+        ("cpu", "bfloat16", "auto", "", "cpu_packed"),
+        ("cpu", "float32", "xla", "", None),
+        ("gpu", "bfloat16", "auto", "9.0", "cudnn_packed"),
+        ("gpu", "bfloat16", "cudnn", "9.0", None),
+        ("gpu", "bfloat16", "auto", "8.0", None),
+        ("gpu", "float32", "auto", "9.0", None),
+    ],
+)
+def test_texts_are_packed_where_attention_skips_other_texts(
+    platform, dtype, attention, capability, implementation, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(attention_module, "_has_cudnn", lambda needed: needed <= capability)
+    found = packing(
+        EncoderConfig(dtype=dtype, attention=attention, max_positions=20_000, max_trained_positions=20_000), platform
+    )
+    assert (found is None) == (implementation is None)
+    if found is not None:
+        assert packed_attention(512, platform) == implementation
+        assert found.row_lengths[-1] >= 20_000 and list(found.row_lengths) == sorted(found.row_lengths)
+        assert {*found.preferred, found.largest} <= set(found.row_lengths)
+
+
+@pytest.mark.parametrize("cache, tokens", [(1, 256), (8 * 2**20, 256), (32 * 2**20, 1024), (2**40, 2048)])
+def test_a_call_of_a_cpu_fits_its_cache(cache, tokens, monkeypatch):
+    monkeypatch.setattr(call_size, "cache_bytes", lambda: cache)
+    assert call_size.cpu_row(EncoderConfig()) == tokens
+    assert tokens == 256 or tokens == 2048 or 4 * 2 * 3072 * tokens <= cache
 
 
 def test_an_old_gpu_has_no_fused_kernel(monkeypatch):

@@ -119,6 +119,34 @@ def test_a_vector_does_not_depend_on_long_neighbours_or_on_earlier_calls(tokeniz
     np.testing.assert_allclose(embedder.encode(texts[0]), alone[0], atol=0)
 
 
+@pytest.mark.parametrize("pooling, position", [("mean", "rope"), ("cls", "absolute")])
+def test_packed_rows_give_what_padded_texts_give(tokenizer, pooling, position):
+    """Rows are longer than a text may be, and some texts exceed the trained length; "xla" computes padded texts."""
+    sizes = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
+    encoder = EncoderConfig(**sizes, max_trained_positions=128, max_positions=512)
+    if position == "absolute":
+        encoder = EncoderConfig.bert(**sizes, max_positions=256, max_trained_positions=256)
+    params = {"encoder": init_encoder(jax.random.key(0), encoder)}
+    checkpoint = Checkpoint(EmbeddingConfig(encoder, pooling=pooling), params, tokenizer)
+    packed, padded = (Embedder.from_checkpoint(checkpoint, attention=name) for name in ("auto", "xla"))
+    texts = [f"{word} " * (7 * i % 97) for i, word in enumerate(["the", "quick", "brown", "fox", "jumps"] * 4)]
+    texts += ["long " * 600, "other " * 250]
+    for output in ("sentence_embedding", "token_embeddings"):
+        ours, theirs = (each.encode(texts, output_value=output) for each in (packed, padded))
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_process_compiles_few_programs(nomic_dir, monkeypatch):
+    compiled = set()
+    monkeypatch.setattr("nomic_jax.inference.batches._compiled", compiled)
+    embedder = Embedder(nomic_dir, device=jax.local_devices()[0])
+    rng = np.random.default_rng(0)
+    for count in (400, 500, 600):
+        embedder.encode_document(["word " * length for length in rng.integers(5, 60, count)])
+    assert len({shape for _, shape in compiled}) <= 2
+
+
 def test_shapes_of_one_text_and_of_none(embedder):
     assert embedder.encode("one").shape == (384,)
     assert embedder.encode([]).shape == (0, 384)

@@ -226,7 +226,7 @@ def number_compiled(chunks: int) -> int:
 def _lay_out(lengths: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
     """Returns (start, place, segment) of a device's texts, [N] each, and the shape of each chunk; see ``ChunkPlan``."""
     if layout.packed:
-        row, segment, offset, count = _pack(lengths, layout.longest, layout.segments)
+        row, segment, offset, count = pack(lengths, layout.longest, layout.segments)
         row_lengths = np.full(count, layout.longest)
     else:
         order = np.argsort(-lengths, kind="stable")
@@ -275,7 +275,7 @@ def _cut(row_lengths: np.ndarray, layout: Layout) -> list[tuple[int, int]]:
     return sorted(chunks)
 
 
-def _pack(lengths: np.ndarray, row_length: int, segments: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def pack(lengths: np.ndarray, row_length: int, segments: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Returns (row, number in its row, offset in its row) of each text, and the number of rows."""
     fewest = max(-(-int(lengths.sum()) // row_length), -(-len(lengths) // segments))
     row, count = _pack_evenly(lengths, row_length, segments, fewest)

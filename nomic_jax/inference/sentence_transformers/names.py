@@ -77,7 +77,7 @@ PARAMETERS = {
         "inputs": "also under the old name `sentences`; no texts give [0, dim]",
         "prompt_name": "",
         "prompt": "",
-        "batch_size": "over all devices; batches of long texts are smaller",
+        "batch_size": "of texts that are padded, over all devices; packed texts are limited by their tokens",
         "show_progress_bar": "None: a bar if the work takes more than 3 seconds",
         "output_value": "token embeddings are numpy arrays unless tensors are asked for",
         "precision": "",
