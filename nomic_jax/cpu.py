@@ -3,10 +3,12 @@
 Nothing here happens at import. ``Embedder``, ``Classifier`` and training call it when they first compile for a CPU.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,13 @@ _MALLOC_VARIABLES = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESH
 # GiB of it stay with the process. All threads use one arena, because others cannot hold large allocations.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8
 _MALLOPT = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
-# XLA's option for matrix products of the library YNNPACK instead of Eigen. On an Intel Xeon with AVX-512 it made them
-# 1.08 to 1.4 times as fast (jaxlib 0.10.2). On an AMD EPYC with AVX-512 it is what XLA does without the option.
-_LIBRARY_PRODUCTS = ("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_DOT")
+# XLA's option for matrix products and sums of the library YNNPACK instead of Eigen's. On an Intel Xeon with AVX-512 it
+# made products 1.08 to 1.4 times as fast (jaxlib 0.10.2). On an AMD EPYC with AVX-512 it is what XLA does without the
+# option; with the products alone, the sums of softmax and LayerNorm are slower there.
+_LIBRARY_PRODUCTS = (
+    "xla_cpu_experimental_ynn_fusion_type",
+    "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE",
+)
 
 
 @functools.cache
@@ -43,6 +49,24 @@ def keep_work_space() -> bool:
         return all([mallopt(parameter, value) for parameter, value in _MALLOPT.items()])
     except (AttributeError, OSError):  # not glibc
         return False
+
+
+@contextlib.contextmanager
+def all_work_space_kept() -> Iterator[None]:
+    """Within it, freed memory of any size stays with the process, and afterwards none.
+
+    For training, whose step may need more than the 2 GiB of ``keep_work_space``. It does nothing where that does not.
+    """
+    if not keep_work_space():
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)  # the largest size_t
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_TRIM_THRESHOLD, _MALLOPT[_M_TRIM_THRESHOLD])
+        libc.malloc_trim(0)
 
 
 def _allocator_is_configured() -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from nomic_jax.cpu import all_work_space_kept
 from nomic_jax.data.batches.loader import read_ahead
 from nomic_jax.data.batches.permutation import VERSION
 from nomic_jax.files.writing import write_json
@@ -75,6 +76,8 @@ def train(
     with contextlib.ExitStack() as stack:
         # One process holds the directory for all.
         hosts.on_first_process(lambda: stack.enter_context(used_workdir(workdir)))
+        if jax.default_backend() == "cpu":
+            stack.enter_context(all_work_space_kept())
         return _train(config, workdir, devices, evaluate, stop, repeated, goodput)
 
 

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nomic_jax.cpu import compiler_options
 from nomic_jax.train.objectives.stage import Stage
 from nomic_jax.train.optim.ema import start_average, update_average
 from nomic_jax.train.sharding import DATA, Sharding, divided, replicated, whole
@@ -122,6 +123,7 @@ def make_train_step(
     With ``deterministic``, a GPU computes the same bits in every run (``DETERMINISTIC``). ``ema`` is the decay rate of
     the average in the state.
     """
+    options = compiler_options(mesh.devices.flat[0].platform) | (DETERMINISTIC if deterministic else {})
     params = jax.eval_shape(stage.init, jax.random.key(0))
     param_specs = divided(params, mesh) if sharding == "fsdp" else whole(params)
     gradient_specs = whole(params) if sharding == "replicated" else divided(params, mesh)
@@ -150,7 +152,7 @@ def make_train_step(
             (sums, gradient), _ = jax.lax.scan(add, (sums, gradient), rest)
         return jax.lax.psum(sums, DATA), _reduce(gradient, gradient_specs)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=DETERMINISTIC if deterministic else None)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options or None)
     def train_step(state: TrainState, rows: dict[str, jax.Array], frozen: dict | None = None):
         state_before = state
         sums, gradient = global_sums(state.params, frozen or {}, rows)
