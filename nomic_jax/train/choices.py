@@ -58,12 +58,13 @@ def default_dtype() -> str:
 def default_layout(config: TrainConfig, data: PairData, device_count: int, biased: bool = False) -> str:
     """Returns "padded" for a batch no larger than a chunk, "packed" where attention does not pay for it, or "bucketed".
 
-    It depends on the settings alone, not on the texts: reading them takes long.
+    A CPU computes packed rows also in small batches: padding would be computed as slowly as text. It depends on the
+    settings alone, not on the texts: reading them takes long.
     """
+    attention = choose(config.model.dtype, packed=True, max_segments=_SEGMENTS, biased=biased)
+    if attention == "cpu" and max(data.query_length, data.document_length) <= LONGEST_DENSE:
+        return "packed"
     tokens_per_row = data.query_length + (1 + data.num_negatives) * data.document_length
     if tokens_per_row * config.batch_size // device_count <= MAX_CHUNK_TOKENS:
         return "padded"
-    attention = choose(config.model.dtype, packed=True, max_segments=_SEGMENTS, biased=biased)
-    longest = max(data.query_length, data.document_length)
-    is_cheap = attention == "cudnn_packed" or (attention == "cpu" and longest <= LONGEST_DENSE)
-    return "packed" if is_cheap else "bucketed"
+    return "packed" if attention == "cudnn_packed" else "bucketed"

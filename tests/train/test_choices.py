@@ -25,6 +25,7 @@ def chosen(config, record=None, devices=1):
         ("gpu", "cudnn_packed", {}, ("bfloat16", "packed")),
         ("gpu", "xla", {}, ("bfloat16", "bucketed")),  # a GPU without packed flash attention
         ("gpu", "cudnn_packed", {"batch_size": 16}, ("bfloat16", "padded")),
+        ("cpu", "cpu", {"batch_size": 16}, ("float32", "packed")),
         ("cpu", "cpu", {}, ("float32", "packed")),
         ("cpu", "cpu", {"data.document_length": 2048}, ("float32", "bucketed")),
         ("cpu", "cpu", {"data.layout": "padded", "model.dtype": "bfloat16"}, ("bfloat16", "padded")),
@@ -41,7 +42,8 @@ def test_the_choice_follows_from_settings_and_device(monkeypatch, backend, kerne
     assert not said or said[0] == f"contrastive: model.dtype={dtype}, data.layout={layout} (for {backend})"
 
 
-def test_a_batch_over_more_devices_is_smaller():
+def test_a_batch_over_more_devices_is_smaller(monkeypatch):
+    monkeypatch.setattr(choices, "choose", lambda dtype, **options: "cudnn_packed")
     assert chosen(settings(batch_size=64))[1] == "packed"
     assert chosen(settings(batch_size=64), devices=4)[1] == "padded"
 

@@ -34,10 +34,12 @@ class Layout:
     Attributes:
       shapes: rows and length of a chunk; the shape with the most tokens comes first.
       segments: maximum number of texts per row; 1 for the bucketed layout.
+      least_chunks: minimum chunks of a device in a batch, some empty, so that batches share a compiled program.
     """
 
     shapes: tuple[Shape, ...]
     segments: int = 1
+    least_chunks: int = 1
 
     @property
     def packed(self) -> bool:
@@ -156,9 +158,7 @@ class ChunkPlan(NamedTuple):
     waited_tokens: int
 
 
-def plan_chunks(
-    query_length: np.ndarray, document_length: np.ndarray, layout: Layout, devices: int, *, least_chunks: int = 1
-) -> ChunkPlan:
+def plan_chunks(query_length: np.ndarray, document_length: np.ndarray, layout: Layout, devices: int) -> ChunkPlan:
     """Returns the plan of a global batch, as a function of the arguments alone.
 
     Args:
@@ -166,7 +166,6 @@ def plan_chunks(
       document_length: [B, C], tokens of each row's documents, in the same range.
       layout: the shapes to use.
       devices: number of devices of all processes; B must be a multiple.
-      least_chunks: minimum chunks per device, some empty, so that sources of different lengths share a program.
 
     Raises:
       ValueError: a text is empty or too long, or the rows cannot be divided evenly.
@@ -179,7 +178,7 @@ def plan_chunks(
     rows = _deal(query_length + document_length.sum(axis=1), devices)
     lengths = np.concatenate([query_length[rows], document_length[rows].reshape(devices, -1)], axis=1)
     laid_out = [_lay_out(length, layout) for length in lengths]
-    chunks = number_compiled(max(least_chunks, *(len(shape) for *_, shape in laid_out)))
+    chunks = number_compiled(max(layout.least_chunks, *(len(shape) for *_, shape in laid_out)))
     shapes = np.full((devices, chunks), len(layout.shapes), np.int32)
     for row, (*_, shape) in zip(shapes, laid_out):
         row[: len(shape)] = shape

@@ -1,7 +1,9 @@
 """Contrastive batches. Every batch holds queries and documents of one source, padded on the right or in chunks."""
 
+import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -9,9 +11,11 @@ import numpy as np
 
 from nomic_jax.data.batches.mixing import Mixing, Sampling
 from nomic_jax.data.batches.packing import (
+    LENGTH_STEP,
     Layout,
     bucketed_layout,
     fill_chunks,
+    number_compiled,
     packed_layout,
     plan_chunks,
     segments_for,
@@ -28,6 +32,7 @@ SCORES_LOOKED_AT = 1000  # rows of each source with a teacher's scores
 LAYOUT_SAMPLE = 10_000  # rows of each source whose lengths determine the buckets
 MARGIN = 5.0  # standard deviations: a larger batch comes once in 3 million steps
 MAX_CHUNK_TOKENS = 16_384  # fills a GPU; larger chunks have coarser buckets, hence more padding
+FILLED = 0.97  # share of the tokens of a packed row that are text, see benchmarks/results/padding.md
 
 
 def make_layout(
@@ -40,18 +45,43 @@ def make_layout(
     rows_per_device: int,
     chunk_tokens: int = 0,
     kept_chunks: float = 0.0,
+    on_cpu: bool = False,
 ) -> Layout | None:
     """Returns the layout of a batch's texts; None for "padded", which pads all texts to the longest of the batch.
 
     Without ``chunk_tokens``, a chunk has an eighth of a device's tokens in an average batch, so that its last chunk
     leaves little room empty, and at most MAX_CHUNK_TOKENS. ``kept_chunks`` is that of ``embed_chunks``.
+
+    With ``on_cpu``, packed rows are only as long as the longest text there is, because attention computes whole rows,
+    and all batches have one number of chunks: a compilation takes as long as several steps, an empty chunk no time.
     """
     if kind == "padded":
         return None
     sources = sample_lengths(stores, query_length, document_length)
     lengths = np.concatenate([column for source in sources for column in (source.query, source.document)])
-    tokens, _ = tokens_per_device(sources, documents_per_row, rows_per_device)
-    return layout_for(kind, lengths, max(query_length, document_length), tokens, chunk_tokens, kept_chunks)
+    tokens, most = tokens_per_device(sources, documents_per_row, rows_per_device)
+    longest = max(query_length, document_length)
+    if on_cpu and kind == "packed":
+        longest = min(longest, -(-_longest_text(stores) // LENGTH_STEP) * LENGTH_STEP)
+    layout = layout_for(kind, lengths, longest, tokens, chunk_tokens, kept_chunks)
+    if on_cpu and layout is not None and layout.packed:
+        count = most_chunks(most, layout.tokens, with_parts=len(layout.shapes) > 1)
+        layout = dataclasses.replace(layout, least_chunks=count)
+    return layout
+
+
+def _longest_text(stores: Sequence[TokenStore]) -> int:
+    columns = [column for store in stores for column in store.columns.values() if len(column)]
+    return max(int(column.lengths(np.arange(len(column))).max()) for column in columns)
+
+
+def most_chunks(tokens: float, size: int, *, with_parts: bool) -> int:
+    """The number of packed chunks of ``size`` tokens that a program for so many tokens of text has.
+
+    With parts of chunks (``nomic_jax.data.batches.packing.packed_layout``), up to three quarters take the place of the
+    last one.
+    """
+    return number_compiled(math.ceil(tokens / FILLED / size) + 2 * with_parts)
 
 
 class SourceLengths(NamedTuple):

@@ -80,6 +80,7 @@ def layout_of(config: TrainConfig, stores: Sequence[TokenStore], devices: int) -
         rows_per_device=config.batch_size // devices,
         chunk_tokens=data.chunk_tokens,
         kept_chunks=config.kept_chunks,
+        on_cpu=jax.default_backend() == "cpu",
     )
 
 

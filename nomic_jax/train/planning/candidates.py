@@ -12,7 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nomic_jax.data.batches.packing import Layout, number_compiled
-from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS, PairStream, sample_lengths, tokens_per_device
+from nomic_jax.data.batches.pairs import (
+    FILLED,
+    MAX_CHUNK_TOKENS,
+    PairStream,
+    most_chunks,
+    sample_lengths,
+    tokens_per_device,
+)
 from nomic_jax.data.batches.stream import Stream
 from nomic_jax.model import EncoderConfig, abstract_encoder, encode
 from nomic_jax.model.attention import Target, traced_for
@@ -24,7 +31,6 @@ Policy = Literal["none", "elementwise", "attention", "layer"]
 POLICIES: tuple[Policy, ...] = ("none", "elementwise", "attention", "layer")
 SHARES = tuple(eighths / 8 for eighths in range(8, -1, -1))
 STEPS_LOOKED_AT = 64  # for a batch of each source
-FILLED = 0.97  # share of the tokens of a packed row that are text, see benchmarks/results/padding.md
 # The rest is for estimates of speed, counted from programs for an H100 (660 TFLOP/s, 3 TB/s). Recomputing the
 # elementwise operations takes this share of a forward pass.
 ELEMENTWISE = 0.1
@@ -138,26 +144,35 @@ def candidates(config: TrainConfig, encoder: EncoderConfig, batches: Batches, me
     longest = batches.layout.longest
     usual = max(min(int(mean / 8), MAX_CHUNK_TOKENS), longest)
     sizes = [usual, usual // 2, usual // 4]
-    if packed:
+    # On a CPU, small chunks are as fast as large ones: nothing is launched, and products take longer than moving bytes.
+    on_cpu = is_on_cpu(mesh)
+    if on_cpu:
+        sizes = [usual]
+    elif packed:
         whole = math.ceil(most / FILLED / longest) * longest
         sizes += [whole, *(size for size in (2 * usual, 4 * usual) if size < whole)]
     passes_per_byte = PASSES_PER_BYTE / encoder.forward_flops_per_token(0)
     found = []
     for size in {max(size, longest) for size in ([given] if given else sizes)}:
         for kept in (config.kept_chunks,) if config.kept_chunks else SHARES if packed else (0.0,):
-            chunks = chunks_of(most, size, with_parts=kept < 1)
+            chunks = most_chunks(most, size, with_parts=kept < 1)
             count = round(kept * chunks)
             if chunks == 1 and kept < 1:
                 continue
             # The last chunk is half empty.
-            computed = size if chunks == 1 else mean / FILLED + size / 2 + TOKENS_LOST_PER_CHUNK * mean / size
+            lost = 0 if on_cpu else TOKENS_LOST_PER_CHUNK * mean / size
+            computed = size if chunks == 1 else mean / FILLED + size / 2 + lost
             for policy in POLICIES:
                 # A chunk of several that is kept is written, and read, to and from its place among the others.
-                moved = MOVES_IN_A_LOOP * kept_bytes[policy] * passes_per_byte if chunks > 1 else 0.0
+                moved = MOVES_IN_A_LOOP * kept_bytes[policy] * passes_per_byte if chunks > 1 and not on_cpu else 0.0
                 extra = kept * moved + again[policy] + 1 - kept
                 memory = kept_bytes[policy] * size * (1 if chunks == 1 else count + 1)
                 found.append(candidate(Choice(policy, kept, size), (3 + extra) * computed, memory))
     return frontier(found)
+
+
+def is_on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def frontier(found: Sequence[Candidate]) -> list[Candidate]:
@@ -167,15 +182,6 @@ def frontier(found: Sequence[Candidate]) -> list[Candidate]:
         if not chosen or candidate.memory < 0.97 * chosen[-1].memory:
             chosen.append(candidate)
     return chosen
-
-
-def chunks_of(tokens: float, size: int, *, with_parts: bool) -> int:
-    """The number of packed chunks of ``size`` tokens that a program for so many tokens of text has.
-
-    With parts of chunks (``nomic_jax.data.batches.packing.packed_layout``), up to three quarters take the place of the
-    last one.
-    """
-    return number_compiled(math.ceil(tokens / FILLED / size) + 2 * with_parts)
 
 
 def share_recomputed(encoder: EncoderConfig, policy: str) -> float:
@@ -225,7 +231,7 @@ def largest_batch(config: TrainConfig, batches: Batches, layout: Layout | None, 
         rows("document_ids", config.batch_size, arrays["document_hash"][0][1], data.document_length)
     elif isinstance(data, PairData) and layout is not None:
         if layout.packed:
-            chunks = devices * chunks_of(batches.tokens[1], layout.tokens, with_parts=len(layout.shapes) > 1)
+            chunks = devices * most_chunks(batches.tokens[1], layout.tokens, with_parts=len(layout.shapes) > 1)
         else:
             # All are recomputed one at a time: their number hardly matters.
             chunks = devices * -(-math.prod(arrays["ids"][0]) // (layout.tokens * devices))

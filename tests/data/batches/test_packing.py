@@ -1,5 +1,6 @@
 """Plans of chunks: every text has one position, devices get equal shares, and there is little padding."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -231,7 +232,7 @@ def test_segments_of_short_texts():
 def test_empty_chunks_are_not_counted():
     lengths = np.full(64, 4)
     layout = packed_layout(128, 512, segments=8)
-    plan = plan_chunks(lengths, lengths[:, None], layout, 2, least_chunks=7)
+    plan = plan_chunks(lengths, lengths[:, None], dataclasses.replace(layout, least_chunks=7), 2)
     assert plan.shape.shape == (2, 8)
     assert (plan.shape == len(layout.shapes)).sum() == 2 * (8 - 2)
     assert plan.padded_tokens == plan_chunks(lengths, lengths[:, None], layout, 2).padded_tokens
