@@ -30,7 +30,7 @@ VARIANTS: dict[str, Changes] = {
     "debug": PAIRS_DEBUG | {"batch_size": 16},
     "quickstart": _QUICKSTART,
     # Twenty minutes on 2 CPU cores for some 32,000 pairs, of the hour that launch/recipe.sh takes.
-    "hour": _QUICKSTART | {"epochs": 2.5, "data.layout": "packed", "checkpoint.every": 100},
+    "hour": _QUICKSTART | {"epochs": 2.5, "checkpoint.every": 100},
     "own": PAIRS_OWN | {"batch_size": 64},
     # A few minutes of one GPU of 80 GB or more for some 350,000 pairs.
     "one_gpu": PAIRS_ONE_GPU | {"batch_size": 2048, "checkpoint.every": 50},

@@ -29,7 +29,7 @@ VARIANTS: dict[str, Changes] = {
     "debug": PAIRS_DEBUG | {"batch_size": 8, "data.num_negatives": 2},
     "quickstart": _QUICKSTART,
     # Some minutes on 2 CPU cores for some 8,000 rows, of the hour that launch/recipe.sh takes.
-    "hour": _QUICKSTART | {"data.layout": "packed", "checkpoint.every": 50},
+    "hour": _QUICKSTART | {"checkpoint.every": 50},
     "own": PAIRS_OWN | {"batch_size": 32, "data.num_negatives": 1},
     # A minute of one GPU of 80 GB or more for some 50,000 rows.
     "one_gpu": PAIRS_ONE_GPU | {"optim.lr": 5e-5, "checkpoint.every": 100},

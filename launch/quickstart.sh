@@ -24,7 +24,8 @@ if [ -n "$tiny" ]; then
   # Two layers, and many small batches: few steps of 128 pairs gain too little to tell training from none.
   export FLAGS=--config.model.num_layers=2 MLM_FLAGS=--config.steps=40 CONTRASTIVE_FLAGS=--config.batch_size=32
 fi
-echo "== collecting real text and pairs"
+export STEPS_BEFORE=1 STEPS_AFTER=1
+echo "== step 1 of 10: collecting real text and pairs"
 python -m launch.collect --output="$out/data" "${collecting[@]}"
 if [ -n "$tiny" ]; then
   # launch.collect takes all diagnoses and 6 MB of text.
@@ -38,10 +39,14 @@ fi
 
 bash launch/recipe.sh "$out/data" "$out" quickstart
 
-echo; echo "== the exported embedder, read back"
+echo; echo "== step 10 of 10: the exported embedder, read back"
 python -m launch.search --model="$out/models/finetune" --corpus="$out/data/held_out/icd10/corpus.jsonl" --column=text \
   --query_prompt=classification --document_prompt=classification \
   --query="burn on the hand" --query="inflammation of the middle ear" --query="alcohol dependence"
 python -m launch.search --model="$out/models/finetune" --corpus="$out/data/held_out/code/corpus.jsonl" --column=text \
   --query="convert an array to a list" --query="read a file and return its content"
 python -m launch.report "$out" --min_gain="$min_gain"
+echo
+echo "what to look at ($((SECONDS / 60)) min $((SECONDS % 60)) s in all):"
+echo "  $out/report.html      scores after every stage, beside BM25 and the teacher (report.md: the same as text)"
+echo "  $out/models/finetune  the embedder: SentenceTransformer(\"$out/models/finetune\")"

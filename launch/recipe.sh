@@ -31,8 +31,24 @@ read -ra contrastive_flags <<<"${CONTRASTIVE_FLAGS:-}"
 text=$data/mlm.yaml
 [ -f "$text" ] || text="$data/text/kept.jsonl"
 
-step() { echo; echo "== $1 ($((SECONDS - started)) s)"; }
 asked() { case " ${STAGES:-prepare mlm contrastive finetune report} " in *" $1 "*) ;; *) return 1 ;; esac }
+# STEPS_BEFORE steps precede these, STEPS_AFTER follow (launch/quickstart.sh). Shares are the seconds that the steps of
+# :quickstart took on 2 cores, for an estimate of the time left.
+number=${STEPS_BEFORE:-0} steps=$((${STEPS_BEFORE:-0} + ${STEPS_AFTER:-0})) shares=0 shares_done=0
+expect() { asked "$1" && steps=$((steps + $2)) shares=$((shares + $3)); true; } # STAGE STEPS SHARE
+expect prepare 4 204
+expect mlm 1 167
+expect contrastive 1 160
+expect finetune 1 105
+expect report 1 10
+step() { # NAME SHARE
+  local elapsed=$((SECONDS - started)) left=
+  if [ "$variant" = quickstart ] && [ "$shares_done" -gt 0 ]; then
+    left=", about $((1 + elapsed * (shares - shares_done) / shares_done / 60)) min left"
+  fi
+  number=$((number + 1)) shares_done=$((shares_done + $2))
+  echo; echo "== step $number of $steps: $1 ($elapsed s$left)"
+}
 train() { # STAGE RUN MIXTURE [FLAGS]
   python -m launch.train --config="configs/$1.py:$variant" --workdir="$out/runs/$2" \
     --config.data.mixture="$3" --config.data.cache_dir="$out/tokens" "${flags[@]}" "${@:4}"
@@ -46,36 +62,36 @@ export_and_evaluate() { # RUN
 }
 
 if asked prepare; then
-  step "baselines: BM25 and the teacher"
+  step "baselines: BM25 and the teacher" 33
   evaluate bm25 bm25
   evaluate teacher "$teacher" --max_length="${MAX_LENGTH:-128}"
-  step "random weights"
+  step "random weights" 24
   train mlm random "$text" --config.data.tokenizer="$teacher" --config.steps=0
   export_and_evaluate random
-  step "consistency filtering with the teacher"
+  step "consistency filtering with the teacher" 119
   python -m launch.filter --input="$data/pairs.yaml" --output="$out/filtered" --model="$teacher" --k=2 "${teacher_flags[@]}"
-  step "mining hard negatives with the teacher"
+  step "mining hard negatives with the teacher" 28
   python -m launch.mine --input="$data/labelled.yaml" --output="$out/mined" --model="$teacher" --k=20 --num_negatives=7 \
     "${teacher_flags[@]}"
 fi
 if asked mlm; then
-  step "stage 1: masked-LM pretraining"
+  step "stage 1: masked-LM pretraining" 167
   train mlm mlm "$text" --config.data.tokenizer="$teacher" "${mlm_flags[@]}"
   export_and_evaluate mlm
 fi
 if asked contrastive; then
-  step "stage 2: contrastive pretraining"
+  step "stage 2: contrastive pretraining" 160
   train contrastive contrastive "$out/filtered/mixture.yaml" --config.init_from="$out/runs/mlm" \
     "${contrastive_flags[@]}"
   export_and_evaluate contrastive
 fi
 if asked finetune; then
-  step "stage 3: supervised finetuning"
+  step "stage 3: supervised finetuning" 105
   train finetune finetune "$out/mined/mixture.yaml" --config.init_from="$out/runs/contrastive"
   export_and_evaluate finetune
 fi
 if asked report; then
-  step "report"
+  step "report" 10
   python -m launch.report "$out" --data="$data"
   echo "the embedder is in $out/models/finetune, the report in $out/report.md"
 fi

@@ -43,8 +43,9 @@ PAIRS_DEBUG = DEBUG | {
 }
 # A small batch wants a softer temperature than the paper's 0.02.
 PAIRS_QUICKSTART = QUICKSTART | {
+    "model.recompute": "auto",
     "data.query_length": 32,
-    "data.layout": "padded",
+    "data.layout": "packed",
     "loss.temperature": 0.05,
     "optim.warmup": 0.06,
 }
