@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nomic_jax.data.batches.packing import Layout, number_compiled
+from nomic_jax.data.batches.packing import Layout
 from nomic_jax.data.batches.pairs import (
     FILLED,
     MAX_CHUNK_TOKENS,

@@ -188,6 +188,18 @@ def test_rows_do_not_depend_on_devices_processes_or_threads(stores, tokenizer, n
             assert sorted(map(tuple, hashes.tolist())) == expected[step]
 
 
+def test_on_a_cpu_batches_have_one_shape_and_rows_no_longer_than_the_texts(stores, tokenizer):
+    settings = {"query_length": 512, "document_length": 512}
+    made = make_layout(
+        "packed", stores, **settings, documents_per_row=1, rows_per_device=8, kept_chunks=1.0, on_cpu=True
+    )
+    longest = max(column.lengths(np.arange(len(column))).max() for store in stores for column in store.columns.values())
+    assert longest <= made.longest < longest + 8
+    stream = PairStream(stores, tokenizer, layout=made, batch_size=8, **settings)
+    shapes = {tuple(array.shape for array in stream.batch(step).arrays.values()) for step in range(16)}
+    assert len(shapes) == 1
+
+
 def test_the_fingerprint_tells_samplings_apart(stores, tokenizer):
     def fingerprint(**sampling):
         settings = {"batch_size": 8, "query_length": 16, "document_length": 48}
