@@ -98,7 +98,7 @@ def attention(
       length_B: number of real tokens in each row, if each row is one right-padded text.
       segment_BL: 1, 2, ... for the texts of a row, each contiguous, and 0 for padding.
       max_segments: the maximum number of texts per row, if known; no id is larger. ``cudnn_packed`` requires it.
-      bias_HO: added to the scores, by the offset of key and query (``nomic_jax.model.relative_bias``).
+      bias_HO: added to the scores, by the offset of key and query (``nomic_jax.model.layers.relative_bias``).
       causal: each token attends only to itself and to the tokens before it.
       window: each token attends only to tokens that are at most so many positions away; None for all.
       implementation: see the module docstring.

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nomic_jax.model.relative_bias import bias_of_queries
+from nomic_jax.model.layers.relative_bias import bias_of_queries
 
 # The smallest block of queries; smaller ones make matrix products that are too small for any device.
 BLOCK = 64

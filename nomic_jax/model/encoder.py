@@ -19,15 +19,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nomic_jax.model.attention import FUSED_PRIMITIVE, attention
 from nomic_jax.model.config import EncoderConfig
-from nomic_jax.model.dropout import Dropout, drop
-from nomic_jax.model.layer_norm import STATISTICS, layer_norm, rms_norm
-from nomic_jax.model.linear import Linear
-from nomic_jax.model.mlp import make_mlp
+from nomic_jax.model.layers.dropout import Dropout, drop
+from nomic_jax.model.layers.layer_norm import STATISTICS, Norm
+from nomic_jax.model.layers.linear import Linear
+from nomic_jax.model.layers.mlp import make_mlp
+from nomic_jax.model.layers.relative_bias import relative_bias
+from nomic_jax.model.layers.table_lookup import lookup
 from nomic_jax.model.modules import MODULES
 from nomic_jax.model.packed_attention import rows_in_blocks
-from nomic_jax.model.relative_bias import relative_bias
 from nomic_jax.model.rope import apply_rope, rope_cos_sin
-from nomic_jax.model.table_lookup import lookup
 from nomic_jax.model.varying import varying_as
 
 # The activations stored for the backward pass of a layer, besides the layer's input. The others are recomputed.
@@ -58,27 +58,6 @@ class Positions(NamedTuple):
 
     rope: tuple[jax.Array, jax.Array] | None
     bias_HO: jax.Array | None
-
-
-class Norm(nnx.LayerNorm):
-    """``layer_norm`` or ``rms_norm`` over the last axis with its parameters; the output has the computation dtype.
-
-    ``width``: of the last axis, if it is not that of the encoder.
-    """
-
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, width: int | None = None):
-        self.kind = config.norm
-        has_bias = config.norm == "layer_norm" and config.norm_bias
-        super().__init__(width or config.hidden_size, epsilon=config.layer_norm_eps, use_bias=has_bias, rngs=rngs)
-        self.output_dtype = jnp.dtype(config.dtype)
-        self.all_kept = config.recompute in ("none", "auto")
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        assert self.scale is not None
-        how = {"epsilon": self.epsilon, "dtype": self.output_dtype, "all_kept": self.all_kept}
-        if self.kind == "rms_norm":
-            return rms_norm(x, self.scale[...], **how)
-        return layer_norm(x, self.scale[...], None if self.bias is None else self.bias[...], **how)
 
 
 class Embeddings(nnx.Module):

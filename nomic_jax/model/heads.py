@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nomic_jax.model.config import EncoderConfig
-from nomic_jax.model.dropout import Dropout
-from nomic_jax.model.encoder import Norm, abstract_encoder, encode, init_encoder
-from nomic_jax.model.linear import Linear
-from nomic_jax.model.mlp import gelu
+from nomic_jax.model.encoder import abstract_encoder, encode, init_encoder
+from nomic_jax.model.layers.dropout import Dropout
+from nomic_jax.model.layers.layer_norm import Norm
+from nomic_jax.model.layers.linear import Linear
+from nomic_jax.model.layers.mlp import gelu
 from nomic_jax.model.modules import (
     MODULES,
     Module,

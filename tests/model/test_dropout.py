@@ -11,7 +11,7 @@ from nomic_jax.data.batches.packing import Layout, fill_chunks, plan_chunks
 from nomic_jax.data.batches.shapes import Shape
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, encode, init_encoder
 from nomic_jax.model import encoder as encoder_module
-from nomic_jax.model.dropout import Dropout, drop
+from nomic_jax.model.layers.dropout import Dropout, drop
 from nomic_jax.train.objectives.chunks import embed_chunks
 
 ENCODER = EncoderConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32)

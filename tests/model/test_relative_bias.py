@@ -7,7 +7,7 @@ import pytest
 
 from nomic_jax.model import attention as attention_module
 from nomic_jax.model.attention import Target, attention, choose, traced_for
-from nomic_jax.model.relative_bias import bias_of_queries, buckets, relative_bias
+from nomic_jax.model.layers.relative_bias import bias_of_queries, buckets, relative_bias
 
 
 def test_buckets_are_those_of_transformers():

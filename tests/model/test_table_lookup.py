@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nomic_jax.model.table_lookup import lookup, sums_by_id
+from nomic_jax.model.layers.table_lookup import lookup, sums_by_id
 
 V, D = 300, 12
 RNG = np.random.default_rng(0)

@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 from nomic_jax.model import EncoderConfig
 from nomic_jax.model.dense_attention import softmax
 from nomic_jax.model.encoder import _split_heads
-from nomic_jax.model.layer_norm import layer_norm
-from nomic_jax.model.mlp import _swiglu, gelu
+from nomic_jax.model.layers.layer_norm import layer_norm
+from nomic_jax.model.layers.mlp import _swiglu, gelu
 from nomic_jax.model.rope import rope_cos_sin
 
 DTYPES = [("float32", 3e-6), ("bfloat16", 1e-2)]

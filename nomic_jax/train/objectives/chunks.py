@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from nomic_jax.data.batches.packing import Layout
 from nomic_jax.data.batches.shapes import Shape
 from nomic_jax.model import EmbeddingConfig, EncoderConfig, embed, encode
-from nomic_jax.model.dropout import Dropout
 from nomic_jax.model.encoder import cast_kernels
 from nomic_jax.model.heads import pool_segments
+from nomic_jax.model.layers.dropout import Dropout
 from nomic_jax.model.varying import varying_as
 
 Chunk = dict[str, jax.Array]
@@ -42,7 +42,7 @@ def embed_chunks(
       layout: the shapes of the chunks.
       kept_chunks: share of the chunks whose activations are kept for the backward pass; the others are recomputed in
         it. Kept chunks are computed in the largest shape. Above 0 only for layouts whose rows all have one length.
-      dropout_rate: see ``nomic_jax.model.dropout``; used if there are seeds.
+      dropout_rate: see ``nomic_jax.model.layers.dropout``; used if there are seeds.
     """
     if kept_chunks and len({shape.length for shape in layout.shapes}) > 1:
         raise ValueError("kept_chunks is for packed layouts; chunks of several row lengths are always computed twice")

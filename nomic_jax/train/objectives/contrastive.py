@@ -18,8 +18,8 @@ from nomic_jax.data.tokens.store import TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, embed
-from nomic_jax.model.dropout import Dropout
 from nomic_jax.model.heads import init_embedder
+from nomic_jax.model.layers.dropout import Dropout
 from nomic_jax.train.config import ConfigurationError, PairData, TrainConfig
 from nomic_jax.train.losses.contrastive import contrastive_loss, init_temperature, temperature_of
 from nomic_jax.train.losses.embeddings import EMBEDDING_LOSSES, embedding_loss, init_projection

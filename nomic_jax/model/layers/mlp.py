@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from nomic_jax.model.config import EncoderConfig
-from nomic_jax.model.linear import Linear
+from nomic_jax.model.layers.linear import Linear
 
 
 def make_mlp(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:

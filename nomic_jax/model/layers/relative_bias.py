@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nomic_jax.model.table_lookup import lookup
+from nomic_jax.model.layers.table_lookup import lookup
 
 MAX_DISTANCE = 128  # all larger distances share the last bucket; transformers has no field for it
 
