@@ -157,7 +157,7 @@ def attention(
             )
         return block_by_block(q_BLHK, k_BLHK, v_BLHK, segment_BL)
     by_head = implementation == "cpu" and q_BLHK.shape[1] > CPU_ALL_HEADS_MAX_LENGTH
-    texts = {"length_B": length_B, "segment_BL": segment_BL, "causal": causal}
+    texts: dict[str, Any] = {"length_B": length_B, "segment_BL": segment_BL, "causal": causal}
     if window is not None:
         if bias_HO is not None:
             raise ValueError("a window and a relative position bias are not implemented together")

@@ -201,7 +201,7 @@ class EncoderConfig:
         """Weights of a layer's MLP that a token is multiplied with."""
         return (3 if self.is_gated else 2) * self.hidden_size * self.intermediate_size
 
-    def forward_flops_per_token(self, length: int) -> float:
+    def forward_flops_per_token(self, length: float) -> float:
         """Returns forward FLOPs per token (2 per multiply-add, without embeddings and norms) at this text length."""
         weights = 2.0 * self.num_layers * (self.attention_weights + self.mlp_weights)
         return weights + self.attention_flops_per_token(length)

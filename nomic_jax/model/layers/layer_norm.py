@@ -101,8 +101,8 @@ def _backward(centre, epsilon, dtype, all_kept, residuals, gradient):
     of_centred = of_normalised - jnp.mean(of_normalised, axis=-1, keepdims=True) if centre else of_normalised
     of_x = inverse * (of_centred - normalised * along)
     tokens = tuple(range(x.ndim - 1))
-    of_bias = None if bias_D is None else jnp.sum(gradient, axis=tokens)
-    return of_x.astype(x.dtype), jnp.sum(gradient * normalised, axis=tokens), of_bias
+    of_x, of_scale = of_x.astype(x.dtype), jnp.sum(gradient * normalised, axis=tokens)
+    return of_x, of_scale, None if bias_D is None else jnp.sum(gradient, axis=tokens)
 
 
 _normalise.defvjp(_forward, _backward)
