@@ -47,9 +47,9 @@ def packing(encoder: EncoderConfig, platform: str) -> Packing | None:
     is_plain = not (encoder.causal or windows or encoder.has_relative_bias or encoder.kv_heads < encoder.num_heads)
     if platform == "cpu" and encoder.attention in ("auto", "cpu_packed") and is_plain:
         row = cpu_row(encoder)
-        rows, preferred, largest = CPU_ROWS, (CPU_DENSE_ROW, row), 2 * row
+        packed = Packing(CPU_ROWS, (CPU_DENSE_ROW, row), 2 * row)
     elif platform == "gpu" and encoder.attention in ("auto", "cudnn_packed"):
-        rows, preferred, largest = GPU_ROWS, (GPU_ROW,), GPU_ROWS[-1]
+        packed = Packing(GPU_ROWS, (GPU_ROW,), GPU_ROWS[-1])
         segments = max_segments(GPU_ROW)
         fused = choose(
             encoder.dtype,
@@ -63,9 +63,10 @@ def packing(encoder: EncoderConfig, platform: str) -> Packing | None:
             return None
     else:
         return None
+    rows = packed.row_lengths
     while rows[-1] < encoder.max_positions:
         rows = (*rows, 2 * rows[-1])
-    return Packing(rows, preferred, largest)
+    return dataclasses.replace(packed, row_lengths=rows)
 
 
 def packed_attention(row_length: int, platform: str) -> str:

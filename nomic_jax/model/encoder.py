@@ -229,9 +229,10 @@ class Encoder(nnx.Module):
         position_BL, own_length_BL = _positions(ids_BL, boundaries.length_B, boundaries.segment_BL, self.config)
         shape = ids_BL.shape
         if self.config.attention == "cpu_packed" and boundaries.segment_BL is not None and output_position_BP is None:
-            boundaries = boundaries._replace(segment_BL=rows_in_blocks(boundaries.segment_BL))
+            segment_BL = rows_in_blocks(boundaries.segment_BL)
+            boundaries = boundaries._replace(segment_BL=segment_BL)
             ids_BL, position_BL, own_length_BL, is_second_BL = jax.tree.map(
-                lambda x: x.reshape(boundaries.segment_BL.shape), (ids_BL, position_BL, own_length_BL, is_second_BL)
+                lambda x: x.reshape(segment_BL.shape), (ids_BL, position_BL, own_length_BL, is_second_BL)
             )
         bias_HO = None if self.relative is None else relative_bias(self.relative.embedding[...], ids_BL.shape[1])
         rope = local_rope = None

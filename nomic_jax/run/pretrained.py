@@ -197,7 +197,7 @@ def identify(path: str | Path) -> dict[str, Any]:
     if path.parent.name == "checkpoints":
         manifest = read_json(path / MANIFEST, within=path)
         return {"path": str(path), "step": int(path.name), "sha256": manifest["sha256"]}
-    identity = {"path": str(path), "sha256": hash_files(path, model_files(path))}
+    identity: dict[str, Any] = {"path": str(path), "sha256": hash_files(path, model_files(path))}
     if (path / ADAPTER).exists():
         identity["base"] = identify(base_of(path))
     return identity

@@ -90,7 +90,7 @@ def _settings(file: Path) -> tuple[int, float, bool]:
         raise CheckpointError(f"{file}: peft_type is {kind!r:.100}; only LORA is read here")
     if type(rank) is not int or not 1 <= rank <= MOST_RANKS:
         raise CheckpointError(f"{file}: r is {rank!r:.100}; expected a rank")
-    if type(alpha) not in (int, float) or not 0 <= abs(alpha) < 1e6:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e6:
         raise CheckpointError(f"{file}: lora_alpha is {alpha!r:.100}; expected a number")
     start = content.get("init_lora_weights")
     if start not in _PLAIN_STARTS:

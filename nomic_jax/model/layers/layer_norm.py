@@ -5,6 +5,7 @@ written out needs the input, two numbers per token, and the gradient of the outp
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class Norm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         assert self.scale is not None
-        how = {"epsilon": self.epsilon, "dtype": self.output_dtype, "all_kept": self.all_kept}
+        how: dict[str, Any] = {"epsilon": self.epsilon, "dtype": self.output_dtype, "all_kept": self.all_kept}
         if self.kind == "rms_norm":
             return rms_norm(x, self.scale[...], **how)
         return layer_norm(x, self.scale[...], None if self.bias is None else self.bias[...], **how)
