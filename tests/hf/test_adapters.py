@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nomic_jax.hf import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
+from nomic_jax.hf.adapters import lora
 from nomic_jax.hf.adapters.files import ADAPTER, WEIGHTS, merged, write_adapter
 from nomic_jax.hf.adapters.lora import Adapter, init_adapter, linear_modules, merge, targeted
 from nomic_jax.hf.keymap import encoder_keymap, from_params
@@ -66,6 +67,23 @@ def test_merged_weights_are_the_definition(base, rslora):
         np.testing.assert_allclose(after[name], expected, atol=2e-6, err_msg=name)
     assert not pairs
     assert len(linear_modules(model.config.encoder)) == len(targeted(model.config.encoder, ())) > len(targets)
+
+
+def test_a_linear_layer_that_is_several_of_ours(monkeypatch):
+    """The published names of GTE have one layer for up and gate, and one for queries, keys and values."""
+    encoder = EncoderConfig(**SIZES, model_type="gte", activation="geglu", use_bias=True)
+    monkeypatch.setattr(lora, "encoder_keymap", lambda config, naming: encoder_keymap(config, "hub"))
+    params = jax.device_get(init_encoder(jax.random.key(0), encoder))
+    model = Checkpoint(EmbeddingConfig(encoder), {"encoder": params})
+    adapter = random_adapter(model, ("qkv_proj", "up_gate_proj"), "base")
+    before, after = (
+        from_params(x.params["encoder"], encoder_keymap(encoder, "hub")) for x in (model, merged(model, adapter))
+    )
+    for of_layer in adapter.params["layers"].values():
+        assert len(of_layer) == 2
+        for module, pair in of_layer.items():
+            change = 2.0 * (pair["a"]["kernel"].astype(np.float64) @ pair["b"]["kernel"]).T
+            np.testing.assert_allclose(after[f"{module}.weight"] - before[f"{module}.weight"], change, atol=2e-6)
 
 
 def test_an_adapter_comes_back(base, tmp_path):

@@ -90,9 +90,11 @@ def _settings(file: Path) -> tuple[int, float, bool]:
         raise CheckpointError(f"{file}: peft_type is {kind!r:.100}; only LORA is read here")
     if type(rank) is not int or not 1 <= rank <= MOST_RANKS:
         raise CheckpointError(f"{file}: r is {rank!r:.100}; expected a rank")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e6:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e6:
         raise CheckpointError(f"{file}: lora_alpha is {alpha!r:.100}; expected a number")
-    start = content.get("init_lora_weights")
+    rslora, start = content.get("use_rslora", False), content.get("init_lora_weights")
+    if not isinstance(rslora, bool):
+        raise CheckpointError(f"{file}: use_rslora is {rslora!r:.100}; expected true or false")
     if start not in _PLAIN_STARTS:
         raise CheckpointError(
             f"{file}: init_lora_weights is {start!r:.100}, which changes the weights of the base; merge the adapter "
@@ -105,7 +107,7 @@ def _settings(file: Path) -> tuple[int, float, bool]:
                 f"{file}: {name} is {value!r:.100}, which is not read here; merge the adapter into its base with peft "
                 f"(model.merge_and_unload().save_pretrained(DIR)), and give DIR"
             )
-    return rank, float(alpha), bool(content.get("use_rslora"))
+    return rank, float(alpha), rslora
 
 
 def _pairs(

@@ -47,12 +47,11 @@ def scale(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def linear_modules(config: EncoderConfig, naming: str = "native") -> dict[str, tuple[Slot, ...]]:
+def linear_modules(config: EncoderConfig) -> dict[str, tuple[Slot, ...]]:
     """Returns module -> the parts of our kernels that hold its weight, for the linear layers of an encoder's layers."""
-    keymap = encoder_keymap(config, naming)
     return {
         name.removesuffix(".weight"): slots
-        for name, slots in keymap.items()
+        for name, slots in encoder_keymap(config, "native").items()
         if slots[0].path[0] == "layers" and slots[0].path[-1] == "kernel"
     }
 

@@ -9,7 +9,7 @@ sum of gradients over devices have the size of the adapter.
 import jax
 
 from nomic_jax.hf.adapters.lora import init_adapter, merge, scale
-from nomic_jax.model import EncoderConfig, abstract_encoder
+from nomic_jax.model import EncoderConfig
 from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.objectives.stage import LossSums, Stage
 from nomic_jax.train.optim.settings import LoraConfig
@@ -39,7 +39,9 @@ def with_adapter(stage: Stage, config: LoraConfig, encoder: EncoderConfig, base:
         jax.eval_shape(init, jax.random.key(0))
     except ValueError as error:
         raise ConfigurationError(f"config.lora.target_modules: {error}") from error
-    return Stage(init, loss, stage.frozen | {BASE: abstract_encoder(encoder) if base is None else base})
+    if base is None:
+        base = jax.eval_shape(stage.init, jax.random.key(0))["encoder"]
+    return Stage(init, loss, stage.frozen | {BASE: base})
 
 
 def merged_weights(params: dict, config: LoraConfig, encoder: EncoderConfig) -> dict:
