@@ -233,6 +233,8 @@ _ADDED_FIELDS = {
     "config.lora.alpha": 16.0,
     "config.lora.rslora": False,
     "config.lora.target_modules": [],
+    "config.loss.dropout": 0.1,
+    "config.loss.projection_dim": 0,
 }
 
 
