@@ -253,7 +253,10 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
         before, now = _flat(saved[part]), _flat(current[part])
         if part == "model" and "encoder" in saved[part]:
             # Records of earlier versions lack the options that came later; what they describe has the defaults.
-            before = _flat(dataclasses.asdict(parse_model(saved))) | before
+            before, now = (
+                _flat(dataclasses.asdict(parse_model(record))) | fields
+                for record, fields in ((saved, before), (current, now))
+            )
         for key in sorted(before.keys() | now.keys()):
             group = key.partition(".")[0] if part == "config" else ""
             # The resolved model is compared in place of config.model; the data is compared below.
