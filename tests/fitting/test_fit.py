@@ -68,9 +68,9 @@ def test_a_run_is_that_of_the_command_and_is_resumed_and_exported(tmp_path, base
     assert np.abs(Embedder.from_pretrained(exported).encode(["a text"]) - vectors).max() < 1e-6
     assert np.abs(Embedder.from_pretrained(base).encode(["a text"]) - vectors).max() > 1e-4  # it has learnt
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["data"]["layout"] == "padded" and config["model"]["dtype"] == "float32"
+    assert config["data"]["layout"] == "packed" and config["model"]["dtype"] == "float32"
     recorded = latest_record(tmp_path / "run")["config"]  # for a run that is resumed
-    assert recorded["data"]["layout"] == "padded" and recorded["model"]["dtype"] == "float32"
+    assert recorded["data"]["layout"] == "packed" and recorded["model"]["dtype"] == "float32"
 
 
 @pytest.mark.exhaustive(reason="a third run; the data and settings of such runs are tested without one")

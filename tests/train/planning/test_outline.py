@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,9 +24,13 @@ from tests.train.tiny_configs import load_config
         ("finetune", {"data.layout": "packed"}),
     ],
 )
-def test_an_outline_of_the_token_cache_has_the_arrays_of_the_stream(stage, changes, corpus, minilm, tokenizer):
+def test_an_outline_of_the_token_cache_has_the_arrays_of_the_stream(
+    stage, changes, corpus, minilm, tokenizer, monkeypatch
+):
     config = load_config(stage, corpus, minilm, **changes)
-    stream = make_stream(config, tokenizer, 4)
+    with monkeypatch.context() as on_gpu:  # for a CPU, the layout depends on all texts
+        on_gpu.setattr(jax, "default_backend", lambda: "gpu")
+        stream = make_stream(config, tokenizer, 4)
     sources = of_token_cache(config)
     assert [lengths.name for lengths in sources] == [store.name for store in stream.stores]
     if stage != "mlm":
