@@ -17,6 +17,8 @@ from pathlib import Path
 # Set before jax is imported, and in the environment, so that processes that tests start inherit these settings.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# A worker compiles and runs hundreds of programs; the work space of all of them would stay with it.
+os.environ.setdefault("NOMIC_JAX_KEEP_WORK_SPACE", "0")
 if not Path("/dev/nvidiactl").exists():  # the compiler for GPUs reads these flags too
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 

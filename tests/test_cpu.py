@@ -24,6 +24,8 @@ print(kept, max(faults[1:]))
 """
 
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", cpu.KEEP_VARIABLE)}
+
 # The page faults of allocating and freeing 64 MiB, with a limit of 1 MiB: outside, within, and after the context.
 FAULTS_IN_TRAINING = """
 import resource
@@ -45,9 +47,8 @@ print(min(usual), max(kept[1:]), faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has mallopt")
 def test_training_keeps_memory_of_any_size_while_it_runs():
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     found = subprocess.run(
-        [sys.executable, "-c", FAULTS_IN_TRAINING], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", FAULTS_IN_TRAINING], env=ENVIRONMENT, capture_output=True, text=True, check=True
     )
     usual, kept, afterwards = map(int, found.stdout.split())
     assert kept < 100 and min(usual, afterwards) > 2**26 // 4096 // 2
@@ -59,7 +60,7 @@ def test_training_keeps_memory_of_any_size_while_it_runs():
     [({}, True), ({"NOMIC_JAX_KEEP_WORK_SPACE": "0"}, False), ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}, False)],
 )
 def test_freed_memory_is_used_again(variable, kept):
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | variable
+    environment = ENVIRONMENT | variable
     found = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
     said, faults = found.stdout.split()
     assert said == str(kept)

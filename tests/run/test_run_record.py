@@ -1,10 +1,13 @@
 """Which runs may resume from a checkpoint."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from nomic_jax.run.record import FORMAT, ResumeError, check_same_run
+from nomic_jax.run.record import FORMAT, ResumeError, check_same_run, model_fields, parse_model
+from nomic_jax.train.config import TrainConfig
 
 PATH = Path("run/checkpoints/1")
 
@@ -39,3 +42,15 @@ def test_a_record_of_before_a_setting_resumes_without_it(ema):
         return
     with pytest.raises(ResumeError, match=r"config.optim.ema was 0.0; now it is 0.9"):
         check_same_run(before, now, PATH)
+
+
+def test_a_run_of_0_2_0_resumes():
+    """A setting that was added since needs the value that does what that version did."""
+    saved = json.loads((Path(__file__).parent / "record-0.2.0.json").read_text())
+    config = dataclasses.asdict(TrainConfig.from_mapping(saved["config"]))
+    now = saved | {"config": config, "model": model_fields(parse_model(saved))}
+    assert now["config"].keys() > saved["config"].keys()
+    check_same_run(saved, now, PATH)
+    now["config"]["loss"]["dropout"] = 0.2
+    with pytest.raises(ResumeError, match=r"config.loss.dropout was 0.1; now it is 0.2"):
+        check_same_run(saved, now, PATH)
