@@ -38,5 +38,5 @@ def test_the_output_of_embed_is_assembled_in_a_file_of_its_own(tmp_path, outside
     with _work_folder(tmp_path / "out.npy") as parts:
         np.save(parts / "00000.npy", np.ones((2, 3), np.float32))
         (parts / "assembled.npy").symlink_to(outside / "kept")
-        _publish([parts / "00000.npy"], parts, tmp_path / "out.npy")
+        _publish([parts / "00000.npy"], parts, tmp_path / "out.npy", {})
     assert np.array_equal(np.load(tmp_path / "out.npy"), np.ones((2, 3), np.float32))

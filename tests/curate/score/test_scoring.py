@@ -118,7 +118,7 @@ def test_a_killed_run_resumes_and_workers_share_blocks(files):
 
 def test_a_mixture_names_the_scores_of_its_triplets(files):
     objectives = {
-        "triplets": {"type": "triplet", "columns": list(TRIPLETS), "loss": "margin_mse"},
+        "triplets": {"type": "triplet", "columns": list(TRIPLETS), "scores": "scores", "loss": "margin_mse"},
         "pairs": {"type": "paired"},
         "mined": {"type": "triplet", "scores": ["document_score", "negative_scores"], "loss": "infonce"},
     }
@@ -135,7 +135,7 @@ def test_a_mixture_names_the_scores_of_its_triplets(files):
     assert first == {
         "name": "triplets",
         "bucket": "triplets/scored.jsonl",
-        "objective": objectives["triplets"] | {"scores": "scores"},
+        "objective": objectives["triplets"],
         "query_prefix": "search_query",
     }
     assert second["objective"] == {"type": "paired"}

@@ -299,7 +299,7 @@ def test_columns_of_files_that_are_named_directly():
     ):
         with pytest.raises(MixtureError, match=message):
             read_mixture("faq.csv", "pair", columns)
-    with pytest.raises(MixtureError, match="a mixture names the columns of each source"):
+    with pytest.raises(MixtureError, match="a mixture names the columns and the loss of each source"):
         read_mixture("pairs.yaml", "pair", ["a", "b"])
 
 
