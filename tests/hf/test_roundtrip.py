@@ -126,6 +126,7 @@ def test_classifier_reaches_transformers(tmp_path, params, tokenizer, naming, la
     write_checkpoint(tmp_path / "out", checkpoint, naming=naming)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert tuple(model.config.id2label.values()) == labels
+    assert "\npipeline_tag: text-classification\n" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     ids = np.random.default_rng(0).integers(1, 30000, (2, 20))
     with torch.no_grad():
         theirs = model(torch.tensor(ids)).logits.numpy()
