@@ -122,6 +122,18 @@ def test_modules_are_trained_stored_and_exported(layout, saved, tmp_path):
     np.testing.assert_allclose(read.encode(TEXTS), theirs.encode(TEXTS), atol=1e-5)
 
 
+@pytest.mark.exhaustive(reason="trains an adapter")
+def test_an_adapter_keeps_the_modules(saved, tmp_path):
+    rows = [{"question": row["query"], "answer": row["document"]} for row in pairs_of_words(40)]
+    options = dict(steps=3, batch_size=8, query_length=16, document_length=16, layout="padded", optim={"lr": 1e-2})
+    folders = dict(workdir=tmp_path / "run", cache_dir=str(tmp_path / "cache"))
+    run = nomic_jax.fit(saved[0], rows, lora={"rank": 2}, **folders, **options)
+    vectors = run.embedder.encode(TEXTS)
+    assert np.abs(vectors - Embedder(saved[0]).encode(TEXTS)).max() > 1e-4
+    theirs = type(saved[1])(str(run.export(tmp_path / "merged")), device="cpu")
+    np.testing.assert_allclose(theirs.encode(TEXTS), vectors, atol=1e-5)
+
+
 def test_a_model_without_modules_is_recorded_and_written_as_before(tmp_path):
     from nomic_jax.run.record import model_fields
 

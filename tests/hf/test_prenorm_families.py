@@ -273,6 +273,30 @@ def test_sentence_transformers_gives_the_same_vectors(name, pooling, tokenizer, 
     assert np.abs(theirs - ours).max() <= 1e-5
 
 
+@SECOND
+def test_the_two_dense_modules_of_embeddinggemma(tokenizer, tmp_path):
+    package = pytest.importorskip("sentence_transformers", reason="vectors are compared with sentence-transformers'")
+    of_all, pooling = package.base.modules, package.sentence_transformer.modules.Pooling
+    encoder = encoder_config(SMALL["gemma-a"]().to_dict() | {"vocab_size": tokenizer.vocab_size})
+    params = {"encoder": init_encoder(jax.random.key(0), encoder)}
+    write_checkpoint(tmp_path / "encoder", Checkpoint(EmbeddingConfig(encoder), params, tokenizer, prompts={}))
+    width, linear = encoder.hidden_size, {"bias": False, "activation_function": torch.nn.Identity()}
+    modules = [
+        of_all.Transformer(str(tmp_path / "encoder")),
+        pooling(width, pooling_mode="mean"),
+        of_all.Dense(width, 2 * width, **linear),
+        of_all.Dense(2 * width, width, **linear),
+        of_all.Normalize(),
+    ]
+    theirs = package.SentenceTransformer(modules=modules, device="cpu")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    vectors = theirs.encode(TEXTS)
+    np.testing.assert_allclose(Embedder(tmp_path / "theirs").encode(TEXTS), vectors, atol=1e-5)
+    write_checkpoint(tmp_path / "ours", read_checkpoint(tmp_path / "theirs"))
+    again = package.SentenceTransformer(str(tmp_path / "ours"), device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), vectors, atol=1e-5)
+
+
 def test_the_masked_lm_head_of_modernbert(tmp_path):
     """The logits, and back to the file; the decoder is tied and has a bias."""
     torch.manual_seed(0)
