@@ -18,7 +18,7 @@ def outside(tmp_path):
     assert (tmp_path / "outside" / "kept").read_text() == "kept"
 
 
-@pytest.mark.parametrize("name", ["lock", "plan.json", "assembled.npy", "00000.npy", "thesis.npy"])
+@pytest.mark.parametrize("name", ["lock", "plan.json", "assembled.npy", "part-00000.npy", "thesis.npy"])
 def test_shards_of_embed_are_files_of_its_own(tmp_path, outside, name):
     parts = tmp_path / ".out.npy.parts"
     parts.mkdir()
@@ -36,7 +36,7 @@ def test_shards_of_embed_are_files_of_its_own(tmp_path, outside, name):
 
 def test_the_output_of_embed_is_assembled_in_a_file_of_its_own(tmp_path, outside):
     with _work_folder(tmp_path / "out.npy") as parts:
-        np.save(parts / "00000.npy", np.ones((2, 3), np.float32))
+        np.save(parts / "part-00000.npy", np.ones((2, 3), np.float32))
         (parts / "assembled.npy").symlink_to(outside / "kept")
-        _publish([parts / "00000.npy"], parts, tmp_path / "out.npy", {})
+        _publish([parts / "part-00000.npy"], parts, tmp_path / "out.npy")
     assert np.array_equal(np.load(tmp_path / "out.npy"), np.ones((2, 3), np.float32))

@@ -9,20 +9,10 @@ from tqdm import tqdm
 
 from nomic_jax.data.formats.paths import expand_files
 from nomic_jax.data.formats.reading import RowCheck, is_readable, open_file, usable_rows
-from nomic_jax.data.formats.row_checks import BadRow, Quarantined, RejectedRows
+from nomic_jax.data.formats.row_checks import AlreadyRejected, Quarantined, RejectedRows
 from nomic_jax.files.writing import write_json
 
 QUARANTINED = "quarantined.json"  # in the work folder
-
-
-class AlreadyRejected(RejectedRows):
-    """Counts bad rows when files are read again, without writing them: the side file already has them."""
-
-    def __init__(self):
-        self.count = 0
-
-    def add(self, error: BadRow, raw: bytes) -> None:
-        self.count += 1
 
 
 def readable_files(

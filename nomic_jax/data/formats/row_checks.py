@@ -76,6 +76,16 @@ class RejectedRows:
         tqdm.write(str(file), file=sys.stderr)
 
 
+class AlreadyRejected(RejectedRows):
+    """Counts bad rows when files are read again, without writing them: the side file already has them."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, error: BadRow, raw: bytes) -> None:
+        self.count += 1
+
+
 def parse_row(raw: RawRow, where: str) -> dict[str, Any]:
     """Returns the row's values.
 

@@ -1,1 +1,1 @@
-"""Files of vectors that ``launch.embed`` wrote: what they were made with, reading them, and taking them up again."""
+"""Files of vectors that ``launch.embed`` writes: blocks of the input, parts of the output, what they were made with."""

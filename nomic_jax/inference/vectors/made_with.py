@@ -20,7 +20,7 @@ def describe(model: str | Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       plan: the settings and inputs of ``embed_files``.
     """
-    inputs = ("input ", "order of the input files", "keep_columns", "shard_rows")
+    inputs = ("input ", "order of the input files", "keep_columns", "shard_rows", "on_bad_row")
     settings = {name: value for name, value in plan.items() if not name.startswith(inputs)}
     name = str(Path(model).resolve()) if Path(model).exists() else str(model)
     return json.loads(json.dumps({"model": name, "settings": settings}))
