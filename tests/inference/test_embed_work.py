@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nomic_jax.files.reading import FileRefused
-from nomic_jax.inference.embed_files import _publish, _work_folder
+from nomic_jax.inference.embed_files import _assemble
+from nomic_jax.inference.vectors.work import Work
 
 
 @pytest.fixture
@@ -24,19 +25,21 @@ def test_shards_of_embed_are_files_of_its_own(tmp_path, outside, name):
     parts.mkdir()
     (parts / name).symlink_to(outside / "kept")
     message = f"parts: holds {name}, which the work of this command does not write"
-    with pytest.raises(FileRefused, match=message), _work_folder(tmp_path / "out.npy"):
+    with pytest.raises(FileRefused, match=message), Work(tmp_path / "out.npy").opened():
         pass
     assert os.listdir(parts) == [name]
     (parts / name).unlink()
     parts.rmdir()
     parts.symlink_to(outside)
-    with pytest.raises(FileRefused, match="parts: is a link"), _work_folder(tmp_path / "out.npy"):
+    with pytest.raises(FileRefused, match="parts: is a link"), Work(tmp_path / "out.npy").opened():
         pass
 
 
 def test_the_output_of_embed_is_assembled_in_a_file_of_its_own(tmp_path, outside):
-    with _work_folder(tmp_path / "out.npy") as parts:
+    work = Work(tmp_path / "out.npy")
+    with work.opened():
+        parts = tmp_path / ".out.npy.parts"
         np.save(parts / "part-00000.npy", np.ones((2, 3), np.float32))
         (parts / "assembled.npy").symlink_to(outside / "kept")
-        _publish([parts / "part-00000.npy"], parts, tmp_path / "out.npy")
+        _assemble(["part-00000.npy"], work, tmp_path / "out.npy")
     assert np.array_equal(np.load(tmp_path / "out.npy"), np.ones((2, 3), np.float32))

@@ -26,6 +26,7 @@ from nomic_jax.inference.embed_files import embed_files
 from nomic_jax.inference.precision import computation_dtype
 from nomic_jax.inference.vectors import blocks
 from nomic_jax.inference.vectors import parts as vector_parts
+from nomic_jax.inference.vectors.work import Work
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
 from tests.commands import Command
 
@@ -265,7 +266,7 @@ def test_killed_while_the_output_is_put_together(fake, rows, tmp_path, monkeypat
 def test_killed_before_the_shards_of_a_complete_output_are_removed(fake, rows, tmp_path, monkeypatch):
     output = tmp_path / "out.npy"
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "_clear", lambda parts: (_ for _ in ()).throw(Killed))
+        patch.setattr(Work, "clear", lambda work: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             embed_files("m", rows, output)
     assert output.exists() and work_folder(output).exists()
@@ -340,7 +341,7 @@ def test_a_run_that_failed_before_its_first_shard_binds_no_other(fake, rows, tmp
 
 def test_one_process_at_a_time(fake, rows, tmp_path):
     output = tmp_path / "out.npy"
-    with embed._work_folder(output), pytest.raises(ValueError, match="another process is writing"):
+    with Work(output).opened(), pytest.raises(ValueError, match="another process is writing"):
         embed_files("m", rows, output)
     assert embed_files("m", rows, output)["rows"] == len(TEXTS)
 
@@ -360,8 +361,9 @@ def test_overwrite_replaces_the_output_when_the_new_one_is_complete(fake, rows, 
 
 
 REFUSED = {
-    "suffix": ("out.txt", {}, "ends in '.txt'; write one of .npy, .parquet"),
-    "URL": ("s3://bucket/out.npy", {}, "is a URL"),
+    "suffix": ("out.txt", {}, "ends in '.txt'; write one of .npy, .parquet, or a folder/"),
+    "URL": ("s3://bucket/out.npy", {}, "is a URL of a file; write a folder there, s3://bucket/out/"),
+    "int8": ("out.npy", {"output_dtype": "int8"}, "int8 needs a .parquet output"),
     "skip": ("out.npy", {"on_bad_row": "skip"}, "--on_bad_row=skip needs a .parquet output"),
     "keep": ("out.npy", {"keep_columns": ["id"]}, "--keep_columns needs a .parquet output"),
     "own column": ("out.parquet", {"keep_columns": ["row"]}, "its own column 'row'"),

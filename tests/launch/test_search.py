@@ -9,7 +9,7 @@ from launch.search import _asked
 from nomic_jax import Embedder
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.inference.embed_files import embed_files
-from nomic_jax.inference.vectors.made_with import read_record, read_vectors
+from nomic_jax.inference.vectors.stored import StoredVectors
 from tests.commands import run
 from tests.corpus import write_teacher
 
@@ -29,6 +29,11 @@ def notes(tmp_path):
     return tmp_path / "notes"
 
 
+def read(vectors) -> tuple[np.ndarray, list[dict]]:
+    stored = StoredVectors(vectors)
+    return stored.vectors(), stored.rows(range(len(stored)), ["text"])
+
+
 def test_a_folder_of_text(tmp_path, notes, model):
     vectors = tmp_path / "notes.parquet"
     options = dict(prompt_name="document")
@@ -42,7 +47,7 @@ def test_a_folder_of_text(tmp_path, notes, model):
     assert (
         places[f"{notes}/a.md:5"] == "# Moon Rockets fly there." and places[f"{notes}/deep/b.txt:1"] == "A dog barks."
     )
-    vector_NE, rows = read_vectors(vectors, ["text"])
+    vector_NE, rows = read(vectors)
     embedder = Embedder.from_pretrained(model)
     np.testing.assert_allclose(vector_NE, embedder.encode_document([row["text"] for row in rows]), atol=1e-6)
     scores = sorted((embedder.encode_query(["Rockets fly"]) @ vector_NE.T)[0].round(3).tolist(), reverse=True)
@@ -53,7 +58,7 @@ def test_a_folder_of_text(tmp_path, notes, model):
         embed_files(model, f"{notes}/**/*.*", vectors, **options)
     done = embed_files(model, f"{notes}/**/*.*", vectors, **options, update=True)
     assert (done["rows"], done["reused"]) == (4, 3)
-    updated_NE, rows = read_vectors(vectors, ["text"])
+    updated_NE, rows = read(vectors)
     np.testing.assert_allclose(updated_NE, embedder.encode_document([row["text"] for row in rows]), atol=1e-6)
     with pytest.raises(ValueError, match=r"--update: .* was made with another prompt_name"):
         embed_files(model, f"{notes}/**/*.*", vectors, prompt_name="query", update=True)
@@ -68,7 +73,7 @@ def test_files_that_cannot_be_searched(tmp_path, model):
     write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
     vectors = tmp_path / "rows.parquet"
     embed_files(model, tmp_path / "rows.jsonl", vectors)
-    assert read_record(vectors)["model"] == str(model)
+    assert StoredVectors(vectors).record["model"] == str(model)
     with pytest.raises(ValueError, match=r"--update: .* no column 'text'.*--keep_columns=text"):
         embed_files(model, tmp_path / "rows.jsonl", vectors, update=True)
     for flags, message in (

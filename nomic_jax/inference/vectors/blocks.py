@@ -130,11 +130,13 @@ def survey(
     declared: dict[str, "pa.DataType"],
     on_bad_row: str,
     rejected: RejectedRows,
+    wanted: "pa.Schema | None" = None,
 ) -> Survey:
     """Reads every row.
 
     Args:
       declared: the types of the kept columns, {} to find them in the values.
+      wanted: the schema of earlier parts, which those of this input get too.
       rejected: gets the bad rows, with on_bad_row="skip".
 
     Raises:
@@ -142,7 +144,7 @@ def survey(
       ValueError: a kept column has several types, or no row has it.
     """
     columns = {text_column: str}
-    others = () if declared else tuple(keep)
+    others = () if declared and on_bad_row == "raise" else tuple(keep)  # rejected rows are stored with all of them
     surveyed: list[SurveyedFile] = []
     schemas: list[Any] = []
     with tqdm(desc="checking", unit=" rows") as bar:
@@ -169,10 +171,19 @@ def survey(
                 marks = open_file(file, columns, others).scan(SPAN_BYTES).marks
             surveyed.append(SurveyedFile(file, usable + rejected.count - before, usable, marks))
     schema = unify(schemas) if schemas else None
-    if declared and schema is not None:
+    if schema is not None:
         import pyarrow as pa
 
         schema = pa.schema([*schema, *declared.items()])
+    if wanted is not None and schema is not None and schema != wanted:
+        for name in schema.names:
+            if unify([pa.schema([each.field(name)]) for each in (wanted, schema)]).field(name) != wanted.field(name):
+                raise ValueError(
+                    f"--update: the values of column {name!r} are {schema.field(name).type}, those of the parts before "
+                    f"are {wanted.field(name).type}, which cannot hold them; convert the input, or write another output"
+                )
+        schemas.append(wanted)
+        schema = wanted
     found = Survey(tuple(surveyed), schema, rejected.count)
     if len(schemas) > 1:
         _check_values_fit(found, BlockRows(text_column, keep, on_bad_row))

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from nomic_jax.inference.vectors.made_with import read_record, read_vectors
+from nomic_jax.inference.vectors.made_with import changed_setting
+from nomic_jax.inference.vectors.stored import StoredVectors
 
 Encode = Callable[[list[str]], np.ndarray]
 
@@ -21,20 +22,21 @@ class ReusedVectors:
 
     def __init__(self, file: Path, record: Mapping[str, Any], text_column: str):
         """Reads the file. Raises ValueError if its vectors are of another model or settings, or without their texts."""
-        before = read_record(file)["settings"]
-        now = record["settings"]
-        if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        stored = StoredVectors(file)
+        if changed := changed_setting(stored.record, record):
             raise ValueError(
-                f"--update: {file} was made with another {changed[0]}, so that its vectors cannot be kept; write "
+                f"--update: {file} was made with another {changed}, so that its vectors cannot be kept; write "
                 f"--overwrite to embed all texts again"
             )
-        self._vectors_NE, rows = read_vectors(file, [text_column])
-        if rows and text_column not in rows[0]:
+        if text_column not in stored.schema.names:
             raise ValueError(
                 f"--update: {file} has no column {text_column!r}, so that nothing says which text a vector is of; "
                 f"write --overwrite, and --keep_columns={text_column} to update it later"
             )
-        self._places = {_digest(row[text_column]): place for place, row in enumerate(rows)}
+        self._vectors_NE = stored.vectors()
+        tables = (table for _, table in stored.columns([text_column]))
+        texts = (text for table in tables for text in table[text_column].to_pylist())
+        self._places = {_digest(text): place for place, text in enumerate(texts)}
         self.reused = 0
 
     def encode(self, texts: list[str], compute: Encode) -> np.ndarray:
