@@ -86,7 +86,7 @@ def flags_of(file: Path) -> list[str]:
         elif function.endswith(".add_argument") and name.startswith("--"):
             takes_no_value = any(each.arg == "action" and "store" in ast.unparse(each.value) for each in node.keywords)
             found.add(name if takes_no_value else f"{name}=")
-    for part in parts & {"errors", "teacher"}:
+    for part in parts & {"errors", "engine", "teacher"}:
         found |= set(flags_of(file.with_name(f"{part}.py")))
     return sorted(found)
 

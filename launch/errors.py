@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nomic_jax.data.formats import file_systems
 from nomic_jax.data.formats.file_format import MAX_ROW_MIB, set_max_row_mib
 from nomic_jax.files.printable import printable
+from nomic_jax.jobs.shards import ShardEnded
 from nomic_jax.train.interruption import EXIT_CODE, Preempted
 
 from . import config_files
@@ -62,6 +63,8 @@ def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = (), *, s
         except Preempted as stop:
             print(stop, file=sys.stderr)
             sys.exit(EXIT_CODE)
+        except ShardEnded as end:
+            print(end)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if _TRACEBACK.value:
                 raise

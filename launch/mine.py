@@ -18,7 +18,7 @@ from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.curate.mixtures import is_mixture, mine_mixture
 from nomic_jax.data.formats.paths import expand_files
 
-from . import teacher
+from . import engine, teacher
 from .errors import run
 
 flags.adopt_module_key_flags(teacher)  # so that --help lists them
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
         seed=_SEED.value,
         approximate_above=teacher.APPROXIMATE_ABOVE.value,
     )
+    if _RANDOM.value and engine.SHARD.present:
+        raise ValueError("--random embeds and searches nothing that shards could share: leave --shard out")
     files, output = teacher.INPUT.value, teacher.OUTPUT.value
     common: dict[str, Any] = {"on_bad_row": teacher.ON_BAD_ROW.value}
     if not _RANDOM.value:

@@ -8,10 +8,13 @@ from typing import Any
 from absl import flags
 
 from nomic_jax.curate.engine.embedding import Encoder, Scorer, encode_checked
-from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.data.prompts import prompt_for
+from nomic_jax.jobs.tasks import Engine
 
+from . import engine as engine_flags
 from .errors import refer
+
+flags.adopt_module_key_flags(engine_flags)  # so that --help lists them
 
 INPUT = flags.DEFINE_string(
     "input",
@@ -64,52 +67,26 @@ APPROXIMATE_ABOVE = flags.DEFINE_integer(
     "With more documents than this, search with an approximate index (IVF) and report its recall. [never]",
     lower_bound=0,
 )
-ENGINE = flags.DEFINE_enum(
-    "engine", "local", ["local", "ray"], "local: all devices of this machine. ray: a Ray cluster (extra `ray`)."
-)
-WORKERS = flags.DEFINE_integer(
-    "workers",
-    None,
-    "Concurrent Ray actors, each with an encoder. [one per GPU of the cluster; without GPUs, one per node]",
-    lower_bound=1,
-)
 
 
 def load_teacher() -> Encoder:
     """The teacher that the flags select. Its identity covers everything the embeddings depend on."""
-    _leave_devices_to_actors()
+    engine_flags.leave_devices_to_actors()
     return open_teacher(**_settings())
 
 
 def load_scorer(activation: str) -> Scorer:
     """The teacher that the flags select, as one that gives scores; see ``open_scorer``."""
-    _leave_devices_to_actors()
+    engine_flags.leave_devices_to_actors()
     return open_scorer(activation=activation, **_settings())
-
-
-def _leave_devices_to_actors() -> None:
-    if ENGINE.value == "ray":
-        import jax
-
-        # This process only identifies the teacher; the actors use the devices.
-        jax.config.update("jax_platforms", "cpu")
 
 
 def engine(scores_by: str | None = None) -> Engine:
     """The engine that the flags select; ``scores_by`` is the argument of ``load_scorer``, None for ``load_teacher``."""
-    if ENGINE.value == "local":
-        return local_engine
-    from nomic_jax.curate.engine.ray_engine import ray_engine
-
     load: Callable[[], Encoder | Scorer] = functools.partial(open_teacher, **_settings())
     if scores_by is not None:
         load = functools.partial(open_scorer, activation=scores_by, **_settings())
-    made = ray_engine(load, WORKERS.value)
-    from ray import cloudpickle
-
-    # The other machines have nomic_jax installed, but not the launch package.
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    return made
+    return engine_flags.choose(load)
 
 
 def _settings() -> dict[str, Any]:
@@ -119,15 +96,9 @@ def _settings() -> dict[str, Any]:
     if PREFIXES.present and PREFIXES.value and is_given:
         raise ValueError("--prefixes takes the teacher's own prompts; give it, or --query_prompt and --document_prompt")
     own = PREFIXES.value and not is_given
-    dtype = DTYPE.value
-    if dtype == "auto" and ENGINE.value == "ray":
-        # Decided here for all: the identity of the embeddings has it, and this process does not use the devices.
-        from nomic_jax.curate.engine.ray_engine import cluster_gpus
-
-        dtype = "bfloat16" if cluster_gpus() else "float32"
     return {
         "model": MODEL.value,
-        "dtype": dtype,
+        "dtype": engine_flags.dtype(DTYPE.value),
         "max_length": MAX_LENGTH.value,
         "batch_size": BATCH_SIZE.value,
         "prompts": None if own else (QUERY_PROMPT.value or "", DOCUMENT_PROMPT.value or ""),

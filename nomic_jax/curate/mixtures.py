@@ -11,10 +11,9 @@ from tqdm import tqdm
 
 from nomic_jax.curate.engine.embedding import Encoder, Scorer
 from nomic_jax.curate.engine.report import quarantine, table
-from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.consistency import FilterOptions, scoring
 from nomic_jax.curate.filter.selection import threshold_text, write_selection
-from nomic_jax.curate.mine.negatives import SCORE_COLUMNS, collected, mine_collected
+from nomic_jax.curate.mine.negatives import SCORE_COLUMNS, collected, find_candidates_of, write_mined
 from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.curate.score.scoring import ScoreOptions, opened_task, write_scores
 from nomic_jax.data.mixture import COLUMNS, MixtureError, Source, read_pairs, read_sources
@@ -22,6 +21,7 @@ from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.printable import code
 from nomic_jax.files.writing import atomic_file, write_json
+from nomic_jax.jobs.tasks import Engine, local_engine
 
 
 def is_mixture(files: str) -> bool:
@@ -66,8 +66,9 @@ def filter_mixture(
         for _, task in tasks.values():
             # Do not wait for blocks of other processes yet: the next source has work.
             engine(task, encoder, False)
-        for name, (files, task) in tasks.items():
+        for _, task in tasks.values():
             engine(task, encoder, True)
+        for name, (files, task) in tasks.items():
             summaries[name] = write_selection(files, output / name, task, options.k, options.min_score)
     counts = [
         {"source": name, **{field: summary[field] for field in ("rows", "kept", "share_kept", "rejected", "ranks")}}
@@ -131,11 +132,10 @@ def mine_mixture(
                     progress=progress,
                 )
             )
+        find_candidates_of([output / source.name for source in sources], encoder, options, engine, progress)
         for source in sources:
             columns, folder = (source.columns[0], source.columns[1]), output / source.name
-            summary = mine_collected(
-                source.files, inputs[source.name], folder, encoder, options, columns, engine, progress
-            )
+            summary = write_mined(source.files, inputs[source.name], folder, encoder, options, columns, progress)
             quarantined += summary.get("quarantined", [])
             counts.append({"source": source.name, **{field: summary[field] for field in fields}})
             objective = {"type": "triplet", "columns": [*columns, COLUMNS["triplet"][2]]}
@@ -181,8 +181,9 @@ def score_mixture(
         for task in tasks.values():
             # Do not wait for blocks of other processes yet: the next source has work.
             engine(task, scorer, False)
+        for task in tasks.values():
+            engine(task, scorer, True)
         for source in sources:
-            engine(tasks[source.name], scorer, True)
             summaries[source.name] = write_scores(source.files, output / source.name, tasks[source.name], options)
     totals = ("rows", "scores", "rows_whose_document_is_best", "rejected")
     fields = (*totals, "mean_of_documents", "mean_of_negatives", "lowest", "highest")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from nomic_jax.curate.engine.embedding import Encoder
-from nomic_jax.curate.engine.tasks import local_engine
 from nomic_jax.curate.filter.consistency import FilterOptions, filter_pairs
 from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.curate.mixtures import filter_mixture, mine_mixture
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows
+from nomic_jax.jobs.tasks import local_engine
 
 OPTIONS = {filter_mixture: FilterOptions(), mine_mixture: MiningOptions(k=4, num_negatives=2, margin=0)}
 READ = {filter_mixture: "rows.json", mine_mixture: "pairs/counts.json"}
@@ -101,11 +101,11 @@ def test_shards_of_other_processes_are_waited_for_at_the_end(mixture, command):
     arguments = (str(mixture / "mixture.yaml"), mixture / "out", Teacher().encoder(), OPTIONS[command])
     command(*arguments, on_bad_row="skip", engine=engine, progress=False)
     if command is filter_mixture:
-        assert calls == [("ranking blocks", False)] * 3 + [("ranking blocks", True)] * 3
+        assert calls == [("ranking", False)] * 3 + [("ranking", True)] * 3
         calls.clear()
         filter_pairs(str(mixture / "a.jsonl"), mixture / "one", *arguments[2:], engine=engine, progress=False)
-        assert calls == [("ranking blocks", True)]
+        assert calls == [("ranking", True)]
     else:
         embedding = ["embedding queries", "embedding documents"]
-        of_source = [(label, wait) for wait in (False, True) for label in embedding] + [("searching", True)]
-        assert calls == of_source * 3
+        steps = [(label, wait) for wait in (False, True) for _ in range(3) for label in embedding]
+        assert calls == steps + [("searching", wait) for wait in (False, True) for _ in range(3)]

@@ -30,7 +30,7 @@ def test_help_lists_every_command_and_imports_none(monkeypatch, capsys):
     assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stderr
     known = nomic_jax_command.commands()
     assert {"train", "to-hf", "from-hf", "check", "data-order", "embed", "search", "evaluate", "info"} <= set(known)
-    assert not {"errors", "teacher", "glue", "config-files"} & set(known)
+    assert not {"errors", "engine", "teacher", "glue", "config-files"} & set(known)
     for name, command in known.items():
         assert len(command.summary) > 10 and "python -m" not in command.summary, name
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"  {name} ")]

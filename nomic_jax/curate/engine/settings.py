@@ -20,6 +20,11 @@ from nomic_jax.files.reading import FileRefused, read_json
 from nomic_jax.files.writing import write_json
 
 
+def recorded_settings(work: Path) -> dict[str, Any]:
+    """Returns the settings that ``locked_settings`` recorded in ``work``."""
+    return json.loads((work / "settings.json").read_text(encoding="utf-8"))
+
+
 def settings_sha256(work: Path) -> str:
     """Returns the hash of the settings that ``locked_settings`` recorded in ``work``, for ``matching_summary``."""
     return hashlib.sha256((work / "settings.json").read_bytes()).hexdigest()

@@ -11,10 +11,12 @@ import numpy as np
 from nomic_jax.data.words import text_form
 from nomic_jax.files.writing import atomic_file, named_errors, open_new
 
+KEY_BYTES = 16
+
 
 def text_key(text: str) -> bytes:
-    """Returns 16 bytes, which are equal for texts of one ``text_form``."""
-    return hashlib.blake2b(text_form(text).encode(), digest_size=16).digest()
+    """Returns KEY_BYTES bytes, which are equal for texts of one ``text_form``."""
+    return hashlib.blake2b(text_form(text).encode(), digest_size=KEY_BYTES).digest()
 
 
 def distinct_texts(texts: Iterable[str]) -> tuple[list[str], np.ndarray]:

@@ -11,12 +11,12 @@ from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.index import RANK_DEPTH
 from nomic_jax.curate.engine.row_blocks import count_rows
 from nomic_jax.curate.engine.settings import fingerprints, locked_settings
-from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.filter.ranking import RankingTask
 from nomic_jax.curate.filter.selection import write_selection
 from nomic_jax.data.formats.paths import input_files
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
+from nomic_jax.jobs.tasks import Engine, local_engine
 
 OUTPUTS = {"kept.jsonl", "scores.jsonl", "rejected.jsonl", "summary.json", "report.md", "work"}
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nomic_jax.curate.engine.array_task import ArrayTask
 from nomic_jax.curate.engine.embedding import Encoder, embed_texts
 from nomic_jax.curate.engine.index import RECALL_AT, ApproximateIndex, own_ranks
 from nomic_jax.curate.engine.row_blocks import CountedRows, equal_blocks
@@ -14,11 +15,11 @@ from nomic_jax.files.writing import write_json
 SCORES = np.dtype([("rank", np.int32), ("score", np.float32)])
 
 
-class RankingTask:
+class RankingTask(ArrayTask):
     """A task that ranks each pair's own document among the distinct documents of its block.
 
-    Each shard is a block of N pairs, a file of SCORES [N]. Equal documents (up to surrounding whitespace) count as one,
-    so they share a rank and do not compete with each other. Memory holds the texts of one block; its embeddings are in
+    A block has N pairs, and is a file of SCORES [N]. Equal documents (up to surrounding whitespace) count as one, so
+    they share a rank and do not compete with each other. Memory holds the texts of one block; its embeddings are in
     files.
     """
 
@@ -32,25 +33,25 @@ class RankingTask:
         approximate_above: int | None,
         progress: bool,
     ):
-        self.label = "ranking blocks"
-        self.rows, self.work, self.columns, self.progress = rows, work, columns, progress
+        super().__init__("ranking", work, progress)
+        self.rows, self.columns = rows, columns
         self.approximate_above = approximate_above
         self.blocks = equal_blocks(len(rows), block_size)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def file(self, shard: int) -> Path:
-        return self.work / f"{shard:05d}.scores.npy"
+    def file(self, block: int) -> Path:
+        return self.work / f"{block:05d}.scores.npy"
 
-    def recall_file(self, shard: int) -> Path:
-        return self.work / f"{shard:05d}.recall.json"
+    def recall_file(self, block: int) -> Path:
+        return self.work / f"{block:05d}.recall.json"
 
-    def make(self, shard: int, encoder: Encoder | None) -> np.ndarray:
+    def make(self, block: int, encoder: Encoder | None) -> np.ndarray:
         assert encoder is not None
-        folder, label = self.work / f"{shard:05d}", f"block {shard}"
+        folder, label = self.work / f"{block:05d}", f"block {block}"
         queries, documents = [], []
-        for row in self.rows.block(*self.blocks[shard]):
+        for row in self.rows.block(*self.blocks[block]):
             queries.append(row[self.columns[0]])
             documents.append(row[self.columns[1]])
         texts, own_N = distinct_texts(documents)
@@ -65,13 +66,13 @@ class RankingTask:
         index = None
         if self.approximate_above is not None and len(texts) > self.approximate_above:
             index = ApproximateIndex(query_NE, document_DE, folder / "index.faiss")
-            write_json(self.recall_file(shard), index.recall(query_NE, RECALL_AT))
+            write_json(self.recall_file(block), index.recall(query_NE, RECALL_AT))
         scores = np.empty(len(queries), SCORES)
         scores["rank"], scores["score"] = own_ranks(
             query_NE, document_DE, own_N, index=index, count=encoder.count_above, progress=self.progress
         )
         return scores
 
-    def tidy(self, shard: int) -> None:
+    def tidy(self, block: int) -> None:
         # The embeddings (6 GB for a million pairs of width 768) are not needed after the ranks are saved.
-        remove_folder(self.work / f"{shard:05d}")
+        remove_folder(self.work / f"{block:05d}")

@@ -38,7 +38,7 @@ def _write_selection(files: str, output: Path, task: RankingTask, rule: Mapping[
     kept, dropped = Sample(), Sample()
 
     def select(scores_file) -> Iterator[dict[str, Any]]:
-        scores = (pair for shard in range(len(task)) for pair in np.load(task.file(shard)).tolist())
+        scores = (pair for block in range(len(task)) for pair in np.load(task.file(block)).tolist())
         for number, ((file, row), (rank, score)) in enumerate(zip(task.rows.read(), scores, strict=True)):
             scores_file.write(json.dumps({"row": number, "rank": rank, "score": round(score, 6)}) + "\n")
             bands[bisect.bisect_right(_BAND_STARTS, rank) - 1] += 1
@@ -76,7 +76,7 @@ def _write_selection(files: str, output: Path, task: RankingTask, rule: Mapping[
 
 
 def _search(task: RankingTask) -> str | dict[str, Any]:
-    found = [task.recall_file(shard) for shard in range(len(task)) if task.recall_file(shard).exists()]
+    found = [task.recall_file(block) for block in range(len(task)) if task.recall_file(block).exists()]
     if not found:
         return "exact"
     measured = [json.loads(file.read_text(encoding="utf-8")) for file in found]

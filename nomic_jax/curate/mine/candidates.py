@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nomic_jax.curate.engine.array_task import ArrayTask
 from nomic_jax.curate.engine.embedding import Encoder, encode_checked, texts_per_file
 from nomic_jax.curate.engine.index import ApproximateIndex, top_k
 from nomic_jax.curate.engine.sharded_array import ShardedArray
@@ -18,34 +19,34 @@ RESULTS_AT_ONCE = 1 << 24  # results of a search that are in memory
 NEAR = np.dtype([("document", np.int64), ("score", np.float32)])
 
 
-class EmbeddingTask:
-    """A task that embeds texts. Each shard is a file of float32 [``texts_per_file``, E]."""
+class EmbeddingTask(ArrayTask):
+    """A task that embeds texts, for a ``SearchTask``. Each block is a file of float32 [``texts_per_file``, E]."""
 
-    def __init__(self, texts: TextFile, role: Literal["query", "document"], folder: Path, progress: bool):
-        self.label = f"embedding {'queries' if role == 'query' else 'documents'}"
-        self.texts, self.role, self.folder, self.progress = texts, role, folder, progress
+    is_last = False
+
+    def __init__(self, texts: TextFile, role: Literal["query", "document"], work: Path, progress: bool):
+        name = "queries" if role == "query" else "documents"
+        super().__init__(f"embedding {name}", work, progress)
+        self.texts, self.role, self.folder = texts, role, work / name
         self.per_file = texts_per_file(len(texts))
 
     def __len__(self) -> int:
         return -(-len(self.texts) // self.per_file)
 
-    def file(self, shard: int) -> Path:
-        return ShardedArray.file(self.folder, shard)
+    def file(self, block: int) -> Path:
+        return ShardedArray.file(self.folder, block)
 
-    def make(self, shard: int, encoder: Encoder | None) -> np.ndarray:
+    def make(self, block: int, encoder: Encoder | None) -> np.ndarray:
         assert encoder is not None
-        start = shard * self.per_file
+        start = block * self.per_file
         texts = [self.texts[i] for i in range(start, min(start + self.per_file, len(self.texts)))]
         return encode_checked(getattr(encoder, self.role), texts, encoder.has_unit_length)
 
-    def tidy(self, shard: int) -> None:
-        pass
 
-
-class SearchTask:
+class SearchTask(ArrayTask):
     """A task that finds the k nearest documents of each query that can be its negatives.
 
-    Each shard is a file of NEAR [``per_file``, k]. Document -1 means that there are fewer documents, or that an
+    Each block is a file of NEAR [``per_file``, k]. Document -1 means that there are fewer documents, or that an
     approximate search found fewer.
     """
 
@@ -58,8 +59,8 @@ class SearchTask:
         progress: bool,
         per_file: int = 4096,
     ):
-        self.label, self.progress, self.per_file = "searching", progress, per_file
-        self.queries, self.documents, self.work = len(pairs.queries), len(pairs.documents), work
+        super().__init__("searching", work, progress)
+        self.queries, self.documents, self.per_file = len(pairs.queries), len(pairs.documents), per_file
         self.k = min(k, self.documents)
         self.is_approximate = approximate_above is not None and self.documents > approximate_above
         # Earlier versions kept the k nearest documents, positives included, in near-K.
@@ -72,8 +73,8 @@ class SearchTask:
         cached = ("pairs", "query_QE", "document_DE", "index", "near")
         return {name: value for name, value in self.__dict__.items() if name not in cached}
 
-    def file(self, shard: int) -> Path:
-        return ShardedArray.file(self.folder, shard)
+    def file(self, block: int) -> Path:
+        return ShardedArray.file(self.folder, block)
 
     @functools.cached_property
     def pairs(self) -> Pairs:
@@ -96,8 +97,8 @@ class SearchTask:
     def index(self) -> ApproximateIndex:
         return ApproximateIndex(self.query_QE, self.document_DE, self.work / "index.faiss")
 
-    def make(self, shard: int, encoder: Encoder | None) -> np.ndarray:
-        start = shard * self.per_file
+    def make(self, block: int, encoder: Encoder | None) -> np.ndarray:
+        start = block * self.per_file
         queries = self.query_QE[start : start + self.per_file]
         near = np.full((len(queries), self.k), np.array((-1, -np.inf), NEAR))
         # The k nearest that are left without a query's positives are among the k + positives nearest. Queries that need
@@ -116,9 +117,6 @@ class SearchTask:
         if self.is_approximate:
             return self.index.top_k(queries_QE, fetch, progress=self.progress)
         return top_k(queries_QE, self.document_DE, fetch, progress=self.progress)
-
-    def tidy(self, shard: int) -> None:
-        pass
 
     def recall(self) -> str | dict[str, Any]:
         """Returns the recall of an approximate search, which is measured once; "exact" for an exact search."""

@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.settings import fingerprints, locked_settings, matching_summary, settings_sha256
-from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.curate.mine.candidates import EmbeddingTask, SearchTask
 from nomic_jax.curate.mine.corpus import Pairs, collect_pairs
 from nomic_jax.curate.mine.selection import MiningOptions, choose_negatives, find_candidates
@@ -21,6 +20,7 @@ from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.printable import code
 from nomic_jax.files.writing import atomic_file, write_json
+from nomic_jax.jobs.tasks import Engine, Task, local_engine
 
 SCORE_COLUMNS = ("document_score", "negative_scores")  # the teacher's
 OUTPUTS = {"triplets.jsonl", "rejected.jsonl", "summary.json", "report.md", "work"}
@@ -68,7 +68,8 @@ def mine_negatives(
     common: dict[str, Any] = {"on_bad_row": on_bad_row, "progress": progress}
     corpus_and_column = (corpus, corpus_column) if corpus else None
     with collected(files, output, encoder, options, columns, corpus_and_column, **common) as inputs:
-        return mine_collected(files, inputs, output, encoder, options, columns, engine, progress)
+        find_candidates_of([output], encoder, options, engine, progress)
+        return write_mined(files, inputs, output, encoder, options, columns, progress)
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def collected(
     on_bad_row: str,
     progress: bool,
 ) -> Iterator[list[str]]:
-    """Reads and checks all rows, and yields the input files for ``mine_collected``.
+    """Reads and checks all rows, and yields the input files for ``write_mined``.
 
     Meanwhile, the output is locked against other settings. Arguments as for ``mine_negatives``; ``corpus`` is its files
     and their column.
@@ -115,25 +116,47 @@ def collected(
         yield inputs
 
 
-def mine_collected(
+def find_candidates_of(
+    outputs: Sequence[Path], encoder: Encoder | None, options: MiningOptions, engine: Engine, progress: bool
+) -> None:
+    """Embeds and searches what ``collected`` has read into each output, while its ``with`` block lasts."""
+
+    def embedding(work: Path) -> list[Task]:
+        pairs = Pairs(work / "pairs")
+        return [
+            EmbeddingTask(pairs.queries, "query", work, progress),
+            EmbeddingTask(pairs.documents, "document", work, progress),
+        ]
+
+    def search(work: Path) -> list[Task]:
+        return [SearchTask(Pairs(work / "pairs"), work, options.k, options.approximate_above, progress)]
+
+    if not encoder:
+        return
+    steps: tuple[tuple[Callable[[Path], list[Task]], Encoder | None], ...] = ((embedding, encoder), (search, None))
+    for tasks, worker in steps:
+        for wait in (False, True):  # do not wait for other processes in the first pass: the next output has work
+            for output in outputs:
+                for task in tasks(output / "work"):
+                    engine(task, worker, wait)
+
+
+def write_mined(
     files: str,
     inputs: list[str],
     output: Path,
     encoder: Encoder | None,
     options: MiningOptions,
     columns: tuple[str, str],
-    engine: Engine,
     progress: bool,
 ) -> dict[str, Any]:
-    """Mines the pairs that ``collected`` has read, while its ``with`` block lasts. Arguments as for both functions."""
+    """Writes the triplets of the candidates that ``find_candidates_of`` has found; returns the summary.
+
+    Arguments as for ``collected``, which yields ``inputs``.
+    """
     work = output / "work"
     pairs = Pairs(work / "pairs")
     search = SearchTask(pairs, work, options.k, options.approximate_above, progress)
-    if encoder:
-        for wait in (False, True):  # do not wait for other processes in the first pass
-            engine(EmbeddingTask(pairs.queries, "query", work / "queries", progress), encoder, wait)
-            engine(EmbeddingTask(pairs.documents, "document", work / "documents", progress), encoder, wait)
-        engine(search, None, True)
     rule = {
         "options": dataclasses.asdict(options),
         "negatives_are": "mined" if encoder else "random",

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from nomic_jax.curate.engine.array_task import ArrayTask
 from nomic_jax.curate.engine.embedding import Scorer
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.row_blocks import AlreadyRejected, CountedRows, count_rows, equal_blocks, read_file
 from nomic_jax.curate.engine.settings import fingerprints, locked_settings, matching_summary, settings_sha256
 from nomic_jax.curate.engine.sharded_array import ShardedArray
-from nomic_jax.curate.engine.tasks import Engine, local_engine
 from nomic_jax.data.formats.paths import input_files
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows
@@ -25,6 +25,7 @@ from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.printable import code
 from nomic_jax.files.writing import atomic_file, write_json
+from nomic_jax.jobs.tasks import Engine, local_engine
 
 OUTPUTS = {"scored.jsonl", "rejected.jsonl", "summary.json", "report.md", "work"}
 
@@ -137,25 +138,25 @@ class _Exists(ValueError):
         )
 
 
-class ScoringTask:
-    """A task that scores the candidates of rows. Each shard holds those of a block: float32, row after row."""
+class ScoringTask(ArrayTask):
+    """A task that scores the candidates of rows: float32, row after row."""
 
     def __init__(self, rows: CountedRows, work: Path, columns: tuple[str, ...], block_size: int, progress: bool):
-        self.label, self.progress = "scoring", progress
+        super().__init__("scoring", work, progress)
         self.rows, self.folder, self.columns = rows, work / "scores", columns
         self.blocks = equal_blocks(len(rows), block_size)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def file(self, shard: int) -> Path:
-        return ShardedArray.file(self.folder, shard)
+    def file(self, block: int) -> Path:
+        return ShardedArray.file(self.folder, block)
 
-    def make(self, shard: int, encoder: Scorer | None) -> np.ndarray:
+    def make(self, block: int, encoder: Scorer | None) -> np.ndarray:
         assert encoder is not None
         queries: list[str] = []
         documents: list[str] = []
-        for row in self.rows.block(*self.blocks[shard]):
+        for row in self.rows.block(*self.blocks[block]):
             candidates = self.candidates(row)
             queries += [row[self.columns[0]]] * len(candidates)
             documents += candidates
@@ -169,9 +170,6 @@ class ScoringTask:
                 f"expected a finite number"
             )
         return scores
-
-    def tidy(self, shard: int) -> None:
-        pass
 
     def candidates(self, row: Mapping[str, Any]) -> list[str]:
         """Returns the document and the negatives of a row."""
@@ -199,7 +197,7 @@ def _write_rows(output: Path, task: ScoringTask, rule: Mapping[str, Any]) -> tup
 
     def scored() -> Iterator[dict[str, Any]]:
         nonlocal best
-        scores = (score for shard in range(len(task)) for score in np.load(task.file(shard)).tolist())
+        scores = (score for block in range(len(task)) for score in np.load(task.file(block)).tolist())
         for number, (file, row) in enumerate(task.rows.read()):
             if column in row:
                 raise _Exists(file, column)

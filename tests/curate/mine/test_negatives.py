@@ -12,7 +12,6 @@ import pytest
 
 from nomic_jax.curate.engine import embedding as embed
 from nomic_jax.curate.engine.embedding import Encoder
-from nomic_jax.curate.engine.tasks import local_engine
 from nomic_jax.curate.engine.text_store import TextFile, TextFileWriter
 from nomic_jax.curate.mine.candidates import SearchTask
 from nomic_jax.curate.mine.corpus import Pairs
@@ -23,6 +22,7 @@ from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import json_line, write_rows
 from nomic_jax.data.mixture import read_mixture
+from nomic_jax.jobs.tasks import local_engine
 
 OUTPUTS = ("triplets.jsonl", "summary.json", "report.md")
 

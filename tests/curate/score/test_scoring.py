@@ -7,12 +7,12 @@ import pytest
 import yaml
 
 from nomic_jax.curate.engine.embedding import Scorer
-from nomic_jax.curate.engine.tasks import local_engine, make_shard
 from nomic_jax.curate.mixtures import score_mixture
 from nomic_jax.curate.score.scoring import ScoreOptions, opened_task, score_rows
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows
 from nomic_jax.data.mixture import MixtureError
+from nomic_jax.jobs.tasks import local_engine, make_block
 
 OPTIONS = ScoreOptions(block_size=4)
 TRIPLETS = ("query", "document", "negatives")
@@ -92,7 +92,7 @@ def test_a_killed_run_resumes_and_workers_share_blocks(files):
 
     def dies(task, scorer, wait):
         for shard in (2, 0):
-            make_shard(task, shard, scorer)
+            make_block(task, shard, scorer)
         raise Killed
 
     with pytest.raises(Killed):
@@ -101,7 +101,7 @@ def test_a_killed_run_resumes_and_workers_share_blocks(files):
     # Another worker makes one more block meanwhile.
     arguments = (str(files / "triplets.jsonl"), files / "parts", Teacher().scorer(), OPTIONS, TRIPLETS)
     with opened_task(*arguments, on_bad_row="raise", progress=False) as task:
-        make_shard(task, 4, arguments[2])
+        make_block(task, 4, arguments[2])
         assert len(task) == 5
     run(files, "parts", teacher := Teacher())
     assert teacher.calls == 2, "finished blocks were scored again"

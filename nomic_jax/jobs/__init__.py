@@ -1,0 +1,1 @@
+"""Long work in blocks: in this process, in processes of this machine, on a Ray cluster, or as shards of a job array."""
