@@ -14,8 +14,9 @@ import time
 from absl import flags
 
 from nomic_jax.data.mixture import ROW_KINDS, read_mixture
-from nomic_jax.data.tokens.pretokenize import pretokenize, worker_pool
+from nomic_jax.data.tokens.pretokenize import loader, pretokenize
 from nomic_jax.data.tokens.tokenizer import Tokenizer
+from nomic_jax.jobs.shards import Incomplete, ShardEnded
 
 FLAGS = flags.FLAGS
 
@@ -31,20 +32,41 @@ def main(argv: list[str]) -> None:
 def _pretokenize() -> None:
     sources = read_mixture(FLAGS.mixture, ROW_KINDS[FLAGS.stage], FLAGS.columns, FLAGS.loss, FLAGS.scores)
     tokenizer = Tokenizer.from_pretrained(FLAGS.tokenizer)
-    began, all_tokens = time.monotonic(), 0
-    with worker_pool(tokenizer, FLAGS.workers or os.cpu_count() or 1) as pool:
+    began, all_tokens, incomplete = time.monotonic(), 0, []
+    with engine.on_cpus(loader(tokenizer), os.cpu_count() or 1) as (chosen, pool):
         for source in sources:
-            store = pretokenize(source, tokenizer, FLAGS.cache_dir, on_bad_row=FLAGS.on_bad_row, pool=pool)
+            try:
+                store = pretokenize(
+                    source,
+                    tokenizer,
+                    FLAGS.cache_dir,
+                    on_bad_row=FLAGS.on_bad_row,
+                    pool=pool,
+                    engine=chosen,
+                    is_shard=engine.is_shard(),
+                )
+            except ShardEnded as end:
+                print(f"{source.name}: {end}", flush=True)
+                continue
+            except Incomplete as error:
+                incomplete.append(f"{source.name}: {error}")
+                continue
             tokens = sum(store.manifest["tokens"].values())
             all_tokens += tokens
             rejected = f", {store.manifest['rejected']:,} rejected" if store.manifest["rejected"] else ""
             print(f"{source.name}: {store.rows:,} rows{rejected}, {tokens:,} tokens in {store.directory}", flush=True)
-    print(f"{len(sources)} source(s), {all_tokens:,} tokens, {time.monotonic() - began:.1f} s")
+    if incomplete:
+        raise Incomplete("; ".join(incomplete))
+    if not engine.is_shard():
+        print(f"{len(sources)} source(s), {all_tokens:,} tokens, {time.monotonic() - began:.1f} s")
 
 
 if __name__ == "__main__":
     # Worker processes import this module too; they must define no flags and not import jax.
+    from . import engine
     from .errors import run
+
+    flags.adopt_module_key_flags(engine)
 
     flags.DEFINE_string(
         "mixture",
@@ -66,7 +88,6 @@ if __name__ == "__main__":
         required=True,
     )
     flags.DEFINE_string("cache_dir", "token_cache", "Folder of the tokens, as config.data.cache_dir of the run.")
-    flags.DEFINE_integer("workers", 0, "Worker processes; 0 for one per core.", lower_bound=0)
     flags.DEFINE_enum(
         "on_bad_row", "raise", ["raise", "skip"], "raise: stop at an unusable row. skip: write it to rejected.jsonl."
     )

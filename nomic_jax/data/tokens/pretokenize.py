@@ -4,6 +4,7 @@ The result does not depend on the number of processes, because the files alone d
 
     CACHE/<source>-<fingerprint>/            the store (``nomic_jax.data.tokens.store``)
     CACHE/.<source>-<settings>.pieces/       finished spans of an unfinished store
+    CACHE/.<source>.shards/                  records of the shards of an unfinished store (``nomic_jax.jobs.shards``)
     CACHE/.scans/                            cached scans of files (``nomic_jax.data.tokens.scans``)
 """
 
@@ -14,16 +15,11 @@ import glob
 import hashlib
 import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +32,23 @@ from nomic_jax.data.formats.reading import check_policy
 from nomic_jax.data.formats.row_checks import Quarantined
 from nomic_jax.data.formats.shard_index import check_shards
 from nomic_jax.data.mixture import COLUMNS, Source
-from nomic_jax.data.tokens.scans import scan_files
-from nomic_jax.data.tokens.spans import Span, ids_dtype, is_prefixed, join_spans, kinds_of_columns, tokenise_span
-from nomic_jax.data.tokens.store import FORMAT, TokenStore
+from nomic_jax.data.tokens.scans import one_scans, scan_files
+from nomic_jax.data.tokens.spans import (
+    Span,
+    ids_dtype,
+    is_prefixed,
+    join_spans,
+    kinds_of_columns,
+    read_counts,
+    tokenise_span,
+)
+from nomic_jax.data.tokens.store import FORMAT, IDENTITY, TokenStore
 from nomic_jax.data.tokens.tokenizer import Tokenizer
 from nomic_jax.files import system
 from nomic_jax.files.folders import check_no_link, is_folder, remove_folder
 from nomic_jax.files.writing import open_own
+from nomic_jax.jobs.processes import process_engine, worker_processes
+from nomic_jax.jobs.tasks import Engine, Task, local_engine
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -56,6 +62,8 @@ def pretokenize(
     progress: bool = True,
     fingerprint: str = "",
     pool: Executor | None = None,
+    engine: Engine | None = None,
+    is_shard: bool = False,
 ) -> TokenStore:
     """Returns the token store of a source, and makes the store unless ``cache_dir`` already has it.
 
@@ -67,8 +75,11 @@ def pretokenize(
       fingerprint: the store's fingerprint, if another process has computed it. If the cache has that store, it is
         opened without reading the source's files.
       pool: from ``worker_pool``; without it this process does all the work, with one tokenizer thread per core.
+      engine: tokenises the spans. [in ``pool``, or here]
+      is_shard: the engine makes a share of the spans, and others may make theirs meanwhile.
 
     Raises:
+      ShardEnded: a shard has made its share; the last step, a merge, makes the store.
       BadRow: a row cannot be used, under on_bad_row="raise"; counts or offsets differ from the files.
       ValueError: the source differs from the given fingerprint; it has fewer rows than ``source.rows``, the same file
         twice, or no usable row.
@@ -78,7 +89,7 @@ def pretokenize(
     check_policy(on_bad_row)
     files = expand_files(source.files)
     columns = kinds_of_columns(source)
-    with _explain_disk(cache_dir, source.name):
+    with _explain_disk(cache_dir, source.name), one_scans(cache_dir) if is_shard else contextlib.nullcontext():
         scans = scan_files(
             files,
             columns,
@@ -115,12 +126,13 @@ def pretokenize(
         work = directory.with_name(f".{source.name}-{_sha256(settings | {'pattern': source.files})[:16]}")
         with _explain_disk(cache_dir, source.name):
             work.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(work, f"tokenising {source.name}") as spans:
+            with _lock(work, f"tokenising {source.name}", is_shard) as spans:
                 if not _is_made(directory):
                     check_shards(files, scans)
                     job = functools.partial(Span, source, on_bad_row, str(spans))
                     about = identity | {"fingerprint": found, "paths": [str(file) for file in files]}
-                    _make(directory, files, scans, job, tokenizer, about, pool, progress)
+                    engine = engine or (process_engine(pool) if pool else local_engine)
+                    _make(directory, files, scans, job, tokenizer, about, engine, progress)
                 remove_folder(spans)
     store = TokenStore(directory)
     for file in store.quarantined:  # reported at every start, not only at the first
@@ -134,42 +146,18 @@ def pretokenize(
     return store
 
 
-@contextlib.contextmanager
-def worker_pool(tokenizer: Tokenizer, workers: int) -> Iterator[Executor | None]:
+def worker_pool(tokenizer: Tokenizer, workers: int) -> contextlib.AbstractContextManager[Executor | None]:
     """Yields a pool of ``workers`` tokenising processes, one core each; None for one worker, which is this process."""
-    if workers == 1:
-        yield None
-        return
-    # Not forked: a fork of a process with threads (tokenizer, jax) may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.backend.to_str(),))
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise OSError(
-            "a worker process died, perhaps for lack of memory; run the same command with fewer --workers to resume"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    return worker_processes(loader(tokenizer), workers)
 
 
-_worker_tokenizer: Tokenizer | None = None
+def loader(tokenizer: Tokenizer) -> Callable[[], Tokenizer]:
+    """Returns a function that makes the tokenizer again, in another process."""
+    return functools.partial(_load, tokenizer.backend.to_str())
 
 
-def _start_worker(tokenizer: str) -> None:
-    global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the worker without a traceback
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have their own workers
-    _worker_tokenizer = Tokenizer(Backend.from_str(tokenizer))
-
-
-def _end_with_parent() -> None:
-    """Ends a worker whose parent was killed; otherwise it would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+def _load(tokenizer: str) -> Tokenizer:
+    return Tokenizer(Backend.from_str(tokenizer))
 
 
 def _directory(cache_dir: str | Path, source: Source, fingerprint: str) -> Path:
@@ -198,17 +186,19 @@ def _report_other_tokenizer(directory: Path, source: Source, tokenizer: Tokenize
 
 
 @contextlib.contextmanager
-def _lock(work: Path, doing: str) -> Iterator[Path]:
-    """Yields a folder for spans, for one process at a time. The kernel releases the lock of a killed process."""
+def _lock(work: Path, doing: str, is_shard: bool) -> Iterator[Path]:
+    """Yields a folder for spans, for one process at a time, or for all shards. The kernel releases the lock of a killed
+    process.
+    """
     lock = work.with_name(f"{work.name}.lock")
     spans = work.with_name(f"{work.name}.pieces")
     with os.fdopen(open_own(lock, os.O_RDWR), "r+b") as f:
         try:
             try:
-                system.lock(f.fileno())
+                system.lock(f.fileno(), shared=is_shard)
             except BlockingIOError:
                 tqdm.write(f"waiting for another process that is {doing} (it holds {lock})", file=sys.stderr)
-                system.lock(f.fileno(), wait=True)
+                system.lock(f.fileno(), shared=is_shard, wait=True)
         except OSError as error:
             tqdm.write(f"{lock}: no locks on this file system ({error}); two processes may be {doing}", file=sys.stderr)
             # Two processes may then make the store, each in its own folder. The first to finish provides it.
@@ -246,6 +236,35 @@ def _explain_disk(cache_dir: str | Path, name: str) -> Iterator[None]:
         ) from error
 
 
+class SpansTask(Task):
+    """The task that tokenises the spans of a source. One process does it, or shards that have different spans."""
+
+    unit, is_shared = " rows", False
+
+    def __init__(self, spans: list[Span], records: Path, settings: Mapping[str, Any], progress: bool):
+        self.label, self.progress = f"tokenising {settings['source']['name']}", progress
+        self.spans, self._records, self._settings = spans, records, settings
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def file(self, block: int) -> Path:
+        return self.spans[block].path
+
+    def write(self, block: int, worker: Tokenizer, advance: Callable[[int], Any]) -> None:
+        tokenise_span(self.spans[block], worker, advance)
+
+    @property
+    def records(self) -> Path:
+        return self._records
+
+    def settings(self) -> Mapping[str, Any]:
+        return self._settings
+
+    def size(self, block: int) -> int:
+        return self.spans[block].stop - self.spans[block].mark.row
+
+
 def _make(
     directory: Path,
     files: list[str],
@@ -253,7 +272,7 @@ def _make(
     job: Callable[..., Span],
     tokenizer: Tokenizer,
     identity: dict[str, Any],
-    pool: Executor | None,
+    engine: Engine,
     progress: bool,
 ) -> None:
     spans = [
@@ -266,25 +285,11 @@ def _make(
     quarantined = [Quarantined(file, scan.broken, scan.rows) for file, scan in zip(files, scans) if scan.broken]
     in_order = list(itertools.chain(*spans))
     name, kind = identity["source"]["name"], identity["source"]["kind"]
-    with tqdm(
-        desc=f"tokenising {name}",
-        unit=" rows",
-        total=sum(span.stop - span.mark.row for span in in_order),
-        disable=not progress,
-    ) as bar:
-        if pool is None:
-            counts = [tokenise_span(span, tokenizer, bar.update) for span in in_order]
-        else:
-            waiting = [pool.submit(_tokenise_in_worker, span) for span in in_order]
-            try:
-                counts = []
-                for future in waiting:
-                    counts.append(future.result())
-                    bar.update(counts[-1]["rows"] + counts[-1]["rejected"])
-            except BaseException:
-                for future in waiting:
-                    future.cancel()
-                raise
+    records = directory.with_name(f".{name}.shards")
+    settings = {field: identity[field] for field in IDENTITY}
+    settings |= {f"file {i}: {Path(file).name}": scan.sha256 for i, (file, scan) in enumerate(zip(files, scans), 1)}
+    engine(SpansTask(in_order, records, settings, progress), tokenizer, True)
+    counts = [read_counts(span) for span in in_order]
     per_file = iter(counts)
     file_rows = [sum(count["rows"] for count in itertools.islice(per_file, len(of_file))) for of_file in spans]
     totals = {
@@ -316,13 +321,9 @@ def _make(
         identity | totals,
         directory,
     )
+    remove_folder(records)
 
 
 def _bounds(scan: Scan) -> list[tuple[Mark, int]]:
     """Returns (start, row after the last) of each span."""
     return list(zip(scan.marks, [*(mark.row for mark in scan.marks[1:]), scan.rows]))
-
-
-def _tokenise_in_worker(span: Span) -> dict[str, Any]:
-    assert _worker_tokenizer is not None
-    return tokenise_span(span, _worker_tokenizer, lambda rows: None)

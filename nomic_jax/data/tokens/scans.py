@@ -1,5 +1,6 @@
 """Scans the files of a source, one pass per file, and caches each result until the file changes."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from nomic_jax.data.formats.reading import scan_file
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.text.beir import is_beir
 from nomic_jax.data.formats.text.zip_members import stored_in
+from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.writing import atomic_file
 
 SPAN_BYTES = 1 << 25  # uncompressed bytes of a span; a restart repeats only unfinished spans
@@ -28,9 +30,10 @@ def scan_files(
     columns: Mapping[str, type],
     cache_dir: str | Path,
     *,
-    numbers: tuple[str, ...] = (),
+    numbers: tuple[str, ...] | None = (),
     on_bad_row: str = "raise",
     executor: Executor | None = None,
+    distinct: bool = True,
     progress: bool = True,
 ) -> list[Scan]:
     """Returns a ``Scan`` of each file.
@@ -38,9 +41,10 @@ def scan_files(
     Args:
       columns: the columns that the files' rows must have.
       cache_dir: folder of cached results; a file with unchanged size and modification time is not read again.
-      numbers: the columns of numbers that they must have, unchecked.
+      numbers: the columns of numbers that they must have, unchecked; None for all that they have.
       on_bad_row: "raise", or "skip" to return the scan of a file that cannot be read to its end.
       executor: reads several files in parallel.
+      distinct: whether two files must not be the same.
 
     Raises:
       BadRow: a file is broken or lacks the columns, under on_bad_row="raise".
@@ -59,8 +63,14 @@ def scan_files(
             if not scan.broken:  # a broken file may be valid for other columns
                 caches[i].write(scan)
     complete = [scan for scan in scans if scan is not None]
-    check_distinct((file, scan.sha256) for file, scan in zip(files, complete) if not scan.broken)
+    if distinct:
+        check_distinct((file, scan.sha256) for file, scan in zip(files, complete) if not scan.broken)
     return complete
+
+
+def one_scans(cache_dir: str | Path) -> contextlib.AbstractContextManager[None]:
+    """The shards of a job begin together: one scans the files, and the others take what it found from the cache."""
+    return exclusive_lock(Path(cache_dir) / ".scans" / ".lock")
 
 
 def check_distinct(hashes: Iterable[tuple[str, str]]) -> None:

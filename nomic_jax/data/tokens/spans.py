@@ -56,17 +56,15 @@ def ids_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
-def tokenise_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any]) -> dict[str, Any]:
-    """Writes the span unless it exists, and returns its numbers of rows, tokens and rejected rows."""
-    done = span.path / "counts.json"
-    if done.exists():
-        counts = json.loads(done.read_text(encoding="utf-8"))
-        advance(counts["rows"] + counts["rejected"])
-        return counts
+def tokenise_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any]) -> None:
+    """Writes the span. Its folder appears complete or not at all."""
     with atomic_folder(span.path) as part:
-        counts = _write_span(span, tokenizer, advance, part)
-        write_json(part / "counts.json", counts)
-    return counts
+        write_json(part / "counts.json", _write_span(span, tokenizer, advance, part))
+
+
+def read_counts(span: Span) -> dict[str, Any]:
+    """Returns the numbers of rows, tokens and rejected rows of a finished span."""
+    return json.loads((span.path / "counts.json").read_text(encoding="utf-8"))
 
 
 def _write_span(span: Span, tokenizer: Tokenizer, advance: Callable[[int], Any], part: Path) -> dict[str, Any]:
