@@ -3,8 +3,10 @@
     nomic-jax clean --input='pairs/*.jsonl' --output=cleaned --near=0.8 --min_words=2 --evaluation=tasks/nfcorpus
 
 The output folder gets kept.jsonl, removed.jsonl (every removed row, with the reason), summary.json and report.md.
+--workers, --engine=ray and --shard describe the rows in parallel, and one process compares them: the same bytes.
 """
 
+import contextlib
 from pathlib import Path
 
 from absl import flags
@@ -14,7 +16,10 @@ from nomic_jax.curate.clean.contamination import NGRAM, EvaluationTexts
 from nomic_jax.curate.engine.report import quarantine_lines
 from nomic_jax.evals.tasks.retrieval import RetrievalTask
 
+from . import engine
 from .errors import run
+
+flags.adopt_module_key_flags(engine)  # so that --help lists them
 
 FLAGS = flags.FLAGS
 
@@ -37,7 +42,19 @@ def main(argv: list[str]) -> None:
             if task.name in tasks:
                 raise ValueError(f"--evaluation holds two tasks named {task.name!r}; rename one of the folders")
             tasks[task.name] = EvaluationTexts(task.queries, task.documents)
-    summary = clean_rows(FLAGS.input, FLAGS.output, FLAGS.columns, options, tasks, on_bad_row=FLAGS.on_bad_row)
+    # One process needs no blocks: it reads the rows once.
+    in_blocks = engine.is_given() or (engine.WORKERS.value or 1) > 1
+    with engine.on_cpus(None, 1) if in_blocks else contextlib.nullcontext((None, None)) as (chosen, _):
+        summary = clean_rows(
+            FLAGS.input,
+            FLAGS.output,
+            FLAGS.columns,
+            options,
+            tasks,
+            on_bad_row=FLAGS.on_bad_row,
+            engine=chosen,
+            is_shard=engine.is_shard(),
+        )
     removed = ", ".join(f"{count:,} {reason}" for reason, count in summary["removed"].items() if count) or "none"
     print(
         f"kept {summary['kept']:,} of {summary['rows']:,} rows (removed: {removed}), rejected "

@@ -5,6 +5,7 @@ between words are split by character: a letter with its marks. The Unicode data 
 """
 
 import functools
+import hashlib
 import re
 import unicodedata
 
@@ -54,6 +55,21 @@ def word_ngrams(words: list[str], n: int) -> list[str]:
     if len(words) <= n:
         return [" ".join(words)] if words else []
     return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def ngram_hashes(words: list[str], n: int) -> list[int]:
+    """Returns a number for each of ``word_ngrams``, int64. It is equal for equal runs, in every process."""
+    numbers = [_word_hash(word) for word in words]
+    if len(numbers) <= n:
+        return [hash(tuple(numbers))] if numbers else []
+    # Python randomises the hash of a text in each process, and not that of a tuple of integers.
+    return [hash(run) for run in zip(*(numbers[i:] for i in range(n)))]
+
+
+@functools.lru_cache(1 << 20)
+def _word_hash(word: str) -> int:
+    digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Basic cleaning of a corpus: removes empty, short, duplicate and evaluation-contaminated rows."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -11,22 +12,31 @@ from typing import Any
 from tqdm import tqdm
 
 from nomic_jax.curate.clean.contamination import NGRAM, Contamination, EvaluationTexts
+from nomic_jax.curate.clean.description import (
+    Batch,
+    Describer,
+    DescribingTask,
+    NewBatch,
+    Repeated,
+    StoredBatch,
+    blocks_of_file,
+)
 from nomic_jax.curate.clean.duplicates import WORK_FILES, Near, NearDuplicates
 from nomic_jax.curate.engine.report import Sample, quarantine, table
 from nomic_jax.curate.engine.row_blocks import no_usable_row
-from nomic_jax.curate.engine.text_store import text_key
 from nomic_jax.data.formats.paths import input_files
 from nomic_jax.data.formats.reading import read_rows
-from nomic_jax.data.formats.row_checks import RejectedRows
+from nomic_jax.data.formats.row_checks import Quarantined, RejectedRows
 from nomic_jax.data.formats.writing import json_line, write_rows
-from nomic_jax.data.words import words_of
-from nomic_jax.files.folders import check_only
+from nomic_jax.data.tokens.scans import one_scans, scan_files
+from nomic_jax.files.folders import check_only, remove_folder
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.printable import code
 from nomic_jax.files.writing import atomic_file, write_json
+from nomic_jax.jobs.tasks import Engine
 
 ROWS_AT_ONCE = 1024
-OUTPUTS = {"kept.jsonl", "removed.jsonl", "rejected.jsonl", "summary.json", "report.md", *WORK_FILES}
+OUTPUTS = {"kept.jsonl", "removed.jsonl", "rejected.jsonl", "summary.json", "report.md", "work", *WORK_FILES}
 REASONS = ("empty", "short", "exact duplicate", "near duplicate", "contaminated")
 
 
@@ -68,12 +78,19 @@ def clean_rows(
     *,
     on_bad_row: str = "raise",
     rows_at_once: int = ROWS_AT_ONCE,
+    engine: Engine | None = None,
+    is_shard: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Writes the kept rows, and the removed rows with the reasons, in one pass. Of duplicates, the first row is kept.
+    """Writes the kept rows, and the removed rows with the reasons. Of duplicates, the first row is kept.
+
+    Without an engine, in one pass: a killed run starts over. With one, rows are first described block by block
+    (``nomic_jax.curate.clean.description``), and a killed run keeps the finished blocks; then one process compares the
+    descriptions and reads the rows again to write them. The bytes of the result are the same.
 
     Memory: about 150 bytes per row for exact duplicates, 2.5 KB per row for near-duplicates, and 100 bytes per word of
-    the evaluation texts. A killed run starts over. ``output`` receives
+    the evaluation texts. With an engine, that is per row that shares something with another; finding these takes 8
+    bytes per row. ``output`` receives
 
         kept.jsonl      the kept rows, unchanged, in input order
         removed.jsonl   {row, reason, of, removed}: the number of the row (from 0, without rejected rows), the step that
@@ -86,8 +103,11 @@ def clean_rows(
       columns: the columns with the texts. A row with an empty text is removed, a row without the column is a bad row.
       evaluation: the texts of each task to compare the rows with.
       rows_at_once: rows whose near-duplicates are searched in one call; the result does not depend on it.
+      engine: describes the rows. [here, in one pass]
+      is_shard: the engine makes a share of the blocks, and others may make theirs meanwhile.
 
     Raises:
+      ShardEnded: a shard has made its share; the last step, a merge, writes the rows.
       BadRow: a row cannot be used, with on_bad_row="raise".
       ValueError: there is no usable row.
     """
@@ -97,16 +117,20 @@ def clean_rows(
         raise ValueError(f"near_columns names {unknown[0]!r}; the columns with texts are {', '.join(columns)}")
     check_only(output, OUTPUTS.__contains__, "launch.clean")
     inputs = input_files(files, output)
-    with exclusive_lock(output / ".lock"):
+    contamination = Contamination(evaluation or {}, options.ngram)
+    describer = Describer(columns, options, contamination.runs)
+    with contextlib.nullcontext() if is_shard else exclusive_lock(output / ".lock"):
+        described = repeated = None
+        if engine is not None:
+            described = _describe(inputs, output / "work", describer, on_bad_row, engine, is_shard, progress)
+            repeated = described[0].repeated()
         (output / "summary.json").unlink(missing_ok=True)
         rejected = RejectedRows(output / "rejected.jsonl")
-        contamination = Contamination(evaluation or {}, options.ngram)
         counts: Counter[str] = Counter()
         samples = {reason: Sample(5) for reason in REASONS}
 
-        def kept(removed_file) -> Iterator[dict[str, Any]]:
-            rows = _read(inputs, columns, on_bad_row, rejected, progress)
-            for number, row, reason, of in _judge(rows, output, columns, options, contamination, rows_at_once):
+        def kept(batches: Iterator[Batch], removed_file) -> Iterator[dict[str, Any]]:
+            for number, row, reason, of in _judge(batches, output, columns, options, contamination, repeated):
                 counts["rows"] += 1
                 if not reason:
                     yield row
@@ -119,8 +143,16 @@ def clean_rows(
                 line = {"row": number, "reason": reason, "of": of, "removed": row}
                 removed_file.write(json_line(line))
 
-        with atomic_file(output / "removed.jsonl") as part, part.open("wb") as removed_file:
-            kept_count = write_rows(output / "kept.jsonl", kept(removed_file))
+        with (
+            atomic_file(output / "removed.jsonl") as part,
+            part.open("wb") as removed_file,
+            tqdm(desc="cleaning", unit=" rows", disable=not progress) as bar,
+        ):
+            if described is None or repeated is None:
+                batches = _new(inputs, describer, on_bad_row, rejected, rows_at_once, bar)
+            else:
+                batches = _stored(*described, repeated, inputs, rejected, bar)
+            kept_count = write_rows(output / "kept.jsonl", kept(batches, removed_file))
         if not counts["rows"]:
             raise no_usable_row(files, rejected)
         summary = {
@@ -135,76 +167,99 @@ def clean_rows(
         with atomic_file(output / "report.md") as part:
             part.write_text(_report(files, columns, summary, samples), encoding="utf-8")
         write_json(output / "summary.json", summary)
+        remove_folder(output / "work")
     return summary
 
 
-def _read(
-    files: list[str], columns: Sequence[str], on_bad_row: str, rejected: RejectedRows, progress: bool
-) -> Iterator[dict[str, Any]]:
-    with tqdm(desc="cleaning", unit=" rows", disable=not progress) as bar:
-        for file in files:
-            checked = dict.fromkeys(columns, str)
-            for row in read_rows(file, checked, allow_empty=True, on_bad_row=on_bad_row, rejected=rejected):
-                yield row
-                bar.update()
+def _describe(
+    files: list[str], work: Path, describer: Describer, on_bad_row: str, engine: Engine, is_shard: bool, progress: bool
+) -> tuple[DescribingTask, list[Quarantined]]:
+    """Describes the rows of all blocks, and returns the task and the files that were set aside."""
+    columns = dict.fromkeys(describer.columns, str)
+    with one_scans(work) if is_shard else contextlib.nullcontext():
+        scans = scan_files(files, columns, work, numbers=None, on_bad_row=on_bad_row, distinct=False, progress=progress)
+    blocks = [block for file, scan in zip(files, scans) for block in blocks_of_file(file, scan)]
+    task = DescribingTask(blocks, describer, work, on_bad_row, progress)
+    engine(task, None, True)
+    set_aside = [Quarantined(file, scan.broken, scan.rows) for file, scan in zip(files, scans) if scan.broken]
+    return task, set_aside
+
+
+def _new(
+    files: list[str], describer: Describer, on_bad_row: str, rejected: RejectedRows, rows_at_once: int, bar: tqdm
+) -> Iterator[Batch]:
+    checked = dict.fromkeys(describer.columns, str)
+    for file in files:
+        rows = read_rows(file, checked, allow_empty=True, on_bad_row=on_bad_row, rejected=rejected)
+        while batch := list(itertools.islice(rows, rows_at_once)):
+            yield NewBatch(batch, describer)
+            bar.update(len(batch))
+
+
+def _stored(
+    task: DescribingTask,
+    set_aside: list[Quarantined],
+    repeated: Repeated,
+    files: list[str],
+    rejected: RejectedRows,
+    bar: tqdm,
+) -> Iterator[Batch]:
+    by_file = {entry.file: entry for entry in set_aside}
+    block = 0
+    for file in files:
+        if file in by_file:
+            rejected.quarantine(by_file[file])
+        while block < len(task) and task.blocks[block].file == file:
+            yield StoredBatch(rows := list(task.read(block, rejected)), task.file(block), repeated)
+            bar.update(len(rows))
+            block += 1
 
 
 Judged = tuple[int, dict[str, Any], str, Any]
 
 
 def _judge(
-    rows: Iterator[dict[str, Any]],
+    batches: Iterator[Batch],
     output: Path,
     columns: Sequence[str],
     options: CleaningOptions,
     contamination: Contamination,
-    rows_at_once: int,
+    repeated: Repeated | None,
 ) -> Iterator[Judged]:
     """Yields (number, row, reason for its removal or "", the row or tasks that it repeats) for every row."""
-    judged = _drop_short_and_equal(enumerate(rows), columns, options)
-    if options.near is not None:
-        judged = _drop_near(judged, options.near_columns or columns, options.near, output, rows_at_once)
-    for number, row, reason, of in judged:
-        if not reason:
-            overlaps = contamination.check((row[column] for column in columns), number)
-            rule = options.remove_contaminated
-            tasks = sorted({task for task, part in overlaps if rule == "any" or (rule, part) == ("queries", "queries")})
-            if tasks:
-                reason, of = "contaminated", tasks
-        yield number, row, reason, of
-
-
-def _drop_short_and_equal(
-    rows: Iterator[tuple[int, dict[str, Any]]], columns: Sequence[str], options: CleaningOptions
-) -> Iterator[Judged]:
     first_of: dict[bytes, int] = {}
-    for number, row in rows:
-        texts = [row[column].strip() for column in columns]
-        reason, of = "", None
-        if not all(texts):
-            reason = "empty"
-        elif any(len(text) < options.min_chars or len(words_of(text)) < options.min_words for text in texts):
-            reason = "short"
-        elif options.exact:
-            first = first_of.setdefault(text_key("\0".join(texts)), number)
-            if first != number:
-                reason, of = "exact duplicate", first
-        yield number, row, reason, of
-
-
-def _drop_near(
-    judged: Iterator[Judged], columns: Sequence[str], threshold: float, output: Path, rows_at_once: int
-) -> Iterator[Judged]:
-    with NearDuplicates(threshold, output) as seen:
-        while batch := list(itertools.islice(judged, rows_at_once)):
-            candidates = [(number, row) for number, row, reason, _ in batch if not reason]
-            texts = [[row[column] for column in columns] for _, row in candidates]
-            found = dict(
-                zip((number for number, _ in candidates), seen.check(texts, [number for number, _ in candidates]))
-            )
-            for number, row, reason, of in batch:
-                other = found.get(number)
-                yield (number, row, reason, of) if other is None else (number, row, "near duplicate", other)
+    begin = 0  # number of the first row of the batch
+    with contextlib.ExitStack() as stack:
+        seen = None
+        if options.near is not None:
+            bands = repeated.bands if repeated else None
+            seen = stack.enter_context(NearDuplicates(options.near, output, bands))
+        for batch in batches:
+            verdicts: list[tuple[str, Any]] = []
+            for place in range(len(batch.rows)):
+                reason, key = batch.first(place)
+                first = first_of.setdefault(key, begin + place) if key else begin + place
+                verdicts.append((reason, None) if first == begin + place else ("exact duplicate", first))
+            if seen is not None:
+                places = [place for place, (reason, _) in enumerate(verdicts) if not reason]
+                texts = [[batch.rows[place][name] for name in options.near_columns or columns] for place in places]
+                found = seen.check(texts, [begin + place for place in places], batch.compared(places))
+                for place, near in zip(places, found):
+                    if near is not None:
+                        verdicts[place] = ("near duplicate", near)
+            for place, row in enumerate(batch.rows):
+                reason, of = verdicts[place]
+                if not reason:
+                    texts_of_row = [row[column] for column in columns]
+                    overlaps = contamination.check(texts_of_row, begin + place, batch.shared(place))
+                    rule = options.remove_contaminated
+                    tasks = sorted(
+                        {task for task, part in overlaps if rule == "any" or (rule, part) == ("queries", "queries")}
+                    )
+                    if tasks:
+                        reason, of = "contaminated", tasks
+                yield begin + place, row, reason, of
+            begin += len(batch.rows)
 
 
 def _report(files: str, columns: Sequence[str], summary: dict[str, Any], samples: Mapping[str, Sample]) -> str:

@@ -1,10 +1,14 @@
 """Overlap of training texts with evaluation tasks, found by shared runs of words."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from nomic_jax.data.words import word_ngrams, words_of
+import numpy as np
+
+from nomic_jax.curate.clean.repeated import is_among
+from nomic_jax.data.words import ngram_hashes, word_ngrams, words_of
 
 NGRAM = 13  # Brown et al. 2020 (GPT-3), appendix C
 Part = Literal["queries", "documents"]
@@ -35,24 +39,31 @@ class Contamination:
         self._bits: dict[int, int] = {}
         for bit, (name, part) in enumerate(self._task_parts):
             for text in getattr(tasks[name], part):
-                for gram in self._grams(text):
+                for gram in self._runs(text):
                     self._bits[gram] = self._bits.get(gram, 0) | 1 << bit
         self._met: set[int] = set()
         self._rows = [0] * len(self._task_parts)
         self._examples: list[dict[str, Any] | None] = [None] * len(self._task_parts)
 
-    def check(self, texts: Iterable[str], row: int) -> set[tuple[str, Part]]:
-        """Returns and counts the tasks and parts that the texts of a row overlap with."""
+    @functools.cached_property
+    def runs(self) -> np.ndarray:
+        """The numbers of all runs of the evaluation texts, sorted int64, for ``shared_runs``."""
+        return np.sort(np.fromiter(self._bits, np.int64, len(self._bits)))
+
+    def check(self, texts: Sequence[str], row: int, shared: Iterable[int]) -> set[tuple[str, Part]]:
+        """Returns and counts the tasks and parts that the texts of a row overlap with.
+
+        Args:
+          shared: the ``shared_runs`` of the texts with ``runs``.
+        """
         found = 0
-        for text in texts if self._bits else ():
-            for ngram in self._ngrams(text):
-                bits = self._bits.get(hash(ngram), 0)
-                if bits:
-                    self._met.add(hash(ngram))
-                    for bit in range(len(self._task_parts)):
-                        if bits >> bit & 1 and self._examples[bit] is None:
-                            self._examples[bit] = {"row": row, "words": ngram}
-                    found |= bits
+        for run in shared:
+            bits = self._bits[run]
+            self._met.add(run)
+            for bit in range(len(self._task_parts)):
+                if bits >> bit & 1 and self._examples[bit] is None:
+                    self._examples[bit] = {"row": row, "words": self._words_of(run, texts)}
+            found |= bits
         bits_found = [bit for bit in range(len(self._task_parts)) if found >> bit & 1]
         for bit in bits_found:
             self._rows[bit] += 1
@@ -63,14 +74,25 @@ class Contamination:
         lines = []
         for (name, part), rows, example in zip(self._task_parts, self._rows, self._examples):
             texts = getattr(self.tasks[name], part)
-            met = sum(any(gram in self._met for gram in self._grams(text)) for text in texts)
+            met = sum(any(run in self._met for run in self._runs(text)) for text in texts)
             share = round(met / max(1, len(texts)), 4)
             line = {"task": name, "part": part, "texts": len(texts), "texts_met": met, "share_met": share}
             lines.append(line | {"training_rows": rows, "example": example})
         return lines
 
-    def _ngrams(self, text: str) -> list[str]:
-        return word_ngrams(words_of(text), self.n)
+    def _runs(self, text: str) -> list[int]:
+        return ngram_hashes(words_of(text), self.n)
 
-    def _grams(self, text: str) -> list[int]:
-        return [hash(ngram) for ngram in self._ngrams(text)]
+    def _words_of(self, run: int, texts: Sequence[str]) -> str:
+        for text in texts:
+            if run in (numbers := self._runs(text)):
+                return word_ngrams(words_of(text), self.n)[numbers.index(run)]
+        raise ValueError("the run is of other texts")
+
+
+def shared_runs(texts: Iterable[str], runs: np.ndarray, n: int) -> list[int]:
+    """Returns the runs of n words of the texts that are in ``runs`` (sorted), in their order; see ``ngram_hashes``."""
+    if not len(runs):  # saves the time for the words
+        return []
+    own = np.array([run for text in texts for run in ngram_hashes(words_of(text), n)], np.int64)
+    return own[is_among(own, runs)].tolist()

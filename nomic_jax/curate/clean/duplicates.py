@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nomic_jax.data.words import text_form, word_ngrams, words_of
+from nomic_jax.curate.clean.repeated import is_among
+from nomic_jax.data.words import ngram_hashes, text_form, word_ngrams, words_of
 from nomic_jax.extras import needs
 from nomic_jax.files import system
 from nomic_jax.files.writing import named_errors, open_new
@@ -30,6 +31,59 @@ class Near(NamedTuple):
     texts: list[str]
 
 
+class Compared(NamedTuple):
+    """What ``NearDuplicates`` compares of N rows.
+
+    Attributes:
+      signatures: MinHash of each row, uint32 [N, P].
+      keys: a number for each of the B bands of each signature, uint64 [N, B]; equal bands have equal numbers.
+      runs: for each row and column, the runs of words as sorted, distinct numbers, int64.
+    """
+
+    signatures: np.ndarray
+    keys: np.ndarray
+    runs: list[list[np.ndarray]]
+
+
+class Signer:
+    """Computes what is compared of a row. Rows are independent: any process may do it.
+
+    Args:
+      threshold: the minimum similarity of near-duplicates, above 0 and at most 1.
+
+    Raises:
+      MissingPackage: rensa is not installed.
+    """
+
+    def __init__(self, threshold: float):
+        with needs("finding near-duplicates", "nomic_jax[clean]"):
+            import rensa
+        if not 0 < threshold <= 1:
+            raise ValueError(f"the threshold of near-duplicates is {threshold}; write a similarity such as 0.8")
+        self.bands, self.rows_per_band = bands_and_rows(threshold)
+        self.length = self.bands * self.rows_per_band
+        self._digests = rensa.RMinHash.digests_from_token_sets
+
+    def __call__(self, texts: Sequence[Sequence[str]]) -> Compared:
+        """Args: for each row, the texts of its columns."""
+        words = [[words_of(text) for text in own] for own in texts]
+        runs = [[word_ngrams(found, SHINGLE) for found in own] for own in words]
+        # Runs of several columns are one set. Where each column is at least as similar as the threshold, so is the set.
+        # The last column, usually the longest, goes without its number, which saves time.
+        sets = [[f"{column} {run}" for column, found in enumerate(own[:-1]) for run in found] + own[-1] for own in runs]
+        signatures = np.array(self._digests(sets, self.length, 0), np.uint32).reshape(len(texts), self.length)
+        numbers = [[np.unique(np.array(ngram_hashes(found, SHINGLE), np.int64)) for found in own] for own in words]
+        return Compared(signatures, self._keys(signatures), numbers)
+
+    def _keys(self, signatures: np.ndarray) -> np.ndarray:
+        bands = signatures.reshape(len(signatures), self.bands, self.rows_per_band).astype(np.uint64)
+        keys = np.tile(np.arange(1, self.bands + 1, dtype=np.uint64), (len(signatures), 1))
+        for i in range(self.rows_per_band):
+            keys = (keys ^ bands[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
+            keys ^= keys >> np.uint64(29)
+        return keys
+
+
 class NearDuplicates:
     """The rows kept so far, which are searched for near-duplicates of new rows.
 
@@ -46,21 +100,17 @@ class NearDuplicates:
 
     Args:
       threshold: the minimum similarity of near-duplicates, above 0 and at most 1.
+      repeated: for each band, the keys that several rows have (sorted), if they are known. Rows without one are not
+        kept in memory. The result is the same, because no row is compared with them.
 
     Raises:
       MissingPackage: rensa is not installed.
     """
 
-    def __init__(self, threshold: float, folder: Path):
-        with needs("finding near-duplicates", "nomic_jax[clean]"):
-            import rensa
-        if not 0 < threshold <= 1:
-            raise ValueError(f"the threshold of near-duplicates is {threshold}; write a similarity such as 0.8")
-        self.threshold = threshold
-        self._bands, self._rows_per_band = bands_and_rows(threshold)
-        self._digests = rensa.RMinHash.digests_from_token_sets
+    def __init__(self, threshold: float, folder: Path, repeated: Sequence[np.ndarray] | None = None):
+        self.threshold, self._signer, self._repeated = threshold, Signer(threshold), repeated
         self._buckets: dict[int, int | list[int]] = {}
-        self._signatures = np.empty((1024, self._bands * self._rows_per_band), np.uint32)
+        self._signatures = np.empty((1024, self._signer.length), np.uint32)
         self._rows = array("q")
         self._texts, self._runs = (_Records(folder / name) for name in WORK_FILES)
 
@@ -73,35 +123,27 @@ class NearDuplicates:
         self._texts.close()
         self._runs.close()
 
-    def check(self, texts: Sequence[Sequence[str]], rows: Sequence[int]) -> list[Near | None]:
+    def check(
+        self, texts: Sequence[Sequence[str]], rows: Sequence[int], compared: Compared | None = None
+    ) -> list[Near | None]:
         """Returns for each row a kept near-duplicate. If there is none, returns None and keeps the row.
 
         Args:
           texts: for each row, the texts of its columns.
+          compared: what a ``Signer`` of the same threshold returned for the texts. [computed here]
         """
-        runs = [[word_ngrams(words_of(text), SHINGLE) for text in own] for own in texts]
-        # Runs of several columns are one set. Where each column is at least as similar as the threshold, so is the set.
-        # The last column, usually the longest, goes without its number, which saves time.
-        sets = [[f"{column} {run}" for column, found in enumerate(own[:-1]) for run in found] + own[-1] for own in runs]
-        signatures = np.array(self._digests(sets, self._signatures.shape[1], 0), np.uint32)
-        signatures = signatures.reshape(len(texts), self._signatures.shape[1])
-        keys = self._keys(signatures)
-        hashes = [[np.unique(np.array([hash(run) for run in found], np.int64)) for found in own] for own in runs]
-        return [self._check(*arguments) for arguments in zip(texts, rows, hashes, signatures, keys)]
-
-    def _keys(self, signatures: np.ndarray) -> list[list[int]]:
-        """Returns a number for each band of each signature, which is equal for equal bands."""
-        bands = signatures.reshape(len(signatures), self._bands, self._rows_per_band).astype(np.uint64)
-        keys = np.tile(np.arange(1, self._bands + 1, dtype=np.uint64), (len(signatures), 1))
-        for i in range(self._rows_per_band):
-            keys = (keys ^ bands[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
-            keys ^= keys >> np.uint64(29)
-        return keys.tolist()
+        signatures, keys, runs = compared or self._signer(texts)
+        if self._repeated is None:
+            keys_of_rows = keys.tolist()
+        else:
+            is_repeated = np.stack([is_among(own, known) for own, known in zip(keys.T, self._repeated)], axis=1)
+            keys_of_rows = [own[chosen].tolist() for own, chosen in zip(keys, is_repeated)]
+        return [self._check(*arguments) for arguments in zip(texts, rows, runs, signatures, keys_of_rows)]
 
     def _check(
         self, texts: Sequence[str], row: int, runs: list[np.ndarray], signature: np.ndarray, keys: list[int]
     ) -> Near | None:
-        if not any(map(len, runs)):  # no words, for example only a smiley: nothing to compare
+        if not keys or not any(map(len, runs)):  # without words, for example only a smiley: nothing to compare
             return None
         if candidates := self._candidates(signature, keys):
             first = self._first_near(texts, runs, candidates)
