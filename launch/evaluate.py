@@ -45,9 +45,13 @@ from nomic_jax.evals.suites import hub, local, loco, mteb
 from nomic_jax.evals.suites.glue import cells as glue_cells
 from nomic_jax.evals.tasks.contract import Embed, embed_with
 from nomic_jax.files.folders import check_only
+from nomic_jax.jobs.tasks import Engine
 
+from . import engine as engine_flags
 from . import glue
 from .errors import run
+
+flags.adopt_module_key_flags(engine_flags)  # so that --help lists them
 
 FLAGS = flags.FLAGS
 SUITES = ("local", "mteb", "jina_long", "loco", "glue")
@@ -74,6 +78,9 @@ class LazyEncoders:
         self.model, self.dtype, self.batch_size = model, dtype, batch_size
         self._by_length: dict[int | None, Any] = {}
         self._for_mteb: dict[tuple[int, int | None], Any] = {}
+
+    def __reduce__(self):
+        return LazyEncoders, (self.model, self.dtype, self.batch_size)  # another machine loads the model itself
 
     def at(self, max_length: int | None) -> Any:
         """The Embedder with this limit of tokens. Raises ValueError if it exceeds the maximum of the model."""
@@ -119,11 +126,12 @@ def evaluate(
     dtype: str = "auto",
     batch_size: int = 64,
     glue_options: Mapping[str, Any] = MappingProxyType({}),
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Evaluates the model on every task that has no scores yet and returns the report, as written to ``output``.
 
     The arguments are the flags of the command. ``glue_options`` holds learning_rates, batch_sizes, seeds, variant and
-    mnli_checkpoint.
+    mnli_checkpoint. ``engine`` computes the scores. [here, task after task]
 
     Raises:
       ValueError, OSError: invalid options or missing files; raised before the first task runs.
@@ -141,6 +149,8 @@ def evaluate(
         raise ValueError(f"--suite={suite} takes its data from mteb, not from --data; --suite=local takes your own")
     if suite == "glue" and (lengths or truncate_dim):
         raise ValueError("--suite=glue takes neither --max_length nor --truncate_dim: it finetunes on 128 tokens")
+    if suite == "glue" and engine:
+        raise ValueError("--suite=glue trains: it takes neither --engine=ray nor --shard")
     dims: list[int | None] = [*truncate_dim] or [None]
     check_only(output, lambda entry: is_output(output / entry), "launch.evaluate")
     sha256 = model_sha256(model)
@@ -181,7 +191,7 @@ def evaluate(
             hub.is_reachable()
 
     path = output / (f"{name}.json" if suite == "local" else f"{name}-{suite}.json")
-    report = run_cells(path, identity, cells, prepare)
+    report = run_cells(path, identity, cells, prepare, engine)
     write_report(output)
     return report
 
@@ -223,6 +233,7 @@ def _glue(
 
 def main(argv: list[str]) -> None:
     del argv
+    engine_flags.leave_devices_to_actors()
     model = FLAGS.model
     if FLAGS.step:
         from nomic_jax.run.pretrained import at_step  # loads jax
@@ -237,8 +248,9 @@ def main(argv: list[str]) -> None:
         tasks=FLAGS.tasks,
         max_length=_integers("max_length"),
         truncate_dim=_integers("truncate_dim"),
-        dtype=FLAGS.dtype,
+        dtype=engine_flags.dtype(FLAGS.dtype),
         batch_size=FLAGS.batch_size,
+        engine=engine_flags.choose(None) if engine_flags.is_given() else None,
         glue_options={
             "learning_rates": [float(value) for value in FLAGS.learning_rates],
             "batch_sizes": _integers("glue_batch_sizes"),

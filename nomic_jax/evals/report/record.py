@@ -9,19 +9,23 @@ A label is the task's name, followed by "@<max_length>" and " dim <n>" if a suit
 components. The names of averages are then followed by " @<max_length>", if there are several lengths, and " dim <n>".
 """
 
+import itertools
 import json
 import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nomic_jax.files.folders import is_file
+from nomic_jax.files.folders import is_file, remove_folder
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.reading import FileRefused, read_json
 from nomic_jax.files.writing import write_json
+from nomic_jax.jobs.tasks import Engine, Task
+
+_CELLS = ".cells"  # the end of the name of a folder of scores that are not in the report yet
 
 
 class Cell(NamedTuple):
@@ -63,8 +67,46 @@ def open_report(path: Path, identity: dict[str, Any], cells: Sequence[Cell] = ()
     return report
 
 
+class CellsTask(Task):
+    """The task that computes cells. A block has those of one task and length, which share the embeddings of its texts.
+
+    A block is a file with the entries for the report, and the messages of cells that failed.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], cells: Sequence[Cell]):
+        self.label, self.progress = f"evaluating {identity['model']}", True
+        self.folder, self.identity = path.with_name(f".{path.name}{_CELLS}"), dict(identity)
+        groups = itertools.groupby(cells, lambda cell: cell.label.partition(" dim ")[0])
+        self.blocks = [(name, list(group)) for name, group in groups]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def file(self, block: int) -> Path:
+        return self.folder / f"{block:05d}.json"
+
+    @property
+    def records(self) -> Path:
+        return self.folder / "shards"
+
+    def settings(self) -> Mapping[str, Any]:
+        return self.identity | {f"task {name}": [cell.sha256 for cell in own] for name, own in self.blocks}
+
+    def write(self, block: int, worker: Any, advance: Callable[[int], Any]) -> None:
+        found: dict[str, dict[str, Any]] = {"tasks": {}, "failed": {}}
+        for cell in self.blocks[block][1]:
+            entry, failed = _scored(cell)
+            found["tasks"] |= entry
+            found["failed"] |= failed
+        write_json(self.file(block), found)
+
+
 def run_cells(
-    path: Path, identity: dict[str, Any], cells: Sequence[Cell], prepare: Callable[[], object]
+    path: Path,
+    identity: dict[str, Any],
+    cells: Sequence[Cell],
+    prepare: Callable[[], object],
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Computes the scores that the report at ``path`` lacks, writes it after every task, and returns it.
 
@@ -74,37 +116,59 @@ def run_cells(
 
     Args:
       prepare: called once, before the first task without scores. Its exceptions end the run.
+      engine: computes the missing scores; the report is written when all are there. [here, one after the other]
+
+    Raises:
+      ShardEnded: a shard has made its share; the last step, a merge, writes the report.
     """
     report = open_report(path, identity, cells)
     failed: dict[str, str] = {}
     missing = [cell for cell in cells if cell.label not in report["tasks"]]
     if missing:
         prepare()
-    for number, cell in enumerate(missing, len(cells) - len(missing) + 1):
-        print(f"task {number} of {len(cells)}: {cell.label}", file=sys.stderr)
-        started = time.monotonic()
-        entry: dict[str, dict[str, Any]] = {}
-        try:
-            found = cell.score()
-            if undefined := _undefined(found):
-                raise ValueError(f"the score {undefined[0]} is {found[undefined[0]]}, which is no number")
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:
-            failed[cell.label] = f"{type(error).__name__}: {error}"
-            print(f"{cell.label} failed: {failed[cell.label]}", file=sys.stderr)
-            if not isinstance(error, (ValueError, OSError)):  # a defect in this project or in a library: show where
-                traceback.print_exc()
-        else:
-            entry = {cell.label: found | ({"sha256": cell.sha256} if cell.sha256 else {})}
-            seconds = time.monotonic() - started
-            print(f"    {found['metric']} {main_score(found):.4f}, {seconds:.0f} s", file=sys.stderr)
+
+    def add(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
         with exclusive_lock(path.with_name(f".{path.name}.lock")):
             report = open_report(path, identity, cells)
-            report["tasks"] |= entry
+            report["tasks"] |= entries
             report |= {"failed": failed, "average": average(report["tasks"].values())}
             write_json(path, report)
+        return report
+
+    if engine is not None and missing:
+        task = CellsTask(path, identity, missing)
+        engine(task, True, True)
+        blocks = [read_json(task.file(block)) for block in range(len(task))]
+        failed |= {label: message for block in blocks for label, message in block["failed"].items()}
+        report = add({label: entry for block in blocks for label, entry in block["tasks"].items()})
+        remove_folder(task.folder)  # what failed is computed again by the next run
+        missing = []
+    for number, cell in enumerate(missing, len(cells) - len(missing) + 1):
+        print(f"task {number} of {len(cells)}: {cell.label}", file=sys.stderr)
+        entry, why = _scored(cell)
+        failed |= why
+        report = add(entry)
     return report | {"failed": failed, "average": average(report["tasks"].values())}
+
+
+def _scored(cell: Cell) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Returns the entry of a cell in the report, or the message of its failure: one of the two is empty."""
+    started = time.monotonic()
+    try:
+        found = cell.score()
+        if undefined := _undefined(found):
+            raise ValueError(f"the score {undefined[0]} is {found[undefined[0]]}, which is no number")
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        print(f"{cell.label} failed: {message}", file=sys.stderr)
+        if not isinstance(error, (ValueError, OSError)):  # a defect in this project or in a library: show where
+            traceback.print_exc()
+        return {}, {cell.label: message}
+    seconds = time.monotonic() - started
+    print(f"    {found['metric']} {main_score(found):.4f}, {seconds:.0f} s", file=sys.stderr)
+    return {cell.label: found | ({"sha256": cell.sha256} if cell.sha256 else {})}, {}
 
 
 def _undefined(entry: dict[str, Any]) -> list[str]:
@@ -120,6 +184,8 @@ def is_output(path: Path) -> bool:
         except FileRefused:
             return False
         return isinstance(content, dict) and {"suite", "tasks"} <= content.keys()
+    if path.name.startswith(".") and path.name.endswith(_CELLS):
+        return True
     return path.name in ("report.md", "results", "glue") or path.suffix == ".png"
 
 
