@@ -24,13 +24,16 @@ from nomic_jax.inference.precision import DTYPES
 from nomic_jax.inference.vectors.stored_types import OUTPUT_DTYPES
 from nomic_jax.run.pretrained import at_step
 
+from . import engine
 from .errors import run
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(engine)  # so that --help lists them
 
 
 def main(argv: list[str]) -> None:
     del argv
+    engine.leave_devices_to_actors()
     use_compilation_cache()
     done = embed_files(
         at_step(FLAGS.model, FLAGS.step),
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> None:
         batch_size=FLAGS.batch_size,
         max_length=FLAGS.max_length,
         truncate_dim=FLAGS.truncate_dim,
-        dtype=FLAGS.dtype,
+        dtype=engine.dtype(FLAGS.dtype),
         output_dtype=FLAGS.output_dtype,
         shard_rows=FLAGS.shard_rows,
         keep_columns=FLAGS.keep_columns,
@@ -50,6 +53,8 @@ def main(argv: list[str]) -> None:
         on_bad_row=FLAGS.on_bad_row,
         overwrite=FLAGS.overwrite,
         update=FLAGS.update,
+        engine=engine.choose(None),
+        is_shard=engine.is_shard(),
     )
     now, seconds = done["rows"] - done["rows_before"] - done["reused"], done["seconds"]
     before = f" after {done['rows_before']:,} embedded before" if done["rows_before"] else ""

@@ -5,6 +5,7 @@ its parts, and gets a manifest once they are complete. The next run makes the pa
 is the command.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nomic_jax.data.formats.file_systems import file_system
 from nomic_jax.data.formats.parquet import open_parquet
@@ -29,7 +29,9 @@ from nomic_jax.inference.vectors.made_with import VECTORS, changed_setting, desc
 from nomic_jax.inference.vectors.parts import PartSettings, PartWriter, shape, write_parquet
 from nomic_jax.inference.vectors.stored import READERS, StoredVectors
 from nomic_jax.inference.vectors.stored_types import INT8, OUTPUT_DTYPES, calibrated
+from nomic_jax.inference.vectors.task import PartsTask
 from nomic_jax.inference.vectors.work import CALIBRATION, PUBLISHED, SURVEY, Work
+from nomic_jax.jobs.tasks import Engine, local_engine
 
 if TYPE_CHECKING:
     from nomic_jax.inference.embedder import Embedder
@@ -57,6 +59,8 @@ def embed_files(
     on_bad_row: str = "raise",
     overwrite: bool = False,
     update: bool = False,
+    engine: Engine = local_engine,
+    is_shard: bool = False,
 ) -> dict[str, Any]:
     """Writes ``output`` and returns {rows, dim, rows_before, reused, rejected, rejected_file, seconds}.
 
@@ -66,7 +70,12 @@ def embed_files(
     named. Memory holds one block: its texts, its kept columns, and its vectors, of which there are several copies
     while parquet is written (1 GB in all for 50,000 rows of dim 384); with ``update`` of a file, the old vectors too.
 
+    Args:
+      engine: makes the parts.
+      is_shard: the engine makes a share of the parts, and others may make theirs meanwhile.
+
     Raises:
+      ShardEnded: a shard has made its share; the last step, a merge, completes the output.
       FileExistsError: ``output`` exists, and ``overwrite`` is not set.
       ValueError: options contradict each other, the work folder holds parts made with other settings, another process
         is writing ``output``, a kept column has several types, or there is no row.
@@ -80,7 +89,7 @@ def embed_files(
     if work.file and work.file.exists() and any(os.path.exists(file) and work.file.samefile(file) for file in files):
         raise ValueError(f"--output={output} is also a file of --input={input}; write to another file")
     declared = declared_types(files, text_column, keep, on_bad_row)
-    with work.opened():
+    with work.opened(is_shard):
         manifest = work.manifest()
         exists = work.file.exists() if work.file else bool(manifest)
         published = exists and work.is_published()
@@ -124,7 +133,6 @@ def embed_files(
                 raise _exists(work)
         elif manifest and not files:
             return _summary(work, manifest)
-        work.record_plan(plan)
         settings = PartSettings(
             folder=work.folder,
             suffix=work.suffix,
@@ -144,14 +152,20 @@ def embed_files(
             record=record,
             reuse=work.file if update and exists else None,
         )
-        found = _surveyed(work, plan, settings, files, declared, manifest)
-        settings = dataclasses.replace(settings, schema=found.schema)
-        if output_dtype == INT8:
-            settings = _with_ranges(work, plan, settings, found, manifest, embedder)
+        with work.one_surveys() if is_shard else contextlib.nullcontext():
+            work.record_plan(plan)
+            found = _surveyed(work, plan, settings, files, declared, manifest)
+            settings = dataclasses.replace(settings, schema=found.schema)
+            if output_dtype == INT8:
+                settings = _with_ranges(work, plan, settings, found, manifest, embedder)
         blocks = cut(found.files, shard_rows, work.first, manifest.get("input_rows", 0))
         started = time.monotonic()
-        writer = PartWriter(settings, embedder)
-        before = _make_parts(settings, blocks, writer, found.usable)
+        task = PartsTask(settings, blocks, plan)
+        task.writer = PartWriter(settings, embedder)
+        before = sum(_rows_of(settings, [task.name(block) for block in sorted(task.made())]))
+        if before:
+            print(f"{before:,} rows are embedded already; resuming after them", flush=True)
+        engine(task, True, True)
         seconds = time.monotonic() - started
         if work.file:
             _assemble([settings.part(block.number) for block in blocks], work, work.file)
@@ -159,23 +173,9 @@ def embed_files(
             manifest = _completed(manifest, settings, blocks, found, identity)
             work.complete(manifest)
         work.clear()
-        done = _summary(work, manifest) | {"rows_before": before, "reused": writer.reused, "seconds": seconds}
+        done = _summary(work, manifest) | {"rows_before": before, "reused": task.writer.reused, "seconds": seconds}
         quantised = {name: value for name, value in settings.record.get(INT8, {}).items() if name != "ranges"}
         return done | {"rejected": found.rejected} | quantised
-
-
-def _make_parts(settings: PartSettings, blocks: Sequence[Block], writer: PartWriter, total: int) -> int:
-    """Makes the parts that are missing, and returns the number of rows of the others."""
-    names = settings.folder.names()
-    missing = [block for block in blocks if settings.part(block.number) not in names]
-    made = [settings.part(block.number) for block in blocks if settings.part(block.number) in names]
-    before = sum(_rows_of(settings, made))
-    if before:
-        print(f"{before:,} rows are embedded already; resuming after them", flush=True)
-    with tqdm(desc="embedding", unit=" texts", total=total, initial=before) as bar:
-        for block in missing:
-            writer.write(block, bar.update)
-    return before
 
 
 def _rows_of(settings: PartSettings, parts: Sequence[str]) -> list[int]:

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nomic_jax.files.reading import FileRefused, read_json
-from nomic_jax.files.writing import write_json
 from nomic_jax.jobs.tasks import Engine, Task, local_engine, missing_blocks
 
 MERGE = "merge"
@@ -65,6 +63,10 @@ class _Share(Task):
     def write(self, block: int, worker: Any, advance: Callable[[int], Any]) -> None:
         self.task.write(self.blocks[block], worker, advance)
 
+    def made(self) -> set[int]:
+        made = self.task.made()
+        return {number for number, block in enumerate(self.blocks) if block in made}
+
     @property
     def records(self) -> Path:
         return self.task.records
@@ -98,7 +100,7 @@ def shard_engine(shard: Shard, engine: Engine = local_engine) -> Engine:
         blocks = blocks_of(shard, task)
         engine(_Share(task, blocks), worker, wait)
         record = {"label": task.label, "shard": str(shard), "settings": dict(task.settings()), "blocks": blocks}
-        write_json(_record(task, shard), record)
+        task.write_record(f"{_slug(task)}-{shard.number}-of-{shard.total}.json", record)
         if wait and (task.is_last or missing_blocks(task)):
             then = f"run --shard={MERGE}" if task.is_last else f"run the shards again for what follows {task.label!r}"
             raise ShardEnded(f"shard {shard} has made its blocks; when all {shard.total} have, {then}")
@@ -126,11 +128,10 @@ def merge_engine() -> Engine:
 def _problem(task: Task) -> str:
     """Returns what a merge of the task lacks; "" if it is complete."""
     settings, shards = json.loads(_canonical(task))[1], []
-    for file in _records(task):
+    for file, record in task.read_records(f"{_slug(task)}-"):
         try:
-            record = read_json(file)
             shard, made_with = parse_shard(record["shard"]), dict(record["settings"])
-        except (FileRefused, TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             return f"{file} is no record of a shard ({error}); delete it and run its shard again"
         shards.append(shard)
         if changes := _changes(made_with, settings):
@@ -166,14 +167,6 @@ def _listed(values: Iterable[Any]) -> str:
 
 def _canonical(task: Task) -> str:
     return json.dumps([task.label, task.settings()], sort_keys=True)
-
-
-def _records(task: Task) -> list[Path]:
-    return sorted(task.records.glob(f"{_slug(task)}-*-of-*.json"))
-
-
-def _record(task: Task, shard: Shard) -> Path:
-    return task.records / f"{_slug(task)}-{shard.number}-of-{shard.total}.json"
 
 
 def _slug(task: Task) -> str:

@@ -1,15 +1,16 @@
 """Long tasks in blocks on disk, shared by any number of processes. A killed process loses only its current block."""
 
 import abc
-import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from nomic_jax.files.locks import claim
+from nomic_jax.files.reading import read_json
+from nomic_jax.files.writing import write_json
 
 WAIT_SECONDS = 1.0  # between two checks on the blocks that other processes are making
 
@@ -61,6 +62,19 @@ class Task(abc.ABC):
     def size(self, block: int) -> int:
         return 1
 
+    def made(self) -> set[int]:
+        """Returns the blocks that are there. Tasks whose files are not on a file system of this machine override it."""
+        return {block for block in range(len(self)) if self.file(block).exists()}
+
+    def write_record(self, name: str, record: Mapping[str, Any]) -> None:
+        """Writes a record of a shard."""
+        write_json(self.records / name, record)
+
+    def read_records(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        """Yields (path, record) of the shards whose names begin with ``prefix``. Raises FileRefused: it is no JSON."""
+        for file in sorted(self.records.glob(f"{prefix}*.json")):
+            yield str(file), read_json(file)
+
     def tidy(self, block: int) -> None:  # noqa: B027 (most tasks have nothing to tidy)
         """Deletes intermediate files of a finished block; called after the block is made and at every start."""
 
@@ -71,10 +85,11 @@ Engine = Callable[[Task, Any, bool], None]
 
 
 def make_block(task: Task, block: int, worker: Any, advance: Callable[[int], Any] = lambda size: None) -> bool:
-    """Makes a block unless its file exists. Returns False if another process is making it."""
-    file = task.file(block)
-    if not file.exists():
-        with claim(file) if task.is_shared else contextlib.nullcontext(True) as is_ours:
+    """Makes one of the ``missing_blocks``, unless it is there by now. Returns False if another process is making it."""
+    if not task.is_shared:
+        task.write(block, worker, advance)
+    elif not (file := task.file(block)).exists():
+        with claim(file) as is_ours:
             if not is_ours:
                 return False
             # Another process may have made it between the first check and the claim.
@@ -86,13 +101,10 @@ def make_block(task: Task, block: int, worker: Any, advance: Callable[[int], Any
 
 def missing_blocks(task: Task) -> list[int]:
     """Returns the blocks without a file, and calls ``tidy`` for the others."""
-    missing = []
-    for block in range(len(task)):
-        if task.file(block).exists():
-            task.tidy(block)
-        else:
-            missing.append(block)
-    return missing
+    made = task.made()
+    for block in made:
+        task.tidy(block)
+    return [block for block in range(len(task)) if block not in made]
 
 
 def progress_bar(task: Task, pending: list[int]) -> tqdm:

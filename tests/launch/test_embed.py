@@ -20,13 +20,14 @@ import pytest
 from nomic_jax import Embedder
 from nomic_jax.data.formats.row_checks import BadRow
 from nomic_jax.data.formats.writing import write_rows
-from nomic_jax.inference import embed_files as embed
 from nomic_jax.inference import precision
 from nomic_jax.inference.embed_files import embed_files
 from nomic_jax.inference.precision import computation_dtype
 from nomic_jax.inference.vectors import blocks
 from nomic_jax.inference.vectors import parts as vector_parts
 from nomic_jax.inference.vectors.work import Work
+from nomic_jax.jobs.shards import Incomplete, Shard, ShardEnded, merge_engine, shard_engine
+from nomic_jax.jobs.tasks import local_engine, make_block
 from nomic_jax.model import EmbeddingConfig, EncoderConfig
 from tests.commands import Command
 
@@ -220,15 +221,48 @@ def test_any_process_can_make_any_part(fake, tmp_path, monkeypatch):
     options = {"shard_rows": 4, "keep_columns": ["id"], "on_bad_row": "skip"}
     embed_files("m", f"{tmp_path}/*.jsonl*", tmp_path / "whole.parquet", **options)
 
-    def make_parts(settings, blocks, writer, total):
-        for block in pickle.loads(pickle.dumps(blocks[::-1])):
-            vector_parts.PartWriter(pickle.loads(pickle.dumps(settings))).write(block)
-        return 0
+    def engine(task, worker, wait):
+        for block in reversed(range(len(task))):
+            pickle.loads(pickle.dumps(task)).write(block, None, lambda size: None)
 
-    monkeypatch.setattr(embed, "_make_parts", make_parts)
-    embed_files("m", f"{tmp_path}/*.jsonl*", tmp_path / "out.parquet", **options)
+    embed_files("m", f"{tmp_path}/*.jsonl*", tmp_path / "out.parquet", engine=engine, **options)
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert pq.read_table(tmp_path / "out.parquet")["row"].to_pylist() == [*range(22), *range(23, 41)]
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.parquet", "out/"])
+def test_shards_and_their_merge(fake, rows, tmp_path, name):
+    def run(output, **rest):
+        return embed_files("m", rows, f"{tmp_path}/{output}/{name}", shard_rows=4, **rest)
+
+    def share(number, inner=local_engine):
+        run("shards", engine=shard_engine(Shard(number, 3), inner), is_shard=True)
+
+    def dies(task, worker, wait):
+        make_block(task, 0, worker)
+        raise Killed
+
+    expected = run("whole")
+    with pytest.raises(Killed):
+        share(3, dies)
+    for number in (3, 1):
+        with pytest.raises(ShardEnded):
+            share(number)
+    with pytest.raises(Incomplete, match=r"of 10 blocks are missing \(.*\); run --shard=2/3"):
+        run("shards", engine=merge_engine())
+    with pytest.raises(ShardEnded):
+        share(2)
+    with pytest.raises(ValueError, match="prompt was null, is"):
+        run("shards", engine=merge_engine(), prompt="x")
+    assert sorted(fake.texts) == sorted(2 * TEXTS), "a part was made twice"
+    merged = run("shards", engine=merge_engine())
+    assert sorted(fake.texts) == sorted(2 * TEXTS), "the merge made parts"
+    assert (merged["rows"], merged["dim"]) == (expected["rows"], expected["dim"]) == (len(TEXTS), 32)
+    files = [
+        {file.name: file.read_bytes() for file in (tmp_path / folder).rglob("*") if file.is_file()}
+        for folder in ("whole", "shards")
+    ]
+    assert files[0] == files[1]
 
 
 # (output, function, number of its call that raises Killed). Calls count once all texts are embedded. The kill comes

@@ -17,6 +17,7 @@ from typing import Any
 from nomic_jax.data.formats.row_checks import RejectedRows
 from nomic_jax.files import system
 from nomic_jax.files.folders import check_only, is_file, make_folder
+from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.files.reading import FileRefused
 from nomic_jax.files.writing import open_own
 from nomic_jax.inference.vectors.storage import Folder
@@ -25,11 +26,12 @@ SUFFIXES = (".npy", ".parquet")
 # The settings and inputs of the parts, what was found in the input, the ranges of int8, the identity of the file that
 # was assembled from the parts, and the lock.
 PLAN, SURVEY, CALIBRATION, PUBLISHED, LOCK = "plan.json", "survey.json", "int8.json", "published.json", "lock"
+_SURVEY_LOCK = ".survey.lock"
 MANIFEST = "manifest.json"  # of a folder that is complete
 _WORK = (CALIBRATION, SURVEY, PLAN, PUBLISHED)  # in the order in which they are removed
 _PART = re.compile(r"part-(\d{5,})\.(npy|parquet)")
 _OF_FILE = re.compile(
-    rf"(plan|survey|int8|published)\.json|lock|assembled\.(npy|parquet)|\..+\.(part|lock)|{_PART.pattern}"
+    rf"(plan|survey|int8|published|shard-.+)\.json|lock|assembled\.(npy|parquet)|\..+\.(part|lock)|{_PART.pattern}"
 )
 _OF_FOLDER = re.compile(rf"manifest\.json|rejected(-\d+)?\.jsonl|index\.faiss(\.json)?|{_OF_FILE.pattern}")
 
@@ -68,8 +70,8 @@ class Work:
         return self.folder.place
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """Makes the folder and locks it for this process. At the end, work without parts is removed.
+    def opened(self, is_shard: bool = False) -> Iterator[None]:
+        """Makes the folder and locks it, for this process or for all shards. At the end, work without parts is removed.
 
         Raises:
           FileRefused: the folder holds something else.
@@ -85,7 +87,7 @@ class Work:
             try:
                 yield
             finally:
-                if not self.has_parts():
+                if not (is_shard or self.has_parts()):
                     self.clear()
             return
         if self.file:
@@ -97,7 +99,7 @@ class Work:
         lock = local / LOCK
         with os.fdopen(open_own(lock, os.O_RDWR), "r+b") as lock_file:
             try:
-                system.lock(lock_file.fileno())
+                system.lock(lock_file.fileno(), shared=is_shard)
                 # A process that ends may have removed the file before it was locked here. The lock would have no
                 # effect.
                 if not lock.exists() or not os.path.samestat(os.fstat(lock_file.fileno()), lock.stat()):
@@ -109,7 +111,7 @@ class Work:
             try:
                 yield
             finally:
-                if not self.has_parts():
+                if not (is_shard or self.has_parts()):
                     self.clear()
                     lock.unlink()
                     with contextlib.suppress(OSError):  # it holds an output, or another process has made the lock again
@@ -120,7 +122,8 @@ class Work:
         if self.file:
             for name in self.folder.names() - {*_WORK, LOCK}:
                 self.folder.remove(name)
-        for name in _WORK:
+        of_shards = [name for name in self.folder.names() if name.startswith("shard-") or name == _SURVEY_LOCK]
+        for name in (*of_shards, *_WORK):
             self.folder.remove(name)
 
     def manifest(self) -> dict[str, Any]:
@@ -187,6 +190,11 @@ class Work:
 
     def save(self, name: str, plan: dict[str, Any], value: Any) -> None:
         self.folder.write_json(name, {"plan": _digest(plan), "value": value})
+
+    def one_surveys(self) -> contextlib.AbstractContextManager[None]:
+        """The shards of a job begin together: one reads the input, and the others take what it found."""
+        local = self.folder.local
+        return contextlib.nullcontext() if local is None else exclusive_lock(local / _SURVEY_LOCK)
 
     @contextlib.contextmanager
     def rejected_rows(self) -> Iterator[RejectedRows]:
