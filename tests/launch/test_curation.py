@@ -1,12 +1,7 @@
-"""Runs launch.filter, launch.mine and launch.clean as a user types them, and on Ray."""
+"""Runs launch.filter, launch.mine and launch.clean as a user types them."""
 
 import dataclasses
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -20,11 +15,6 @@ from nomic_jax.hf import read_checkpoint, write_checkpoint
 from nomic_jax.model.heads import init_classifier
 from tests.commands import Command
 from tests.corpus import pairs_of_words, write_teacher
-
-ROOT = Path(__file__).parent.parent.parent
-FILTERED = ("kept.jsonl", "scores.jsonl", "summary.json", "report.md")
-SCORED = ("scored.jsonl", "summary.json", "report.md")
-MINED = ("triplets.jsonl", "summary.json", "report.md")
 
 
 @pytest.fixture(scope="module")
@@ -41,33 +31,10 @@ def pairs(tmp_path_factory) -> Path:
     return file
 
 
-def start(*arguments) -> subprocess.Popen:
-    """Starts a command in a process from which Ray can start further processes."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
-
-
-def finish(process: Command | subprocess.Popen, code: int = 0) -> str:
+def finish(process: Command, code: int = 0) -> str:
     out, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors[-3000:]
     return out + errors
-
-
-def kill_after(process: Command | subprocess.Popen, output: Path, pieces: int) -> None:
-    """Kills the process as soon as the work folder has this number of pieces."""
-    # os.walk instead of rglob, because a finished block removes its folder of pieces during the search.
-    while sum(name[0].isdigit() for _, _, names in os.walk(output / "work") for name in names) < pieces:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    assert not (output / "summary.json").exists()
-
-
-def same(a: Path, b: Path, names) -> None:
-    for name in names:
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 def test_scores_are_those_of_the_teacher_with_its_prefixes(teacher, pairs, tmp_path):
@@ -107,27 +74,6 @@ def test_an_embedder_scores_by_its_similarity_and_a_cross_encoder_by_its_label(t
     assert scores["model"].identity != scores["identity"].identity
     with pytest.raises(ValueError, match=r"3 numbers, one for each of its labels \(no, perhaps, yes\)"):
         open_scorer(str(tmp_path / "3"), activation="model", **options)
-
-
-@pytest.mark.slow(reason="starts Ray with four processes")
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs the extra "ray"')
-def test_ray_with_two_workers_killed_and_restarted(teacher, pairs, tmp_path):
-    common = [f"--input={pairs}", f"--model={teacher}"]
-    ray = ["--engine=ray", "--workers=2"]
-    filtering = ["launch.filter", *common, "--block_size=30"]
-    finish(start(*filtering, f"--output={tmp_path / 'local'}"))
-    kill_after(start(*filtering, *ray, f"--output={tmp_path / 'ray'}"), tmp_path / "ray", 2)
-    finish(start(*filtering, *ray, f"--output={tmp_path / 'ray'}"))
-    same(tmp_path / "local", tmp_path / "ray", FILTERED)
-    mining = ["launch.mine", *common, "--too_few=random"]
-    finish(start(*mining, f"--output={tmp_path / 'local_mined'}"))
-    finish(start(*mining, *ray, f"--output={tmp_path / 'ray_mined'}"))
-    same(tmp_path / "local_mined", tmp_path / "ray_mined", MINED)
-    scoring = ["launch.score", *common, "--block_size=30"]
-    finish(start(*scoring, f"--output={tmp_path / 'local_scored'}"))
-    kill_after(start(*scoring, *ray, f"--output={tmp_path / 'ray_scored'}"), tmp_path / "ray_scored", 2)
-    finish(start(*scoring, *ray, f"--output={tmp_path / 'ray_scored'}"))
-    same(tmp_path / "local_scored", tmp_path / "ray_scored", SCORED)
 
 
 def test_every_local_device_embeds(teacher):
