@@ -1,6 +1,11 @@
 """Templates that start several processes: SLURM's batch script and the JobSets of Kubernetes."""
 
 import functools
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +21,44 @@ def test_batch_script_requeues_what_was_preempted_and_nothing_else(code, state, 
         text = job.communicate()[0]
     assert job.returncode == code and (tmp_path / "scontrol").exists() == requeued
     assert text.splitlines()[0] == "--kill-on-bad-exit=0 --wait=150 python -m launch.train --a"
+
+
+@pytest.mark.parametrize("ending", ["array", "merge", "time limit", "no SHARDS"])
+def test_array_script_names_the_shard_and_requeues_it_at_its_time_limit(ending, tmp_path):
+    stands_in = {
+        "python": 'echo "$@"\n[ -z "$WAITS" ] || exec sleep 60\nexit 3\n',
+        "scontrol": 'echo "$@" > scontrol\n',
+    }
+    for name, text in stands_in.items():
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}", encoding="utf-8")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(tmp_path), "NOMIC_JAX_VENV": str(tmp_path), "SLURM_ARRAY_JOB_ID": "77"}
+    if ending != "merge":
+        job["SLURM_ARRAY_TASK_ID"] = "3"
+    if ending != "no SHARDS":
+        job["SHARDS"] = "16"
+    script = Path(__file__).parent.parent.parent / "launch" / "slurm" / "shards.sbatch"
+    process = subprocess.Popen(
+        ["bash", script, "score", "--input=a b"],
+        env=os.environ | job | {"WAITS": "yes" if ending == "time limit" else ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if ending == "time limit":
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=20)
+    if ending == "no SHARDS":
+        assert process.returncode and out == "" and "SHARDS: set it to the number of shards" in errors
+        return
+    shard = "merge" if ending == "merge" else "3/16"
+    assert out.splitlines()[0] == f"-m launch score --input=a b --shard={shard}"
+    assert process.returncode == (143 if ending == "time limit" else 3)
+    requeued = tmp_path / "scontrol"
+    assert requeued.exists() == (ending == "time limit")
+    assert not requeued.exists() or requeued.read_text() == "requeue 77_3\n"
 
 
 @pytest.mark.parametrize(("name", "nodes"), [("one_node.yaml", 1), ("several_nodes.yaml", 2)])
