@@ -1,4 +1,4 @@
-"""Kills processes of launch.filter, launch.mine and launch.clean, and gives them unreadable shards: curation-kills."""
+"""Kills processes of launch.filter, mine, score and clean, and gives them unreadable shards: curation-kills."""
 
 import json
 import os
@@ -43,6 +43,7 @@ def _jobs(teacher: Path) -> dict[str, Job]:
     return {
         "filter": Job(("launch.filter", model, "--block_size=200"), ("kept.jsonl", "scores.jsonl"), others, 13),
         "mine": Job(("launch.mine", model, "--k=10", "--too_few=random"), ("triplets.jsonl",), others, 5),
+        "score": Job(("launch.score", model, "--block_size=200"), ("scored.jsonl",), others, 13),
         "clean": Job(("launch.clean",), ("kept.jsonl", "removed.jsonl"), others, 0),
     }
 
