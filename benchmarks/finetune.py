@@ -55,18 +55,19 @@ def train_with_nomic_jax(args: argparse.Namespace, directory: Path) -> Side:
         args.base,
         args.pairs,
         workdir=directory / "run",
-        columns=["query", "document"],
-        query_prefix="",
-        document_prefix="",
+        columns=args.columns,
+        # A mixture says its prefixes itself.
+        **({"query_prefix": "", "document_prefix": ""} if args.columns else {}),
         batch_size=args.batch_size,
         query_length=args.length,
         document_length=args.length,
-        lr=args.lr,
         steps=args.steps or -1,
+        seed=args.seed,
         temperature=1 / SCALE,
         log_every=1,
         cache_dir=str(directory / "tokens"),
         checkpoint={"every": 10_000},
+        **{"lr": args.lr} | args.settings,
     )
     wall = time.perf_counter() - started
     seconds = [line["seconds_per_step"] for line in run.history][1:]
@@ -102,6 +103,7 @@ def train_with_sentence_transformers(args: argparse.Namespace, directory: Path) 
         learning_rate=args.lr,
         max_steps=args.steps or -1,
         num_train_epochs=1,
+        seed=args.seed,
         save_strategy="no",
         report_to="none",
         logging_steps=1,
@@ -147,7 +149,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--length", type=int, default=128, help="most tokens of a text")
     parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the pairs")
     parser.add_argument("--task", default="", help="folder of launch.evaluate")
+    parser.set_defaults(columns=["query", "document"], settings={})  # benchmarks/own_pairs.py has others
     args = parser.parse_args()
     with open(args.pairs, encoding="utf-8") as lines:
         steps = sum(1 for _ in lines) // args.batch_size
