@@ -31,7 +31,7 @@ VARIANTS: dict[str, Changes] = {
     # Some minutes on 2 CPU cores for some 8,000 rows, of the hour that launch/recipe.sh takes.
     "hour": _QUICKSTART | {"checkpoint.every": 50},
     "own": PAIRS_OWN | {"batch_size": 32, "data.num_negatives": 1},
-    # A minute of one GPU of 80 GB or more for some 50,000 rows.
+    # Half a minute of one GPU for some 10,000 rows.
     "one_gpu": PAIRS_ONE_GPU | {"optim.lr": 5e-5, "checkpoint.every": 100},
 }
 

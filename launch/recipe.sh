@@ -5,13 +5,16 @@
 #
 # DATA holds pairs.yaml, labelled.yaml and held_out/, as launch.collect or launch.hold_out write them, and mlm.yaml or
 # text/kept.jsonl. VARIANT is one of configs/*.py: quickstart (minutes on 2 cores), hour (an hour on 2 cores), one_gpu (137M
-# parameters, minutes), paper (8 GPUs). If it is stopped, the same command resumes it.
+# parameters, ten minutes; benchmarks/gpu/one_gpu.sh), paper (8 GPUs). If it is stopped, the same command resumes it.
+#
+# one_gpu begins with the distillation of the teacher's embeddings instead of masked-LM, so it needs no text. Its teacher
+# has the student's vocabulary.
 #
 # TEACHER names the model that filters and mines (all-MiniLM-L6-v2, if it is installed), TEACHER_FLAGS its flags. STAGES,
 # such as "prepare mlm", are those to do now; the default is all. FLAGS goes to every stage,
-# MLM_FLAGS and CONTRASTIVE_FLAGS to one.
+# MLM_FLAGS, DISTILLATION_FLAGS and CONTRASTIVE_FLAGS to one.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
 data=$(cd "$1" && pwd)
 out=$2 variant=${3:-quickstart}
 mkdir -p "$out"
@@ -27,17 +30,23 @@ teacher=${TEACHER:-$(python -c "$minilm")}
 read -ra teacher_flags <<<"${TEACHER_FLAGS:---max_length=64}"
 read -ra flags <<<"${FLAGS:-}"
 read -ra mlm_flags <<<"${MLM_FLAGS:-}"
+read -ra distillation_flags <<<"${DISTILLATION_FLAGS:-}"
 read -ra contrastive_flags <<<"${CONTRASTIVE_FLAGS:-}"
 text=$data/mlm.yaml
 [ -f "$text" ] || text="$data/text/kept.jsonl"
+first=mlm preparations=4 max_length=${MAX_LENGTH:-128}
+[ "$variant" != one_gpu ] || first=distillation preparations=3 max_length=${MAX_LENGTH:-256}
+# A signal to the process group ends the command that runs; a stage of training saves first. This script waits for it.
+trap 'exit 75' TERM
 
-asked() { case " ${STAGES:-prepare mlm contrastive finetune report} " in *" $1 "*) ;; *) return 1 ;; esac }
+asked() { case " ${STAGES:-prepare $first contrastive finetune report} " in *" $1 "*) ;; *) return 1 ;; esac }
 # STEPS_BEFORE steps precede these, STEPS_AFTER follow (launch/quickstart.sh). Shares are the seconds that the steps of
 # :quickstart took on 2 cores, for an estimate of the time left.
 number=${STEPS_BEFORE:-0} steps=$((${STEPS_BEFORE:-0} + ${STEPS_AFTER:-0})) shares=0 shares_done=0
 expect() { asked "$1" && steps=$((steps + $2)) shares=$((shares + $3)); true; } # STAGE STEPS SHARE
-expect prepare 4 204
+expect prepare $preparations 204
 expect mlm 1 167
+expect distillation 1 167
 expect contrastive 1 160
 expect finetune 1 105
 expect report 1 10
@@ -53,21 +62,39 @@ train() { # STAGE RUN MIXTURE [FLAGS]
   python -m launch.train --config="configs/$1.py:$variant" --workdir="$out/runs/$2" \
     --config.data.mixture="$3" --config.data.cache_dir="$out/tokens" "${flags[@]}" "${@:4}"
 }
+distillation_mixture() { # PAIRS_YAML OUT_YAML: the teacher reads the tokens of the student, so there are no prefixes
+  python - "$@" <<'PYTHON'
+import sys
+from pathlib import Path
+
+import yaml
+
+pairs, out = map(Path, sys.argv[1:])
+mixture = yaml.safe_load(pairs.read_text(encoding="utf-8"))
+for source in mixture["datasets"]:
+    source["bucket"] = str(pairs.parent / source["bucket"])
+    source["objective"]["loss"] = "embedding_cosine"
+    source["query_prefix"] = source["document_prefix"] = ""
+out.write_text(yaml.safe_dump(mixture, sort_keys=False), encoding="utf-8")
+PYTHON
+}
 evaluate() { # NAME MODEL [FLAGS]
   python -m launch.evaluate --name="$1" --model="$2" --suite=local --data="$data/held_out" --output="$out/eval" "${@:3}"
 }
 export_and_evaluate() { # RUN
-  python -m convert.to_hf "$out/runs/$1" "$out/models/$1" --max_length="${MAX_LENGTH:-128}"
+  python -m convert.to_hf "$out/runs/$1" "$out/models/$1" --max_length="$max_length"
   evaluate "$1" "$out/models/$1"
 }
 
 if asked prepare; then
   step "baselines: BM25 and the teacher" 33
   evaluate bm25 bm25
-  evaluate teacher "$teacher" --max_length="${MAX_LENGTH:-128}"
-  step "random weights" 24
-  train mlm random "$text" --config.data.tokenizer="$teacher" --config.steps=0
-  export_and_evaluate random
+  evaluate teacher "$teacher" --max_length="$max_length"
+  if [ "$first" = mlm ]; then
+    step "random weights" 24
+    train mlm random "$text" --config.data.tokenizer="$teacher" --config.steps=0
+    export_and_evaluate random
+  fi
   step "consistency filtering with the teacher" 119
   python -m launch.filter --input="$data/pairs.yaml" --output="$out/filtered" --model="$teacher" --k=2 "${teacher_flags[@]}"
   step "mining hard negatives with the teacher" 28
@@ -79,9 +106,16 @@ if asked mlm; then
   train mlm mlm "$text" --config.data.tokenizer="$teacher" "${mlm_flags[@]}"
   export_and_evaluate mlm
 fi
+if asked distillation; then
+  step "stage 1: distillation of the teacher's embeddings" 167
+  distillation_mixture "$data/pairs.yaml" "$out/distillation.yaml"
+  train distillation distillation "$out/distillation.yaml" --config.data.tokenizer="$teacher" \
+    --config.loss.guide="$teacher" "${distillation_flags[@]}"
+  export_and_evaluate distillation
+fi
 if asked contrastive; then
   step "stage 2: contrastive pretraining" 160
-  train contrastive contrastive "$out/filtered/mixture.yaml" --config.init_from="$out/runs/mlm" \
+  train contrastive contrastive "$out/filtered/mixture.yaml" --config.init_from="$out/runs/$first" \
     "${contrastive_flags[@]}"
   export_and_evaluate contrastive
 fi

@@ -28,7 +28,7 @@ from .errors import run
 FLAGS = flags.FLAGS
 # The order of rows and columns in the report; other names follow alphabetically.
 BASELINES = ("bm25", "teacher")
-ORDER = (*BASELINES, "random", "mlm", "contrastive", "finetune")
+ORDER = (*BASELINES, "random", "mlm", "distillation", "contrastive", "finetune")
 METRIC = "ndcg@10"
 Lines = Mapping[str, list[dict[str, Any]]]  # run -> lines of a log
 Looks = Mapping[str, dict[str, Any]]  # source or task -> colour and others, the same in all pictures

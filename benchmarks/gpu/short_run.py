@@ -30,7 +30,7 @@ EPOCH = 4  # steps of an epoch
 NEGATIVES = {"one_gpu": 7, "debug": 2}
 # Variant and stage -> rows of a batch; for masked-LM also the tokens of a row.
 BATCH = {
-    "one_gpu": {"mlm": 64, "contrastive": 2048, "finetune": 256},
+    "one_gpu": {"mlm": 64, "contrastive": 1024, "finetune": 256},
     "debug": {"mlm": 16, "contrastive": 16, "finetune": 8},
 }
 ROW_TOKENS = {"one_gpu": 2048, "debug": 64}

@@ -22,6 +22,13 @@ def test_every_variant_is_a_configuration(stage, variant):
     config.check_lengths(config.model)
 
 
+@pytest.mark.parametrize("variant", importlib.import_module("configs.distillation").VARIANTS)
+def test_every_variant_of_distillation_is_a_configuration(variant):
+    config = TrainConfig.from_mapping(values("distillation", variant))
+    config.check(1)
+    config.check_lengths(config.model)
+
+
 def test_paper_variants_are_the_recipe():
     mlm, contrastive, finetune = (TrainConfig.from_mapping(values(stage, "paper")) for stage in STAGES)
     assert (mlm.batch_size, mlm.steps, mlm.optim.lr, mlm.data.mask_rate) == (4096, 100_000, 5e-4, 0.3)

@@ -1,0 +1,49 @@
+"""Embedding distillation: an encoder from random weights learns a teacher's embeddings, in place of masked-LM
+(arXiv:2301.12005). Variants :own (default), :debug, :one_gpu.
+
+The sources of the mixture have the loss embedding_cosine. Their columns of vectors hold the teacher's. Without these,
+the model that ``loss.guide`` names computes them in each step from the same tokens:
+
+nomic-jax train --config=distillation --workdir=runs/distillation --config.data.mixture=distillation.yaml \\
+    --config.data.tokenizer=TEACHER --config.loss.guide=TEACHER --config.loss.projection_dim=384
+"""
+
+from ml_collections import ConfigDict
+
+from nomic_jax.train.defaults import PAIRS_DEBUG, PAIRS_ONE_GPU, Changes, apply_variant, base_config
+
+VARIANTS: dict[str, Changes] = {
+    "own": {},
+    "debug": PAIRS_DEBUG | {"batch_size": 16},
+    # Some 600,000 pairs: two minutes of one GPU of 80 GB or more. The teacher's embeddings have 384 components.
+    "one_gpu": PAIRS_ONE_GPU
+    | {
+        "model.dtype": "bfloat16",
+        "batch_size": 2048,
+        "steps": 300,
+        "loss.projection_dim": 384,
+        "log_every": 5,
+        "checkpoint.every": 150,
+    },
+}
+
+
+def get_config(variant: str = "own") -> ConfigDict:
+    """The configuration of embedding distillation.
+
+    Args:
+      variant: "own", "debug" or "one_gpu"; ``VARIANTS`` says what each changes.
+    """
+    config = base_config("contrastive")
+    config.batch_size = 1024
+    config.data.query_length = 128
+    config.data.document_length = 512
+    config.data.num_negatives = 0
+    config.data.too_few_negatives = "error"
+    config.model.dtype = "auto"
+    config.model.recompute = "auto"
+    config.data.layout = "auto"
+    config.optim.update(
+        dict(lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.01, clip_norm=1.0, warmup=0.06, decay="linear")
+    )
+    return apply_variant(config, VARIANTS, variant)
