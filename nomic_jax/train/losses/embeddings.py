@@ -10,8 +10,12 @@ EMBEDDING_LOSSES = ("embedding_mse", "embedding_cosine")
 
 
 def init_projection(key: jax.Array, width: int, teacher_width: int) -> dict[str, jax.Array]:
-    """Parameters of the linear projection to a teacher's width: kernel [E, T], bias [T]."""
-    kernel = jax.random.normal(key, (width, teacher_width), jnp.float32) * width**-0.5
+    """Parameters of the linear projection to a teacher's width: kernel [E, T], bias [T].
+
+    The kernel's columns are orthonormal, or its rows if T > E: so the embedding itself gets the teacher's cosines. With
+    other singular values, it would learn cosines that only the projection turns into the teacher's.
+    """
+    kernel = jax.nn.initializers.orthogonal()(key, (width, teacher_width), jnp.float32)
     return {"kernel": kernel, "bias": jnp.zeros(teacher_width, jnp.float32)}
 
 

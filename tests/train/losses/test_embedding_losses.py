@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nomic_jax.train.losses.embeddings import EMBEDDING_LOSSES, embedding_loss
+from nomic_jax.train.losses.embeddings import EMBEDDING_LOSSES, embedding_loss, init_projection
 from nomic_jax.train.sharding import DATA, make_mesh
 from nomic_jax.train.typed_fields import ConfigurationError
 
@@ -114,3 +114,13 @@ def test_other_widths_need_a_projection():
         ConfigurationError, match=r"vectors have 5 components, the model's 11: write .*projection_dim=5"
     ):
         embedding_loss("embedding_mse", own, target)
+
+
+@pytest.mark.parametrize(("width", "teacher_width"), [(12, 5), (5, 12)])
+def test_the_first_projection_keeps_cosines(width, teacher_width):
+    kernel = np.asarray(init_projection(jax.random.key(0), width, teacher_width)["kernel"], np.float64)
+    rng = np.random.default_rng(0)
+    # Embeddings that a narrower teacher's vectors come from without a loss: none of their length is projected away.
+    shown = rng.normal(size=(2, teacher_width)) @ kernel.T
+    assert shown.shape == (2, width)
+    np.testing.assert_allclose(shown @ shown.T, (shown @ kernel) @ (shown @ kernel).T, atol=1e-5)
