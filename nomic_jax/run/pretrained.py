@@ -236,6 +236,7 @@ def _read_run(workdir: Path, step: int | None, weights: Weights | None) -> Check
             trees = (trees if "lora" in abstract else {}) | {"ema": _trained(abstract)}
         loaded = ocp.load_checkpointables(path, trees)
         params = loaded.get("params", {}) | loaded.get("ema", {})
+        params.pop("projection", None)  # to a teacher's width: of the loss, not of the model
     try:
         for name in ("tokenizer.json", "special_tokens_map.json"):
             if (workdir / name).exists():
@@ -294,6 +295,11 @@ def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any, stor
         abstract["mlm_head"] = abstract_mlm_head(model.encoder)
     if record.get("has_temperature") or record.get("config", {}).get("loss", {}).get("learn_temperature"):
         abstract["temperature"] = {"log_scale": jax.ShapeDtypeStruct((), jnp.float32)}
+    if teacher_width := _projection(record):
+        abstract["projection"] = {
+            "kernel": jax.ShapeDtypeStruct((model.output_dim, teacher_width), jnp.float32),
+            "bias": jax.ShapeDtypeStruct((teacher_width,), jnp.float32),
+        }
     if num_labels := record.get("num_labels", 0):
         abstract["classifier"] = abstract_classifier(model.encoder, num_labels)
     lora = record.get("config", {}).get("lora", {})
@@ -307,6 +313,12 @@ def check_sizes(record: dict[str, Any], model: EmbeddingConfig, saved: Any, stor
     if size > LARGEST_RATIO * stored + 2**20:
         raise ValueError(f"its arrays would take {size:,} bytes, its files have {stored:,}")
     return abstract
+
+
+def _projection(record: dict[str, Any]) -> int:
+    """Returns the components that the loss of a run projects embeddings to; 0 if it does not."""
+    config = record.get("config", {})
+    return int(config["loss"].get("projection_dim", 0)) if config.get("stage") in ("contrastive", "finetune") else 0
 
 
 def _trained(params: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig, init_encoder
+from nomic_jax.run.pretrained import read_pretrained
 from nomic_jax.train.config import ConfigurationError
 from nomic_jax.train.loop import train
 from nomic_jax.train.objectives import make_stage, make_stream
@@ -97,6 +98,19 @@ def test_a_guide_that_is_the_model_has_nothing_to_teach(tmp_path, corpus, minilm
     guide = Checkpoint(model, {"encoder": init_encoder(jax.random.key(0), config.model)}, tokenizer)
     found = mean_loss(config, make_stream(config, tokenizer, 8), 8, guide)
     assert found == pytest.approx({"loss": 0, "teacher_cosine": 1}, abs=1e-6)
+
+
+def test_the_projection_to_a_teachers_width_is_no_part_of_the_model(tmp_path, corpus, minilm):
+    rng = np.random.default_rng(0)
+    rows = [json.loads(line) | {"vector": rng.normal(size=3).tolist()} for line in (corpus / "text.jsonl").open()]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    objective = {"type": "self", "vectors": "vector", "loss": "embedding_cosine"}
+    source = {"name": "text", "bucket": "text.jsonl", "objective": objective}
+    (tmp_path / "mixture.yaml").write_text(json.dumps([source]))
+    changes = {"data.mixture": str(tmp_path / "mixture.yaml"), "data.cache_dir": str(tmp_path / "cache")}
+    config = load_config("contrastive", corpus, minilm, steps=1, **changes, **{"loss.projection_dim": 3})
+    train(config, tmp_path / "run")
+    assert set(read_pretrained(tmp_path / "run").params) == {"encoder"}
 
 
 OTHER = pytest.mark.exhaustive(reason="tests of dropout compare chunks with rows")
