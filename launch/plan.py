@@ -3,7 +3,8 @@
     nomic-jax plan --config=mlm[:variant] [--devices=8 --device=h100] [--config.field=value ...]
 
 It compiles the training step that launch.train would run, from shapes alone: no data, tokenizer, weights or hub. With
---config.init_from, the architecture is that of the model there; without it, that of config.model. The
+--config.init_from, the architecture is that of the model there; without it, that of config.model. A guide of the loss
+(--config.loss.guide) is opened too. The
 compiler for GPUs runs on a machine without one, with the extra cuda12 (pip install 'nomic_jax[cuda12]'). Without it,
 the plan is that of XLA's compiler for CPUs, which needs more memory, and there is no estimate of the time.
 
@@ -17,6 +18,7 @@ network between machines.
 """
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -54,7 +56,9 @@ def main(_: list[str]) -> None:
         )
     sources = of_token_cache(config) if config.data.mixture else [made_up(config, *given)]
     devices, gpu = _devices(FLAGS.device, FLAGS.devices)
-    plan = make_plan(config, make_mesh(devices), sources, gpu, FLAGS.rows, lambda line: print(line, file=sys.stderr))
+    guide = read_pretrained(config.loss.guide).config if config.loss.guide else None
+    report = functools.partial(print, file=sys.stderr)
+    plan = make_plan(config, make_mesh(devices), sources, gpu, FLAGS.rows, report, guide)
     print(plan.as_json() if FLAGS.json else "\n".join(_page(plan, config)))
 
 

@@ -44,15 +44,16 @@ def test_a_plan_counts_parameters_flops_and_collectives():
     assert plan["steps"] == 20 and plan["seconds"] is None
 
 
-def test_a_plan_is_of_the_model_that_the_run_starts_from(minilm):
+def test_a_plan_is_of_the_model_that_the_run_starts_from_and_of_its_guide(minilm):
     done = commands.run(
         "launch.plan", "--config=configs/contrastive.py:debug", f"--config.init_from={minilm}", "--device=cpu",
-        "--query_tokens=12", "--document_tokens=40", "--json",
+        "--query_tokens=12", "--document_tokens=40", f"--config.loss.guide={minilm}", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     # A BERT of 6 layers of 384 with 1536 inside: products, their biases, three tables and the norms.
     layer = 4 * 384**2 + 2 * 384 * 1536 + 5 * 384 + 1536 + 4 * 384
-    assert json.loads(done.stdout)["parameters"] == 4 * (6 * layer + (30522 + 2 + 512 + 2) * 384)
+    plan = json.loads(done.stdout)
+    assert plan["parameters"] == plan["frozen"] == 4 * (6 * layer + (30522 + 2 + 512 + 2) * 384)
 
 
 @pytest.mark.skipif(HAS_COMPILER, reason="the compiler for GPUs is installed")

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from nomic_jax.data.batches.pairs import SourceLengths, tokens_per_device
 from nomic_jax.hf import Checkpoint
-from nomic_jax.model import EmbeddingConfig, abstract_encoder
+from nomic_jax.model import EmbeddingConfig
+from nomic_jax.model.heads import abstract_embedder
 from nomic_jax.train.config import MlmData, PairData, TrainConfig
 from nomic_jax.train.objectives import make_stage
 from nomic_jax.train.optim import learning_rate, make_optimizer
@@ -110,6 +111,7 @@ def make_plan(
     gpu: Gpu | None = None,
     rows: int = 0,
     report: Callable[[str], None] = lambda line: None,
+    guide: EmbeddingConfig | None = None,
 ) -> Plan:
     """Compiles the step of a run and adds up what it needs.
 
@@ -120,6 +122,7 @@ def make_plan(
       gpu: what the devices are, for the estimate; None for no estimate.
       rows: of all sources, where the sources do not say.
       report: called with a line for each compilation of ``model.recompute=auto``, which takes what a run would take.
+      guide: the model that ``config.loss.guide`` names, if it names one.
 
     Raises:
       ConfigurationError: the configuration cannot run on so many devices, or not in their memory.
@@ -127,17 +130,21 @@ def make_plan(
     config.check(mesh.size)
     model = EmbeddingConfig(config.model, layer_norm=config.loss.layer_norm)
     config.check_lengths(config.model)
-    # A guide is planned as a second model of this size: its own is not opened.
-    guide = Checkpoint(model, {"encoder": abstract_encoder(model.encoder)}, None) if config.loss.guide else None
+    frozen = None
+    if guide is not None:
+        # It computes as in a run, see ``nomic_jax.train.start.read_guide``.
+        ours = {name: getattr(config.model, name) for name in ("dtype", "attention")}
+        guide = dataclasses.replace(guide, encoder=dataclasses.replace(guide.encoder, **ours))
+        frozen = Checkpoint(guide, {"encoder": abstract_embedder(guide)}, None)
     optimizer = make_optimizer(config.optim, learning_rate(config.optim, max(config.steps, 1)))
     if config.model.recompute == AUTO:
         batches = _batches(config, sources, mesh.size)
-        config = choose(config, model, batches, optimizer, mesh, guide, report, _limit(config, gpu)).applied(config)
+        config = choose(config, model, batches, optimizer, mesh, frozen, report, _limit(config, gpu)).applied(config)
         model = dataclasses.replace(model, encoder=config.model)
     outlines = [outline(config, lengths, mesh.size) for lengths in sources]
     most = max(range(len(outlines)), key=lambda i: outlines[i].batch.padded_tokens)
     largest = outlines[most]
-    stage = make_stage(config, model, largest.layout, guide)
+    stage = make_stage(config, model, largest.layout, frozen)
     compiled = compile_stage(config, stage, optimizer, largest.batch.arrays, mesh)
     state = abstract_state(stage, optimizer, mesh, config.sharding, config.optim.ema)
     hlo = compiled.as_text() or ""
