@@ -33,7 +33,7 @@ VARIANTS: dict[str, Changes] = {
     "hour": _QUICKSTART | {"epochs": 2.5, "checkpoint.every": 100},
     "own": PAIRS_OWN | {"batch_size": 64},
     # A minute of one GPU for some 60,000 pairs.
-    "one_gpu": PAIRS_ONE_GPU | {"batch_size": 1024, "epochs": 2.5, "checkpoint.every": 100},
+    "one_gpu": PAIRS_ONE_GPU | {"batch_size": 1024, "epochs": 2.0, "checkpoint.every": 100},
 }
 
 

@@ -82,6 +82,10 @@ evaluate() { # NAME MODEL [FLAGS]
   python -m launch.evaluate --name="$1" --model="$2" --suite=local --data="$data/held_out" --output="$out/eval" "${@:3}"
 }
 export_and_evaluate() { # RUN
+  if [ "$variant" = one_gpu ] && [ "$1" != finetune ]; then # seconds count
+    evaluate "$1" "$out/runs/$1" --max_length="$max_length"
+    return
+  fi
   python -m convert.to_hf "$out/runs/$1" "$out/models/$1" --max_length="$max_length"
   evaluate "$1" "$out/models/$1"
 }

@@ -123,3 +123,12 @@ def test_a_short_run_must_have_every_step_and_a_falling_loss(tmp_path, losses, m
         return check_losses(tmp_path)
     with pytest.raises(SystemExit, match=message):
         check_losses(tmp_path)
+
+
+@pytest.mark.exhaustive(reason="trains, kills and exports for half a minute; CI does so with benchmarks/gpu/one_gpu.sh")
+def test_a_short_run_of_a_stage(tmp_path):
+    environment = dict(os.environ, XLA_FLAGS="--xla_backend_optimization_level=0")
+    command = ["bash", "benchmarks/gpu/quarter_hour.sh", "--tiny", "--steps=train_contrastive", f"--out={tmp_path}/out"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "resuming from step 6 " in done.stdout
