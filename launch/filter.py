@@ -4,6 +4,9 @@
 
 The output folder gets kept.jsonl, scores.jsonl (rank and score of every row), summary.json and report.md. Running the
 same command with another --k or --min_score selects again and reuses the embeddings.
+
+With --vectors, the folder vectors/ gets the teacher's vectors of all pairs, and a mixture distillation.yaml, for
+`nomic-jax train --config=distillation`.
 """
 
 from typing import Any
@@ -28,11 +31,16 @@ _BLOCK_SIZE = flags.DEFINE_integer(
     1_000_000,
     "Largest number of rows ranked against each other; a million of width 768 take about 6 GB of disk.",
 )
+_VECTORS = flags.DEFINE_bool(
+    "vectors", False, "Also write the teacher's vectors of all pairs, kept or not, for embedding distillation."
+)
 
 
 def main(argv: list[str]) -> None:
     del argv
-    options = FilterOptions(_K.value, _MIN_SCORE.value, _BLOCK_SIZE.value, teacher.APPROXIMATE_ABOVE.value)
+    options = FilterOptions(
+        _K.value, _MIN_SCORE.value, _BLOCK_SIZE.value, teacher.APPROXIMATE_ABOVE.value, _VECTORS.value
+    )
     common: dict[str, Any] = {"on_bad_row": teacher.ON_BAD_ROW.value, "engine": teacher.engine()}
     if is_mixture(teacher.INPUT.value):
         summary = filter_mixture(teacher.INPUT.value, teacher.OUTPUT.value, teacher.load_teacher(), options, **common)

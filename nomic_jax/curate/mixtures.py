@@ -13,6 +13,7 @@ from nomic_jax.curate.engine.embedding import Encoder, Scorer
 from nomic_jax.curate.engine.report import quarantine, table
 from nomic_jax.curate.filter.consistency import FilterOptions, scoring
 from nomic_jax.curate.filter.selection import threshold_text, write_selection
+from nomic_jax.curate.filter.vectors import distillation_objective
 from nomic_jax.curate.mine.negatives import SCORE_COLUMNS, collected, find_candidates_of, write_mined
 from nomic_jax.curate.mine.selection import MiningOptions
 from nomic_jax.curate.score.scoring import ScoreOptions, opened_task, write_scores
@@ -42,7 +43,8 @@ def filter_mixture(
 
     The rows of all sources are counted before anything is embedded, so that a bad row of the last one is found first.
     ``output`` receives a folder for each source, with the source's name; mixture.yaml, for training on the kept pairs;
-    and summary.json and report.md with the share kept of each source. Returns the summary.
+    with ``options.vectors`` distillation.yaml, for training on the teacher's vectors of all pairs; and summary.json and
+    report.md with the share kept of each source. Returns the summary.
     """
     output = Path(output)
     sources = _sources(mixture, output, "launch.filter")
@@ -93,6 +95,10 @@ def filter_mixture(
         f"{table(('source', 'rows', 'kept', 'share kept', 'share of rank 1'), lines)}"
     )
     _write(mixture, output, "kept.jsonl", {}, summary, report)
+    if options.vectors:
+        objectives = {source.name: {"objective": distillation_objective(source.columns)} for source in sources}
+        with exclusive_lock(output / ".mixture.lock"), atomic_file(output / "distillation.yaml") as part:
+            part.write_text(replace_files(mixture, "{name}/vectors", objectives), encoding="utf-8")
     return summary
 
 
@@ -211,7 +217,7 @@ def score_mixture(
 def _sources(mixture: str, output: Path, command: str, sources: tuple[Source, ...] | None = None) -> tuple[Source, ...]:
     """Returns the sources of the mixture, pairs if not given. Raises FileRefused if ``output`` holds anything else."""
     sources = sources or read_pairs(mixture)
-    names = {"mixture.yaml", "report.md", "summary.json", *(source.name for source in sources)}
+    names = {"mixture.yaml", "distillation.yaml", "report.md", "summary.json", *(source.name for source in sources)}
     check_only(output, names.__contains__, f"{command} with this mixture")
     return sources
 

@@ -13,12 +13,13 @@ from nomic_jax.curate.engine.row_blocks import count_rows
 from nomic_jax.curate.engine.settings import fingerprints, locked_settings
 from nomic_jax.curate.filter.ranking import RankingTask
 from nomic_jax.curate.filter.selection import write_selection
+from nomic_jax.curate.filter.vectors import check_installed
 from nomic_jax.data.formats.paths import input_files
 from nomic_jax.files.folders import check_only
 from nomic_jax.files.locks import exclusive_lock
 from nomic_jax.jobs.tasks import Engine, local_engine
 
-OUTPUTS = {"kept.jsonl", "scores.jsonl", "rejected.jsonl", "summary.json", "report.md", "work"}
+OUTPUTS = {"kept.jsonl", "scores.jsonl", "rejected.jsonl", "summary.json", "report.md", "work", "vectors"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +32,22 @@ class FilterOptions:
       block_size: maximum number of rows in a block. Documents are ranked within their block.
       approximate_above: search a block of more distinct documents than this with an ``ApproximateIndex``, whose recall
         is reported. None: the search is always exact.
+      vectors: also write the teacher's vectors of all pairs, kept or not, for embedding distillation.
     """
 
     k: int = 2
     min_score: float | None = None
     block_size: int = 1_000_000
     approximate_above: int | None = None
+    vectors: bool = False
 
     def __post_init__(self):
         if self.k < 1 or self.block_size < 1:
             raise ValueError(f"k is {self.k} and block_size is {self.block_size}; both must be at least 1")
         if self.approximate_above is not None and self.k > RANK_DEPTH:
             raise ValueError(f"k is {self.k}; an approximate search distinguishes {RANK_DEPTH} ranks: lower k")
+        if self.vectors:
+            check_installed()
 
 
 def filter_pairs(
@@ -69,6 +74,7 @@ def filter_pairs(
         rejected.jsonl  rows that cannot be used and files that were set aside, with on_bad_row="skip"
         summary.json    the returned dictionary
         report.md       the summary as a page, with a sample of kept and dropped rows
+        vectors/        with ``options.vectors``, a parquet of each block: the two texts of each pair, and their vectors
         work/           ranks of finished blocks, and embeddings of unfinished blocks
 
     Ranks and scores do not depend on k or min_score: a run with other values of these reuses them without embedding.
@@ -104,6 +110,8 @@ def scoring(
     settings["block_size"] = options.block_size
     if options.approximate_above is not None:
         settings["approximate_above"] = options.approximate_above
+    if options.vectors:
+        settings["vectors"] = True
     inputs = input_files(files, output)
     settings |= {**encoder.identity, **fingerprints("input", inputs, on_bad_row)}
     with locked_settings(work, settings):
@@ -117,5 +125,6 @@ def scoring(
             columns,
             block_size=options.block_size,
             approximate_above=options.approximate_above,
+            vectors=output / "vectors" if options.vectors else None,
             progress=progress,
         )

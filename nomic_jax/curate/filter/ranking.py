@@ -9,6 +9,7 @@ from nomic_jax.curate.engine.embedding import Encoder, embed_texts
 from nomic_jax.curate.engine.index import RECALL_AT, ApproximateIndex, own_ranks
 from nomic_jax.curate.engine.row_blocks import CountedRows, equal_blocks
 from nomic_jax.curate.engine.text_store import distinct_texts
+from nomic_jax.curate.filter.vectors import write_vectors
 from nomic_jax.files.folders import remove_folder
 from nomic_jax.files.writing import write_json
 
@@ -20,7 +21,7 @@ class RankingTask(ArrayTask):
 
     A block has N pairs, and is a file of SCORES [N]. Equal documents (up to surrounding whitespace) count as one, so
     they share a rank and do not compete with each other. Memory holds the texts of one block; its embeddings are in
-    files.
+    files. ``vectors`` is a folder that receives a parquet of each block's pairs and their embeddings; None for none.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class RankingTask(ArrayTask):
         *,
         block_size: int,
         approximate_above: int | None,
+        vectors: Path | None = None,
         progress: bool,
     ):
         super().__init__("ranking", work, progress)
         self.rows, self.columns = rows, columns
         self.approximate_above = approximate_above
+        self.vectors = vectors
         self.blocks = equal_blocks(len(rows), block_size)
 
     def __len__(self) -> int:
@@ -55,7 +58,8 @@ class RankingTask(ArrayTask):
             queries.append(row[self.columns[0]])
             documents.append(row[self.columns[1]])
         texts, own_N = distinct_texts(documents)
-        del documents
+        if self.vectors is None:
+            del documents
         options = {"has_unit_length": encoder.has_unit_length, "progress": self.progress}
         query_NE = embed_texts(
             queries, encoder.query, folder / "queries", label=f"{label}: embedding queries", **options
@@ -71,6 +75,13 @@ class RankingTask(ArrayTask):
         scores["rank"], scores["score"] = own_ranks(
             query_NE, document_DE, own_N, index=index, count=encoder.count_above, progress=self.progress
         )
+        if self.vectors is not None:
+            write_vectors(
+                self.vectors / f"{block:05d}.parquet",
+                self.columns,
+                (queries, documents),
+                ((query_NE, np.arange(len(queries))), (document_DE, own_N)),
+            )
         return scores
 
     def tidy(self, block: int) -> None:

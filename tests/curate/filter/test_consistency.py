@@ -12,6 +12,7 @@ from nomic_jax.curate.engine import embedding as embed
 from nomic_jax.curate.engine import index as index_module
 from nomic_jax.curate.engine.embedding import Encoder
 from nomic_jax.curate.engine.index import RANK_DEPTH, ApproximateIndex, own_ranks, top_k
+from nomic_jax.curate.filter import vectors
 from nomic_jax.curate.filter.consistency import FilterOptions
 from nomic_jax.curate.filter.consistency import filter_pairs as filter_with_options
 from nomic_jax.curate.mixtures import filter_mixture
@@ -384,3 +385,29 @@ def test_a_gpu_finds_the_same():
     exact = (query_QE[:, None].astype(np.float64) * document_DE[ids]).sum(-1)
     np.testing.assert_allclose(scores, exact, atol=1e-6)
     np.testing.assert_array_equal(np.sort(ids), np.sort(np.argsort(-(query_QE @ document_DE.T))[:, :20]))
+
+
+def test_vectors_are_the_teachers_and_train_by_a_mixture(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors, "ROWS_AT_ONCE", 16)
+    _, rows = pairs
+    objective = {"type": "paired", "columns": ["q", "d"]}
+    entry = {"name": "a", "bucket": "pairs.jsonl", "objective": objective, "query_prefix": "clustering"}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump([entry]))
+    arguments = (str(tmp_path / "mixture.yaml"), tmp_path / "out", FakeTeacher(die_after_calls=3).encoder())
+    options = FilterOptions(block_size=40, vectors=True)
+    with pytest.raises(Killed):
+        filter_mixture(*arguments, options, progress=False)
+    filter_mixture(*arguments[:2], FakeTeacher().encoder(), options, progress=False)
+    (source,) = read_mixture(str(tmp_path / "out" / "distillation.yaml"), "pair")
+    assert (source.columns, source.query_prefix, source.loss.name) == (("q", "d"), "clustering", "embedding_cosine")
+    found = list(read_rows(source.files, dict.fromkeys(source.columns, str), others=source.loss.columns))
+    # All pairs, kept or not. Document 10 equals document 6 up to whitespace, so they have one vector.
+    assert [(row["q"], row["d"]) for row in found] == [(row["q"], row["d"]) for row in rows]
+    for column in "qd":
+        np.testing.assert_array_equal(
+            np.array([row[f"{column}_vector"] for row in found], np.float32),
+            FakeTeacher()([row[column] for row in rows]),
+        )
+    assert source.loss.read(found[0], "row", 0) == [*found[0]["q_vector"], *found[0]["d_vector"]]
+    with pytest.raises(ValueError, match="vectors was True, is absent"):
+        filter_mixture(*arguments[:2], FakeTeacher().encoder(), FilterOptions(block_size=40), progress=False)
