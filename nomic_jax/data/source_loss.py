@@ -234,6 +234,11 @@ def _numbers(row: Mapping[str, Any], column: str, where: str) -> list[float]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # csv
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
+    if isinstance(value, list) and all(type(item) is float for item in value):
+        # Vectors have hundreds of numbers: numpy checks them as one.
+        array = np.asarray(value)
+        if array.size and np.all(np.abs(array) <= LARGEST_SCORE):
+            return value
     values = [number_of(item) for item in (value if isinstance(value, list) else [value])]
     for item in values:
         if not _is_number(item):
