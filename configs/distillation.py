@@ -1,8 +1,13 @@
 """Embedding distillation: an encoder from random weights learns a teacher's embeddings, in place of masked-LM
-(arXiv:2301.12005). Variants :own (default), :debug, :one_gpu.
+(arXiv:2301.12005). Variants :own (default), :debug, :quickstart, :hour, :one_gpu.
 
-The sources of the mixture have the loss embedding_cosine. Their columns of vectors hold the teacher's. Without these,
-the model that ``loss.guide`` names computes them in each step from the same tokens:
+The sources of the mixture have the loss embedding_cosine. Their columns of vectors hold the teacher's, as those of
+`nomic-jax filter --vectors`:
+
+nomic-jax train --config=distillation --workdir=runs/distillation --config.data.tokenizer=TEACHER \\
+    --config.data.mixture=filtered/distillation.yaml
+
+Without these, the model that ``loss.guide`` names computes them in each step from the same tokens:
 
 nomic-jax train --config=distillation --workdir=runs/distillation --config.data.mixture=distillation.yaml \\
     --config.data.tokenizer=TEACHER --config.loss.guide=TEACHER --config.loss.projection_dim=384
@@ -10,11 +15,36 @@ nomic-jax train --config=distillation --workdir=runs/distillation --config.data.
 
 from ml_collections import ConfigDict
 
-from nomic_jax.train.defaults import PAIRS_DEBUG, PAIRS_ONE_GPU, Changes, apply_variant, base_config
+from nomic_jax.train.defaults import (
+    PAIRS_DEBUG,
+    PAIRS_ONE_GPU,
+    PAIRS_QUICKSTART,
+    Changes,
+    apply_variant,
+    base_config,
+)
+
+# A few minutes on 2 CPU cores. The width is that of the vectors of all-MiniLM-L6-v2. How many layers and which learning
+# rate are best for so little time: docs/runs/hour/ablations.md.
+_QUICKSTART = PAIRS_QUICKSTART | {
+    "model.hidden_size": 384,
+    "model.num_layers": 1,
+    "model.num_heads": 6,
+    "model.intermediate_size": 1024,
+    "batch_size": 128,
+    "epochs": 2.0,
+    "data.document_length": 64,
+    "optim.lr": 2e-3,
+    "log_every": 10,
+    "checkpoint.every": 100,
+}
 
 VARIANTS: dict[str, Changes] = {
     "own": {},
     "debug": PAIRS_DEBUG | {"batch_size": 16},
+    "quickstart": _QUICKSTART,
+    # Some 25 minutes on 2 CPU cores for 63,000 pairs, of the hour that launch/recipe.sh takes.
+    "hour": _QUICKSTART | {"epochs": 6.0},
     # Some 400,000 pairs: two minutes of one GPU. The teacher's embeddings have 384 components.
     "one_gpu": PAIRS_ONE_GPU
     | {
@@ -32,7 +62,7 @@ def get_config(variant: str = "own") -> ConfigDict:
     """The configuration of embedding distillation.
 
     Args:
-      variant: "own", "debug" or "one_gpu"; ``VARIANTS`` says what each changes.
+      variant: "own", "debug", "quickstart", "hour" or "one_gpu"; ``VARIANTS`` says what each changes.
     """
     config = base_config("contrastive")
     config.batch_size = 1024
