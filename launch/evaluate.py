@@ -24,8 +24,8 @@ none). {"ignore_identical_ids": true} there leaves a document out of the ranking
 does for ArguAna and Quora.
 
 Scores go to OUTPUT/<name>.json (local) or OUTPUT/<name>-<suite>.json, and mteb's own result files to OUTPUT/results.
-OUTPUT/report.md shows all results in OUTPUT. Running the command again evaluates only the tasks that have no scores
-yet. If a task fails, the command lists it, runs the others, and exits with code 1.
+OUTPUT/report.md and report.html show all results in OUTPUT. Running the command again evaluates only the tasks that
+have no scores yet. If a task fails, the command lists it, runs the others, and exits with code 1.
 """
 
 import sys

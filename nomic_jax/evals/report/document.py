@@ -6,11 +6,10 @@ Parts hold plain texts: names and values come from files, and each format escape
 import base64
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nomic_jax.evals.report.page import format_cell, markdown
 from nomic_jax.files import printable
 from nomic_jax.files.writing import atomic_file
 
@@ -28,8 +27,11 @@ class Paragraph:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
+    """``digits``: decimals of scores."""
+
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    digits: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,6 @@ class Details:
 
 
 Part = Heading | Paragraph | Table | Picture | Details
-DIGITS = 3
 
 
 def write_document(folder: Path, parts: Sequence[Part]) -> None:
@@ -69,8 +70,8 @@ def _markdown(part: Part) -> str:
             return f"{'#' * level} {printable.markdown(text)}\n"
         case Paragraph(text):
             return f"{printable.markdown(text)}\n"
-        case Table(header, rows):
-            return markdown(header, rows, digits=DIGITS)
+        case Table(header, rows, digits):
+            return markdown(header, rows, digits)
         case Picture(file, text):
             return f"![{printable.markdown(text)}]({file})\n"
         case Details(summary, code):
@@ -133,9 +134,9 @@ def _html(part: Part, folder: Path) -> str:
             return f"<h{level}{anchor}>{printable.html(text)}</h{level}>"
         case Paragraph(text):
             return f"<p>{printable.html(text)}</p>"
-        case Table(header, rows):
+        case Table(header, rows, digits):
             head = "".join(f'<th scope="col">{printable.html(name)}</th>' for name in header)
-            lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
+            lines = "".join(f"<tr>{''.join(_cell(value, digits) for value in row)}</tr>\n" for row in rows)
             # A wide table scrolls by itself, also with the keyboard.
             return (
                 f'<div class="wide" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}</tbody>\n'
@@ -149,11 +150,27 @@ def _html(part: Part, folder: Path) -> str:
             return f"<details><summary>{printable.html(summary)}</summary>\n<pre>{shown}</pre></details>"
 
 
-def _cell(value: Any) -> str:
-    text = format_cell(value, DIGITS)
+def _cell(value: Any, digits: int) -> str:
+    text = format_cell(value, digits)
     kind = ' class="number"' if _NUMBER.fullmatch(text) else ""
     return f"<td{kind}>{printable.html(text)}</td>"
 
 
 def _anchor(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], digits: int) -> str:
+    """Returns a Markdown table; ``digits`` is the number of decimals of scores."""
+    first, *others = [[printable.markdown(format_cell(value, digits)) for value in row] for row in (header, *rows)]
+    lines = [first, ["---"] * len(first), *others]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def format_cell(value: Any, digits: int) -> str:
+    """Returns a value on one line: scores with ``digits`` decimals, learning rates in scientific notation."""
+    if isinstance(value, list):
+        return ", ".join(format_cell(item, digits) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}" if 0 < abs(value) < 1e-3 else f"{value:.{digits}f}"
+    return " ".join(str(value).split())

@@ -1,17 +1,21 @@
-"""Writes OUTPUT/report.md: all scores of the folder beside published ones, with charts. Formats a terminal table."""
+"""Writes OUTPUT/report.md and report.html: all scores of the folder beside published ones, with charts.
 
-from collections.abc import Iterable, Sequence
+Formats a table for a terminal, too.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nomic_jax.evals.report import pictures, published
+from nomic_jax.evals.report.document import Heading, Paragraph, Part, Picture, Table, write_document
 from nomic_jax.evals.report.published import MTEB_TYPES, Published
 from nomic_jax.evals.report.record import by_setting, main_score
 from nomic_jax.files import printable
 from nomic_jax.files.reading import read_json
-from nomic_jax.files.writing import atomic_file
 
 MTEB_TASKS = 56  # of MTEB(eng, v1)
+PERCENT, EXACT = 2, 4  # decimals of scores
 TITLES = {
     "mteb": "MTEB(eng, v1)",
     "jina_long": "Long context: the set of Jina",
@@ -38,6 +42,10 @@ class Run(NamedTuple):
     @property
     def scores(self) -> dict[str, float]:
         return {name: main_score(figures) for name, figures in self.tasks.items()}
+
+    def only(self, wanted: Callable[[dict[str, Any]], bool]) -> "Run":
+        """Returns the run with the tasks whose entries are wanted."""
+        return self._replace(tasks={name: figures for name, figures in self.tasks.items() if wanted(figures)})
 
 
 def mean(values: Iterable[float]) -> float:
@@ -85,17 +93,19 @@ def _sort_key(item: tuple[str, dict[str, Any]]) -> tuple[str, int, int]:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes report.md and its charts for all reports of ``launch.evaluate`` in the folder; returns the path."""
+    """Writes report.md, report.html and their charts for all reports of ``launch.evaluate`` in the folder.
+
+    Returns:
+      the path of report.md.
+    """
     folder = Path(folder)
     reports = read_reports(folder)
-    sections = ["# Evaluation\n"]
+    parts: list[Part] = [Heading("Evaluation", 1)]
     for suite, title in TITLES.items():
         runs = [run for name, report in reports.items() if report["suite"] == suite for run in runs_of(name, report)]
         if runs:
-            sections.append(f"## {title}\n\n{_SECTIONS[suite](folder, runs)}")
-    sections += [_matryoshka(folder, reports), _failures(reports)]
-    with atomic_file(folder / "report.md") as part:
-        part.write_text("\n".join(section for section in sections if section), encoding="utf-8")
+            parts += [Heading(title), *_SECTIONS[suite](folder, runs)]
+    write_document(folder, [*parts, *_matryoshka(folder, reports), *_failures(reports)])
     return folder / "report.md"
 
 
@@ -127,7 +137,7 @@ def _legend_label(run: Run, runs: list[Run]) -> str:
     return f"{run.model} @{run.max_length}" if is_one_of_several else run.model
 
 
-def _mteb(folder: Path, runs: list[Run]) -> str:
+def _mteb(folder: Path, runs: list[Run]) -> list[Part]:
     rows: list[list[Any]] = []
     groups: dict[str, dict[str, float]] = {}
     for run in runs:
@@ -143,16 +153,17 @@ def _mteb(folder: Path, runs: list[Run]) -> str:
     ]
     groups |= {row.model: row.by for row in published.MTEB if row.by}
     pictures.bars(folder / "mteb.png", groups, MTEB_TYPES, "average score, per cent")
-    caution = "The averages of a run with fewer tasks are over these tasks only and do not compare with the others.\n\n"
-    caution = caution if any(len(run.tasks) < MTEB_TASKS for run in runs) else ""
-    header = ["model", "average", *MTEB_TYPES, "source"]
-    return (
-        f"Main scores, per cent; averages by type of task, and over all tasks.\n\n{caution}{markdown(header, rows)}\n"
-        f"![Score by type of task](mteb.png)\n\n{_by_task(runs)}"
-    )
+    caution = "The averages of a run with fewer tasks are over these tasks only and do not compare with the others."
+    return [
+        Paragraph("Main scores, per cent; averages by type of task, and over all tasks."),
+        *([Paragraph(caution)] if any(len(run.tasks) < MTEB_TASKS for run in runs) else []),
+        Table(["model", "average", *MTEB_TYPES, "source"], rows, PERCENT),
+        Picture("mteb.png", "Score by type of task"),
+        _by_task(runs),
+    ]
 
 
-def _by_length(folder: Path, runs: list[Run], suite: str, known: Sequence[Published], metric: str) -> str:
+def _by_length(folder: Path, runs: list[Run], suite: str, known: Sequence[Published], metric: str) -> list[Part]:
     tasks = sorted({task for run in runs for task in run.tasks})
     rows: list[list[Any]] = []
     lines: dict[str, dict[int, float]] = {}
@@ -168,19 +179,19 @@ def _by_length(folder: Path, runs: list[Run], suite: str, known: Sequence[Publis
         rows += [[row.model, length, score, *[""] * len(tasks), row.source] for length, score in row.by.items()]
     pictures.lines(folder / f"{suite}.png", lines, "tokens", metric)
     header = ["model", "tokens", "average", *tasks, "source"]
-    return f"{metric}.\n\n{markdown(header, rows)}\n![{metric} by length]({suite}.png)\n"
+    return [Paragraph(f"{metric}."), Table(header, rows, PERCENT), Picture(f"{suite}.png", f"{metric} by length")]
 
 
-def _jina(folder: Path, runs: list[Run]) -> str:
+def _jina(folder: Path, runs: list[Run]) -> list[Part]:
     metric = "nDCG@10 (retrieval) and V-measure (clustering), per cent"
     return _by_length(folder, runs, "jina_long", published.JINA_LONG, metric)
 
 
-def _loco(folder: Path, runs: list[Run]) -> str:
+def _loco(folder: Path, runs: list[Run]) -> list[Part]:
     return _by_length(folder, runs, "loco", published.LOCO, "nDCG@10, per cent")
 
 
-def _glue(folder: Path, runs: list[Run]) -> str:
+def _glue(folder: Path, runs: list[Run]) -> list[Part]:
     tasks = published.GLUE_TASKS
     rows: list[list[Any]] = []
     groups: dict[str, dict[str, float]] = {}
@@ -196,43 +207,41 @@ def _glue(folder: Path, runs: list[Run]) -> str:
         for run in runs
         for task, figures in run.tasks.items()
     ]
-    return (
-        f"Development sets; medians over the seeds, at the best learning rate and batch size.\n\n"
-        f"{markdown(['model', 'average', *tasks, 'source'], rows, digits=3)}\n![GLUE by task](glue.png)\n\n"
-        f"{markdown(['model', 'task', 'metric', 'learning rate', 'batch', 'score of each seed'], details, digits=4)}"
-    )
+    return [
+        Paragraph("Development sets; medians over the seeds, at the best learning rate and batch size."),
+        Table(["model", "average", *tasks, "source"], rows),
+        Picture("glue.png", "GLUE by task"),
+        Table(["model", "task", "metric", "learning rate", "batch", "score of each seed"], details, EXACT),
+    ]
 
 
-def _local(folder: Path, runs: list[Run]) -> str:
-    text = ""
-    types = dict.fromkeys(kind for run in runs for kind in average_by_type(run.tasks))
+def _local(folder: Path, runs: list[Run]) -> list[Part]:
+    named = [(_legend_label(run, runs), run) for run in runs]
+    parts: list[Part] = []
+    types = dict.fromkeys(kind for _, run in named for kind in average_by_type(run.tasks))
     for kind in types:
-        own = [
-            (run, {task: figures for task, figures in run.tasks.items() if figures.get("type", "Retrieval") == kind})
-            for run in runs
-        ]
-        own = [(run, tasks) for run, tasks in own if tasks]
-        names = sorted({task for _, tasks in own for task in tasks})
-        metric = next(figures.get("metric", "ndcg@10") for _, tasks in own for figures in tasks.values())
+        own = [run.only(lambda figures: figures.get("type", "Retrieval") == kind) for _, run in named]  # noqa: B023
+        own = [run for run in own if run.tasks]
+        names = sorted({task for run in own for task in run.tasks})
+        metric = next(figures.get("metric", "ndcg@10") for run in own for figures in run.tasks.values())
         rows = [
             [
                 run.model,
                 run.max_length or "",
-                mean(map(main_score, tasks.values())),
-                *(main_score(tasks[name]) if name in tasks else "" for name in names),
+                mean(run.scores.values()),
+                *(run.scores.get(name, "") for name in names),
             ]
-            for run, tasks in own
+            for run in own
         ]
-        title = f"{printable.markdown(kind)}, {printable.markdown(metric)}"
-        text += f"{title}:\n\n{markdown(['model', 'tokens', 'average', *names], rows, digits=4)}\n"
-    groups = {_legend_label(run, runs): average_by_type(run.tasks) for run in runs if run.dim is None}
+        parts += [Paragraph(f"{kind}, {metric}:"), Table(["model", "tokens", "average", *names], rows, EXACT)]
+    groups = {label: average_by_type(run.tasks) for label, run in named if run.dim is None and run.tasks}
     if groups:
         pictures.bars(folder / "local.png", groups, tuple(types), "average of the main metric")
-        text += "![Score by type of task](local.png)\n"
-    return text
+        parts.append(Picture("local.png", "Score by type of task"))
+    return parts
 
 
-def _by_task(runs: list[Run]) -> str:
+def _by_task(runs: list[Run]) -> Table:
     tasks = sorted(
         {(figures["type"], task) for run in runs for task, figures in run.tasks.items()},
         key=lambda pair: (MTEB_TYPES.index(pair[0]) if pair[0] in MTEB_TYPES else len(MTEB_TYPES), pair),
@@ -240,10 +249,10 @@ def _by_task(runs: list[Run]) -> str:
     rows = [
         [kind, task, *(100 * run.scores[task] if task in run.tasks else "" for run in runs)] for kind, task in tasks
     ]
-    return markdown(["type", "task", *(f"{run.model} @{run.max_length}" for run in runs)], rows)
+    return Table(["type", "task", *(f"{run.model} @{run.max_length}" for run in runs)], rows, PERCENT)
 
 
-def _matryoshka(folder: Path, reports: dict[str, dict[str, Any]]) -> str:
+def _matryoshka(folder: Path, reports: dict[str, dict[str, Any]]) -> list[Part]:
     rows: list[list[Any]] = []
     lines: dict[str, dict[int, float]] = {}
     for name, report in reports.items():
@@ -255,7 +264,7 @@ def _matryoshka(folder: Path, reports: dict[str, dict[str, Any]]) -> str:
                 lines.setdefault(model, {})[run.dim] = score
                 rows.append([model, run.dim, score, "this run"])
     if not rows:
-        return ""
+        return []
     if any(report["suite"] == "mteb" for report in reports.values()):
         lines["nomic-embed-text-v1.5, mteb"] = {int(dim): score for dim, score in published.MATRYOSHKA.items()}
         rows += [
@@ -264,29 +273,13 @@ def _matryoshka(folder: Path, reports: dict[str, dict[str, Any]]) -> str:
         ]
     pictures.lines(folder / "matryoshka.png", lines, "components kept", "average score, per cent")
     header = ["model, suite", "components", "average", "source"]
-    return f"## Components kept\n\n{markdown(header, rows)}\n![Score by components kept](matryoshka.png)\n"
+    table = Table(header, rows, PERCENT)
+    return [Heading("Components kept"), table, Picture("matryoshka.png", "Score by components kept")]
 
 
-def _failures(reports: dict[str, dict[str, Any]]) -> str:
+def _failures(reports: dict[str, dict[str, Any]]) -> list[Part]:
     rows = [[name, task, error] for name, report in reports.items() for task, error in report.get("failed", {}).items()]
-    return f"## Failed\n\n{markdown(['report', 'task', 'error'], rows)}" if rows else ""
+    return [Heading("Failed"), Table(["report", "task", "error"], rows)] if rows else []
 
 
 _SECTIONS = {"mteb": _mteb, "jina_long": _jina, "loco": _loco, "glue": _glue, "local": _local}
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], digits: int = 2) -> str:
-    """Returns a Markdown table; ``digits`` is the number of decimals of scores."""
-
-    first, *others = [[printable.markdown(format_cell(value, digits)) for value in row] for row in (header, *rows)]
-    lines = [first, ["---"] * len(first), *others]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def format_cell(value: Any, digits: int) -> str:
-    """Returns a value on one line: scores with ``digits`` decimals, learning rates in scientific notation."""
-    if isinstance(value, list):
-        return ", ".join(format_cell(item, digits) for item in value)
-    if isinstance(value, float):
-        return f"{value:g}" if 0 < abs(value) < 1e-3 else f"{value:.{digits}f}"
-    return " ".join(str(value).split())

@@ -186,7 +186,7 @@ def is_output(path: Path) -> bool:
         return isinstance(content, dict) and {"suite", "tasks"} <= content.keys()
     if path.name.startswith(".") and path.name.endswith(_CELLS):
         return True
-    return path.name in ("report.md", "results", "glue") or path.suffix == ".png"
+    return path.name in ("report.md", "report.html", "results", "glue") or path.suffix == ".png"
 
 
 def main_score(figures: dict[str, Any]) -> float:

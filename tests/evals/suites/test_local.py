@@ -157,6 +157,8 @@ def test_report_and_pictures(report):
         assert kind in text
     assert f"| minilm | {MAX_LENGTH} | {found['tasks']['sts']['spearman']:.4f} |" in text
     assert (output / "local.png").stat().st_size > 1000
+    html = (output / "report.html").read_text()
+    assert f"{found['tasks']['sts']['spearman']:.4f}</td>" in html and html.count("data:image/png") == 1
     assert f"{found['tasks']['clustering']['v_measure']:.4f}" in table(found)
 
 
