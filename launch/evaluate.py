@@ -23,6 +23,9 @@ has one, else none. task.json in the folder can name others ({"query_prompt", "d
 none). {"ignore_identical_ids": true} there leaves a document out of the ranking for the query of the same _id, as mteb
 does for ArguAna and Quora.
 
+nomic-jax long-context makes tasks whose documents have 512 to 8,192 tokens, with the passages at known depths. Their
+report is by length and by depth.
+
 Scores go to OUTPUT/<name>.json (local) or OUTPUT/<name>-<suite>.json, and mteb's own result files to OUTPUT/results.
 OUTPUT/report.md and report.html show all results in OUTPUT. Running the command again evaluates only the tasks that
 have no scores yet. If a task fails, the command lists it, runs the others, and exits with code 1.

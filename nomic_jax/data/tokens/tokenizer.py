@@ -174,6 +174,22 @@ class Tokenizer:
             ids += [truncate(np.array(encoding.ids, np.int32), max_length, self.suffix) for encoding in encodings]
         return ids
 
+    def word_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where the text may be cut: the characters and the tokens before each word, int64 [W + 1] each.
+
+        A word is what the pre-tokenizer makes of the text; the last entry is the end of the text. Special tokens do not
+        count. Both parts of a cut text have together as many tokens as the text, but for one or two of tokenizers whose
+        tokens hold the space before a word.
+        """
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            raise _explained(error) from error
+        words = encoding.word_ids
+        starts = [i for i, word in enumerate(words) if i == 0 or word is None or word != words[i - 1]]
+        characters = [encoding.offsets[i][0] for i in starts]
+        return np.array([*characters, len(text)], np.int64), np.array([*starts, len(words)], np.int64)
+
     @functools.cached_property
     def _spelled_as_text(self) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nomic_jax.evals.report import pictures, published
+from nomic_jax.evals.report import long_context, pictures, published
 from nomic_jax.evals.report.document import Heading, Paragraph, Part, Picture, Table, write_document
 from nomic_jax.evals.report.published import MTEB_TYPES, Published
 from nomic_jax.evals.report.record import by_setting, main_score
@@ -216,7 +216,13 @@ def _glue(folder: Path, runs: list[Run]) -> list[Part]:
 
 
 def _local(folder: Path, runs: list[Run]) -> list[Part]:
-    named = [(_legend_label(run, runs), run) for run in runs]
+    labels = [_legend_label(run, runs) for run in runs]
+    placed = [(label, run.only(long_context.is_placed)) for label, run in zip(labels, runs)]
+    named = [(label, run.only(lambda figures: not long_context.is_placed(figures))) for label, run in zip(labels, runs)]
+    return [*_by_type(folder, named), *long_context.parts(folder, {label: run.tasks for label, run in placed})]
+
+
+def _by_type(folder: Path, named: Sequence[tuple[str, Run]]) -> list[Part]:
     parts: list[Part] = []
     types = dict.fromkeys(kind for _, run in named for kind in average_by_type(run.tasks))
     for kind in types:

@@ -16,10 +16,14 @@ true} leaves a document out for the query of the same _id.
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from nomic_jax.data.formats.reading import read_rows
 from nomic_jax.evals.report.record import Cell, figures, label
@@ -28,10 +32,13 @@ from nomic_jax.evals.tasks.classification import ClassificationTask
 from nomic_jax.evals.tasks.clustering import ClusteringTask
 from nomic_jax.evals.tasks.contract import Embed, Encoders, TaskError, TruncatedEmbeddings
 from nomic_jax.evals.tasks.files import LABELLED, QRELS, RETRIEVAL, find_file
+from nomic_jax.evals.tasks.long_context import Placement
 from nomic_jax.evals.tasks.retrieval import RetrievalTask
 from nomic_jax.evals.tasks.sts import StsTask
 
 LocalTask = RetrievalTask | ClassificationTask | ClusteringTask | StsTask
+NOTHING: Mapping[str, float] = MappingProxyType({})
+TIMED = 4  # long documents whose embedding is timed
 FORMS = "queries, corpus and qrels.jsonl; train and test.jsonl; or test.jsonl alone"
 
 
@@ -68,11 +75,13 @@ def run_task(task: LocalTask, embedder: Any, embed: Callable[[bool], Embed]) -> 
       embed: whether vectors are scaled to length 1 -> the function that embeds texts. Classifiers and k-means get the
         vectors that users of the model get, and so does every similarity but the cosine.
     """
-    if not isinstance(task, RetrievalTask):
-        return task.run(embed(False))
+    return task.score(_rank(task, embedder, embed)) if isinstance(task, RetrievalTask) else task.run(embed(False))
+
+
+def _rank(task: RetrievalTask, embedder: Any, embed: Callable[[bool], Embed]) -> np.ndarray:
     if embedder.similarity_fn_name == "cosine":
-        return task.run(embed(True))
-    return task.run(embed(False), embedder.similarity)
+        return task.rank(embed(True))
+    return task.rank(embed(False), embedder.similarity)
 
 
 def find_tasks(data: Iterable[str], names: Sequence[str] = ()) -> dict[str, Path]:
@@ -153,10 +162,12 @@ def _score(
     is_last: bool,
 ) -> dict[str, Any]:
     task = read_task(folder)
+    placement = Placement.read(folder)
     if encoders.model == "bm25":
         if not isinstance(task, RetrievalTask):
             raise TaskError(f"{folder}: BM25 ranks documents; {task.type} needs embeddings")
-        return figures(task, bm25.run(task), None, None)
+        ranking_QK = bm25.rank(task)
+        return figures(task, task.score(ranking_QK), None, None) | _by_depth(placement, task, ranking_QK)
 
     def embed(normalize: bool) -> Embed:
         if dim is None:
@@ -164,11 +175,37 @@ def _score(
         return truncated[normalize].to(dim, encoders.embed(length, False))
 
     try:
-        return figures(task, run_task(task, encoders.at(length), embed), length, dim)
+        if placement is None or not isinstance(task, RetrievalTask):
+            return figures(task, run_task(task, encoders.at(length), embed), length, dim)
+        ranking_QK = _rank(task, encoders.at(length), embed)
+        seconds = {} if placement.length is None else {"seconds_per_document": _seconds(task, encoders, length)}
+        return figures(task, task.score(ranking_QK), length, dim) | _by_depth(placement, task, ranking_QK, seconds)
     finally:
         if is_last:
             for kept in truncated.values():
                 kept.forget()
+
+
+def _by_depth(
+    placement: Placement | None, task: RetrievalTask, ranking_QK: np.ndarray, further: Mapping[str, float] = NOTHING
+) -> dict[str, Any]:
+    """Returns the entry of a task whose answers are at known depths, for ``evals.report.long_context``."""
+    if placement is None:
+        return {}
+    by_depth = placement.by_depth(dict(task.score_queries(ranking_QK))[task.metrics[0]])
+    described = {"passages": placement.passages, "length": placement.length, "by_depth": by_depth, **further}
+    return {"long_context": described}
+
+
+def _seconds(task: RetrievalTask, encoders: Encoders, length: int | None) -> float:
+    """Returns the seconds that a document takes to embed, once all is compiled."""
+    embed = encoders.embed(length, True)
+    sample, seconds = list(task.documents[:TIMED]), 0.0
+    for _ in range(2):  # the first compiles what these documents need
+        started = time.perf_counter()
+        embed(sample, task.document_prompt)
+        seconds = time.perf_counter() - started
+    return seconds / len(sample)
 
 
 def _prompt(file: Path) -> str | None:
