@@ -26,6 +26,7 @@ all machines, commits and days (benchmarks/gpu/runs.py). The exit code is 1 if a
   inference      Embedder's program on batches of one length; also transformers (torch, SDPA, bfloat16)
   torch_compile  inference under torch.compile
   products       the matrix products of a layer in isolation; up and gate as one product and as two
+  norms          LayerNorm of a residual sum by the kernel and by XLA, and masked-LM without the kernel
   mlm_8192       masked-LM on rows of 8192 tokens
 
 On a GPU, a train step fails if its program has no fused attention. Layers are unrolled: the encoder has no scan.

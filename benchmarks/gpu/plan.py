@@ -74,6 +74,7 @@ class Sizes:
     kernels: dict[str, Any]
     largest: dict[str, Any]
     products: dict[str, int]
+    norms: dict[str, int]
     repeat: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -93,6 +94,7 @@ FULL = Sizes(
     kernels=dict(rows=64, length=2048, tokens_per_pair=192.0),
     largest=dict(first=2048, seconds=100.0),
     products=dict(width=768, inner=3072, tokens=16_384, repeat=20),
+    norms=dict(width=768, tokens=131_072, repeat=20),
 )
 TINY = Sizes(
     model=dict(dtype="bfloat16", hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128),
@@ -110,6 +112,7 @@ TINY = Sizes(
     kernels=dict(rows=16, length=64, tokens_per_pair=24.0),
     largest=dict(first=8, seconds=20.0, limit_gb=0.08),
     products=dict(width=64, inner=128, tokens=128, repeat=2),
+    norms=dict(width=64, tokens=128, repeat=2),
     repeat=dict(seconds=0.0),
 )
 
@@ -267,6 +270,18 @@ def make_plan(sizes: Sizes, weights: Path) -> dict[str, list[Process]]:
         ],
         "torch_compile": [Process("peers.infer", inference | dict(compiled=True))],
         "products": [Process("training.products", sizes.products)],
+        "norms": [
+            Process("training.norms", sizes.norms),
+            step(
+                dict(name="mlm, norms by XLA", compare="mlm"),
+                "mlm",
+                sizes.mlm,
+                "elementwise",
+                model=sizes.model | dict(norm_kernel="xla"),
+                steps=3,
+                seconds=3.0,
+            ),
+        ],
         "mlm_8192": [
             step(
                 dict(key="mlm_8192", name=f"mlm, {sizes.mlm_8192['rows']} rows of {sizes.mlm_8192['length']:,} tokens"),

@@ -2,7 +2,7 @@
 # What to run in the first 15 minutes on a GPU machine: bash benchmarks/gpu/quarter_hour.sh [OPTIONS]
 #
 #   tests              tests/gpu: attention, determinism                                         at most 300 s
-#   rows               benchmarks.gpu: the steps of mlm, contrastive and finetune                at most 300 s
+#   rows               benchmarks.gpu: the steps of mlm, contrastive and finetune, and norms     at most 300 s
 #   peers              benchmarks.gpu: torch_train and encode, nomic_jax and torch               at most 240 s
 #   deterministic      benchmarks.gpu: what config.deterministic costs                           at most 240 s
 #   train_mlm, train_contrastive, train_finetune
@@ -102,7 +102,7 @@ train() { # STAGE
 }
 echo "== $(date -u +%FT%TZ) --steps=$steps ${tiny[*]}" | tee -a "$out/summary.txt"
 run tests 300 "$python" -m pytest tests/gpu -rs --durations=5
-benchmark rows 300 mlm,contrastive,finetune
+benchmark rows 300 mlm,contrastive,finetune,norms
 benchmark peers 240 torch_train,encode
 benchmark deterministic 240 deterministic
 train mlm

@@ -1,5 +1,6 @@
 """The training parts of benchmarks.gpu. Each function runs in a separate process and yields table rows."""
 
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from benchmarks.steps import GB, TrainStep, paper_settings, peak_gigabytes
 from benchmarks.timing import median_seconds
 from nomic_jax.data.batches.packing import number_compiled
 from nomic_jax.hf import read_checkpoint
+from nomic_jax.model.layers.layer_norm import layer_norm
+from nomic_jax.model.layers.norm_kernel import find_problem, norm_of_sum
 from nomic_jax.train.planning.kernels import kernels_of
 from nomic_jax.train.planning.outline import Outline
 from nomic_jax.train.planning.targets import gpu_of
@@ -287,6 +290,57 @@ def products(width: int, inner: int, tokens: int, repeat: int) -> Iterator[Row]:
             "mfu": flops / seconds / peak if peak else None,
             "note": f"{flops / seconds / 1e12:.3g} TFLOP/s",
         }
+
+
+def norms(width: int, tokens: int, repeat: int) -> Iterator[Row]:
+    """LayerNorm of a residual sum with three uses, in bfloat16, forward and backward: XLA's form and the kernel.
+
+    On a CPU, the kernel is interpreted.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    shape = (tokens, width)
+    x_TD, added_TD, *of_out = (
+        jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 5)
+    )
+    scale_D, bias_D = jnp.ones(width), jnp.zeros(width)
+
+    def by_xla(x_TD: jax.Array, added_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> tuple[jax.Array, ...]:
+        return (layer_norm(x_TD + added_TD, scale_D, bias_D, 1e-12, "bfloat16", all_kept=True),) * 3
+
+    by_kernel = functools.partial(norm_of_sum, epsilon=1e-12, uses=3, interpret=not on_gpu)
+    taken = {}
+    for name, norm in (("XLA", by_xla), ("kernel", by_kernel)):
+
+        @jax.jit
+        def forward(*terms, norm=norm):
+            out, pullback = jax.vjp(norm, *terms)
+            return out[0], pullback  # a result that is there twice would be copied
+
+        backward = jax.jit(lambda pullback, *of_out: pullback(of_out)[1:])
+        _, pullback = forward(x_TD, added_TD, scale_D, bias_D)
+        backward(pullback, *of_out)
+        for part, least, call in (
+            ("forward", 3, lambda: forward(x_TD, added_TD, scale_D, bias_D)),
+            ("backward", 6, lambda: backward(pullback, *of_out)),  # noqa: B023
+        ):
+
+            def calls(call=call) -> None:
+                jax.block_until_ready([call() for _ in range(repeat)][-1])
+
+            taken[name, part] = median_seconds(calls, 5, 0.5) / repeat
+            rate = least * x_TD.nbytes / taken[name, part] / 1e9
+            yield {
+                "name": f"LayerNorm of a sum, {tokens:,} tokens, {part}: {name}",
+                "step_s": taken[name, part],
+                "note": f"{rate:,.0f} GB/s of the {least} arrays that it must move",
+            }
+    problem = find_problem(width, "bfloat16", interpret=not on_gpu)
+    shares = [f"{part} {taken['kernel', part] / taken['XLA', part]:.2f}" for part in ("forward", "backward")]
+    yield {
+        "name": "LayerNorm of a sum: the kernel in the time of XLA",
+        "note": ", ".join([*shares, *[f"WRONG: {problem}"] * bool(problem)]),
+        "failed": bool(problem),
+    }
 
 
 def gradient_in_state() -> optax.GradientTransformation:

@@ -61,8 +61,8 @@ def _program(output: str, config: EmbeddingConfig, segments: int | None, shardin
             return pool_segments(hidden_BLD, arrays["segment"], segments, config, params).astype(jnp.float32)
         return hidden_BLD.astype(jnp.float32)
 
-    if segments is not None and sharding.mesh.size > 1:
-        # Attention of packed rows is no product that XLA could divide among devices.
+    if sharding.mesh.size > 1:
+        # XLA cannot divide attention of packed rows, nor kernels of our own, among devices.
         compute = jax.shard_map(
             compute, mesh=sharding.mesh, in_specs=(P(), sharding.spec), out_specs=sharding.spec, check_vma=False
         )
@@ -159,7 +159,7 @@ class Computation:
             ):
                 call = call._replace(texts=chunk[call.texts])
                 attention = packed_attention(call.shape.length, self._platform)
-                encoder = dataclasses.replace(self.config.encoder, attention=attention)
+                encoder = dataclasses.replace(_for_platform(self.config.encoder, self.sharding), attention=attention)
                 batch = _Batch(call.texts, call.row, call.segment, call.offset, call.fill(ids, encoder.pad_token_id))
                 yield batch, dataclasses.replace(self.config, encoder=encoder), max_segments(call.shape.length)
 
@@ -182,11 +182,12 @@ class Computation:
 
 
 def _for_platform(encoder: EncoderConfig, sharding: NamedSharding) -> EncoderConfig:
-    """Chooses the attention of devices that are not of JAX's default backend, which is what "auto" goes by."""
+    """Chooses what computes on devices that are not of JAX's default backend, which is what "auto" goes by."""
     platform = sharding.mesh.devices.flat[0].platform
-    if encoder.attention != "auto" or platform == jax.default_backend():
+    if platform == jax.default_backend():
         return encoder
-    return dataclasses.replace(encoder, attention="cpu" if platform == "cpu" else "xla")
+    attention = encoder.attention if encoder.attention != "auto" else "cpu" if platform == "cpu" else "xla"
+    return dataclasses.replace(encoder, attention=attention, norm_kernel="xla")
 
 
 def _collected(batch: _Batch, outputs: jax.Array, bar: tqdm) -> tuple[_Batch, np.ndarray]:

@@ -24,6 +24,7 @@ leaves unwritten.
 """
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -184,15 +185,36 @@ def traced_for(target: Target | None) -> Iterator[None]:
         "is_cuda_compute_capability_equal": lambda wanted: target.compute_capability == _version(wanted),
         "check_cudnn_version": lambda: target.cudnn,
     }
-    own_answers = {name: getattr(cudnn, name) for name in answers if hasattr(cudnn, name)}
-    for name in own_answers:
-        setattr(cudnn, name, answers[name])
-    try:
-        with _target(target):
-            yield
-    finally:
-        for name, answer in own_answers.items():
-            setattr(cudnn, name, answer)
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            _replace(stack, cudnn, name, answer)
+        if target.compute_capability:
+            with contextlib.suppress(ImportError):  # from jax 0.11 on
+                gpu_info: Any = importlib.import_module("jax._src.pallas.triton.gpu_info")
+                major, minor = target.compute_capability
+                info = gpu_info.GpuInfo(
+                    gpu_version=None, arch_name=f"{major}.{minor}", compute_capability=10 * major + minor
+                )
+                _replace(stack, gpu_info, "get_gpu_info", lambda: info)
+        stack.enter_context(_target(target))
+        yield
+
+
+def _replace(stack: contextlib.ExitStack, module: Any, name: str, value: Any) -> None:
+    """Replaces what a module has under a name, if it has that, until the stack unwinds."""
+    if hasattr(module, name):
+        stack.callback(setattr, module, name, getattr(module, name))
+        setattr(module, name, value)
+
+
+def traced_platform() -> str:
+    """Returns "gpu", "cpu" or "tpu": what programs are traced for, within ``traced_for`` or on this machine."""
+    return jax.default_backend() if _target.value is None else _target.value.platform
+
+
+def is_traced_for_absent() -> bool:
+    """Returns whether programs are traced for a device that this process does not have."""
+    return _target.value is not None
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -216,8 +238,7 @@ def choose(
       biased: whether a relative position bias is added to the scores. Then it is never a fused kernel.
       two_sided_window: whether tokens attend to a window to both sides, shorter than the rows; no kernel has it.
     """
-    target = _target.value
-    backend = jax.default_backend() if target is None else target.platform
+    backend = traced_platform()
     has_kernel = jnp.dtype(dtype).name in FUSED_DTYPES and head_dim % 8 == 0 and head_dim <= FUSED_HEAD_DIM
     if backend == "gpu" and has_kernel and not biased and not two_sided_window:
         if not packed and _has_cudnn("8.0"):

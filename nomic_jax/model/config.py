@@ -11,6 +11,7 @@ from typing import Any, Literal
 from nomic_jax.model.attention import IMPLEMENTATIONS
 
 RECOMPUTE = ("auto", "none", "elementwise", "attention", "layer")
+NORM_KERNELS = ("auto", "xla", "triton", "interpret")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,9 @@ class EncoderConfig:
       recompute: what the backward pass recomputes instead of storing, see ``nomic_jax.model.encoder``. "auto" is for
         training, which chooses by the memory (``nomic_jax.train.planning.recomputation``); an encoder takes it as
         "none".
+      norm_kernel: what computes the LayerNorms that follow residual sums. "triton" is a fused kernel, where a GPU is
+        found to compute it right; "auto" is the same, and in training what the run began with; "xla" is the formula;
+        "interpret" does what the kernel says, on any device, slowly (``nomic_jax.model.layers.norm``).
     """
 
     model_type: str = "nomic_bert"
@@ -106,6 +110,7 @@ class EncoderConfig:
     dtype: str = "float32"
     attention: str = "auto"
     recompute: str = "none"
+    norm_kernel: str = "auto"
 
     def __post_init__(self):
         choices = {
@@ -116,6 +121,7 @@ class EncoderConfig:
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "attention": IMPLEMENTATIONS,
             "recompute": RECOMPUTE,
+            "norm_kernel": NORM_KERNELS,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

@@ -20,9 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from nomic_jax.model.attention import FUSED_PRIMITIVE, attention
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.layers.dropout import Dropout, drop
-from nomic_jax.model.layers.layer_norm import STATISTICS, Norm
+from nomic_jax.model.layers.layer_norm import STATISTICS
 from nomic_jax.model.layers.linear import Linear
 from nomic_jax.model.layers.mlp import make_mlp
+from nomic_jax.model.layers.norm import Norm, choose
 from nomic_jax.model.layers.relative_bias import relative_bias
 from nomic_jax.model.layers.table_lookup import lookup
 from nomic_jax.model.modules import MODULES
@@ -178,24 +179,27 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x_BLD: jax.Array,
+        inputs: tuple[jax.Array, ...],
         positions: Positions,
         boundaries: TextBoundaries,
-        output_position_BP: jax.Array | None = None,
-        dropout: Dropout | None = None,
-    ) -> jax.Array:
+        output_position_BP: jax.Array | None,
+        dropout: Dropout | None,
+        uses: int,
+    ) -> tuple[jax.Array, ...]:
+        """Input and output, [B, L, D], come once, or once for each use: attention and residual (``Norm.of_sum``)."""
+        x_BLD, residual_BLD = inputs[0], inputs[-1]
         if self.pre_norm:
             normalised_BLD = x_BLD if self.norm1 is None else self.norm1(x_BLD)
             attended_BPD = drop(self.attention(normalised_BLD, positions, boundaries, output_position_BP), dropout, 0)
             if self.attention_norm is not None:
                 attended_BPD = self.attention_norm(attended_BPD)
-            x_BPD = _select(x_BLD, output_position_BP) + attended_BPD
+            x_BPD = _select(residual_BLD, output_position_BP) + attended_BPD
             mapped_BPD = drop(self.mlp(self.norm2(x_BPD)), dropout, 1)
-            return x_BPD + (mapped_BPD if self.mlp_norm is None else self.mlp_norm(mapped_BPD))
+            return (x_BPD + (mapped_BPD if self.mlp_norm is None else self.mlp_norm(mapped_BPD)),) * uses
         assert self.norm1 is not None
         attended_BPD = drop(self.attention(x_BLD, positions, boundaries, output_position_BP), dropout, 0)
-        x_BPD = self.norm1(_select(x_BLD, output_position_BP) + attended_BPD)
-        return self.norm2(x_BPD + drop(self.mlp(x_BPD), dropout, 1))
+        x_BPD, *copies = self.norm1.of_sum(_select(residual_BLD, output_position_BP), attended_BPD, 1 + self.mlp.uses)
+        return self.norm2.of_sum(x_BPD, drop(self.mlp(*copies), dropout, 1), uses)
 
 
 def _select(x_BLD: jax.Array, output_position_BP: jax.Array | None) -> jax.Array:
@@ -243,11 +247,15 @@ class Encoder(nnx.Module):
         x_BLD = drop(self.embeddings(ids_BL, position_BL, is_second_BL), dropout)
         # After the last attention, compute only the requested positions.
         output_positions = [None] * (len(self.layers) - 1) + [output_position_BP]
+        # Under jax.checkpoint, what is there twice would be kept twice.
+        uses = 2 if self.config.recompute in ("none", "auto") and choose(self.config) != "xla" else 1
+        inputs: tuple[jax.Array, ...] = (x_BLD,)
         for number, (block, output_position) in enumerate(zip(self.layers, output_positions), 1):
             positions = Positions(rope if block.attention.window is None else local_rope, bias_HO)
             own_dropout = dropout and dropout.of_layer(number)
-            x_BLD = self._recomputed(block, boundaries, own_dropout, output_position)(x_BLD, positions)
-        x_BLD = x_BLD if self.norm is None else self.norm(x_BLD)
+            uses = uses if number < len(self.layers) else 1
+            inputs = self._recomputed(block, boundaries, own_dropout, output_position, uses)(inputs, positions)
+        x_BLD = inputs[0] if self.norm is None else self.norm(inputs[0])
         return x_BLD if output_position_BP is not None else x_BLD.reshape(*shape, -1)
 
     def _recomputed(
@@ -255,13 +263,14 @@ class Encoder(nnx.Module):
         block: Block,
         boundaries: TextBoundaries,
         dropout: Dropout | None,
-        output_position_BP: jax.Array | None = None,
-    ) -> Callable[[jax.Array, Positions], jax.Array]:
-        def apply_block(x_BLD: jax.Array, positions: Positions) -> jax.Array:
+        output_position_BP: jax.Array | None,
+        uses: int,
+    ) -> Callable[[tuple[jax.Array, ...], Positions], tuple[jax.Array, ...]]:
+        def apply_block(inputs: tuple[jax.Array, ...], positions: Positions) -> tuple[jax.Array, ...]:
             structure, params = nnx.split(block)
-            params = jax.tree.map(lambda x: varying_as(x, x_BLD), params)
-            params, x_BLD = _with_gradients_together(params, x_BLD)
-            return nnx.merge(structure, params)(x_BLD, positions, boundaries, output_position_BP, dropout)
+            params = jax.tree.map(lambda x: varying_as(x, inputs[0]), params)
+            params, inputs = _with_gradients_together(params, inputs)
+            return nnx.merge(structure, params)(inputs, positions, boundaries, output_position_BP, dropout, uses)
 
         if self.config.recompute in ("none", "auto"):
             return apply_block
@@ -269,17 +278,17 @@ class Encoder(nnx.Module):
 
 
 @jax.custom_vjp
-def _with_gradients_together(params: nnx.State, x_BLD: jax.Array) -> tuple[nnx.State, jax.Array]:
+def _with_gradients_together(params: nnx.State, inputs: tuple) -> tuple[nnx.State, tuple]:
     """Returns its arguments, whose gradients are then computed before any of them is used.
 
     Otherwise XLA may compute the gradients of all layers' parameters at the end of the backward pass, beside their sum
     over devices, and hold the gradients of all layers' activations until then.
     """
-    return params, x_BLD
+    return params, inputs
 
 
 _with_gradients_together.defvjp(
-    lambda params, x_BLD: ((params, x_BLD), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+    lambda params, inputs: ((params, inputs), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
 )
 
 

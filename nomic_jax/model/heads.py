@@ -10,9 +10,9 @@ from flax import nnx
 from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.encoder import abstract_encoder, encode, init_encoder
 from nomic_jax.model.layers.dropout import Dropout
-from nomic_jax.model.layers.layer_norm import Norm
 from nomic_jax.model.layers.linear import Linear
 from nomic_jax.model.layers.mlp import gelu
+from nomic_jax.model.layers.norm import Norm
 from nomic_jax.model.modules import (
     MODULES,
     Module,

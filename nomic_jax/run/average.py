@@ -21,7 +21,7 @@ from nomic_jax.run.pretrained import Weights, identify, read_pretrained, resolve
 from nomic_jax.run.workdir import finished_steps
 
 # Fields of the encoder that change speed or memory, or random weights, but no vector.
-_FREE = ("dtype", "attention", "recompute", "init_std")
+_FREE = ("dtype", "attention", "recompute", "norm_kernel", "init_std")
 
 
 def average(

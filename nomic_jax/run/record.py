@@ -152,7 +152,7 @@ _FREE_FIELDS = (
     "wandb",
 )
 # Model fields that affect speed and memory, but not the result.
-_FREE_OF_MODEL = ("encoder.attention", "encoder.recompute")
+_FREE_OF_MODEL = ("encoder.attention", "encoder.recompute", "encoder.norm_kernel")
 
 
 def check_format(record: dict[str, Any], path: Path) -> None:

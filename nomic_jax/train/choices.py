@@ -11,7 +11,9 @@ from typing import Any
 import jax
 
 from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS
+from nomic_jax.model import EmbeddingConfig
 from nomic_jax.model.attention import choose
+from nomic_jax.model.layers import norm
 from nomic_jax.train.config import PairData, TrainConfig
 
 AUTO = "auto"
@@ -48,6 +50,23 @@ def make_choices(
         origin = "as the run began" if recorded else f"for {jax.default_backend()}"
         say(f"{config.stage}: {', '.join(f'{name}={value}' for name, value in chosen.items())} ({origin})")
     return config
+
+
+def choose_norm_kernel(
+    model: EmbeddingConfig, record: Mapping[str, Any] | None, exchange: Callable[[str], list[str]]
+) -> EmbeddingConfig:
+    """Returns the model with ``norm_kernel`` in the place of "auto": that of the record, or what all processes can run.
+
+    Runs of earlier versions have none in their record, and took "xla". ``exchange`` returns the texts of all processes.
+    """
+    encoder = model.encoder
+    if encoder.norm_kernel != AUTO:
+        return model
+    if record and (fields := (record.get("model") or {}).get("encoder")):
+        chosen = fields.get("norm_kernel", "xla")
+    else:
+        chosen = "triton" if set(exchange(norm.choose(encoder))) == {"triton"} else "xla"
+    return dataclasses.replace(model, encoder=dataclasses.replace(encoder, norm_kernel=chosen))
 
 
 def default_dtype() -> str:

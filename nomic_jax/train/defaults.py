@@ -106,6 +106,7 @@ def base_config(stage: str) -> ConfigDict:
             dtype="bfloat16",
             attention="auto",
             recompute="none",
+            norm_kernel="auto",
         )
     )
     config.loss = ConfigDict(

@@ -20,7 +20,7 @@ from nomic_jax.run.pretrained import at_step, identify, read_pretrained, resolve
 from nomic_jax.run.record import make_record, shuffle_of, trained_prompts
 from nomic_jax.run.workdir import used_workdir
 from nomic_jax.train import hosts
-from nomic_jax.train.choices import make_choices
+from nomic_jax.train.choices import choose_norm_kernel, make_choices
 from nomic_jax.train.config import ConfigurationError, TrainConfig
 from nomic_jax.train.evaluation import Evaluate, Evaluations
 from nomic_jax.train.interruption import Interruption, Preempted
@@ -100,7 +100,7 @@ def _train(
     config = make_choices(config, earlier_record, mesh.size, _print_once, biased)
     config.check(mesh.size)
     parent, guide = (identify(path) if path else None for path in places)
-    model = make_model(config, pretrained)
+    model = choose_norm_kernel(make_model(config, pretrained), earlier_record, hosts.exchange)
     config.check_lengths(model.encoder, model.width)
     tokenizer = find_tokenizer(config, pretrained, model)
     if pretrained is None:

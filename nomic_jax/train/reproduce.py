@@ -197,7 +197,7 @@ def _read_record(path: Path) -> tuple[dict[str, Any], TrainConfig]:
 
 
 # Fields of the model that a stage takes from its settings, also where its weights come from another model.
-_FREE_OF_MODEL = ("dtype", "attention", "recompute")
+_FREE_OF_MODEL = ("dtype", "attention", "recompute", "norm_kernel")
 
 
 def hash_state(checkpoint: str | Path) -> str:

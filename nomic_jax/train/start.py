@@ -23,7 +23,7 @@ def make_model(config: TrainConfig, pretrained: Checkpoint | None) -> EmbeddingC
         except ConfigError as error:
             raise ConfigurationError(f"config.model: {error}") from error
         return EmbeddingConfig(config.model, layer_norm=config.loss.layer_norm)
-    ours = {name: getattr(config.model, name) for name in ("dtype", "attention", "recompute")}
+    ours = {name: getattr(config.model, name) for name in ("dtype", "attention", "recompute", "norm_kernel")}
     encoder = dataclasses.replace(pretrained.config.encoder, **ours)
     # The contrastive loss takes cosine similarities of whole vectors, also of a checkpoint that cuts or does not
     # normalise them.
@@ -88,7 +88,8 @@ def read_guide(config: TrainConfig, path: str, model: EmbeddingConfig, tokenizer
     where = f"config.loss.guide: {config.loss.guide}"
     if guide.tokenizer is None or guide.tokenizer.vocabulary != tokenizer.vocabulary:
         raise ConfigurationError(f"{where} has another vocabulary than this run: it would take the tokens for others")
-    encoder = dataclasses.replace(guide.config.encoder, dtype=model.encoder.dtype, attention=model.encoder.attention)
+    ours = {name: getattr(model.encoder, name) for name in ("dtype", "attention", "norm_kernel")}
+    encoder = dataclasses.replace(guide.config.encoder, **ours)
     config.check_lengths(encoder, model.width)
     return dataclasses.replace(guide, config=dataclasses.replace(guide.config, encoder=encoder))
 

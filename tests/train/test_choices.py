@@ -3,6 +3,7 @@
 import pytest
 
 from nomic_jax.fitting.named_configs import get_config
+from nomic_jax.model import EmbeddingConfig, EncoderConfig
 from nomic_jax.train import choices
 from nomic_jax.train.config import TrainConfig
 
@@ -55,3 +56,17 @@ def test_a_resumed_run_keeps_what_it_chose(monkeypatch):
     assert chosen(settings(**{"data.layout": "packed"}), record)[1] == "packed"
     # A masked-LM has no layout.
     assert chosen(settings("mlm:own"))[:2] == ("float32", None)
+
+
+def test_a_resumed_run_keeps_its_norm_kernel(monkeypatch):
+    def chosen(record=None, kernel="auto", others=()):
+        model = EmbeddingConfig(EncoderConfig(norm_kernel=kernel))
+        return choices.choose_norm_kernel(model, record, lambda text: [text, *others]).encoder.norm_kernel
+
+    assert chosen() == "xla" and chosen(kernel="triton") == "triton"
+    monkeypatch.setattr(choices.norm, "choose", lambda encoder: "triton")
+    assert chosen() == "triton"
+    assert chosen({"model": {"encoder": {"norm_kernel": "xla"}}}) == "xla"
+    assert chosen({"model": {"encoder": {"hidden_size": 768}}}) == "xla"  # of before the kernel
+    assert chosen(others=["triton"]) == "triton"
+    assert chosen(others=["xla"]) == "xla"  # another process has another GPU

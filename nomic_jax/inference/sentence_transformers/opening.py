@@ -85,7 +85,8 @@ def configured(
     dtype = computation_dtype(dtype, attention if is_default else "xla")
     config = dataclasses.replace(
         checkpoint.config,
-        encoder=dataclasses.replace(checkpoint.config.encoder, dtype=dtype, attention=attention),
+        # That of a run is what the run began with.
+        encoder=dataclasses.replace(checkpoint.config.encoder, dtype=dtype, attention=attention, norm_kernel="auto"),
         layer_norm=checkpoint.config.layer_norm if layer_norm is None else layer_norm,
         dim=checkpoint.config.dim if truncate_dim is None else truncate_dim,
     )

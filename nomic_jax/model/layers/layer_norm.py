@@ -5,39 +5,15 @@ written out needs the input, two numbers per token, and the gradient of the outp
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.varying import varying_as
 
 # The name of the two numbers per token that the backward pass needs, for ``jax.checkpoint``.
 STATISTICS = "norm_statistics"
-
-
-class Norm(nnx.LayerNorm):
-    """``layer_norm`` or ``rms_norm`` over the last axis with its parameters; the output has the computation dtype.
-
-    ``width``: of the last axis, if it is not that of the encoder.
-    """
-
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs, width: int | None = None):
-        self.kind = config.norm
-        has_bias = config.norm == "layer_norm" and config.norm_bias
-        super().__init__(width or config.hidden_size, epsilon=config.layer_norm_eps, use_bias=has_bias, rngs=rngs)
-        self.output_dtype = jnp.dtype(config.dtype)
-        self.all_kept = config.recompute in ("none", "auto")
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        assert self.scale is not None
-        how: dict[str, Any] = {"epsilon": self.epsilon, "dtype": self.output_dtype, "all_kept": self.all_kept}
-        if self.kind == "rms_norm":
-            return rms_norm(x, self.scale[...], **how)
-        return layer_norm(x, self.scale[...], None if self.bias is None else self.bias[...], **how)
 
 
 def layer_norm(

@@ -11,7 +11,7 @@ from nomic_jax.model.config import EncoderConfig
 from nomic_jax.model.layers.linear import Linear
 
 
-def make_mlp(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.Module:
+def make_mlp(config: EncoderConfig, rngs: nnx.Rngs) -> "GatedMlp | GeluMlp":
     return GatedMlp(config, rngs) if config.is_gated else GeluMlp(config, rngs)
 
 
@@ -24,8 +24,15 @@ class GatedMlp(nnx.Module):
         self.gate = Linear(config.hidden_size, config.intermediate_size, config, rngs, use_bias=False)
         self.down = Linear(config.intermediate_size, config.hidden_size, config, rngs)
 
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        up_BLF, gate_BLF = checkpoint_name(self.up(x_BLD), "up"), checkpoint_name(self.gate(x_BLD), "gate")
+    @property
+    def uses(self) -> int:
+        """How many products take the input."""
+        return 2
+
+    def __call__(self, x_BLD: jax.Array, again_BLD: jax.Array | None = None) -> jax.Array:
+        """``again_BLD``: the input once more, so that the gradients of its uses can stay apart."""
+        up_BLF = checkpoint_name(self.up(x_BLD), "up")
+        gate_BLF = checkpoint_name(self.gate(x_BLD if again_BLD is None else again_BLD), "gate")
         if self.activation == "swiglu":
             product_BLF = _swiglu(up_BLF, gate_BLF)
         elif self.activation == "geglu":
@@ -61,6 +68,10 @@ class GeluMlp(nnx.Module):
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         self.up = Linear(config.hidden_size, config.intermediate_size, config, rngs)
         self.down = Linear(config.intermediate_size, config.hidden_size, config, rngs)
+
+    @property
+    def uses(self) -> int:
+        return 1
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         up_BLF = checkpoint_name(self.up(x_BLD), "up")
