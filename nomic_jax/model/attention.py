@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nomic_jax.model.dense_attention import BLOCK, dense, head_by_head, local_attention
-from nomic_jax.model.packed_attention import CPU_BLOCK, CPU_LONG_BLOCK, block_by_block
+from nomic_jax.model.packed_attention import CPU_BLOCK, block_by_block
 
 try:  # private: the public function has no segments (jax-ml/jax#29731); other versions may lack this module
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -268,7 +268,7 @@ def score_bytes(implementation: str, length: int, num_heads: int, window: int | 
     if one_head:
         return 2 * 4 * 64 * length
     if implementation == "cpu_packed":
-        return 2 * 4 * num_heads * CPU_BLOCK * CPU_LONG_BLOCK
+        return 2 * 4 * num_heads * CPU_BLOCK**2
     return 2 * 4 * num_heads * length**2
 
 
