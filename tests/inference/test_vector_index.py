@@ -106,6 +106,12 @@ def test_measured_with_given_queries(tmp_path, vectors_NE):
     assert made["queries"] == 5 and made["recall"] >= 0.95
 
 
+def test_of_equal_vectors_any_is_found(tmp_path, vectors_NE):
+    stored = write(tmp_path / "v", np.repeat(vectors_NE[:60], 15, axis=0))
+    assert build(stored, "cosine", "flat")["recall"] == 1
+    assert build(stored, "cosine", "ivf")["recall"] >= 0.99
+
+
 def test_an_index_of_other_vectors_is_refused(tmp_path, vectors_NE):
     stored = write(tmp_path / "v", vectors_NE[:300])
     build(stored, "cosine")

@@ -33,6 +33,7 @@ TRAINING_ROWS, ROWS_PER_CELL, MOST_CELLS, FLAT_CELLS = 1 << 20, 64, 1 << 16, 1 <
 LINKS, CONSTRUCTION = 32, 100  # of HNSW: neighbours of a vector, candidates when one is added
 FIRST_EFFORT, MOST_CANDIDATES = 16, 1 << 12  # nprobe of IVF, efSearch of HNSW
 QUERIES, RECALL_AT = 200, 10
+ROUNDING = 1e-6  # by which the similarity of the same two vectors may differ, for similarities of about 1
 
 
 def chosen_kind(rows: int) -> str:
@@ -144,7 +145,7 @@ def _measured(
         started = time.monotonic()
         _, found_QK = index.search(as_indexed(query_QE, similarity), fetched, params=_parameters(index, effort, None))
         index_seconds = time.monotonic() - started
-        reached = _recall(exact_QK, found_QK, own_Q, k)
+        reached = _recall(stored, similarity, query_QE, exact_QK, found_QK, own_Q)
         if reached >= recall or effort >= _most_effort(index, len(stored)):
             break
         effort = min(2 * effort, _most_effort(index, len(stored)))
@@ -170,13 +171,26 @@ def exact_search(query_QE: np.ndarray, blocks: Iterator[np.ndarray], k: int, sim
     return top_k((similarity_matrix(similarity, query_QE, vectors_NE) for vectors_NE in blocks), k)
 
 
-def _recall(exact_QK: np.ndarray, found_QK: np.ndarray, own_Q: np.ndarray | None, k: int) -> float:
-    hits = 0
-    for i, (exact, found) in enumerate(zip(exact_QK.tolist(), found_QK.tolist())):
-        own = None if own_Q is None else own_Q[i]
-        wanted = [row for row in exact if row != own][:k]
-        hits += len(set(wanted) & set([row for row in found if row != own][:k]))
-    return hits / (k * len(exact_QK))
+def _recall(
+    stored: StoredVectors,
+    similarity: str,
+    query_QE: np.ndarray,
+    exact_QK: np.ndarray,
+    found_QK: np.ndarray,
+    own_Q: np.ndarray | None,
+) -> float:
+    """Returns how many of the vectors found are as similar as the exact ones; of equal vectors, any counts."""
+    rows = np.unique([exact_QK, np.where(found_QK < 0, exact_QK, found_QK)])
+    score_QR = similarity_matrix(similarity, query_QE, stored.some(rows))
+    hits = wanted = 0
+    for i, (exact, found) in enumerate(zip(exact_QK, found_QK)):
+        own = -1 if own_Q is None else own_Q[i]
+        k = len(exact) - (own_Q is not None)
+        lowest = score_QR[i, np.searchsorted(rows, exact[exact != own][:k])].min()
+        found = found[(found != own) & (found >= 0)][:k]
+        hits += np.count_nonzero(score_QR[i, np.searchsorted(rows, found)] >= lowest - ROUNDING * max(1, abs(lowest)))
+        wanted += k
+    return hits / wanted
 
 
 def _parameters(index: Any, effort: int, allowed: Any) -> Any:

@@ -38,7 +38,7 @@ class VectorSearch:
         self.rows = len(stored) if self.allowed_N is None else int(np.count_nonzero(self.allowed_N))
         self._index = None if exact else self._opened()
         self._held: tuple[np.ndarray, np.ndarray] | None = None
-        chosen = "" if self.allowed_N is None else f" of {len(stored):,} that the filter leaves"
+        chosen = "" if self.allowed_N is None else f" (the filter leaves these of {len(stored):,})"
         self.how = f"{self.rows:,} vectors{chosen}, compared one by one"
         if self._index is not None:
             made = self._index.made
