@@ -21,7 +21,7 @@ from nomic_jax.inference.similarity import similarity_matrix
 from nomic_jax.inference.vectors.stored import StoredVectors
 from nomic_jax.inference.vectors.stored_types import INT8
 
-with needs("an index", "nomic_jax[curate]"):
+with needs("an index of vectors", "nomic_jax[curate]"):
     import faiss as _faiss
 
 faiss: Any = _faiss  # its types are those of C++, without what its Python adds
@@ -188,7 +188,8 @@ def _recall(
         k = len(exact) - (own_Q is not None)
         lowest = score_QR[i, np.searchsorted(rows, exact[exact != own][:k])].min()
         found = found[(found != own) & (found >= 0)][:k]
-        hits += np.count_nonzero(score_QR[i, np.searchsorted(rows, found)] >= lowest - ROUNDING * max(1, abs(lowest)))
+        found_scores = score_QR[i, np.searchsorted(rows, found)]
+        hits += int(np.count_nonzero(found_scores >= lowest - ROUNDING * max(1, abs(lowest))))
         wanted += k
     return hits / wanted
 
