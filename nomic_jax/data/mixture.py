@@ -25,7 +25,7 @@ An objective may name a loss (``nomic_jax.data.source_loss``), and where its num
     objective: {type: scored, columns: [query, document, score], loss: cosent}     # or angle, cosine_mse
     objective: {type: triplet, columns: [query, document, negatives], scores: teacher_scores, loss: kl}  # or margin_mse
 
-    objective: {type: self, columns: [text], vectors: teacher_vector, loss: embedding_cosine}        # or embedding_mse
+    objective: {type: self, columns: [text], vectors: teacher_vector, loss: embedding_cosine}   # or embedding_...
     objective: {type: self, columns: [text], loss: spans}     # InfoNCE of two spans of a text, which get both prefixes
     objective: {type: self, columns: [text], loss: simcse}    # of the text and itself under dropout; document_prefix
 

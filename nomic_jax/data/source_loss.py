@@ -42,6 +42,7 @@ LOSSES: dict[str, LossRows] = {
     "spans": LossRows(("text",), "none"),
     "embedding_mse": LossRows(("text", "pair", "triplet"), "vectors"),
     "embedding_cosine": LossRows(("text", "pair", "triplet"), "vectors"),
+    "embedding_infonce": LossRows(("text", "pair", "triplet"), "vectors"),
 }
 NOTHING_TO_LEARN = 0.01  # nats
 LARGEST_SCORE = 3e38  # of float32, in which a token store has them

@@ -25,11 +25,11 @@ class LossConfig:
       guide: a frozen embedder (a run or a Hugging Face directory) with the same tokenizer. Candidates that it scores
         above a query's positive do not count as negatives (GISTEmbed, arXiv:2402.16829). It reads the texts with their
         prefixes.
-        Sources with the losses embedding_mse and embedding_cosine that name no column of vectors learn its embeddings.
+        Sources with the losses on embeddings (embedding_mse, ...) that name no column of vectors learn its embeddings.
       guide_margin: a candidate is dropped if its guide score exceeds the positive's by more than this, in cosine
         similarity.
-      projection_dim: components of a teacher's vectors where the model has others: for embedding_mse and
-        embedding_cosine, a linear projection to them is learnt, which is not part of the model; 0 for none.
+      projection_dim: components of a teacher's vectors where the model has others: for the losses on embeddings, a
+        linear projection to them is learnt, which is not part of the model; 0 for none.
       dropout: rate of the dropout in the encoder for sources with the loss simcse, whose pairs differ by it alone.
     """
 

@@ -176,7 +176,16 @@ def make_stage(
                 query_bG, document_bCG = embeddings(params["guide"], guide_model, rows)
                 target_bnT = jnp.concatenate([query_bG[:, None], document_bCG], axis=1)
             projection = params.get("projection")
-            total, metrics = embedding_loss(name, own_bnE, target_bnT, projection=projection, **matryoshka)
+            total, metrics = embedding_loss(
+                name,
+                own_bnE,
+                target_bnT,
+                hash_bn2=jnp.concatenate([rows["query_hash"][:, None], rows["document_hash"]], axis=1),
+                temperature=own_temperature(temperature),
+                axis_name=DATA,
+                projection=projection,
+                **matryoshka,
+            )
         else:
             temperature = own_temperature(temperature)
             total, metrics = infonce()
