@@ -1,8 +1,8 @@
 """Embedding distillation: an encoder from random weights learns a teacher's embeddings, in place of masked-LM
 (arXiv:2301.12005). Variants :own (default), :debug, :quickstart, :hour, :one_gpu.
 
-The sources of the mixture have the loss embedding_cosine. Their columns of vectors hold the teacher's, as those of
-`nomic-jax filter --vectors`:
+The sources of the mixture have the loss embedding_infonce or another one on embeddings. Their columns of vectors hold
+the teacher's, as those of `nomic-jax filter --vectors`:
 
 nomic-jax train --config=distillation --workdir=runs/distillation --config.data.tokenizer=TEACHER \\
     --config.data.mixture=filtered/distillation.yaml
@@ -52,6 +52,7 @@ VARIANTS: dict[str, Changes] = {
         "batch_size": 2048,
         "steps": 200,
         "loss.projection_dim": 384,
+        "loss.temperature": 0.05,
         "log_every": 5,
         "checkpoint.every": 100,
     },

@@ -73,7 +73,7 @@ pairs, out = map(Path, sys.argv[1:])
 mixture = yaml.safe_load(pairs.read_text(encoding="utf-8"))
 for source in mixture["datasets"]:
     source["bucket"] = str(pairs.parent / source["bucket"])
-    source["objective"]["loss"] = "embedding_cosine"
+    source["objective"]["loss"] = "embedding_infonce"
     source["query_prefix"] = source["document_prefix"] = ""
 out.write_text(yaml.safe_dump(mixture, sort_keys=False), encoding="utf-8")
 PYTHON
