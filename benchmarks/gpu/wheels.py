@@ -1,11 +1,12 @@
 """A folder of wheels for a GPU machine that reaches no package index.
 
-    python -m benchmarks.gpu.wheels make [wheels]             # where there is an index: downloads, at most 64 MiB
-    python -m benchmarks.gpu.wheels install wheels TARGET     # there: installs what that Python lacks into TARGET
+    python -m benchmarks.gpu.wheels make [wheels] [--training]  # where there is an index: downloads, at most 64 MiB
+    python -m benchmarks.gpu.wheels install wheels TARGET       # there: installs what that Python lacks into TARGET
 
 The wheels are those that training, tests/gpu and benchmarks.gpu need beyond jax, flax, optax, orbax, transformers and
-torch, for Python 3.12 on Linux (x86_64), in the versions that CI installs. ``install`` takes only the packages that
-this Python lacks, and changes nothing outside of TARGET; put TARGET on PYTHONPATH. Both need pip.
+torch, or with --training those of training alone (5 MB). They are for Python 3.12 on Linux (x86_64), in the versions
+that CI installs. ``install`` takes only the packages that this Python lacks, and changes nothing outside of TARGET; put
+TARGET on PYTHONPATH. Both need pip.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,24 +40,27 @@ PACKAGES = {
     "pluggy": "of pytest",
     "iniconfig": "of pytest",
 }
+TRAINING = ("grain", "array-record", "cloudpickle", "portpicker", "ml-collections", "tensorboardX")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("make").add_argument("folder", type=Path, nargs="?", default=Path("wheels"))
+    make = commands.add_parser("make")
+    make.add_argument("folder", type=Path, nargs="?", default=Path("wheels"))
+    make.add_argument("--training", action="store_true", help="leave out what only tests and benchmarks need")
     install = commands.add_parser("install")
     install.add_argument("folder", type=Path)
     install.add_argument("target", type=Path)
     args = parser.parse_args()
     if args.command == "make":
-        download(args.folder)
+        download(args.folder, TRAINING if args.training else PACKAGES)
     else:
         install_missing(args.folder, args.target)
 
 
-def download(folder: Path) -> None:
-    """Replaces the wheels in ``folder``.
+def download(folder: Path, packages: Iterable[str]) -> None:
+    """Replaces the wheels in ``folder`` by those of some of PACKAGES.
 
     Raises:
       SystemExit: they cannot be downloaded, or exceed the limit.
@@ -66,7 +71,8 @@ def download(folder: Path) -> None:
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in GLIBC]
     command = ["download", "-q", "--no-deps", "--only-binary=:all:", f"--python-version={PYTHON}"]
     command += ["--implementation=cp", *platforms, f"--dest={folder}"]
-    pip([*command, *(f"{name}=={version}" for name, version in pinned(ROOT).items())])
+    versions = pinned(ROOT)
+    pip([*command, *(f"{name}=={versions[name]}" for name in packages)])
     check_size(folder)
     wheels = sorted(folder.glob("*.whl"))
     print(f"{len(wheels)} wheels, {sum(wheel.stat().st_size for wheel in wheels) / 2**20:.1f} MiB, in {folder}")
