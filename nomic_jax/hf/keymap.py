@@ -168,7 +168,9 @@ def to_params(tensors: Mapping[str, np.ndarray], keymap: KeyMap, abstract: dict)
 
     def leaf(key_path, expected):
         path = tuple(str(key.key) for key in key_path)
-        return np.concatenate([parts[path][i] for i in sorted(parts[path])], axis=-1).astype(expected.dtype)
+        whole = [parts[path][i] for i in sorted(parts[path])]
+        joined = whole[0] if len(whole) == 1 else np.concatenate(whole, axis=-1)
+        return joined.astype(expected.dtype, copy=False)
 
     return jax.tree.map_with_path(leaf, abstract)
 

@@ -176,7 +176,8 @@ def _as_float32(tensor: np.ndarray, name: str, file: Path) -> np.ndarray:
     # position_ids is an integer buffer in old BERT checkpoints.
     if tensor.dtype not in _FLOATS and not name.endswith("position_ids"):
         raise CheckpointError(f"{file}: tensor {name} has the type {tensor.dtype}; expected floating point")
-    tensor = tensor.astype(np.float32)
-    if not np.isfinite(tensor).all():
+    tensor = tensor.astype(np.float32, copy=False)
+    # NaN is the least and the largest of all that it is among. No array of booleans is made.
+    if tensor.size and not np.isfinite([tensor.min(), tensor.max()]).all():
         raise CheckpointError(f"{file}: tensor {name} holds values that are not finite; the file is broken")
     return tensor
