@@ -25,6 +25,7 @@ from nomic_jax.model.layers.linear import Linear
 from nomic_jax.model.layers.mlp import make_mlp
 from nomic_jax.model.layers.norm import Norm, choose
 from nomic_jax.model.layers.relative_bias import relative_bias
+from nomic_jax.model.layers.split_heads import split_heads
 from nomic_jax.model.layers.table_lookup import lookup
 from nomic_jax.model.modules import MODULES
 from nomic_jax.model.packed_attention import rows_in_blocks
@@ -110,57 +111,42 @@ class Attention(nnx.Module):
         self.out = Linear(heads * K, config.hidden_size, config, rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, positions: Positions, boundaries: TextBoundaries, output_position_BP: jax.Array | None
+        self,
+        inputs: tuple[jax.Array, ...],
+        positions: Positions,
+        boundaries: TextBoundaries,
+        output_position_BP: jax.Array | None,
     ) -> jax.Array:
+        """``inputs``: [B, L, D], once, or once for queries and keys and once for values, which have own products."""
         out_BLHK = attention(
-            *self._heads(self.qkv(x_BLD), positions.rope),
+            *self._heads(inputs, positions.rope),
             **boundaries._asdict(),
             bias_HO=positions.bias_HO,
             causal=self.config.causal,
             window=self.window,
             implementation=self.config.attention,
         )
-        out_BLX = out_BLHK.reshape(*x_BLD.shape[:2], -1)
+        out_BLX = out_BLHK.reshape(*out_BLHK.shape[:2], -1)
         return checkpoint_name(self.out(_select(out_BLX, output_position_BP)), "out")
 
-    def _heads(self, qkv_BLX: jax.Array, rope) -> tuple[jax.Array, ...]:
-        """Returns queries, keys and values, [B, L, heads, K] each, of their common product."""
-        heads = self.config.num_heads, self.config.kv_heads
+    def _heads(self, inputs: tuple[jax.Array, ...], rope) -> tuple[jax.Array, ...]:
+        """Returns queries, keys and values, [B, L, heads, K] each."""
+        heads = self.config.num_heads, self.config.kv_heads, self.config.kv_heads
         if self.q_norm is None or self.k_norm is None:
-            return tuple(checkpoint_name(part, "qkv") for part in _split_heads(qkv_BLX, rope, *heads))
+            if len(inputs) == 1:
+                parts = split_heads(self.qkv(inputs[0]), rope, heads)
+            else:
+                # A product of their own spares the values, and their gradients, a copy from and to a common one.
+                at = sum(heads[:2]) * self.config.dim_per_head
+                qk_BLX, v_BLX = (self.qkv(x, part) for x, part in zip(inputs, (slice(at), slice(at, None))))
+                parts = (*split_heads(qk_BLX, rope, heads[:2]), *split_heads(v_BLX, None, heads[2:]))
+            return tuple(checkpoint_name(part, "qkv") for part in parts)
         # The gradients of the norms need their inputs. From these, norms and RoPE are cheap to recompute.
-        q_BLHK, k_BLHK, v_BLHK = _split_heads(checkpoint_name(qkv_BLX, "qkv"), None, *heads)
+        q_BLHK, k_BLHK, v_BLHK = split_heads(checkpoint_name(self.qkv(inputs[0]), "qkv"), None, heads)
         q_BLHK, k_BLHK = self.q_norm(q_BLHK), self.k_norm(k_BLHK)
         if rope is not None:
             q_BLHK, k_BLHK = apply_rope(q_BLHK, *rope), apply_rope(k_BLHK, *rope)
         return q_BLHK, k_BLHK, v_BLHK
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _split_heads(qkv_BLX: jax.Array, rope, num_heads: int, kv_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns queries [B, L, H, K], keys and values [B, L, G, K] of their common product, rotated if rope is given."""
-    K = qkv_BLX.shape[-1] // (num_heads + 2 * kv_heads)
-    parts = jnp.split(qkv_BLX, [num_heads * K, (num_heads + kv_heads) * K], axis=-1)
-    q_BLHK, k_BLHK, v_BLHK = (part.reshape(*part.shape[:2], -1, K) for part in parts)
-    if rope is not None:
-        q_BLHK, k_BLHK = apply_rope(q_BLHK, *rope), apply_rope(k_BLHK, *rope)
-    return q_BLHK, k_BLHK, v_BLHK
-
-
-def _split_heads_backward(num_heads: int, kv_heads: int, rope, gradients: tuple[jax.Array, jax.Array, jax.Array]):
-    q_BLHK, k_BLHK, v_BLHK = gradients
-    if rope is not None:
-        cos, sin = rope
-        q_BLHK, k_BLHK = apply_rope(q_BLHK, cos, -sin), apply_rope(k_BLHK, cos, -sin)
-    qkv_BLX = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (q_BLHK, k_BLHK, v_BLHK)], axis=-1)
-    # Two products use it. Without the barrier, XLA concatenates for each of them.
-    return jax.lax.optimization_barrier(qkv_BLX), None
-
-
-_split_heads.defvjp(
-    lambda qkv_BLX, rope, num_heads, kv_heads: (_split_heads(qkv_BLX, rope, num_heads, kv_heads), rope),
-    _split_heads_backward,
-)
 
 
 class Block(nnx.Module):
@@ -186,18 +172,20 @@ class Block(nnx.Module):
         dropout: Dropout | None,
         uses: int,
     ) -> tuple[jax.Array, ...]:
-        """Input and output, [B, L, D], come once, or once for each use: attention and residual (``Norm.of_sum``)."""
+        """Input and output, [B, L, D], come once, or once for each use (``Norm.of_sum``): q and k, v, residual."""
         x_BLD, residual_BLD = inputs[0], inputs[-1]
         if self.pre_norm:
             normalised_BLD = x_BLD if self.norm1 is None else self.norm1(x_BLD)
-            attended_BPD = drop(self.attention(normalised_BLD, positions, boundaries, output_position_BP), dropout, 0)
+            attended_BPD = drop(
+                self.attention((normalised_BLD,), positions, boundaries, output_position_BP), dropout, 0
+            )
             if self.attention_norm is not None:
                 attended_BPD = self.attention_norm(attended_BPD)
             x_BPD = _select(residual_BLD, output_position_BP) + attended_BPD
             mapped_BPD = drop(self.mlp(self.norm2(x_BPD)), dropout, 1)
             return (x_BPD + (mapped_BPD if self.mlp_norm is None else self.mlp_norm(mapped_BPD)),) * uses
         assert self.norm1 is not None
-        attended_BPD = drop(self.attention(x_BLD, positions, boundaries, output_position_BP), dropout, 0)
+        attended_BPD = drop(self.attention(inputs[:2], positions, boundaries, output_position_BP), dropout, 0)
         x_BPD, *copies = self.norm1.of_sum(_select(residual_BLD, output_position_BP), attended_BPD, 1 + self.mlp.uses)
         return self.norm2.of_sum(x_BPD, drop(self.mlp(*copies), dropout, 1), uses)
 
@@ -247,8 +235,8 @@ class Encoder(nnx.Module):
         x_BLD = drop(self.embeddings(ids_BL, position_BL, is_second_BL), dropout)
         # After the last attention, compute only the requested positions.
         output_positions = [None] * (len(self.layers) - 1) + [output_position_BP]
-        # Under jax.checkpoint, what is there twice would be kept twice.
-        uses = 2 if self.config.recompute in ("none", "auto") and choose(self.config) != "xla" else 1
+        # Under jax.checkpoint, what is there thrice would be kept thrice.
+        uses = 3 if self.config.recompute in ("none", "auto") and choose(self.config) != "xla" else 1
         inputs: tuple[jax.Array, ...] = (x_BLD,)
         for number, (block, output_position) in enumerate(zip(self.layers, output_positions), 1):
             positions = Positions(rope if block.attention.window is None else local_rope, bias_HO)

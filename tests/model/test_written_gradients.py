@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec as P
 
 from nomic_jax.model import EncoderConfig
 from nomic_jax.model.dense_attention import softmax
-from nomic_jax.model.encoder import _split_heads
 from nomic_jax.model.layers.layer_norm import layer_norm
 from nomic_jax.model.layers.mlp import _swiglu, gelu
+from nomic_jax.model.layers.split_heads import split_heads
 from nomic_jax.model.rope import rope_cos_sin
 
 DTYPES = [("float32", 3e-6), ("bfloat16", 1e-2)]
@@ -111,7 +111,7 @@ def test_heads_and_their_rotation(dtype, tolerance, rotated):
         heads_torch[i] = torch.cat([turned.real, turned.imag], -1)
     torch.autograd.backward(heads_torch, of_heads_torch)
 
-    heads, pullback = jax.vjp(lambda qkv: _split_heads(qkv, rope, H, H), qkv)
+    heads, pullback = jax.vjp(lambda qkv: split_heads(qkv, rope, (H, H, H)), qkv)
     for ours, theirs in zip(heads, heads_torch):
         assert ours.dtype == dtype and apart(ours, theirs) < tolerance
     assert apart(pullback(tuple(of_heads))[0], qkv_torch.grad) < tolerance
