@@ -66,6 +66,8 @@ def make(
       TaskError, DataError, BadRow, OSError: the data cannot be used; the message names file and line.
       FileRefused, ValueError: ``output`` holds something else, or tasks of another input or other settings.
     """
+    if not lengths or not depths:
+        raise ValueError("--lengths and --depths: write at least one number each")
     if shortest := [length for length in lengths if length < SHORTEST]:
         raise ValueError(f"--lengths: {shortest[0]} tokens are no long document; write at least {SHORTEST}")
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
@@ -100,7 +102,7 @@ def make(
             output,
             reader,
             name=name,
-            lengths=settings["lengths"],
+            lengths=sorted(set(lengths)),
             depths=depths,
             queries=queries,
             seed=seed,
@@ -144,10 +146,11 @@ def main(argv: list[str]) -> None:
 
 
 def _numbers(flag: str, kind: type) -> list[Any]:
+    values: list[str] = FLAGS[flag].value or []
     try:
-        return [kind(value) for value in FLAGS[flag].value]
+        return [kind(value) for value in values]
     except ValueError:
-        raise ValueError(f"--{flag}: {','.join(FLAGS[flag].value)!r} are not numbers separated by commas") from None
+        raise ValueError(f"--{flag}: {','.join(values)!r} are not numbers separated by commas") from None
 
 
 if __name__ == "__main__":

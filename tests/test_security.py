@@ -36,7 +36,7 @@ EXCEPTIONS = {
         "importlib.util.spec_from_file_location",
     ): "the configuration, which is Python, that --config or `config` names",
     ("launch/__main__.py", "runpy.run_module"): "of the modules of launch and convert, found beside it",
-    ("launch/teacher.py", "import of cloudpickle"): "this module's own functions go to Ray's workers; nothing is read",
+    ("launch/engine.py", "import of cloudpickle"): "functions of this folder go to Ray's workers; nothing is read",
 }
 
 

@@ -153,7 +153,7 @@ def embed_files(
             reuse=work.file if update and exists else None,
         )
         with work.one_surveys() if is_shard else contextlib.nullcontext():
-            work.record_plan(plan)
+            work.record_plan(plan, is_shard)
             found = _surveyed(work, plan, settings, files, declared, manifest)
             settings = dataclasses.replace(settings, schema=found.schema)
             if output_dtype == INT8:

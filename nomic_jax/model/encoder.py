@@ -138,7 +138,7 @@ class Attention(nnx.Module):
             else:
                 # A product of their own spares the values, and their gradients, a copy from and to a common one.
                 at = sum(heads[:2]) * self.config.dim_per_head
-                qk_BLX, v_BLX = (self.qkv(x, part) for x, part in zip(inputs, (slice(at), slice(at, None))))
+                qk_BLX, v_BLX = (self.qkv(x, columns=part) for x, part in zip(inputs, (slice(at), slice(at, None))))
                 parts = (*split_heads(qk_BLX, rope, heads[:2]), *split_heads(v_BLX, None, heads[2:]))
             return tuple(checkpoint_name(part, "qkv") for part in parts)
         # The gradients of the norms need their inputs. From these, norms and RoPE are cheap to recompute.

@@ -104,3 +104,11 @@ def test_evaluation(teacher, tasks, tmp_path):
     finish(start(*arguments, *RAY, f"--output={tmp_path / 'ray'}"))
     assert (tmp_path / "ray" / "m.json").read_bytes() == (tmp_path / "local" / "m.json").read_bytes()
     assert content(tmp_path / "ray").keys() == content(tmp_path / "local").keys()
+
+
+@pytest.mark.parametrize("output", ["vectors.parquet", "folder/"])
+def test_vectors(output, teacher, pairs, tmp_path):
+    arguments = ["launch.embed", f"--model={teacher}", f"--input={pairs}", "--text_column=document", "--shard_rows=100"]
+    finish(start(*arguments, f"--output={tmp_path / 'local'}/{output}"))
+    finish(start(*arguments, *RAY, f"--output={tmp_path / 'ray'}/{output}"))
+    assert content(tmp_path / "ray") == content(tmp_path / "local")

@@ -248,6 +248,8 @@ def test_shards_and_their_merge(fake, rows, tmp_path, name):
     for number in (3, 1):
         with pytest.raises(ShardEnded):
             share(number)
+    with pytest.raises(ValueError, match="work done with other settings: prompt was null"):
+        run("shards", engine=shard_engine(Shard(2, 3)), is_shard=True, prompt="x")
     with pytest.raises(Incomplete, match=r"of 10 blocks are missing \(.*\); run --shard=2/3"):
         run("shards", engine=merge_engine())
     with pytest.raises(ShardEnded):

@@ -88,7 +88,8 @@ def test_help_of_train_explains_every_field():
     assert done.returncode == 0 and "--config: mlm, contrastive" in done.stdout
     for path in fields:
         assert f"--config.{path}: " in done.stdout
-    assert "(default: contrastive 16384; finetune 256; glue 16; mlm 4096)" in done.stdout
+    shown = " ".join(done.stdout.split())
+    assert "(default: contrastive 16384; distillation 1024; finetune 256; glue 16; mlm 4096)" in shown
 
 
 def test_a_configuration_by_name_or_file(tmp_path, monkeypatch):

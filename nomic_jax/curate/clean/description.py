@@ -16,6 +16,7 @@ from nomic_jax.curate.clean.contamination import shared_runs
 from nomic_jax.curate.clean.duplicates import Compared, Signer, bands_and_rows
 from nomic_jax.curate.clean.repeated import is_among, repeated_values
 from nomic_jax.curate.engine.row_blocks import AlreadyRejected
+from nomic_jax.curate.engine.sharded_array import cached_array
 from nomic_jax.curate.engine.text_store import KEY_BYTES, text_key
 from nomic_jax.data.formats.file_format import Mark, Scan
 from nomic_jax.data.formats.reading import open_file, usable_rows
@@ -66,14 +67,18 @@ class Describer:
 
     Attributes:
       runs: those of the evaluation texts, sorted int64.
+      file: where they are stored, for other processes; None: they are copied to them.
     """
 
-    def __init__(self, columns: Sequence[str], options: "CleaningOptions", runs: np.ndarray):
-        self.columns, self.options, self.runs = tuple(columns), options, runs
+    def __init__(self, columns: Sequence[str], options: "CleaningOptions", runs: np.ndarray | Path):
+        self.columns, self.options = tuple(columns), options
+        self.runs = np.load(runs, mmap_mode="r") if isinstance(runs, Path) else runs
+        self.file = runs if isinstance(runs, Path) else None
         self._signer = None if options.near is None else Signer(options.near)
 
     def __reduce__(self):
-        return Describer, (self.columns, self.options, self.runs)  # a function of rensa cannot be pickled
+        # A function of rensa cannot be pickled, and the runs are large.
+        return Describer, (self.columns, self.options, self.runs if self.file is None else self.file)
 
     def first(self, row: Mapping[str, Any]) -> tuple[str, bytes]:
         texts, options = [row[column].strip() for column in self.columns], self.options
@@ -185,6 +190,8 @@ class DescribingTask(Task):
         self.blocks, self.describer, self.work, self.on_bad_row = blocks, describer, work, on_bad_row
         common = {**describer.settings, "on_bad_row": on_bad_row}
         self.folder = work / hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
+        describer.file = self.folder / "runs.npy"
+        cached_array(describer.file, lambda: describer.runs)
         files = dict.fromkeys((block.file, block.sha256) for block in blocks)
         self._settings = common | {f"file {i}: {Path(name).name}": sha256 for i, (name, sha256) in enumerate(files, 1)}
 
@@ -213,7 +220,7 @@ class DescribingTask(Task):
         places = np.flatnonzero(reasons == 0).tolist()
         keys = b"".join(key or bytes(KEY_BYTES) for _, key in found)
         shared = [batch.shared(place) for place in places]
-        arrays = {
+        arrays: dict[str, Any] = {
             "reason": reasons,
             "key": np.frombuffer(keys, np.uint64).reshape(len(rows), -1),
             "shared": np.array([*itertools.chain(*shared)], np.int64),

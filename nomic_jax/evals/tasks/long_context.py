@@ -147,10 +147,11 @@ def write_tasks(
             corpora[length].append(place(one, answer.passage, length - PROMPT_TOKENS, depth, tokenizer))
     alone = [Placed(answer.passage, _count(tokenizer, answer.passage), 0) for answer in answers]
     described = {"passages": name, "depths": list(depths)}
-    for length, corpus in [(None, alone), *corpora.items()]:
-        folder = output / f"{name}-{length or ALONE}"
+    written: list[tuple[int | None, list[Placed]]] = [(None, alone), *corpora.items()]
+    for tokens, corpus in written:
+        folder = output / f"{name}-{tokens or ALONE}"
         _write_task(folder, task, answers, corpus, depths, tokenizer)
-        write_json(folder / FILE, described | {"length": length})
+        write_json(folder / FILE, described | {"length": tokens})
     return {"queries": len(answers), "filler_tokens": found, "tokens": {n: _mean(corpora[n]) for n in lengths}}
 
 

@@ -167,10 +167,11 @@ class Work:
                 changes.append(both if len(both) < 200 else f"{name} has changed")
         return changes
 
-    def record_plan(self, plan: dict[str, Any]) -> None:
+    def record_plan(self, plan: dict[str, Any], is_shard: bool = False) -> None:
         """Records the plan of the parts, or checks that existing parts were made with the same plan."""
         # A run that failed before its first part (for example on a mistyped prompt) must not restrict the next one.
-        if not self.has_parts():
+        # Another shard may be making its first part with the plan that is there.
+        if not self.has_parts() and not (is_shard and PLAN in self.folder.names()):
             self.folder.write_json(PLAN, plan)
         elif changes := self.changes(plan):
             more = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""

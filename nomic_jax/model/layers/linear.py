@@ -23,7 +23,7 @@ class Linear(nnx.Linear):
             rngs=rngs,
         )
 
-    def __call__(self, inputs: jax.Array, columns: slice = slice(None), out_sharding=None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding=None, columns: slice = slice(None)) -> jax.Array:
         """``columns``: of the output, if only these are wanted."""
         # With two leading axes XLA copies the activations into another layout for the kernel's gradient (CPU: 1.5x).
         flat = inputs.reshape(-1, self.in_features).astype(self.dtype) @ self.kernel[...][:, columns].astype(self.dtype)
