@@ -21,7 +21,7 @@ def vector_columns(columns: Sequence[str]) -> list[str]:
 def distillation_objective(columns: Sequence[str]) -> dict[str, Any]:
     """The field ``objective`` of a mixture whose files ``write_vectors`` wrote."""
     vectors = vector_columns(columns)
-    return {"type": "paired", "columns": [*columns], "vectors": vectors, "loss": "embedding_cosine"}
+    return {"type": "paired", "columns": [*columns], "vectors": vectors, "loss": "embedding_infonce"}
 
 
 def check_installed() -> None:

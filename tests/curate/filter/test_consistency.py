@@ -399,7 +399,7 @@ def test_vectors_are_the_teachers_and_train_by_a_mixture(pairs, tmp_path, monkey
         filter_mixture(*arguments, options, progress=False)
     filter_mixture(*arguments[:2], FakeTeacher().encoder(), options, progress=False)
     (source,) = read_mixture(str(tmp_path / "out" / "distillation.yaml"), "pair")
-    assert (source.columns, source.query_prefix, source.loss.name) == (("q", "d"), "clustering", "embedding_cosine")
+    assert (source.columns, source.query_prefix, source.loss.name) == (("q", "d"), "clustering", "embedding_infonce")
     found = list(read_rows(source.files, dict.fromkeys(source.columns, str), others=source.loss.columns))
     # All pairs, kept or not. Document 10 equals document 6 up to whitespace, so they have one vector.
     assert [(row["q"], row["d"]) for row in found] == [(row["q"], row["d"]) for row in rows]
