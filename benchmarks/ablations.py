@@ -38,7 +38,7 @@ from nomic_jax.files.writing import write_json
 METRIC = "ndcg@10"
 # What a stage is trained on, in the folder of --prepared.
 VECTORS, PAIRS, MINED = "filtered/distillation.yaml", "filtered/mixture.yaml", "mined/mixture.yaml"
-TEXT, WORDS = "text.yaml", "words.yaml"
+TEXT, WORDS, COSINE = "text.yaml", "words.yaml", "filtered/cosine.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +82,20 @@ def mlm(steps: int) -> Stage:
     return Stage("mlm:hour", (TEXT,), {**WIDE, **RATE, "steps": steps})
 
 
-# About a minute of 2 cores each, so that an afternoon holds a table. The first line of each block is the one before.
+# About three minutes of 2 cores each. "cosine" and "infonce" are the losses embedding_cosine and embedding_infonce.
 RECIPES: dict[str, tuple[Stage, ...]] = {
-    "distillation, 1 layer of 384": (distil(150),),
     "contrastive alone": (contrast(150, {**WIDE, **RATE}),),
-    "distillation, then contrastive": (distil(150), contrast(50)),
-    "masked-LM, then contrastive": (mlm(200), contrast(50)),
-    "distillation, 2 layers of 384": (distil(90, size(384, 2, 1024, 6)),),
-    "distillation, 1 layer of 256": (distil(220, size(256, 1, 768, 4)),),
-    "distillation, lr 4e-3": (distil(150, **{"optim.lr": 4e-3}),),
-    "distillation with single words": (distil(150, WIDE, VECTORS, WORDS),),
+    "distillation, infonce": (distil(150),),
+    "distillation, infonce, then contrastive": (distil(100), contrast(50, RATE)),
+    "distillation, cosine": (distil(150, WIDE, COSINE),),
+    "distillation, cosine, then contrastive": (distil(150, WIDE, COSINE), contrast(50)),
+    "distillation, cosine, and contrastive at once": (distil(150, WIDE, COSINE, PAIRS),),
+    "distillation, cosine, lr 3e-4": (distil(150, WIDE, COSINE, **{"optim.lr": 3e-4}),),
+    "distillation, infonce, and contrastive at once": (distil(150, WIDE, VECTORS, PAIRS),),
+    "masked-LM, then contrastive": (mlm(200), contrast(50, RATE)),
+    "distillation, infonce, 2 layers of 384": (distil(100, size(384, 2, 1024, 6)),),
+    "distillation, infonce, 1 layer of 256": (distil(220, size(256, 1, 768, 4)),),
+    "distillation, infonce, with single words": (distil(150, WIDE, VECTORS, WORDS),),
 }
 
 
