@@ -85,7 +85,7 @@ def mlm(steps: int) -> Stage:
 # About three minutes of 2 cores each. "cosine" and "infonce" are the losses embedding_cosine and embedding_infonce.
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "contrastive alone": (contrast(150, {**WIDE, **RATE}),),
-    "distillation, infonce": (distil(150),),
+    "distillation, infonce": (distil(100),),
     "distillation, infonce, then contrastive": (distil(100), contrast(50, RATE)),
     "distillation, cosine": (distil(150, WIDE, COSINE),),
     "distillation, cosine, then contrastive": (distil(150, WIDE, COSINE), contrast(50)),
