@@ -9,8 +9,9 @@ optimizer, the checkpoints and the converters use:
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -318,7 +319,15 @@ def _positions(ids_BL: jax.Array, length_B, segment_BL, config: EncoderConfig):
 
 @functools.lru_cache
 def _graphdef(config: EncoderConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0))))[0]
+    return structure_of(lambda rngs: Encoder(config, rngs=rngs))
+
+
+def structure_of(make: Callable[[Any], nnx.Module]) -> nnx.GraphDef:
+    """Returns the structure of the module that ``make`` returns, without its parameters."""
+    # nnx.Rngs counts its keys, and tracing that takes longer than all else. Here no value matters.
+    key = jax.random.key(0)
+    rngs = types.SimpleNamespace(params=lambda: key)
+    return nnx.split(nnx.eval_shape(lambda: make(rngs)))[0]
 
 
 def init_encoder(key: jax.Array, config: EncoderConfig) -> dict:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nomic_jax.model.config import EncoderConfig
-from nomic_jax.model.encoder import abstract_encoder, encode, init_encoder
+from nomic_jax.model.encoder import abstract_encoder, encode, init_encoder, structure_of
 from nomic_jax.model.layers.dropout import Dropout
 from nomic_jax.model.layers.linear import Linear
 from nomic_jax.model.layers.mlp import gelu
@@ -165,7 +165,7 @@ class MlmTransform(nnx.Module):
 
 @functools.lru_cache
 def _mlm_graphdef(config: EncoderConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: MlmTransform(config, rngs=nnx.Rngs(0))))[0]
+    return structure_of(lambda rngs: MlmTransform(config, rngs=rngs))
 
 
 def init_mlm_head(key: jax.Array, config: EncoderConfig) -> dict:
@@ -212,7 +212,7 @@ class ClassifierHead(nnx.Module):
 
 @functools.lru_cache
 def _classifier_graphdef(config: EncoderConfig, num_labels: int) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: ClassifierHead(config, num_labels, rngs=nnx.Rngs(0))))[0]
+    return structure_of(lambda rngs: ClassifierHead(config, num_labels, rngs=rngs))
 
 
 def init_classifier(key: jax.Array, config: EncoderConfig, num_labels: int) -> dict:
