@@ -67,9 +67,9 @@ def find_run(runs: list[Run], machine: dict[str, Any], commit: str, date: str, t
 
 
 def write_runs(prefix: Path, runs: list[Run]) -> None:
-    """Replaces both files, each at once, so that a kill leaves the earlier or the new content."""
+    """Replaces both files, each at once, so that a kill leaves the earlier or the new content. The .json is last."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(runs, indent=1) + "\n"), (".md", markdown(runs))):
+    for suffix, text in ((".md", markdown(runs)), (".json", json.dumps(runs, indent=1) + "\n")):
         part = prefix.with_suffix(f"{suffix}.part")
         part.write_text(text, encoding="utf-8")
         os.replace(part, prefix.with_suffix(suffix))

@@ -24,7 +24,6 @@ leaves unwritten.
 """
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -190,7 +189,8 @@ def traced_for(target: Target | None) -> Iterator[None]:
             _replace(stack, cudnn, name, answer)
         if target.compute_capability:
             with contextlib.suppress(ImportError):  # from jax 0.11 on
-                gpu_info: Any = importlib.import_module("jax._src.pallas.triton.gpu_info")
+                from jax._src.pallas.triton import gpu_info  # type: ignore[attr-defined]
+
                 major, minor = target.compute_capability
                 info = gpu_info.GpuInfo(
                     gpu_version=None, arch_name=f"{major}.{minor}", compute_capability=10 * major + minor

@@ -223,6 +223,8 @@ def _read_run(workdir: Path, step: int | None, weights: Weights | None) -> Check
     check_format(record, path)
     with explained(path, "record"):
         model = parse_model(record)
+    # What trained it computed norms with is of that machine. A run that goes on takes it from the record.
+    model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, norm_kernel="auto"))
     has_average = "ema" in dict(saved.metadata)
     _check_average(path, weights, exists=has_average)
     with explained(path, "arrays"):
