@@ -35,6 +35,7 @@ from nomic_jax.files.writing import atomic_file, write_json
 from .errors import run
 
 FLAGS = flags.FLAGS
+UNLIKELY = 1e-6  # that chance alone leaves no pair for finetuning
 OUTPUTS = {"held_out", "pairs", "labelled", "pairs.yaml", "labelled.yaml", "summary.json"}
 
 
@@ -53,7 +54,8 @@ def hold_out(
 
     Raises:
       BadRow, MixtureError: the input has an unusable row, or the mixture is invalid.
-      ValueError: ``output`` holds a result of another input or of other settings, or a source has too few pairs.
+      ValueError: ``output`` holds a result of another input or of other settings, or a source has too few pairs, or
+        those of another hold-out with this seed.
     """
     settings: dict[str, Any] = {
         "queries": queries,
@@ -119,13 +121,14 @@ def _rows(source: Source, split: Split) -> Iterator[dict[str, Any]]:
 
 def _plan(source: Source, split: Split, queries: int, documents: int, most_pairs: int | None) -> _Plan:
     """Reads a source to its end, and checks that pairs for training are left."""
-    found = 0
+    found = labelled = 0
 
     def rows() -> Iterator[dict[str, Any]]:
-        nonlocal found
-        found = 0
+        nonlocal found, labelled
+        found = labelled = 0
         for row in _rows(source, split):
             found += 1
+            labelled += split.is_labelled(row)
             yield row
 
     held = split.hold_out(rows, queries, documents)
@@ -134,6 +137,11 @@ def _plan(source: Source, split: Split, queries: int, documents: int, most_pairs
         raise ValueError(
             f"{source.name}: its {found:,} pairs do not exceed what is held out ({queries:,} queries, {documents:,} "
             "documents), so none is left for training; lower --queries and --documents"
+        )
+    if not labelled and (1 - split.labelled_share) ** len(held.groups) < UNLIKELY:
+        raise ValueError(
+            f"{source.name}: none of its {found:,} pairs falls to finetuning. They must be the pairs of another "
+            f"hold-out with --seed={split.seed}, which has taken these away; give another --seed"
         )
     return plan
 

@@ -8,11 +8,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from nomic_jax.data.batches.pairs import MAX_CHUNK_TOKENS
 from nomic_jax.model import EmbeddingConfig
-from nomic_jax.model.attention import choose
+from nomic_jax.model.attention import choose, traced_platform
 from nomic_jax.model.layers import norm
 from nomic_jax.train.config import PairData, TrainConfig
 
@@ -47,7 +45,7 @@ def make_choices(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, layout=layout))
         chosen["data.layout"] = layout
     if chosen:
-        origin = "as the run began" if recorded else f"for {jax.default_backend()}"
+        origin = "as the run began" if recorded else f"for {traced_platform()}"
         say(f"{config.stage}: {', '.join(f'{name}={value}' for name, value in chosen.items())} ({origin})")
     return config
 
@@ -71,7 +69,7 @@ def choose_norm_kernel(
 
 def default_dtype() -> str:
     """bfloat16 where the devices multiply it faster; a CPU does not."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if traced_platform() == "cpu" else "bfloat16"
 
 
 def default_layout(config: TrainConfig, data: PairData, device_count: int, biased: bool = False) -> str:

@@ -155,3 +155,13 @@ def test_a_group_is_held_out_as_a_whole():
 def test_too_few_pairs(mixture, tmp_path):
     with pytest.raises(ValueError, match="b: its 150 pairs do not exceed what is held out"):
         hold_out(str(mixture), tmp_path / "out", **SETTINGS | {"queries": 140, "documents": 140})
+
+
+def test_the_pairs_of_another_hold_out_need_another_seed(mixture, tmp_path):
+    """With the same seed, the first has taken away all that the second would."""
+    settings = SETTINGS | {"labelled_share": 0.6}
+    hold_out(str(mixture), tmp_path / "out", **settings)
+    pairs = str(tmp_path / "out" / "pairs.yaml")
+    with pytest.raises(ValueError, match=r"a: none of its \d+ pairs falls to finetuning.* give another --seed"):
+        hold_out(pairs, tmp_path / "again", **settings)
+    assert not (tmp_path / "again").exists()

@@ -23,10 +23,12 @@ def matrices(D, F):
 def test_a_plan_counts_parameters_flops_and_collectives():
     done = commands.run(
         "launch.plan", "--config=configs/contrastive.py:debug", "--device=cpu", "--devices=2", "--json",
-        "--query_tokens=12", "--document_tokens=40", "--config.model.num_layers=1",
+        "--query_tokens=12", "--document_tokens=40", "--config.model.num_layers=1", "--config.model.dtype=auto",
+        "--config.data.layout=auto",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
+    assert plan["settings"]["dtype"] == "float32" and plan["settings"]["layout"] == "packed"  # as on a CPU
     # A layer of 64 with 256 inside; the word and type tables; three norms.
     numbers = matrices(64, 256) + (30528 + 2) * 64 + 3 * 2 * 64
     assert plan["parameters"] == 4 * numbers

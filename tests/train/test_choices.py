@@ -34,7 +34,7 @@ def chosen(config, record=None, devices=1):
 )
 def test_the_choice_follows_from_settings_and_device(monkeypatch, backend, kernel, changes, want):
     asked = []
-    monkeypatch.setattr(choices.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(choices, "traced_platform", lambda: backend)
     monkeypatch.setattr(choices, "choose", lambda dtype, **options: asked.append(dtype) or kernel)
     dtype, layout, said = chosen(settings(**changes))
     assert (dtype, layout) == want

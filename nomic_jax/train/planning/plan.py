@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from nomic_jax.data.batches.pairs import SourceLengths, tokens_per_device
 from nomic_jax.hf import Checkpoint
 from nomic_jax.model import EmbeddingConfig
+from nomic_jax.model.attention import traced_for
 from nomic_jax.model.heads import abstract_embedder
+from nomic_jax.train.choices import make_choices
 from nomic_jax.train.config import MlmData, PairData, TrainConfig
 from nomic_jax.train.objectives import make_stage
 from nomic_jax.train.optim import learning_rate, make_optimizer
@@ -26,7 +28,7 @@ from nomic_jax.train.planning.kernels import Kernel, kernels_of, repeating_scatt
 from nomic_jax.train.planning.lengths import Lengths
 from nomic_jax.train.planning.outline import outline
 from nomic_jax.train.planning.recomputation import AUTO, choose
-from nomic_jax.train.planning.targets import Gpu
+from nomic_jax.train.planning.targets import Gpu, target_of
 from nomic_jax.train.state import abstract_state
 from nomic_jax.train.watch.flops import training_flops
 from nomic_jax.train.watch.hlo import collectives, fused_attention_calls, read_program
@@ -121,12 +123,14 @@ def make_plan(
         batch; the time is the mean over sources by their rows.
       gpu: what the devices are, for the estimate; None for no estimate.
       rows: of all sources, where the sources do not say.
-      report: called with a line for each compilation of ``model.recompute=auto``, which takes what a run would take.
+      report: called with a line for what is chosen where the configuration says "auto", which is what a run would take.
       guide: the model that ``config.loss.guide`` names, if it names one.
 
     Raises:
       ConfigurationError: the configuration cannot run on so many devices, or not in their memory.
     """
+    with traced_for(target_of(mesh.devices.flat[0])):
+        config = make_choices(config, None, mesh.size, report, config.model.has_relative_bias)
     config.check(mesh.size)
     model = EmbeddingConfig(config.model, layer_norm=config.loss.layer_norm)
     config.check_lengths(config.model)

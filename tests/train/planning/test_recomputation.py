@@ -183,6 +183,7 @@ def test_processes_go_on_with_the_largest_plan_and_the_smallest_memory(corpus, m
     assert choice.planned_bytes == 8 * GB and choice.limit_bytes == 9.4 * GB and "8 GB planned, fits" in lines[-1]
 
 
+@pytest.mark.slow(reason="four runs, two of which compile what they choose from")
 def test_a_run_keeps_what_it_chose(corpus, minilm, tokenizer, tmp_path, monkeypatch):
     """Resumed with another memory, and repeated, it takes the same steps. What is set by hand is not planned at all."""
     devices, run = jax.devices()[:1], tmp_path / "run"
