@@ -59,7 +59,7 @@ ROOMS = {
         "objectives": {"config", "losses", "optim", "sharding", "hosts"},
         "state": {"sharding", "optim", "objectives"},
         "watch": {"config", "hosts"},
-        "planning": {"typed_fields", "config", "sharding", "hosts", "optim", "objectives", "state", "watch"},
+        "planning": {"typed_fields", "config", "choices", "sharding", "hosts", "optim", "objectives", "state", "watch"},
         "evaluation": {"config", "hosts", "watch"},
         "loop": {
             *("config", "choices", "sharding", "interruption", "hosts", "optim", "start"),

@@ -7,6 +7,7 @@ from typing import Any
 from nomic_jax.evals.report.pictures import (
     MOST_SERIES,
     is_constant,
+    legend_above,
     new_figure,
     plain,
     smooth,
@@ -79,16 +80,7 @@ def draw(
         axis.remove()
     if len(handles) > 1:
         handles = {name: handles[name] for name in sorted(handles, key=lambda name: (name == ALL, name))}
-        figure.legend(
-            handles.values(),
-            map(plain, handles),
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1.0),
-            ncols=min(8, len(handles)),
-            fontsize=9,
-            handlelength=3,
-            frameon=False,
-        )
+        legend_above(figure, handles, 8)
     figure.tight_layout()
     return figure
 

@@ -113,16 +113,7 @@ def draw(path: Path, entries: Entries) -> None:
             axis.axhline(_chance(entries), color="gray", linestyle="dotted", linewidth=1)
     for axis in figure.axes[len(panels) :]:
         axis.remove()
-    figure.legend(
-        handles.values(),
-        map(pictures.plain, handles),
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=min(4, len(handles)),
-        fontsize=9,
-        handlelength=3,
-        frameon=False,
-    )
+    pictures.legend_above(figure, handles, 4)
     figure.tight_layout()
     pictures.save(figure, path)
 

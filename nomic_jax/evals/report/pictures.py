@@ -115,6 +115,20 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height))
 
 
+def legend_above(figure: Any, handles: Mapping[str, Any], most_columns: int) -> None:
+    """Draws one legend of name -> artist for all panels of a figure, above them."""
+    figure.legend(
+        handles.values(),
+        map(plain, handles),
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=min(most_columns, len(handles)),
+        fontsize=9,
+        handlelength=3,
+        frameon=False,
+    )
+
+
 def save(figure: Any, path: Path) -> None:
     with atomic_file(path) as part:
         figure.savefig(part, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
