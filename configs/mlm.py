@@ -1,4 +1,4 @@
-"""Masked-LM pretraining (paper section 3.2): variants :paper (default), :debug, :quickstart, :hour, :own, :one_gpu.
+"""Masked-LM pretraining (paper section 3.2): variants :paper (default), :debug, :quickstart, :own, :one_gpu.
 
 nomic-jax train --config=mlm --workdir=runs/mlm --config.data.mixture='text/*.jsonl'
 """
@@ -9,13 +9,9 @@ from nomic_jax.train.defaults import DEBUG, ONE_GPU, OWN, QUICKSTART, Changes, a
 
 # A few minutes on 2 CPU cores.
 _QUICKSTART = QUICKSTART | {
-    "model.hidden_size": 256,
-    "model.num_layers": 4,
-    "model.num_heads": 4,
-    "model.intermediate_size": 768,
     "batch_size": 16,
     "accumulate": 1,
-    "steps": 250,
+    "steps": 100,
     "data.seq_len": 128,
     "optim.lr": 1e-3,
     "log_every": 10,
@@ -27,8 +23,6 @@ VARIANTS: dict[str, Changes] = {
     "quickstart": _QUICKSTART,
     # A user's own text, on any device.
     "own": OWN | {"optim.lr": 5e-5, "batch_size": 32, "accumulate": 1, "steps": -1, "data.seq_len": 512},
-    # A quarter of an hour on 2 CPU cores, of the hour that launch/recipe.sh takes.
-    "hour": _QUICKSTART | {"steps": 2200, "checkpoint.every": 200},
     # The paper's model on some 40M tokens: about 90 seconds of one GPU of 80 GB or more.
     "one_gpu": ONE_GPU | {"batch_size": 64, "accumulate": 1, "steps": 300, "checkpoint.every": 100},
 }
@@ -38,7 +32,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     """The configuration of masked-LM pretraining.
 
     Args:
-      variant: "paper", "debug", "quickstart", "hour", "own" or "one_gpu"; ``VARIANTS`` says what each changes.
+      variant: "paper", "debug", "quickstart", "own" or "one_gpu"; ``VARIANTS`` says what each changes.
     """
     config = base_config("mlm")
     config.batch_size = 4096

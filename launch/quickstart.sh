@@ -21,8 +21,8 @@ export JAX_COMPILATION_CACHE_DIR=$out/jax_cache
 collecting=(--code_pairs=8000) min_gain=0.1
 if [ -n "$tiny" ]; then
   collecting=(--code_pairs=1000 --held_out=200) min_gain=0.02
-  # Two layers, and many small batches: few steps of 128 pairs gain too little to tell training from none.
-  export FLAGS=--config.model.num_layers=2 MLM_FLAGS=--config.steps=40 CONTRASTIVE_FLAGS=--config.batch_size=32
+  # Many small batches: few steps of 128 pairs gain too little to tell training from none.
+  export MLM_FLAGS=--config.steps=40 CONTRASTIVE_FLAGS=--config.batch_size=32
 fi
 export STEPS_BEFORE=1 STEPS_AFTER=1
 echo "== step 1 of 10: collecting real text and pairs"

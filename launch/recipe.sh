@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The whole recipe: filter, three stages, mining, an export and evaluations after each stage, a report.
+# The whole recipe: filter, mine, three stages, an export and evaluations after each stage, a report.
 #
 #   bash launch/recipe.sh DATA OUT [VARIANT]
 #
 # DATA holds pairs.yaml, labelled.yaml and held_out/, as launch.collect or launch.hold_out write them, and mlm.yaml or
-# text/kept.jsonl. VARIANT is one of configs/*.py: quickstart (minutes on 2 cores), hour (an hour on 2 cores), one_gpu (137M
-# parameters, ten minutes; benchmarks/gpu/one_gpu.sh), paper (8 GPUs). If it is stopped, the same command resumes it.
+# text/kept.jsonl. VARIANT is one of configs/*.py: quickstart (minutes on 2 cores), hour (an hour on 2 cores; needs neither
+# text nor labelled.yaml), one_gpu (137M parameters, ten minutes; benchmarks/gpu/one_gpu.sh), paper (8 GPUs). If it is
+# stopped, the same command resumes it.
 #
-# one_gpu begins with the distillation of the teacher's embeddings instead of masked-LM, so it needs no text. Its teacher
-# has the student's vocabulary.
+# hour trains on all pairs with InfoNCE alone: in an hour, no other stage, and no filter, gains what more of these steps do
+# (docs/runs/hour/ablations.md). one_gpu begins with the distillation of the teacher's embeddings instead of masked-LM; its
+# teacher has the student's vocabulary.
 #
 # TEACHER names the model that filters and mines (all-MiniLM-L6-v2, if it is installed), TEACHER_FLAGS its flags. STAGES,
 # such as "prepare mlm", are those to do now; the default is all. FLAGS goes to every stage,
@@ -34,25 +36,37 @@ read -ra distillation_flags <<<"${DISTILLATION_FLAGS:-}"
 read -ra contrastive_flags <<<"${CONTRASTIVE_FLAGS:-}"
 text=$data/mlm.yaml
 [ -f "$text" ] || text="$data/text/kept.jsonl"
-first=mlm preparations=4 max_length=${MAX_LENGTH:-128}
-[ "$variant" != one_gpu ] || first=distillation preparations=3 max_length=${MAX_LENGTH:-256}
+stages="mlm contrastive finetune" curation=yes max_length=${MAX_LENGTH:-128}
+case "$variant" in
+  hour) stages=contrastive curation= ;;
+  one_gpu) stages="distillation contrastive finetune" max_length=${MAX_LENGTH:-256} ;;
+esac
+first=${stages%% *} last=${stages##* }
+# What the contrastive stage starts from, and its pairs.
+start=--config.init_from=$out/runs/$first weak_pairs=$out/filtered/mixture.yaml
+[ "$first" != contrastive ] || start=--config.data.tokenizer=$teacher
+[ -n "$curation" ] || weak_pairs=$data/pairs.yaml
 # A signal to the process group ends the command that runs; a stage of training saves first. This script waits for it.
 trap 'exit 75' TERM
 
-asked() { case " ${STAGES:-prepare $first contrastive finetune report} " in *" $1 "*) ;; *) return 1 ;; esac }
+asked() { case " ${STAGES:-prepare $stages report} " in *" $1 "*) ;; *) return 1 ;; esac }
 # STEPS_BEFORE steps precede these, STEPS_AFTER follow (launch/quickstart.sh). Shares are the seconds that the steps of
-# :quickstart took on 2 cores, for an estimate of the time left.
+# :quickstart took on 2 cores (contrastive: also those of :hour), for an estimate of the time left.
 number=${STEPS_BEFORE:-0} steps=$((${STEPS_BEFORE:-0} + ${STEPS_AFTER:-0})) shares=0 shares_done=0
 expect() { asked "$1" && steps=$((steps + $2)) shares=$((shares + $3)); true; } # STAGE STEPS SHARE
-expect prepare $preparations 204
-expect mlm 1 167
-expect distillation 1 167
-expect contrastive 1 160
-expect finetune 1 105
+contrastive_share=82
+[ "$variant" != hour ] || contrastive_share=1900
+expect prepare 1 32
+[ "$first" = distillation ] || expect prepare 1 15
+[ -z "$curation" ] || expect prepare 2 156
+expect mlm 1 50
+expect distillation 1 50
+expect contrastive 1 $contrastive_share
+expect finetune 1 58
 expect report 1 10
 step() { # NAME SHARE
   local elapsed=$((SECONDS - started)) left=
-  if [ "$variant" = quickstart ] && [ "$shares_done" -gt 0 ]; then
+  if [[ $variant = @(quickstart|hour) ]] && [ "$shares_done" -gt 0 ]; then
     left=", about $((1 + elapsed * (shares - shares_done) / shares_done / 60)) min left"
   fi
   number=$((number + 1)) shares_done=$((shares_done + $2))
@@ -91,45 +105,48 @@ export_and_evaluate() { # RUN
 }
 
 if asked prepare; then
-  step "baselines: BM25 and the teacher" 33
+  step "baselines: BM25 and the teacher" 32
   evaluate bm25 bm25
   evaluate teacher "$teacher" --max_length="$max_length"
-  if [ "$first" = mlm ]; then
-    step "random weights" 24
-    train mlm random "$text" --config.data.tokenizer="$teacher" --config.steps=0
+  if [ "$first" != distillation ]; then
+    step "random weights" 15
+    texts=$text
+    [ "$first" = mlm ] || texts=$weak_pairs
+    train "$first" random "$texts" --config.data.tokenizer="$teacher" --config.steps=0
     export_and_evaluate random
   fi
-  step "consistency filtering with the teacher" 119
-  python -m launch.filter --input="$data/pairs.yaml" --output="$out/filtered" --model="$teacher" --k=2 "${teacher_flags[@]}"
-  step "mining hard negatives with the teacher" 28
-  python -m launch.mine --input="$data/labelled.yaml" --output="$out/mined" --model="$teacher" --k=20 --num_negatives=7 \
-    "${teacher_flags[@]}"
+  if [ -n "$curation" ]; then
+    step "consistency filtering with the teacher" 131
+    python -m launch.filter --input="$data/pairs.yaml" --output="$out/filtered" --model="$teacher" --k=2 "${teacher_flags[@]}"
+    step "mining hard negatives with the teacher" 25
+    python -m launch.mine --input="$data/labelled.yaml" --output="$out/mined" --model="$teacher" --k=20 --num_negatives=7 \
+      "${teacher_flags[@]}"
+  fi
 fi
 if asked mlm; then
-  step "stage 1: masked-LM pretraining" 167
+  step "stage 1: masked-LM pretraining" 50
   train mlm mlm "$text" --config.data.tokenizer="$teacher" "${mlm_flags[@]}"
   export_and_evaluate mlm
 fi
 if asked distillation; then
-  step "stage 1: distillation of the teacher's embeddings" 167
+  step "stage 1: distillation of the teacher's embeddings" 50
   distillation_mixture "$data/pairs.yaml" "$out/distillation.yaml"
   train distillation distillation "$out/distillation.yaml" --config.data.tokenizer="$teacher" \
     --config.loss.guide="$teacher" "${distillation_flags[@]}"
   export_and_evaluate distillation
 fi
 if asked contrastive; then
-  step "stage 2: contrastive pretraining" 160
-  train contrastive contrastive "$out/filtered/mixture.yaml" --config.init_from="$out/runs/$first" \
-    "${contrastive_flags[@]}"
+  step "stage 2: contrastive pretraining" $contrastive_share
+  train contrastive contrastive "$weak_pairs" "$start" "${contrastive_flags[@]}"
   export_and_evaluate contrastive
 fi
 if asked finetune; then
-  step "stage 3: supervised finetuning" 105
+  step "stage 3: supervised finetuning" 58
   train finetune finetune "$out/mined/mixture.yaml" --config.init_from="$out/runs/contrastive"
   export_and_evaluate finetune
 fi
 if asked report; then
   step "report" 10
   python -m launch.report "$out" --data="$data"
-  echo "the embedder is in $out/models/finetune, the report in $out/report.md"
+  echo "the embedder is in $out/models/$last, the report in $out/report.md"
 fi

@@ -29,8 +29,16 @@ DEBUG = {
     "checkpoint.every": 10,
 }
 # :quickstart takes a few minutes on 2 CPU cores, in float32. :hour makes more of the same: each file derives it from
-# its own :quickstart.
-QUICKSTART = {"model.dtype": "float32", "model.recompute": "none", "checkpoint.keep": 2}
+# its own :quickstart. One wide layer gains more in that time than several: docs/runs/hour/ablations.md.
+QUICKSTART = {
+    "model.hidden_size": 384,
+    "model.num_layers": 1,
+    "model.num_heads": 6,
+    "model.intermediate_size": 384,
+    "model.dtype": "float32",
+    "model.recompute": "none",
+    "checkpoint.keep": 2,
+}
 # :one_gpu trains the paper's model on one GPU of 80 GB or more.
 ONE_GPU = {"checkpoint.keep": 2}
 
@@ -48,6 +56,7 @@ PAIRS_QUICKSTART = QUICKSTART | {
     "data.layout": "packed",
     "loss.temperature": 0.05,
     "optim.warmup": 0.06,
+    "optim.decay": "linear",
 }
 # :own continues a trained model on a user's own rows, on any device.
 OWN = {"model.dtype": "auto", "checkpoint.keep": 2}

@@ -14,8 +14,10 @@ def values(stage="mlm", variant="debug"):
     return importlib.import_module(f"configs.{stage}").get_config(variant).to_dict()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("variant", ["paper", "debug", "quickstart", "hour", "one_gpu"])
+@pytest.mark.parametrize(
+    ("stage", "variant"),
+    [(stage, variant) for stage in STAGES for variant in importlib.import_module(f"configs.{stage}").VARIANTS],
+)
 def test_every_variant_is_a_configuration(stage, variant):
     config = TrainConfig.from_mapping(values(stage, variant))
     config.check(8 if variant == "paper" else 1)
