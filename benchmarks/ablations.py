@@ -125,8 +125,8 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
     "masked-LM first": (mlm(250), contrast(300)),
     "12,000 pairs a source": (contrast(460, "sample"),),
     "12,000 pairs a source, filtered by the teacher": (contrast(460, "filtered"),),
-    "distillation of these alone": (distil(230),),
-    "distillation of these, then contrastive": (distil(230), contrast(230)),
+    "distillation of 12,000 pairs a source alone": (distil(230),),
+    "distillation of 12,000 pairs a source, then contrastive": (distil(230), contrast(230)),
     "longer": (LONG,),
     "longer, 2 layers": (contrast(600, changes=size(384, 2, 384)),),
     "longer, then mined negatives": (LONG, finetune("mined")),
@@ -219,7 +219,7 @@ def spans(data: Path, prepared: Path, teacher: str) -> Path:
 
 
 MIXTURES: dict[str, Callable[[Path, Path, str], Path]] = {
-    made.__name__: made for made in (pairs, sample, filtered, vectors, mined, mined_kl, text, spans)
+    how.__name__: how for how in (pairs, sample, filtered, vectors, mined, mined_kl, text, spans)
 }
 
 

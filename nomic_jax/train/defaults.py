@@ -29,7 +29,7 @@ DEBUG = {
     "checkpoint.every": 10,
 }
 # :quickstart takes a few minutes on 2 CPU cores, in float32. :hour makes more of the same: each file derives it from
-# its own :quickstart. One wide layer gains more in that time than several: docs/runs/hour/ablations.md.
+# its own :quickstart. One small layer gains more in that time than two: docs/runs/hour/ablations.md.
 QUICKSTART = {
     "model.hidden_size": 384,
     "model.num_layers": 1,
