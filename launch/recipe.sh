@@ -51,13 +51,13 @@ trap 'exit 75' TERM
 
 asked() { case " ${STAGES:-prepare $stages report} " in *" $1 "*) ;; *) return 1 ;; esac }
 # STEPS_BEFORE steps precede these, STEPS_AFTER follow (launch/quickstart.sh). Shares are the seconds that the steps of
-# :quickstart took on 2 cores (contrastive: also those of :hour), for an estimate of the time left.
+# :quickstart and :hour took on 2 cores, for an estimate of the time left.
 number=${STEPS_BEFORE:-0} steps=$((${STEPS_BEFORE:-0} + ${STEPS_AFTER:-0})) shares=0 shares_done=0
 expect() { asked "$1" && steps=$((steps + $2)) shares=$((shares + $3)); true; } # STAGE STEPS SHARE
-contrastive_share=82
-[ "$variant" != hour ] || contrastive_share=1900
-expect prepare 1 32
-[ "$first" = distillation ] || expect prepare 1 15
+baselines_share=32 random_share=15 contrastive_share=82
+[ "$variant" != hour ] || baselines_share=91 random_share=56 contrastive_share=1830
+expect prepare 1 $baselines_share
+[ "$first" = distillation ] || expect prepare 1 $random_share
 [ -z "$curation" ] || expect prepare 2 156
 expect mlm 1 50
 expect distillation 1 50
@@ -105,11 +105,11 @@ export_and_evaluate() { # RUN
 }
 
 if asked prepare; then
-  step "baselines: BM25 and the teacher" 32
+  step "baselines: BM25 and the teacher" $baselines_share
   evaluate bm25 bm25
   evaluate teacher "$teacher" --max_length="$max_length"
   if [ "$first" != distillation ]; then
-    step "random weights" 15
+    step "random weights" $random_share
     texts=$text
     [ "$first" = mlm ] || texts=$weak_pairs
     train "$first" random "$texts" --config.data.tokenizer="$teacher" --config.steps=0
