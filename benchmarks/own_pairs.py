@@ -112,8 +112,8 @@ def command(name: str, *flags: str) -> None:
 
 
 def scores(model: str | Path, held_out: Path) -> dict[str, float]:
-    """nDCG@10 of a model on every task of a folder, without prompts."""
-    embedder = Embedder.from_pretrained(model)
+    """nDCG@10 of a model on every task of a folder, without prompts; texts are cut as in training."""
+    embedder = Embedder(model, max_length=LENGTH)
     embed = functools.partial(embed_with, embedder)
     return {
         name: dict(run_task(read_task(folder), embedder, embed))[METRIC]
