@@ -31,7 +31,7 @@ VARIANTS: dict[str, Changes] = {
     "paper": {},
     "debug": PAIRS_DEBUG | {"batch_size": 16},
     "quickstart": _QUICKSTART,
-    # Half an hour on 2 CPU cores, of the hour that launch/recipe.sh takes: 384,000 pairs.
+    # Half an hour on 2 CPU cores: 384,000 pairs.
     "hour": _QUICKSTART | {"steps": 3000, "log_every": 10, "checkpoint.every": 250},
     "own": PAIRS_OWN | {"batch_size": 64},
     # A minute of one GPU for some 60,000 pairs.

@@ -4,9 +4,9 @@
 #   bash launch/recipe.sh DATA OUT [VARIANT]
 #
 # DATA holds pairs.yaml, labelled.yaml and held_out/, as launch.collect or launch.hold_out write them, and mlm.yaml or
-# text/kept.jsonl. VARIANT is one of configs/*.py: quickstart (minutes on 2 cores), hour (an hour on 2 cores; needs neither
-# text nor labelled.yaml), one_gpu (137M parameters, ten minutes; benchmarks/gpu/one_gpu.sh), paper (8 GPUs). If it is
-# stopped, the same command resumes it.
+# text/kept.jsonl. VARIANT is one of configs/*.py: quickstart (minutes on 2 cores), hour (half an hour on 2 cores; needs
+# neither text nor labelled.yaml), one_gpu (137M parameters, ten minutes; benchmarks/gpu/one_gpu.sh), paper (8 GPUs).
+# If it is stopped, the same command resumes it.
 #
 # hour trains on all pairs with InfoNCE alone: in an hour, no other stage, and no filter, gains what more of these steps do
 # (docs/runs/hour/ablations.md). one_gpu begins with the distillation of the teacher's embeddings instead of masked-LM; its
