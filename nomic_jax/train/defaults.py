@@ -28,8 +28,8 @@ DEBUG = {
     "steps": 20,
     "checkpoint.every": 10,
 }
-# :quickstart takes a few minutes on 2 CPU cores, in float32. :hour makes more of the same: each file derives it from
-# its own :quickstart. One small layer gains more in that time than two: docs/runs/hour/ablations.md.
+# :quickstart takes a few minutes on 2 CPU cores, in float32; :hour, of the contrastive stage, takes half an hour. One
+# small layer gains more in that time than two: docs/runs/hour/ablations.md.
 QUICKSTART = {
     "model.hidden_size": 384,
     "model.num_layers": 1,
