@@ -4,8 +4,10 @@
 
 Both sides train the same model on the same pairs with the same batch size, lengths, learning rate, temperature and
 dtype; everything else is each side's default, so that the figures are those of a plain user: ``nomic_jax.fit`` with
-":own", and SentenceTransformerTrainer with MultipleNegativesRankingLoss (extra package: accelerate). Each side trains
-in a new process, in turns. The first step, which compiles, counts as start. Whole epochs are estimates from the steps.
+":own", and SentenceTransformerTrainer with MultipleNegativesRankingLoss (extra package: accelerate). Its batches have
+no equal texts, as its documentation recommends with this loss (--batch_sampler); ours does not count them as negatives.
+Each side trains in a new process, in turns. The first step, which compiles, counts as start. Whole epochs are estimates
+from the steps.
 
 With --steps=0, both train for one epoch, and --task names a folder of launch.evaluate on which the models are compared.
 Columns of the pairs are query and document, as launch.collect writes them.
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 from benchmarks.train import in_new_process
 
 SCALE = 20.0  # sentence-transformers' default, the inverse of the temperature of ":own"
+NO_DUPLICATES = "no_duplicates"
 
 
 class Side(NamedTuple):
@@ -103,6 +106,7 @@ def train_with_sentence_transformers(args: argparse.Namespace, directory: Path) 
         learning_rate=args.lr,
         max_steps=args.steps or -1,
         num_train_epochs=1,
+        batch_sampler=args.batch_sampler,
         seed=args.seed,
         save_strategy="no",
         report_to="none",
@@ -151,6 +155,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the pairs")
     parser.add_argument("--task", default="", help="folder of launch.evaluate")
+    parser.add_argument("--batch_sampler", default=NO_DUPLICATES, help="sentence-transformers': or batch_sampler")
     parser.set_defaults(columns=["query", "document"], settings={})  # benchmarks/own_pairs.py has others
     args = parser.parse_args()
     with open(args.pairs, encoding="utf-8") as lines:

@@ -7,14 +7,16 @@ with their tasks. For each source of --train, each recipe trains one epoch on th
 the task of that source and, for what is forgotten, on those of all others.
 
     infonce                 pairs, the other documents of a batch as negatives
-    sentence-transformers   the same by its trainer, with MultipleNegativesRankingLoss (extra package: accelerate)
+    sentence-transformers   the same by its trainer, with MultipleNegativesRankingLoss and batches without equal texts,
+                            which its documentation recommends (extra package: accelerate)
+    default sampler         the same with its default: equal texts of a batch are negatives of each other
     negatives               and 3 negatives a row, mined by the base
     scores                  and KL divergence from the base's scores of these candidates
     lora                    infonce with an adapter of rank 16, at ten times the learning rate
 
-The first two run with every seed of --seeds, the others with the first. Each trains in a new process. A row a model is
-added to OUT/rows.jsonl, and the same command goes on after the last. Seconds are those of training, from the call to
-the last step, without mining and scoring; they mean something where nothing else runs.
+infonce and sentence-transformers run with every seed of --seeds, the others with the first. Each trains in a new
+process. A row a model is added to OUT/rows.jsonl, and the same command goes on after the last. Seconds are those of
+training, from the call to the last step, without mining and scoring; they mean something where nothing else runs.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.finetune import SCALE, processor, train_with_nomic_jax, train_with_sentence_transformers
+from benchmarks.finetune import NO_DUPLICATES, SCALE, processor, train_with_nomic_jax, train_with_sentence_transformers
 from benchmarks.train import in_new_process
 from nomic_jax import Embedder
 from nomic_jax.data.formats.reading import read_rows
@@ -53,18 +55,20 @@ class Recipe:
     """Attributes:
     trains: on what: "pairs", "mined" or "scored".
     settings: fields of the configuration, instead of the common ones.
+    batch_sampler: of sentence-transformers' trainer, instead of ours.
     every_seed: whether it runs with every seed.
     """
 
     trains: str = "pairs"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    batch_sampler: str = ""
     every_seed: bool = False
 
 
-PEER = "sentence-transformers"
 RECIPES = {
     "infonce": Recipe(every_seed=True),
-    PEER: Recipe(every_seed=True),
+    "sentence-transformers": Recipe(batch_sampler=NO_DUPLICATES, every_seed=True),
+    "default sampler": Recipe(batch_sampler="batch_sampler"),
     "negatives": Recipe("mined", {"num_negatives": NEGATIVES}),
     "scores": Recipe("scored", {"num_negatives": NEGATIVES}),
     "lora": Recipe(settings={"lr": 2e-4, "lora": {"rank": 16}}),
@@ -127,8 +131,9 @@ def train_and_score(name: str, seed: int, source: Path, args: argparse.Namespace
     side = argparse.Namespace(
         **{"base": args.base, "pairs": data, "columns": columns, "settings": dict(recipe.settings)},
         **{"steps": 0, "batch_size": 64, "length": LENGTH, "lr": 2e-5, "seed": seed, "task": ""},
+        batch_sampler=recipe.batch_sampler,
     )
-    train = train_with_sentence_transformers if name == PEER else train_with_nomic_jax
+    train = train_with_sentence_transformers if recipe.batch_sampler else train_with_nomic_jax
     with tempfile.TemporaryDirectory() as folder:
         found = in_new_process(train, side, Path(folder))
         scored = in_new_process(scores, Path(folder) / "model", args.data / "held_out")
