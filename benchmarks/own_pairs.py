@@ -9,14 +9,14 @@ the task of that source and, for what is forgotten, on those of all others.
     infonce                 pairs, the other documents of a batch as negatives
     sentence-transformers   the same by its trainer, with MultipleNegativesRankingLoss and batches without equal texts,
                             which its documentation recommends (extra package: accelerate)
-    default sampler         the same with its default: equal texts of a batch are negatives of each other
     negatives               and 3 negatives a row, mined by the base
     scores                  and KL divergence from the base's scores of these candidates
     lora                    infonce with an adapter of rank 16, at ten times the learning rate
 
-infonce and sentence-transformers run with every seed of --seeds, the others with the first. Each trains in a new
-process. A row a model is added to OUT/rows.jsonl, and the same command goes on after the last. Seconds are those of
-training, from the call to the last step, without mining and scoring; they mean something where nothing else runs.
+infonce and sentence-transformers run with every seed of --seeds, the others with the first. Other sources are scored
+for the first seed. Each recipe trains in a new process. A row a model is added to OUT/rows.jsonl, and the same command
+goes on after the last. Seconds are those of training, from the call to the last step, without mining and scoring; they
+mean something where nothing else runs.
 """
 
 import argparse
@@ -68,7 +68,6 @@ class Recipe:
 RECIPES = {
     "infonce": Recipe(every_seed=True),
     "sentence-transformers": Recipe(batch_sampler=NO_DUPLICATES, every_seed=True),
-    "default sampler": Recipe(batch_sampler="batch_sampler"),
     "negatives": Recipe("mined", {"num_negatives": NEGATIVES}),
     "scores": Recipe("scored", {"num_negatives": NEGATIVES}),
     "lora": Recipe(settings={"lr": 2e-4, "lora": {"rank": 16}}),
@@ -115,13 +114,13 @@ def command(name: str, *flags: str) -> None:
     subprocess.run([sys.executable, "-m", f"launch.{name}", *flags], check=True)
 
 
-def scores(model: str | Path, held_out: Path) -> dict[str, float]:
-    """nDCG@10 of a model on every task of a folder, without prompts; texts are cut as in training."""
+def scores(model: str | Path, held_out: Sequence[str]) -> dict[str, float]:
+    """nDCG@10 of a model on every task of folders, without prompts; texts are cut as in training."""
     embedder = Embedder(model, max_length=LENGTH)
     embed = functools.partial(embed_with, embedder)
     return {
         name: dict(run_task(read_task(folder), embedder, embed))[METRIC]
-        for name, folder in find_tasks([str(held_out)]).items()
+        for name, folder in find_tasks(held_out).items()
     }
 
 
@@ -136,7 +135,9 @@ def train_and_score(name: str, seed: int, source: Path, args: argparse.Namespace
     train = train_with_sentence_transformers if recipe.batch_sampler else train_with_nomic_jax
     with tempfile.TemporaryDirectory() as folder:
         found = in_new_process(train, side, Path(folder))
-        scored = in_new_process(scores, Path(folder) / "model", args.data / "held_out")
+        held_out = args.data / "held_out"
+        scored_on = held_out if seed == args.seeds[0] else held_out / source.name
+        scored = in_new_process(scores, Path(folder) / "model", [str(scored_on)])
     steps = 1 + len(found.seconds)
     counted = {"steps": steps, "seconds": found.start + sum(found.seconds), "peak_gigabytes": found.peak}
     return {"trained_on": source.name, "recipe": name, "seed": seed, **counted, "scores": scored}
@@ -159,7 +160,7 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         source, name, seed = key
         print(f"== {number} of {len(wanted)}: {name}{f' on {source}, seed {seed}' if source else ''}", flush=True)
         if not source:
-            found = in_new_process(scores, args.base, args.data / "held_out")
+            found = in_new_process(scores, args.base, [str(args.data / "held_out")])
             row = {"trained_on": "", "recipe": name, "seed": 0, "scores": found}
         else:
             folder = args.output / source
@@ -180,7 +181,8 @@ def report(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> Itera
     yield Heading("Own pairs on a real base", 1)
     yield Paragraph(
         f"nDCG@10 on held-out queries; {args.pairs:,} pairs or as many as there are, one epoch, batches of 64, at most "
-        f"{LENGTH} tokens, learning rate 2e-5; {processor()}, {versions}. With several seeds: mean, lowest to highest."
+        f"{LENGTH} tokens, learning rate 2e-5; {processor()}, {versions}. With several seeds: mean, lowest to highest; "
+        "other sources by the first seed."
     )
     gains: dict[str, dict[str, dict[str, float]]] = {source: {} for source in args.train}
     table: list[list[Any]] = []
@@ -190,9 +192,11 @@ def report(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> Itera
         table.append([source, "before", spread([before[source]]), "", spread([rest]), "", "", ""])
         for name in args.recipes:
             found = [row for row in rows if (row["trained_on"], row["recipe"]) == (source, name)]
-            gain = {task: statistics.fmean(row["scores"][task] for row in found) - before[task] for task in before}
-            own = spread([row["scores"][source] for row in found])
-            other = spread([statistics.fmean(row["scores"][each] for each in others) for row in found])
+            first = next(row["scores"] for row in found if row["seed"] == args.seeds[0])
+            of_seeds = [row["scores"][source] for row in found]
+            own, other = spread(of_seeds), spread([statistics.fmean(first[each] for each in others)])
+            gain = {task: first[task] - before[task] for task in before}
+            gain[source] = statistics.fmean(of_seeds) - before[source]
             seconds = statistics.median(row["seconds"] for row in found)
             memory = max(row["peak_gigabytes"] for row in found)
             forgotten = statistics.fmean(gain[each] for each in others)
