@@ -14,7 +14,7 @@ from nomic_jax.data.formats import file_systems
 from nomic_jax.data.formats.file_format import MAX_ROW_MIB, set_max_row_mib
 from nomic_jax.files.printable import printable
 from nomic_jax.jobs.shards import ShardEnded
-from nomic_jax.train.interruption import EXIT_CODE, Preempted
+from nomic_jax.train.interruption import EXIT_CODE, Preempted, say
 
 from . import config_files
 from .gpu import prepare_gpus
@@ -61,7 +61,7 @@ def run(main: Callable[[list[str]], None], arguments: tuple[str, ...] = (), *, s
                 raise ValueError(f"the argument {arguments[len(given)]} is missing; see --help")
             main(given)
         except Preempted as stop:
-            print(stop, file=sys.stderr)
+            say(str(stop))
             sys.exit(EXIT_CODE)
         except ShardEnded as end:
             print(end)

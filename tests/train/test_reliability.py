@@ -104,6 +104,7 @@ def test_without_a_sound_checkpoint_nothing_starts_or_moves(config, run, tmp_pat
 
 def test_a_second_interrupt_is_at_once():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Interruption() as interruption:
         assert not interruption.at(1)
@@ -112,10 +113,12 @@ def test_a_second_interrupt_is_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-    with Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.at(3) and interruption.name == "SIGTERM"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with Interruption() as interruption:
+            os.kill(os.getpid(), number)
+            assert interruption.at(3) and interruption.name == number.name
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     seen = []
 
     def elsewhere():
@@ -126,6 +129,34 @@ def test_a_second_interrupt_is_at_once():
     thread.start()
     thread.join()
     assert seen == [before[1]]
+
+
+def test_ctrl_c_in_a_pipe_whose_reader_ends_too_still_saves():
+    """``train | tee log``: the signal ends tee as well, so that nothing can be printed any more."""
+    program = """
+import os, signal, sys
+from nomic_jax.train.interruption import Interruption
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+with Interruption() as interruption:
+    os.kill(os.getpid(), getattr(signal, sys.argv[1])) if len(sys.argv) > 1 else None
+    print("a line of progress")
+    print("another", file=sys.stderr)
+    assert interruption.at(1)
+    os.write(3, interruption.name.encode())
+sys.exit(75)
+"""
+    for name in ("SIGINT", None):
+        gone, closed = os.pipe()
+        os.close(gone)
+        read, saved = os.pipe()
+        command = ["sh", "-c", 'exec "$@" 3>&0', "sh", sys.executable, "-c", program, *([name] if name else [])]
+        process = subprocess.run(command, stdin=saved, stdout=closed, stderr=closed)
+        os.close(closed)
+        os.close(saved)
+        assert process.returncode == EXIT_CODE, process.returncode
+        assert os.read(read, 100).decode() == (name or "closed output")
+        os.close(read)
 
 
 def test_sigterm_before_the_steps_is_not_lost_where_exceptions_are():
