@@ -155,7 +155,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the pairs")
     parser.add_argument("--task", default="", help="folder of launch.evaluate")
-    parser.add_argument("--batch_sampler", default=NO_DUPLICATES, help="sentence-transformers': or batch_sampler")
+    samplers = [NO_DUPLICATES, "batch_sampler"]
+    parser.add_argument("--batch_sampler", default=NO_DUPLICATES, choices=samplers, help="of sentence-transformers")
     parser.set_defaults(columns=["query", "document"], settings={})  # benchmarks/own_pairs.py has others
     args = parser.parse_args()
     with open(args.pairs, encoding="utf-8") as lines:

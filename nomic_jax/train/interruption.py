@@ -28,8 +28,7 @@ def exit_on_sigterm() -> None:
 
     def leave(number: int, _: FrameType | None) -> None:
         with contextlib.suppress(RuntimeError, OSError, ValueError):  # the signal may arrive during a print
-            sys.stdout.flush()
-            sys.stderr.flush()
+            _flush()
         say("\nSIGTERM: stopped outside of the steps; the same command resumes")
         # Python and JAX drop exceptions raised in __del__, in weakref callbacks and while tracing.
         os._exit(EXIT_CODE)
@@ -39,8 +38,15 @@ def exit_on_sigterm() -> None:
 
 def say(line: str) -> None:
     """Writes a line to stderr, if it can be written. Safe in a signal's handler, where a print may be under way."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+    if sys.__stderr__ is not None:  # else the descriptor 2 may be that of another file
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # a process that was started with closed output has none
+            stream.flush()
 
 
 class Interruption:
@@ -75,13 +81,12 @@ class Interruption:
                     self._previous[number] = previous
                     signal.signal(number, self._note)
         self._streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_Output(stream, self._note_lost_output) for stream in self._streams)  # type: ignore
+        sys.stdout, sys.stderr = (stream and _Output(stream, self._note_lost_output) for stream in self._streams)  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._streams
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         sys.stdout, sys.stderr = self._streams
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # type: ignore[arg-type]

@@ -159,6 +159,17 @@ sys.exit(75)
         os.close(read)
 
 
+def test_a_process_without_output_is_interrupted_like_any_other(monkeypatch):
+    """A daemon's stdout and stderr are None."""
+    for name in ("stdout", "stderr", "__stderr__"):
+        monkeypatch.setattr(sys, name, None)
+    with Interruption() as interruption:
+        print("a line of progress")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.at(1) and interruption.name == "SIGTERM"
+    assert sys.stdout is None
+
+
 def test_sigterm_before_the_steps_is_not_lost_where_exceptions_are():
     """Python discards exceptions in __del__ and in weakref callbacks; JAX runs thousands of the latter in a trace."""
     program = """
